@@ -1,0 +1,225 @@
+"""Frozen settings of a run: everything that does not change, its checks, and its json."""
+
+import dataclasses
+import json
+from typing import Any
+
+from data_pipeline.settings import CorpusSettings, StreamSettings, check_choices, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The recurrent language model."""
+
+    cell: str = setting("lstm", "The recurrent cell.", choices=("lstm", "gru", "rnn"))
+    num_layers: int = setting(2, "L: recurrent layers.")
+    hidden_size: int = setting(256, "H: hidden units of each layer.")
+    embedding_size: int = setting(0, "E: width of the symbol embedding; 0 feeds one-hot symbols, as char-rnn does.")
+    tie_embeddings: bool = setting(False, "The soft-max uses the embedding's own weights (needs E = H).")
+    skip: bool = setting(False, "The sum of all layers' outputs feeds the soft-max, not the last layer's alone.")
+    dropout: float = setting(0.0, "Dropout between layers and before the soft-max; masks are constant over a window.")
+    forget_bias: float = setting(1.0, "Initial bias of the LSTM's forget gate.")
+    initializer: str = setting(
+        "pytorch",
+        "Weights at the start: pytorch (uniform +-1/sqrt(H)), uniform (+-init_scale), normal (deviation init_scale), "
+        "glorot, or orthogonal (recurrent weights; the others glorot).",
+        choices=("pytorch", "uniform", "normal", "glorot", "orthogonal"),
+    )
+    init_scale: float = setting(0.08, "Scale of --initializer=uniform and normal.")
+    compute_dtype: str = setting(
+        "float32",
+        "Type of the matrix products' operands; master parameters, recurrent state and soft-max stay float32.",
+        choices=("float32", "bfloat16"),
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        for name in ("num_layers", "hidden_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.embedding_size < 0:
+            raise ValueError(f"embedding_size={self.embedding_size} must be 0 (one-hot) or more")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and less than 1")
+        if self.tie_embeddings and self.embedding_size != self.hidden_size:
+            raise ValueError(
+                f"tie_embeddings needs embedding_size={self.embedding_size} to equal hidden_size={self.hidden_size}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The update, its learning rate over time, and clipping."""
+
+    optimizer: str = setting("adam", "The update rule.", choices=("sgd", "adagrad", "rmsprop", "adam", "adamw"))
+    learning_rate: float = setting(2e-3, "Learning rate after warm-up.")
+    momentum: float = setting(0.0, "sgd: momentum.")
+    rms_decay: float = setting(0.95, "rmsprop: decay of the mean squared gradient.")
+    beta1: float = setting(0.9, "adam, adamw: decay of the mean gradient.")
+    beta2: float = setting(0.999, "adam, adamw: decay of the mean squared gradient.")
+    epsilon: float = setting(1e-8, "adagrad, rmsprop, adam, adamw: added to the root in the denominator.")
+    weight_decay: float = setting(0.01, "adamw: decoupled weight decay, scaled by the learning rate.")
+    schedule: str = setting(
+        "constant",
+        "Learning rate over time: constant; linear or cosine (to final_fraction at decay_steps); exponential (times "
+        "decay_rate each epoch from decay_start_epoch on, char-rnn's); step (times decay_rate each decay_steps).",
+        choices=("constant", "linear", "cosine", "exponential", "step"),
+    )
+    warmup_steps: int = setting(0, "Steps of linear warm-up from 0, before any schedule.")
+    decay_steps: int = setting(0, "linear, cosine: where the decay ends; step: its period; 0 means num_steps.")
+    decay_rate: float = setting(0.97, "exponential, step: factor of one decay.")
+    decay_start_epoch: int = setting(10, "exponential: epochs at the full rate; the first decay follows them.")
+    final_fraction: float = setting(0.0, "linear, cosine: learning rate at the end, as a fraction of learning_rate.")
+    clip_norm: float = setting(0.0, "Scale the gradient down to this global norm; 0: off.  Done before clip_value.")
+    clip_value: float = setting(0.0, "Clip each element of the gradient to +-this; 0: off.")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        for name in ("learning_rate", "epsilon", "clip_norm", "clip_value", "warmup_steps", "decay_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        for name in ("momentum", "rms_decay", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """The run: how long, over how many shards, how often to look."""
+
+    seed: int = setting(0, "Seed of initial parameters, dropout and stream offsets.")
+    num_steps: int = setting(1000, "Updates of the whole run.", free=True)
+    logical_shards: int = setting(
+        0,
+        "M: groups that the B streams are split into; each group's gradient is computed by itself, so M above the number "
+        "of devices is gradient accumulation.  Fixed for a run; 0 means the number of devices it starts on.",
+    )
+    reduction: str = setting(
+        "exact",
+        "exact: the same bits on any number of devices that divides M; fast: one plain all-reduce.",
+        choices=("exact", "fast"),
+    )
+    log_every: int = setting(100, "Steps between lines of log.txt and metrics.jsonl.", free=True)
+    evaluate_every: int = setting(1000, "Steps between evaluations of the validation split; 0: only at the end.", free=True)
+    checkpoint_every: int = setting(1000, "Steps between checkpoints; 0: only at the end.", free=True)
+    keep_checkpoints: int = setting(3, "Newest checkpoints kept; the best on validation is kept besides.", free=True)
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        for name in ("num_steps", "log_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("seed", "logical_shards", "evaluate_every", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """How a held-out split is scored."""
+
+    piece: int = setting(
+        8192, "The split is scored in pieces of this many symbols, side by side; part of what the figure means.", free=True
+    )
+    burn_in: int = setting(1024, "Symbols read before each piece to warm the recurrent state, not scored.", free=True)
+    evaluation_batch_size: int = setting(64, "Pieces scored side by side; does not change the figure.", free=True)
+
+    def __post_init__(self) -> None:
+        for name in ("piece", "evaluation_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.burn_in < 0:
+            raise ValueError(f"burn_in={self.burn_in} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The whole of a run's settings; `config.json` in the run directory."""
+
+    corpus: CorpusSettings = CorpusSettings()
+    streams: StreamSettings = StreamSettings()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+def flatten(config: Config) -> dict[str, tuple[str, dataclasses.Field]]:
+    """Every setting: its flat name -> (its section, its field).  Names are unique over the tree."""
+    flat: dict[str, tuple[str, dataclasses.Field]] = {}
+    for section in dataclasses.fields(config):
+        for field in dataclasses.fields(getattr(config, section.name)):
+            assert field.name not in flat, f"{field.name} stands in two sections"
+            flat[field.name] = (section.name, field)
+    return flat
+
+
+def replace(config: Config, **values: Any) -> Config:
+    """`config` with settings replaced, each named by its flat name.  Checks run again."""
+    flat, sections = flatten(config), {}
+    for name, value in values.items():
+        sections.setdefault(flat[name][0], {})[name] = value
+    return dataclasses.replace(
+        config, **{s: dataclasses.replace(getattr(config, s), **changed) for s, changed in sections.items()}
+    )
+
+
+def resolve(config: Config, device_count: int) -> Config:
+    """`config` with the zeros that mean "the obvious number" filled in, as a run fixes them when it starts."""
+    training, optimizer = config.training, config.optimizer
+    return replace(
+        config,
+        logical_shards=training.logical_shards or device_count,
+        decay_steps=optimizer.decay_steps or training.num_steps,
+    )
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str, source: str) -> Config:
+    """The config that `to_json` wrote.
+
+    Raises:
+      ValueError: `text` is not such a config; the message names `source` and what is wrong.
+    """
+    try:
+        tree = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source} is not json: {error}") from None
+    defaults = Config()
+    if not isinstance(tree, dict):
+        raise ValueError(f"{source} is not the config of a run: not a json object")
+    sections = {}
+    for section in dataclasses.fields(Config):
+        current = getattr(defaults, section.name)
+        values = tree.pop(section.name, None)
+        if not isinstance(values, dict):
+            raise ValueError(f"{source} is not the config of a run: section {section.name!r} is missing")
+        known = {f.name: type(getattr(current, f.name)) for f in dataclasses.fields(current)}
+        for name, value in values.items():
+            if name not in known:
+                raise ValueError(f"{source}: unknown setting {section.name}.{name}")
+            if type(value) is not known[name] and not (known[name] is float and type(value) is int):
+                raise ValueError(f"{source}: {section.name}.{name}={value!r} is not a {known[name].__name__}")
+        try:
+            sections[section.name] = dataclasses.replace(current, **values)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+    if tree:
+        raise ValueError(f"{source}: unknown section {next(iter(tree))!r}")
+    return Config(**sections)
+
+
+def differences(run: Config, now: Config) -> tuple[list[str], list[str]]:
+    """What `now` would change of a run made with `run`: (forbidden, free), each a list of "name: old -> new".
+
+    A zero that `resolve` fills in is no difference.
+    """
+    forbidden, free = [], []
+    for name, (section, field) in flatten(run).items():
+        old, new = getattr(getattr(run, section), name), getattr(getattr(now, section), name)
+        if old != new and not (name in ("logical_shards", "decay_steps") and new == 0):
+            (free if field.metadata["free"] else forbidden).append(f"{name}: {old} -> {new}")
+    return forbidden, free

@@ -1,0 +1,1 @@
+"""The seed programs, in NumPy alone: read these first."""

@@ -1,0 +1,15 @@
+"""What the data pipeline hands to the model."""
+
+from typing import Any, NamedTuple
+
+
+class Batch(NamedTuple):
+    """One window of every stream: arrays `[B, T]`, or this process's rows of them.
+
+    Target `[b, t]` is the symbol that follows input `[b, t]` in the text, and input `[b, 0]` of a window is target
+    `[b, T-1]` of the window before, wherever the stream goes on.
+    """
+
+    inputs: Any  # [B, T] symbol ids, uint8 / uint16 / uint32 as on disk
+    targets: Any  # [B, T] likewise
+    reset: Any  # [B, T] bool: zero the stream's state before symbol t is read

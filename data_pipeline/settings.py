@@ -1,0 +1,110 @@
+"""Frozen settings of a corpus and of the streams read from it: names, defaults, help and checks.
+
+Each field is made by `setting`; flags, `config.json` and the rules of resuming are all derived from the fields, so a
+setting is written down once.
+"""
+
+import dataclasses
+from typing import Any
+
+
+def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), free: bool = False) -> Any:
+    """A dataclass field with its help text.
+
+    Args:
+      default: the value when neither flagfile nor command line gives one; its type is the flag's type.
+      help: one sentence for `--help`.
+      choices: the values allowed, for a string.
+      free: True for what a run may change when it is continued, because it does not enter the mathematics.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "free": free})
+
+
+def check_choices(settings: Any) -> None:
+    """Raises ValueError where a field of the dataclass `settings` is not among its choices."""
+    for field in dataclasses.fields(settings):
+        choices, value = field.metadata.get("choices"), getattr(settings, field.name)
+        if choices and value not in choices:
+            raise ValueError(f"{field.name}={value!r} is not one of {', '.join(choices)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusSettings:
+    """Which text, turned into which symbols, split how."""
+
+    corpus: str = setting(
+        "python",
+        "A prepared directory; a text file, a quoted glob or a directory of text files; or a name: "
+        "python (the standard library's source), tinyshakespeare, enwik8, text8.",
+        free=True,  # the fingerprint of the corpus is what a run is held to, not where it lies
+    )
+    vocabulary: str = setting(
+        "bytes",
+        "Symbols: bytes (any file; 256 symbols) or characters (Unicode code points of the training split).",
+        choices=("bytes", "characters"),
+    )
+    min_count: int = setting(1, "characters only: a character seen fewer times in the training split is unknown.")
+    valid_fraction: float = setting(0.05, "Fraction of the text that is the validation split.")
+    test_fraction: float = setting(0.05, "Fraction of the text that is the test split (the end of the text).")
+    split: str = setting(
+        "contiguous",
+        "contiguous: train, validation, test in the order of the text; or columns:BxT, char-rnn's split: the text is B "
+        "equal columns of whole windows of T symbols and the last windows of each column are held out.",
+    )
+    train: str = setting("", "Explicit training text (file, glob or directory) instead of --corpus and fractions.")
+    valid: str = setting("", "Explicit validation text, with --train.")
+    test: str = setting("", "Explicit test text, with --train.")
+    cache_dir: str = setting(
+        "~/.cache/charlstm", "Where downloaded texts and prepared corpora are kept, keyed by content.", free=True
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.min_count < 1:
+            raise ValueError(f"min_count={self.min_count} must be at least 1")
+        for name in ("valid_fraction", "test_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
+        if self.valid_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                f"valid_fraction={self.valid_fraction} and test_fraction={self.test_fraction} leave nothing to train on"
+            )
+        if (self.valid or self.test) and not self.train:
+            raise ValueError("--valid and --test name explicit files and need --train beside them")
+        if self.split != "contiguous":
+            parse_columns(self.split)
+
+
+def parse_columns(split: str) -> tuple[int, int]:
+    """The two numbers of `columns:BxT`.  Raises ValueError where `split` is not of that form."""
+    head, _, sizes = split.partition(":")
+    columns, _, window = sizes.partition("x")
+    if head != "columns" or not (columns.isdecimal() and window.isdecimal() and int(columns) and int(window)):
+        raise ValueError(f"split={split!r} is neither contiguous nor columns:BxT, such as columns:50x50")
+    return int(columns), int(window)
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamSettings:
+    """How the training split is read: B streams, windows of T symbols."""
+
+    batch_size: int = setting(64, "B: streams in the global batch, spaced evenly through the training split.")
+    window: int = setting(128, "T: symbols in a window, the length of truncated backpropagation through time.")
+    rotate_streams: bool = setting(True, "Each epoch starts all the streams at another seeded offset.")
+    reset_state: str = setting(
+        "stream",
+        "When recurrent state is zeroed: stream (where a stream begins anew) or document (there, and at each "
+        "--document_separator).",
+        choices=("stream", "document"),
+    )
+    document_separator: str = setting(
+        r"\x00", r"The one symbol that ends a document, escapes allowed (\x00, \n); used by --reset_state=document."
+    )
+    reader_threads: int = setting(1, "Threads that read windows ahead; one or two are enough.", free=True)
+    read_ahead: int = setting(8, "Windows read ahead of the training step.", free=True)
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        for name in ("batch_size", "window", "reader_threads", "read_ahead"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")

@@ -1,0 +1,1 @@
+"""The programs: absl flags and mains. Imports everything, is imported by nothing."""
