@@ -1,0 +1,63 @@
+"""The training loop: update, count, then look."""
+
+from collections.abc import Callable
+from typing import Any
+
+from charlstm import digest
+from charlstm.config import TrainingConfig
+from charlstm.metrics import Meter, RunLog
+from charlstm.step import TrainStep
+from charlstm.types import ModelParams, TrainState
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether what happens every `every` steps (0: never), and at step `last`, happens after `step` updates."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+def train(
+    settings: TrainingConfig,
+    state: TrainState,
+    train_step: TrainStep,
+    next_batch: Callable[[], Any],
+    *,
+    evaluate: Callable[[int, ModelParams], dict[str, Any]] | None,
+    save: Callable[[TrainState, float | None], None],
+    log: RunLog,
+    meter: Meter,
+    stopping: Callable[[], bool],
+) -> TrainState:
+    """Trains from `state` to `settings.num_steps`, or until `stopping()`, which every process must answer alike.
+
+    Args:
+      next_batch: gives the batch of step `state.step`, then the next one, and so on.
+      evaluate: (step, params) -> a line of metrics.jsonl; None where there is no validation split.
+      save: makes a checkpoint of (state, validation bits per character or None).
+
+    Raises:
+      Diverged: a loss or a gradient is not finite; nothing of it was saved.
+    """
+    step, last = int(state.step), settings.num_steps
+    while step < last and not stopping():
+        state, metrics = train_step(state, next_batch())
+        step += 1
+        meter.add(step, metrics)
+        log.status(meter.status())
+        records, score = [], None
+        if due(step, settings.log_every, last):
+            records.append(meter.train_record())
+        if evaluate and due(step, settings.evaluate_every, last):
+            meter.settle()
+            records.append(evaluate(step, state.params))
+            score = records[-1]["bits_per_character"]
+        if records and step == last:
+            records[-1]["state_digest"] = digest.state_digest(state)
+        for record in records:
+            log.record(record)
+        if score is not None or due(step, settings.checkpoint_every, last):
+            meter.settle()
+            save(state, score)
+    if step < last:
+        meter.settle()
+        save(state, None)
+    return state

@@ -1,0 +1,41 @@
+"""What the programs share: a user's mistake is one line on stderr and exit status 2, never a traceback.
+
+Exit statuses:
+    0   done
+    2   a mistake in flags or files: nothing was changed
+    3   training stopped because a loss or a gradient is not finite
+    74  training ended, but its last checkpoint could not be written (EX_IOERR)
+    75  stopped by Ctrl-C or SIGTERM after saving: the same command goes on (EX_TEMPFAIL)
+    130 interrupted where there was nothing to save
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from launch.flags import Help
+
+DONE, MISTAKE, DIVERGED, NOT_SAVED, STOPPED, INTERRUPTED = 0, 2, 3, 74, 75, 130
+
+
+def run(name: str, main: Callable[[Sequence[str]], int]) -> None:
+    """Runs `main(argv)` and exits with its status, or with the status of what went wrong."""
+    try:
+        status = main(sys.argv)
+        sys.stdout.flush()
+    except Help as help_text:
+        print(help_text)
+        status = DONE
+    except (ValueError, OSError) as error:
+        if os.environ.get("CHARLSTM_TRACEBACK"):
+            raise
+        if isinstance(error, BrokenPipeError):  # the reader of our output has left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            status = DONE
+        else:
+            print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+            status = MISTAKE
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        status = INTERRUPTED
+    sys.exit(status)

@@ -1,0 +1,133 @@
+"""The run directory: what a run is held to when it is continued, and what evaluating and sampling need of it.
+
+    config.json      every setting, as the run fixed it; written last, so that where it stands a run stands
+    identity.json    the vocabulary, and the fingerprint of the corpus
+    flags.txt        the flags of the command that started the run, as a flagfile
+    log.txt  metrics.jsonl  checkpoints/<step>/
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from charlstm import config as config_lib
+from charlstm.config import Config
+from data_pipeline.files import written_whole
+from data_pipeline.vocabulary import Vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """What makes a run's numbers mean what they mean, beside its config."""
+
+    vocabulary: Vocabulary
+    corpus_fingerprint: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"vocabulary": self.vocabulary.to_json(), "corpus_fingerprint": self.corpus_fingerprint}
+
+
+def checkpoint_identity(config: Config, identity: Identity) -> dict[str, Any]:
+    """What every checkpoint of a run carries, so that it can be refused by a run it does not belong to."""
+    names = ("jax", "jaxlib", "numpy", "grain", "orbax-checkpoint")
+    return {
+        "config": dataclasses.asdict(config),
+        "vocabulary_digest": identity.vocabulary.digest,
+        "corpus_fingerprint": identity.corpus_fingerprint,
+        "versions": {name: importlib.metadata.version(name) for name in names},
+    }
+
+
+def create(run_dir: Path, config: Config, identity: Identity, given: list[str]) -> None:
+    """Makes a new run directory.
+
+    Raises:
+      ValueError: there are files in it already that are no run's, or it cannot be written.
+    """
+    check_writable(run_dir)
+    strange = sorted(p.name for p in run_dir.iterdir() if p.name not in ("identity.json", "flags.txt", "log.txt"))
+    if strange:
+        raise ValueError(f"{run_dir} holds {strange[0]} but no config.json, so it is not a run: use an empty directory")
+    _write(run_dir / "flags.txt", "\n".join(given) + "\n")
+    _write(run_dir / "identity.json", json.dumps(identity.to_json(), indent=1) + "\n")
+    _write(run_dir / "config.json", config_lib.to_json(config))
+
+
+def check_writable(run_dir: Path) -> None:
+    """Raises ValueError where files cannot be made in `run_dir`, which is made if need be."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not os.access(run_dir, os.W_OK | os.X_OK):
+            raise PermissionError("permission denied")
+        with written_whole(run_dir / ".writable"):
+            pass
+        (run_dir / ".writable").unlink()
+    except OSError as error:
+        raise ValueError(f"run_dir={run_dir} cannot be written ({error.strerror or error}): name another") from None
+
+
+def exists(run_dir: Path) -> bool:
+    return (run_dir / "config.json").is_file()
+
+
+def read(run_dir: Path) -> tuple[Config, Identity]:
+    """The config and identity of the run in `run_dir`.  Raises ValueError where there is none or it is damaged."""
+    if not exists(run_dir):
+        raise ValueError(f"run_dir={run_dir} is not a run: it has no config.json")
+    path = run_dir / "identity.json"
+    try:
+        config = config_lib.from_json((run_dir / "config.json").read_text("utf-8"), str(run_dir / "config.json"))
+        tree = json.loads(path.read_text("utf-8"))
+        if not isinstance(tree, dict) or not isinstance(tree.get("corpus_fingerprint"), str):
+            raise ValueError("no corpus_fingerprint")
+        return config, Identity(Vocabulary.from_json(tree.get("vocabulary")), tree["corpus_fingerprint"])
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{run_dir} is not a whole run: {error}") from None
+
+
+def continue_(run_dir: Path, wanted: Config, identity: Identity, say: Callable[[str], None]) -> Config:
+    """The config with which the run in `run_dir` goes on: its own, with the free settings of `wanted`.
+
+    Raises:
+      ValueError: `wanted` would change the mathematics, the vocabulary or the text; says both values.
+    """
+    run_config, run_identity = read(run_dir)
+    forbidden, free = config_lib.differences(run_config, wanted)
+    if forbidden:
+        raise ValueError(
+            f"{run_dir} was started with other settings ({'; '.join(forbidden)}): give its own, or another run_dir"
+        )
+    require_same(run_dir, run_identity, identity)
+    changed = {change.split(":")[0] for change in free}
+    flat = config_lib.flatten(wanted)
+    values = {name: getattr(getattr(wanted, flat[name][0]), name) for name in changed}
+    config = config_lib.replace(run_config, **values)
+    for change in free:
+        say(f"changed since the run was started or last continued: {change}")
+    if free:
+        _write(run_dir / "config.json", config_lib.to_json(config))
+    return config
+
+
+def require_same(run_dir: Path, run: Identity, now: Identity) -> None:
+    """Raises ValueError where the vocabulary or the corpus `now` is not that of the run."""
+    if run.vocabulary != now.vocabulary:
+        raise ValueError(
+            f"{run_dir} has a vocabulary of {run.vocabulary.size} {run.vocabulary.kind} ({run.vocabulary.digest[:12]}), and "
+            f"the corpus given one of {now.vocabulary.size} {now.vocabulary.kind} ({now.vocabulary.digest[:12]}): give the "
+            f"run's own corpus, or another run_dir"
+        )
+    if run.corpus_fingerprint != now.corpus_fingerprint:
+        raise ValueError(
+            f"{run_dir} was trained on the corpus with fingerprint {run.corpus_fingerprint[:12]}, and the one given has "
+            f"{now.corpus_fingerprint[:12]}: give the run's own corpus, or another run_dir"
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    with written_whole(path) as file:
+        file.write(text.encode("utf-8"))
