@@ -100,7 +100,9 @@ class TrainingConfig:
         choices=("exact", "fast"),
     )
     log_every: int = setting(100, "Steps between lines of log.txt and metrics.jsonl.", free=True)
-    evaluate_every: int = setting(1000, "Steps between evaluations of the validation split; 0: only at the end.", free=True)
+    evaluate_every: int = setting(
+        1000, "Steps between evaluations of the validation split; 0: only at the end.", free=True
+    )
     checkpoint_every: int = setting(1000, "Steps between checkpoints; 0: only at the end.", free=True)
     keep_checkpoints: int = setting(3, "Newest checkpoints kept; the best on validation is kept besides.", free=True)
 
@@ -119,7 +121,9 @@ class EvaluationConfig:
     """How a held-out split is scored."""
 
     piece: int = setting(
-        8192, "The split is scored in pieces of this many symbols, side by side; part of what the figure means.", free=True
+        8192,
+        "The split is scored in pieces of this many symbols, side by side; part of what the figure means.",
+        free=True,
     )
     burn_in: int = setting(1024, "Symbols read before each piece to warm the recurrent state, not scored.", free=True)
     evaluation_batch_size: int = setting(64, "Pieces scored side by side; does not change the figure.", free=True)

@@ -1,8 +1,8 @@
 """The score of a model on a held-out split: every symbol once, with carried state, training untouched."""
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,22 @@ from charlstm import mesh as mesh_lib
 from charlstm import model
 from charlstm.config import Config
 from charlstm.loss import NATS_PER_BIT, cross_entropy
-from charlstm.types import ModelParams
+from charlstm.types import ModelParams, RecurrentState
 from data_pipeline.batch import Batch
+from data_pipeline.pieces import PiecePlan, read_pieces
+
+
+class Split(Protocol):
+    """A split of a corpus."""
+
+    bytes: int  # of the original text
+
+    def __len__(self) -> int: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def read(self, start: int, stop: int, /) -> np.ndarray: ...
 
 
 class Score(NamedTuple):
@@ -33,29 +47,42 @@ class Score(NamedTuple):
         return self.bits / self.bytes
 
 
-Evaluate = Callable[[ModelParams, Iterable[tuple[Batch, np.ndarray]]], float]
+def of_split(
+    config: Config, vocabulary_size: int, split: Split, mesh: Mesh, separator: int | None = None
+) -> Callable[[ModelParams], Score]:
+    """A function params -> score of the whole of `split`, on all devices of `mesh`.
 
-
-def batch_rows(config: Config, pieces: int, devices: int) -> int:
-    """Pieces scored side by side: as configured, but no more than there are, and a multiple of the devices."""
-    rows = min(config.evaluation.evaluation_batch_size, pieces)
-    return -(-rows // devices) * devices
-
-
-def make(config: Config, mesh: Mesh, rows: int) -> Evaluate:
-    """A function (params, windows of pieces) -> nats summed over all scored symbols.
-
-    Args:
-      rows: pieces side by side in the global batch; a multiple of the devices.
+    Every symbol is scored once: symbols 1 .. N-1 by the model, and symbol 0, which nothing precedes, by log2(V) bits.
     """
+    settings, pieces = config.evaluation, -(-len(split) // config.evaluation.piece)
+    rows = -(-min(settings.evaluation_batch_size, pieces) // mesh.size) * mesh.size  # a multiple of the devices
+    plan = PiecePlan(len(split), settings.piece, settings.burn_in, rows, config.streams.window)
+    own_rows, window = mesh_lib.process_rows(mesh, rows), make_window(config, mesh)
 
-    def local_window(params: ModelParams, carry: Any, batch: Batch, scored_bT: jax.Array) -> tuple[Any, jax.Array]:
+    def evaluate(params: ModelParams) -> Score:
+        carry = model.initial_state(config.model, len(own_rows), params.b_out.dtype)
+        carry = mesh_lib.put(mesh, mesh_lib.BY_STREAM, carry)
+        total, late = 0.0, None
+        for batch in read_pieces(split, plan, own_rows, separator):
+            carry, nats = window(params, carry, *mesh_lib.put(mesh, mesh_lib.BY_STREAM, batch))
+            total += 0.0 if late is None else float(late)  # one window late, so that the device never waits
+            late = nats
+        assert late is not None
+        return Score((total + float(late)) / NATS_PER_BIT + math.log2(vocabulary_size), len(split), split.bytes)
+
+    return evaluate
+
+
+def make_window(config: Config, mesh: Mesh) -> Callable[..., tuple[RecurrentState, jax.Array]]:
+    """The compiled (params, carry, batch, scored [B, T]) -> (carry, nats summed over the scored symbols)."""
+
+    def local_window(params: ModelParams, carry: RecurrentState, batch: Batch, scored_bT: jax.Array) -> Any:
         carry, logits_TbV = model.apply(config.model, params, carry, batch.inputs, batch.reset)
         nats_Tb = cross_entropy(logits_TbV, batch.targets.T)
         return carry, jax.lax.psum(jnp.where(scored_bT.T, nats_Tb, 0).sum(), mesh_lib.AXIS)
 
     whole, by_row = mesh_lib.REPLICATED, mesh_lib.BY_STREAM
-    window = jax.jit(
+    return jax.jit(
         jax.shard_map(
             local_window,
             mesh=mesh,
@@ -65,20 +92,3 @@ def make(config: Config, mesh: Mesh, rows: int) -> Evaluate:
         ),
         donate_argnums=1,
     )
-
-    def evaluate(params: ModelParams, windows: Iterable[tuple[Batch, np.ndarray]]) -> float:
-        local_rows = len(mesh_lib.process_rows(mesh, rows))
-        carry = mesh_lib.put(mesh, by_row, model.initial_state(config.model, local_rows, params.b_out.dtype))
-        total, previous = 0.0, None
-        for batch, scored in windows:
-            carry, nats = window(params, carry, *mesh_lib.put(mesh, by_row, (batch, scored)))
-            total += float(previous) if previous is not None else 0.0  # one window late, so that the device never waits
-            previous = nats
-        return total + (float(previous) if previous is not None else 0.0)
-
-    return evaluate
-
-
-def score(nats: float, symbols: int, text_bytes: int, vocabulary_size: int) -> Score:
-    """The score of a split of `symbols` symbols; its first one, which nothing precedes, is charged log2(V) bits."""
-    return Score(nats / NATS_PER_BIT + math.log2(vocabulary_size), symbols, text_bytes)

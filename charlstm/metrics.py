@@ -40,6 +40,14 @@ class RunLog:
         print(text, file=self._terminal, flush=True)
         print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=self._log, flush=True)
 
+    def note(self, text: str) -> None:
+        """One plain line in log.txt; on the terminal only where there is no live status line to show it."""
+        if self._log is None:
+            return
+        if not self._live:
+            print(text, file=self._terminal, flush=True)
+        print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=self._log, flush=True)
+
     def status(self, text: str) -> None:
         """The one live line at the foot of a terminal; nothing where the output is not a terminal."""
         if self._log is None or not self._live:

@@ -32,8 +32,8 @@ def subtree_sums(gradient_of: Callable[[Any], tuple[jax.Array, Any]], shards: An
       The subtree sums `[r, P]` of `local_tree(count)`, and the outputs, each leaf `[count, ...]`.
     """
     subtrees, levels = local_tree(count)
-    tree_shape = (subtrees,) + (2,) * levels
-    shards = jax.tree.map(lambda a: a.reshape(tree_shape + a.shape[1:]), shards)
+    tree_shape = (subtrees, *(2,) * levels)
+    shards = jax.tree.map(lambda a: a.reshape((*tree_shape, *a.shape[1:])), shards)
 
     def subtree(level: int, leaves: Any) -> tuple[jax.Array, Any]:
         if level == 0:
@@ -45,7 +45,7 @@ def subtree_sums(gradient_of: Callable[[Any], tuple[jax.Array, Any]], shards: An
             gradient, outputs = subtree(level - 1, half)
             return total + gradient, outputs
 
-        shape = jax.eval_shape(gradient_of, jax.tree.map(lambda a: a.reshape((-1,) + a.shape[level:])[0], leaves))[0]
+        shape = jax.eval_shape(gradient_of, jax.tree.map(lambda a: a.reshape((-1, *a.shape[level:]))[0], leaves))[0]
         # -0.0, not 0.0: -0.0 + x is x to the bit, also for x = -0.0.
         return jax.lax.scan(add, jnp.full(shape.shape, -0.0, shape.dtype), leaves)
 
@@ -55,7 +55,7 @@ def subtree_sums(gradient_of: Callable[[Any], tuple[jax.Array, Any]], shards: An
     else:
         sums, outputs = jax.lax.map(lambda leaves: subtree(levels, leaves), shards)
     lead = 1 + levels if subtrees > 1 else levels
-    return sums, jax.tree.map(lambda a: a.reshape((count,) + a.shape[lead:]), outputs)
+    return sums, jax.tree.map(lambda a: a.reshape((count, *a.shape[lead:])), outputs)
 
 
 def tree_sum(nodes: jax.Array) -> jax.Array:

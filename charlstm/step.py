@@ -36,6 +36,20 @@ def init(config: Config, vocabulary_size: int) -> TrainState:
     )
 
 
+def abstract(config: Config, vocabulary_size: int, mesh: Mesh) -> TrainState:
+    """The state's shapes, types and places on `mesh`: what a checkpoint is restored into."""
+    shapes = jax.eval_shape(lambda: init(config, vocabulary_size))
+    return jax.tree.map(lambda spec, tree: mesh_lib.abstract(mesh, spec, tree), state_specs(), shapes, is_leaf=_is_spec)
+
+
+def place(mesh: Mesh, state: TrainState) -> TrainState:
+    """`state`, made alike by every process, laid out on `mesh`."""
+    rows = mesh_lib.process_rows(mesh, jax.tree.leaves(state.recurrent_state)[0].shape[0])
+    own = jax.tree.map(lambda a: a[rows.start : rows.stop], state.recurrent_state)
+    state = state._replace(recurrent_state=own)
+    return jax.tree.map(lambda spec, tree: mesh_lib.put(mesh, spec, tree), state_specs(), state, is_leaf=_is_spec)
+
+
 def shards_per_device(config: Config, devices: int) -> int:
     """k: how many logical shards each of `devices` computes.
 
@@ -87,7 +101,7 @@ def make(config: Config, vocabulary_size: int, mesh: Mesh, steps_per_epoch: int)
 
     def local_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         shards = jax.lax.axis_index(mesh_lib.AXIS) * count + jnp.arange(count, dtype=jnp.int32)
-        by_shard = jax.tree.map(lambda a: a.reshape((count, -1) + a.shape[1:]), (state.recurrent_state, batch))
+        by_shard = jax.tree.map(lambda a: a.reshape((count, -1, *a.shape[1:])), (state.recurrent_state, batch))
         partial_RP, (nats_kb, carry) = reduction.subtree_sums(
             lambda args: shard_gradient(state.params, state.step, *args), (shards, *by_shard), count
         )
@@ -102,7 +116,7 @@ def make(config: Config, vocabulary_size: int, mesh: Mesh, steps_per_epoch: int)
         norm, learning_rate = optimizers.global_norm(gradient), schedule(state.step)
         gradient = optimizers.clip(gradient, norm, config.optimizer)
         params, opt_state = optimizer.update(gradient, state.opt_state, state.params, learning_rate)
-        carry = jax.tree.map(lambda a: a.reshape((-1,) + a.shape[2:]), carry)
+        carry = jax.tree.map(lambda a: a.reshape((-1, *a.shape[2:])), carry)
         nats_b = nats_kb.reshape(-1)
         metrics = Metrics(mean_P[-1], nats_b, norm, learning_rate, _finite_rows(carry, nats_b))
         return TrainState(state.step + 1, params, opt_state, carry), metrics
@@ -130,6 +144,10 @@ def state_specs() -> Any:
 def metrics_specs() -> Any:
     whole, rows = mesh_lib.REPLICATED, mesh_lib.BY_STREAM
     return Metrics(loss=whole, loss_B=rows, grad_norm=whole, learning_rate=whole, finite_B=rows)
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, jax.sharding.PartitionSpec)
 
 
 def _finite_rows(carry: Any, nats_b: jax.Array) -> jax.Array:

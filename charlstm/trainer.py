@@ -45,6 +45,8 @@ def train(
         log.status(meter.status())
         records, score = [], None
         if due(step, settings.log_every, last):
+            meter.settle()
+            log.note(meter.status())
             records.append(meter.train_record())
         if evaluate and due(step, settings.evaluate_every, last):
             meter.settle()

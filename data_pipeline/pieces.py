@@ -8,19 +8,11 @@ whoever adds up the score charges it log2(V) bits.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
 
 from data_pipeline.batch import Batch
-
-
-class Readable(Protocol):
-    """A split of a corpus."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, start: int, stop: int) -> np.ndarray: ...
+from data_pipeline.streams import Symbols
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +49,7 @@ class PiecePlan:
 
 
 def read_pieces(
-    split: Readable, plan: PiecePlan, rows: range, separator: int | None = None
+    split: Symbols, plan: PiecePlan, rows: range, separator: int | None = None
 ) -> Iterator[tuple[Batch, np.ndarray]]:
     """Every window of every group of pieces, as (batch, scored): rows `rows` of them.
 
@@ -71,7 +63,7 @@ def read_pieces(
 
 
 def _window(
-    split: Readable, plan: PiecePlan, pieces: list[int], start: int, separator: int | None
+    split: Symbols, plan: PiecePlan, pieces: list[int], start: int, separator: int | None
 ) -> tuple[Batch, np.ndarray]:
     T, N = plan.window, plan.symbols
     text = np.zeros((len(pieces), T + 1), np.int64)  # symbol ids; positions outside of the split stay 0

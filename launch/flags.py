@@ -120,7 +120,11 @@ def _text(value: Any) -> str:
 
 
 def _help(description: str, leaves: list[Any]) -> str:
-    lines = [description.rstrip(), "", "Every flag is --name=value; --flagfile=PATH reads flags from a file, a line each."]
+    lines = [
+        description.rstrip(),
+        "",
+        "Every flag is --name=value; --flagfile=PATH reads flags from a file, a line each.",
+    ]
     for leaf in leaves:
         lines += ["", (leaf.__doc__ or "").strip().splitlines()[0], ""]
         for field in dataclasses.fields(leaf):

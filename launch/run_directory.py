@@ -1,21 +1,27 @@
 """The run directory: what a run is held to when it is continued, and what evaluating and sampling need of it.
 
-    config.json      every setting, as the run fixed it; written last, so that where it stands a run stands
-    identity.json    the vocabulary, and the fingerprint of the corpus
-    flags.txt        the flags of the command that started the run, as a flagfile
-    log.txt  metrics.jsonl  checkpoints/<step>/
+config.json      every setting, as the run fixed it; written last, so that where it stands a run stands
+identity.json    the vocabulary, and the fingerprint of the corpus
+flags.txt        the flags of the command that started the run, as a flagfile
+log.txt  metrics.jsonl  checkpoints/<step>/
 """
 
 import dataclasses
 import importlib.metadata
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from charlstm import config as config_lib
+from charlstm import step as step_lib
+from charlstm.checkpoint import Checkpoints
 from charlstm.config import Config
+from charlstm.types import ModelParams
 from data_pipeline.files import written_whole
 from data_pipeline.vocabulary import Vocabulary
 
@@ -126,6 +132,51 @@ def require_same(run_dir: Path, run: Identity, now: Identity) -> None:
             f"{run_dir} was trained on the corpus with fingerprint {run.corpus_fingerprint[:12]}, and the one given has "
             f"{now.corpus_fingerprint[:12]}: give the run's own corpus, or another run_dir"
         )
+
+
+def separator(config: Config, vocabulary: Vocabulary) -> int | None:
+    """The id of the symbol that ends a document, where the run resets state there."""
+    if config.streams.reset_state != "document":
+        return None
+    text = config.streams.document_separator.encode("latin-1", "backslashreplace").decode("unicode_escape")
+    try:
+        return vocabulary.symbol_id(text)
+    except ValueError as error:
+        raise ValueError(f"document_separator={config.streams.document_separator!r}: {error}") from None
+
+
+def restore_params(
+    run_dir: Path, config: Config, identity: Identity, mesh: Mesh, which: str
+) -> tuple[ModelParams, int]:
+    """Parameters of a run, on every device of `mesh`, and the step they are of.
+
+    Args:
+      which: "best" on validation (the newest where none was validated), "latest", or a step in digits.
+
+    Raises:
+      ValueError: there is no such checkpoint, or none that is whole.
+    """
+    if which not in ("best", "latest") and not which.isdecimal():
+        raise ValueError(f"checkpoint={which!r} is neither best, nor latest, nor a step")
+    abstract = step_lib.abstract(config, identity.vocabulary.size, mesh).params
+    with Checkpoints(
+        run_dir / "checkpoints", writable=False, log=lambda line: print(line, file=sys.stderr)
+    ) as checkpoints:
+        step = checkpoints.best() if which == "best" else None if which == "latest" else int(which)
+        params, meta = checkpoints.restore_params(abstract, step=step)
+    require_own(meta["identity"], identity, run_dir)
+    return params, meta["step"]
+
+
+def require_own(checkpoint: dict[str, Any], run: Identity, run_dir: Path) -> None:
+    """Raises ValueError where a checkpoint's identity is not that of the run in whose directory it lies."""
+    own = {"vocabulary_digest": run.vocabulary.digest, "corpus_fingerprint": run.corpus_fingerprint}
+    for name, value in own.items():
+        if checkpoint[name] != value:
+            raise ValueError(
+                f"the checkpoints of {run_dir} have {name} {checkpoint[name][:12]} and the run has {value[:12]}: they "
+                "belong to another run"
+            )
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,0 +1,136 @@
+"""The GRU, the equations of PyTorch's nn.GRU, and its reverse pass derived by hand.
+
+Source: Cho et al., Learning Phrase Representations using RNN Encoder-Decoder, EMNLP 2014 (arXiv:1406.1078), in the
+form of its first version, with the reset gate applied after the product with W_h: one product a symbol.
+
+Forward, symbol by symbol.  h⁻ is the state before the symbol, σ the logistic function, products of vectors are element
+by element; the gates lie along G = 3H in the order r u n (PyTorch writes z for the update gate u; here z is the
+projection):
+
+    z = x W_x + b_x                  the window's projection, one product for all its symbols
+    q = h⁻ W_h + b_h
+    r, u = σ(z_r + q_r), σ(z_u + q_u)
+    n = tanh(z_n + r q_n)
+    h = (1 - u) n + u h⁻
+
+Reverse, from the last symbol to the first.  dv is the gradient of the loss by v.  dh is the sum of what comes from
+above (this symbol's output) and from the right (the next symbol's dh⁻):
+
+    dz_n = dh (1 - u) (1 - n²)
+    dz_u = dh (h⁻ - n) u (1 - u)
+    dz_r = dz_n q_n r (1 - r)
+    dq   = dz_r, dz_u, dz_n r
+    dh⁻  = dh u + dq W_hᵀ
+
+and, once the window is done, dW_h = Σ h⁻ᵀ dq, db_h = Σ dq, the sums over all symbols of all streams.  Where a stream is
+reset, h⁻ = 0, and dh⁻ goes nowhere.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from charlstm import initializers
+from charlstm.types import CellParams, CellState
+
+GATES = 3  # r u n
+
+
+def init(
+    key: jax.Array, input_width: int, hidden_size: int, initializer: str, scale: float, forget_bias: float
+) -> CellParams:
+    """Parameters of one layer, float32; `initializer` and `scale` as in `charlstm.initializers`.
+
+    `forget_bias` is the LSTM's and does nothing here.
+    """
+    return initializers.layer(initializer, key, input_width, hidden_size, GATES, scale=scale)
+
+
+def initial_state(batch: int, hidden_size: int, dtype: jax.typing.DTypeLike = jnp.float32) -> CellState:
+    """The state before anything was read: zeros, `[batch, hidden_size]`."""
+    return CellState(h=jnp.zeros((batch, hidden_size), dtype), c=None)
+
+
+def step(params: CellParams, state: CellState, x_BD: jax.Array) -> tuple[CellState, jax.Array]:
+    """One symbol of every stream, straight from the equations: (the new state, h_BH)."""
+    z_r, z_u, z_n = jnp.split(x_BD @ params.w_x + params.b_x[None], GATES, axis=1)
+    q_r, q_u, q_n = jnp.split(state.h @ params.w_h + params.b_h[None], GATES, axis=1)
+    r, u = jax.nn.sigmoid(z_r + q_r), jax.nn.sigmoid(z_u + q_u)
+    n = jnp.tanh(z_n + r * q_n)
+    h = (1 - u) * n + u * state.h
+    return CellState(h, None), h
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def recurrence(
+    w_h: jax.Array,
+    b_h: jax.Array,
+    state: CellState,
+    z_TBG: jax.Array,
+    reset_TB: jax.Array,
+    compute_dtype: jax.typing.DTypeLike,
+) -> tuple[CellState, jax.Array]:
+    """A window of every stream, given its projection: what `step` gives symbol by symbol, with a reverse pass by hand.
+
+    Args:
+      w_h, b_h: the master parameters `[H, 3H]`, `[3H]`; their gradients come in their own dtypes.
+      state: before the window, h `[B, H]`; its dtype is that of the gates' arithmetic and of the products' sums.
+      z_TBG: x W_x + b_x.
+      reset_TB: bool; where True, the stream's state is zero before the symbol is read.
+      compute_dtype: of the operands of products with w_h, and of the outputs; static.
+
+    Returns:
+      The state after the window, and h_TBH.
+    """
+    return _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype)[0]
+
+
+def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype):
+    dtype = state.h.dtype
+    w_HG, b_BG = w_h.astype(compute_dtype), b_h.astype(dtype)[None]
+
+    def read(h, symbol):
+        z_BG, reset_B = symbol
+        # A choice, not a product with 0: a NaN in the state of a stream that is reset must not survive.
+        h_prev = jnp.where(reset_B[:, None], 0, h)
+        q_BG = jnp.dot(h_prev.astype(compute_dtype), w_HG, preferred_element_type=dtype) + b_BG
+        z_r, z_u, z_n = jnp.split(z_BG.astype(dtype), GATES, axis=1)
+        q_r, q_u, q_n = jnp.split(q_BG, GATES, axis=1)
+        r, u = jax.nn.sigmoid(z_r + q_r), jax.nn.sigmoid(z_u + q_u)
+        n = jnp.tanh(z_n + r * q_n)
+        h = (1 - u) * n + u * h_prev
+        return h, (h, (r, u, n, q_n))
+
+    h, (h_TBH, gates) = jax.lax.scan(read, state.h, (z_TBG, reset_TB))
+    # Of z only the dtype is wanted later; an empty slice carries it, so that the window's projection need not be kept.
+    residuals = (w_h, b_h, state.h, h_TBH, gates, reset_TB, z_TBG[:0])
+    return (CellState(h, None), h_TBH.astype(compute_dtype)), residuals
+
+
+def _reverse(compute_dtype, residuals, cotangents):
+    w_h, b_h, h_first, h_TBH, gates, reset_TB, z_like = residuals
+    dfinal, dh_TBH = cotangents
+    dtype = h_first.dtype
+    w_HG = w_h.astype(compute_dtype)
+    h_prev_TBH = jnp.where(reset_TB[:, :, None], 0, jnp.concatenate([h_first[None], h_TBH[:-1]]))
+
+    def unread(dh_right, symbol):
+        dh_above, h_prev, (r, u, n, q_n), reset_B = symbol
+        dh = dh_above.astype(dtype) + dh_right
+        dz_n = dh * (1 - u) * (1 - n * n)
+        dz_u = dh * (h_prev - n) * u * (1 - u)
+        dz_r = dz_n * q_n * r * (1 - r)
+        dq_BG = jnp.concatenate([dz_r, dz_u, dz_n * r], axis=1)
+        dh_prev = dh * u + jnp.einsum("bg,hg->bh", dq_BG.astype(compute_dtype), w_HG, preferred_element_type=dtype)
+        return jnp.where(reset_B[:, None], 0, dh_prev), (dq_BG.astype(z_like.dtype), dz_n.astype(z_like.dtype))
+
+    dh_first, (dq_TBG, dz_n) = jax.lax.scan(unread, dfinal.h, (dh_TBH, h_prev_TBH, gates, reset_TB), reverse=True)
+    h_prev_TBH = h_prev_TBH.astype(compute_dtype)
+    dw_h = jnp.einsum("tbh,tbg->hg", h_prev_TBH, dq_TBG.astype(compute_dtype), preferred_element_type=dtype)
+    db_h = dq_TBG.sum((0, 1), dtype=dtype)
+    dz_TBG = jnp.concatenate([dq_TBG[:, :, : 2 * w_h.shape[0]], dz_n], axis=2)
+    return dw_h.astype(w_h.dtype), db_h.astype(b_h.dtype), CellState(dh_first, None), dz_TBG, None
+
+
+recurrence.defvjp(_forward, _reverse)

@@ -1,0 +1,116 @@
+"""The plain recurrent cell, the equations of PyTorch's nn.RNN with tanh, and its reverse pass derived by hand.
+
+Source: Elman, Finding Structure in Time, Cognitive Science 14(2), 1990; Karpathy's min-char-rnn is this cell.
+
+Forward, symbol by symbol.  h⁻ is the state before the symbol; G = H:
+
+    z = x W_x + b_x                  the window's projection, one product for all its symbols
+    a = z + h⁻ W_h + b_h
+    h = tanh(a)
+
+Reverse, from the last symbol to the first.  dv is the gradient of the loss by v.  dh is the sum of what comes from
+above (this symbol's output) and from the right (the next symbol's dh⁻); products of vectors are element by element:
+
+    da  = dh (1 - h²)
+    dh⁻ = da W_hᵀ
+
+and, once the window is done, dz = da, dW_h = Σ h⁻ᵀ da, db_h = Σ da, the sums over all symbols of all streams.  Where a
+stream is reset, h⁻ = 0, and dh⁻ goes nowhere.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from charlstm import initializers
+from charlstm.types import CellParams, CellState
+
+GATES = 1
+
+
+def init(
+    key: jax.Array, input_width: int, hidden_size: int, initializer: str, scale: float, forget_bias: float
+) -> CellParams:
+    """Parameters of one layer, float32; `initializer` and `scale` as in `charlstm.initializers`.
+
+    `forget_bias` is the LSTM's and does nothing here.
+    """
+    return initializers.layer(initializer, key, input_width, hidden_size, GATES, scale=scale)
+
+
+def initial_state(batch: int, hidden_size: int, dtype: jax.typing.DTypeLike = jnp.float32) -> CellState:
+    """The state before anything was read: zeros, `[batch, hidden_size]`."""
+    return CellState(h=jnp.zeros((batch, hidden_size), dtype), c=None)
+
+
+def step(params: CellParams, state: CellState, x_BD: jax.Array) -> tuple[CellState, jax.Array]:
+    """One symbol of every stream, straight from the equations: (the new state, h_BH)."""
+    h = jnp.tanh(x_BD @ params.w_x + params.b_x[None] + state.h @ params.w_h + params.b_h[None])
+    return CellState(h, None), h
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def recurrence(
+    w_h: jax.Array,
+    b_h: jax.Array,
+    state: CellState,
+    z_TBG: jax.Array,
+    reset_TB: jax.Array,
+    compute_dtype: jax.typing.DTypeLike,
+) -> tuple[CellState, jax.Array]:
+    """A window of every stream, given its projection: what `step` gives symbol by symbol, with a reverse pass by hand.
+
+    Args:
+      w_h, b_h: the master parameters `[H, H]`, `[H]`; their gradients come in their own dtypes.
+      state: before the window, h `[B, H]`; its dtype is that of the arithmetic and of the products' sums.
+      z_TBG: x W_x + b_x.
+      reset_TB: bool; where True, the stream's state is zero before the symbol is read.
+      compute_dtype: of the operands of products with w_h, and of the outputs; static.
+
+    Returns:
+      The state after the window, and h_TBH.
+    """
+    return _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype)[0]
+
+
+def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype):
+    dtype = state.h.dtype
+    w_HH, b_BH = w_h.astype(compute_dtype), b_h.astype(dtype)[None]
+
+    def read(h, symbol):
+        z_BH, reset_B = symbol
+        # A choice, not a product with 0: a NaN in the state of a stream that is reset must not survive.
+        h_prev = jnp.where(reset_B[:, None], 0, h)
+        a_BH = z_BH.astype(dtype) + b_BH + jnp.dot(h_prev.astype(compute_dtype), w_HH, preferred_element_type=dtype)
+        h = jnp.tanh(a_BH)
+        return h, h
+
+    h, h_TBH = jax.lax.scan(read, state.h, (z_TBG, reset_TB))
+    # Of z only the dtype is wanted later; an empty slice carries it, so that the window's projection need not be kept.
+    residuals = (w_h, b_h, state.h, h_TBH, reset_TB, z_TBG[:0])
+    return (CellState(h, None), h_TBH.astype(compute_dtype)), residuals
+
+
+def _reverse(compute_dtype, residuals, cotangents):
+    w_h, b_h, h_first, h_TBH, reset_TB, z_like = residuals
+    dfinal, dh_TBH = cotangents
+    dtype = h_first.dtype
+    w_HH = w_h.astype(compute_dtype)
+
+    def unread(dh_right, symbol):
+        dh_above, h, reset_B = symbol
+        dh = dh_above.astype(dtype) + dh_right
+        da_BH = dh * (1 - h * h)
+        dh_prev = jnp.einsum("bg,hg->bh", da_BH.astype(compute_dtype), w_HH, preferred_element_type=dtype)
+        return jnp.where(reset_B[:, None], 0, dh_prev), da_BH.astype(z_like.dtype)
+
+    dh_first, da_TBH = jax.lax.scan(unread, dfinal.h, (dh_TBH, h_TBH, reset_TB), reverse=True)
+    h_prev_TBH = jnp.where(reset_TB[:, :, None], 0, jnp.concatenate([h_first[None], h_TBH[:-1]]))
+    h_prev_TBH = h_prev_TBH.astype(compute_dtype)
+    dw_h = jnp.einsum("tbh,tbg->hg", h_prev_TBH, da_TBH.astype(compute_dtype), preferred_element_type=dtype)
+    db_h = da_TBH.sum((0, 1), dtype=dtype)
+    return dw_h.astype(w_h.dtype), db_h.astype(b_h.dtype), CellState(dh_first, None), da_TBH, None
+
+
+recurrence.defvjp(_forward, _reverse)

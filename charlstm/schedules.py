@@ -1,0 +1,88 @@
+"""The learning rate as a pure function of the step number.
+
+With r = learning_rate, f = final_fraction, d = decay_rate, N = decay_steps (num_steps where that is 0) and
+W = warmup_steps, the rate of step t (t = 0 is the first update) is
+
+    r  *  min(1, (t + 1) / W)  *  one of
+
+    constant     1
+    linear       f + (1 - f) x                   x = (N - t) / (N - W), held within 0 and 1: the part still to go
+    cosine       f + (1 - f) sin^2(pi x / 2)     sin^2(pi x / 2) = (1 + cos(pi (1 - x))) / 2,
+                                                 Loshchilov & Hutter 2017, eq. 5
+    exponential  d^max(0, epoch + 1 - decay_start_epoch)       epoch = t // steps_per_epoch
+    step         d^(t // N)
+
+So every clock is the run's own step number, as its log shows it, warm-up included: linear and cosine leave the full
+rate when warm-up ends and reach f at step N whatever the warm-up, and stay there.  exponential is char-rnn's: with
+decay_start_epoch=10 the first decay comes when 10 whole epochs have been read.
+
+Differences of steps are taken in int32, and only then divided: float32 cannot tell steps apart beyond 2^24.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from charlstm.config import OptimizerConfig
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+LAST_STEP = 2**31 - 1  # of an int32
+
+
+def make(config: OptimizerConfig, steps_per_epoch: int, num_steps: int) -> Schedule:
+    """The schedule that `config` describes.
+
+    Args:
+      config: the settings named above.
+      steps_per_epoch: updates that read the training split once; 1 or more.
+      num_steps: updates of the whole run; stands in for decay_steps=0.
+
+    Returns:
+      A pure function, jittable, from the step (int32 []) to the learning rate (float32 []).
+
+    Raises:
+      ValueError: decay_rate is not positive, under a schedule that uses it.
+    """
+    assert steps_per_epoch >= 1 and num_steps >= 1, f"{steps_per_epoch=} {num_steps=}"
+    decay = _decay(config, min(steps_per_epoch, LAST_STEP), min(config.decay_steps or num_steps, LAST_STEP))
+    warmup_steps = min(config.warmup_steps, LAST_STEP)
+
+    def learning_rate(step: jax.Array) -> jax.Array:
+        rate = jnp.float32(config.learning_rate) * decay(step)
+        if warmup_steps:
+            # minimum first: step + 1 must not wrap round at the last int32.
+            rate *= (jnp.minimum(step, warmup_steps - 1) + 1).astype(jnp.float32) / warmup_steps
+        return rate
+
+    return learning_rate
+
+
+def _decay(config: OptimizerConfig, steps_per_epoch: int, decay_steps: int) -> Schedule:
+    """The last factor of the rate: from the step to a float32 that is 1 at the full rate."""
+    final = config.final_fraction
+    span = max(1, decay_steps - config.warmup_steps)  # a run may end within its warm-up
+
+    def to_go(step: jax.Array) -> jax.Array:
+        return jnp.clip(decay_steps - step, 0, span).astype(jnp.float32) / span
+
+    def between(x: jax.Array) -> jax.Array:
+        return x + final * (1 - x)  # f + (1 - f) x, exact at both ends
+
+    def decayed(times: jax.Array) -> jax.Array:
+        return jnp.exp(times.astype(jnp.float32) * math.log(config.decay_rate))
+
+    if config.schedule == "constant":
+        return lambda step: jnp.ones((), jnp.float32)
+    if config.schedule == "linear":
+        return lambda step: between(to_go(step))
+    if config.schedule == "cosine":
+        return lambda step: between(jnp.square(jnp.sin(math.pi / 2 * to_go(step))))
+    if not config.decay_rate > 0:
+        raise ValueError(f"decay_rate={config.decay_rate} must be more than 0 for schedule={config.schedule}: use .97")
+    if config.schedule == "exponential":
+        return lambda step: decayed(jnp.maximum(0, step // steps_per_epoch + 1 - config.decay_start_epoch))
+    assert config.schedule == "step", f"schedule={config.schedule!r} is a choice of OptimizerConfig without a formula"
+    return lambda step: decayed(step // decay_steps)

@@ -1,0 +1,62 @@
+"""Where a text is cut into splits.  Positions are counted in symbols."""
+
+import math
+from fractions import Fraction
+
+from data_pipeline.settings import CorpusSettings, parse_columns
+
+Span = tuple[int, int]  # from the first number up to the second
+
+
+def cut(symbols: int, settings: CorpusSettings) -> dict[str, list[Span]]:
+    """The spans of a text of `symbols` symbols that each split consists of; a split without symbols is left out.
+
+    `contiguous`: train, valid, test, one span each.  `columns:BxT`: the text is cut down to a multiple of B * T and is B
+    columns of as many windows of T symbols; each column's first windows are train, the next ones valid, the last test
+    (the split of char-rnn's CharSplitLMMinibatchLoader.lua: its B streams are these columns).
+
+    Raises:
+      ValueError: nothing is left for the training split.
+    """
+    columns, window = (1, 1) if settings.split == "contiguous" else parse_columns(settings.split)
+    windows = symbols // (columns * window)
+    parts = _divide(windows, settings.valid_fraction, settings.test_fraction)
+    if not parts[0]:
+        raise ValueError(
+            f"the text has {symbols} symbols, too few for a training split with split={settings.split}, "
+            f"valid_fraction={settings.valid_fraction} and test_fraction={settings.test_fraction}"
+        )
+    splits, first = {}, 0
+    for name, part in zip(("train", "valid", "test"), parts, strict=True):
+        if part:
+            starts = [(column * windows + first) * window for column in range(columns)]
+            splits[name] = [(start, start + part * window) for start in starts]
+        first += part
+    return splits
+
+
+def _divide(total: int, valid: float, test: float) -> tuple[int, int, int]:
+    """`total` windows as (train, valid, test): train rounded down, then valid rounded down, test what is left.
+
+    Without a test split, what is left is valid.  The fractions are taken as the decimals they were written as: in binary
+    1 - 0.9 is less than 0.1, and a window would be lost.
+    """
+    valid_part, test_part = Fraction(repr(valid)), Fraction(repr(test))
+    train = math.floor(total * (1 - valid_part - test_part))
+    held_out = math.floor(total * valid_part) if test_part else total - train
+    return train, held_out, total - train - held_out
+
+
+def shard_spans(spans: list[Span], shard_symbols: int) -> list[list[Span]]:
+    """The spans of each shard of a split: all of `spans` in order, cut after every `shard_symbols` symbols."""
+    shards: list[list[Span]] = [[]]
+    room = shard_symbols
+    for start, stop in spans:
+        while start < stop:
+            if not room:
+                shards.append([])
+                room = shard_symbols
+            taken = min(room, stop - start)
+            shards[-1].append((start, start + taken))
+            start, room = start + taken, room - taken
+    return shards

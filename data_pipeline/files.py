@@ -1,0 +1,75 @@
+"""Files that appear whole or not at all, and locks between the processes that make them."""
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+Progress = Callable[[str, int, int], None]  # (what is being done, how much of it is done, how much there is)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write in, which is at `path` once the block has ended and on disk, and nowhere if it failed."""
+    beside = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.new")
+    try:
+        with beside.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Puts the names in `directory` on disk: without it a file that was renamed may not survive a loss of power."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(path: Path, waiting: Callable[[], None]) -> Iterator[bool]:
+    """Holds the lock file `path`, which is there no longer than it is held.
+
+    Yields True, or False where the file system knows no locks.  A killed process holds no lock.  `waiting` is called
+    once, when another process has the lock.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            held = _flock(descriptor, waiting)
+            with contextlib.suppress(FileNotFoundError):
+                # Who had the lock removed the file when it was done; what counts is the file that is there now.
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    break
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+    try:
+        yield held
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _flock(descriptor: int, waiting: Callable[[], None]) -> bool:
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        return False
+    return True

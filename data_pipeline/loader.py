@@ -1,0 +1,133 @@
+"""Windows of a stream plan read ahead of the training step.  The only file that knows grain.
+
+grain is imported by `open_windows`, not by this module, because it imports JAX.
+"""
+
+import operator
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.batch import Batch
+from data_pipeline.streams import StreamPlan, Symbols
+
+RUN_SYMBOLS = 2**14  # symbols of a stream in one reading: a few large reads cost far less than one for each window
+RUN_TOTAL = 2**24  # symbols of all rows in one reading, at most (where a single window is not more already)
+
+
+class WindowSource:
+    """Element i is window i of `rows`, a pure function of i; safe to index from several threads.
+
+    Windows are cut from runs of up to 16 Ki symbols of every stream, read in one go; the two newest runs are kept.
+    """
+
+    def __init__(self, split: Symbols, plan: StreamPlan, rows: range, separator: int | None = None) -> None:
+        self._split, self._plan, self._rows, self._separator = split, plan, rows, separator
+        symbols = min(RUN_SYMBOLS, RUN_TOTAL // len(rows))
+        self._run_windows = min(max(1, symbols // plan.window), plan.steps_per_epoch)
+        self._runs: dict[int, Batch] = {}  # by first step, oldest first
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return sys.maxsize  # epochs without end; no length could be larger
+
+    def __getitem__(self, step: int) -> Batch:
+        """The window of `step`: arrays [rows, T] of their own."""
+        window = step % self._plan.steps_per_epoch % self._run_windows
+        run = self._run(step - window)
+        start = window * self._plan.window
+        return Batch(*(np.copy(array[:, start : start + self._plan.window]) for array in run))
+
+    def _run(self, first: int) -> Batch:
+        """The run that begins with step `first`: arrays [rows, K * T], the last of an epoch shorter."""
+        with self._lock:  # held while reading, so that two threads never read the same run
+            if first not in self._runs:
+                left = self._plan.steps_per_epoch - first % self._plan.steps_per_epoch
+                run = self._plan.read(
+                    self._split,
+                    first,
+                    self._rows,
+                    windows=min(self._run_windows, left),
+                    separator=self._separator,
+                )
+                while len(self._runs) > 1:
+                    del self._runs[next(iter(self._runs))]
+                self._runs[first] = run
+            return self._runs[first]
+
+
+class Windows:
+    """An endless iterator of batches, and the context that stops its threads.
+
+    `position` is the step whose window comes next, whatever was read ahead: the training step, the one integer that
+    resuming needs.
+    """
+
+    def __init__(self, iterator: Any, position: int) -> None:
+        self._iterator = iterator
+        self.position = position
+
+    def __iter__(self) -> "Windows":
+        return self
+
+    def __next__(self) -> Batch:
+        """The window of step `position`: arrays [rows, T].
+
+        Raises:
+          ValueError: a block of the corpus is not what its checksum says, or the windows were closed.
+        """
+        try:
+            batch = next(self._iterator)
+        except BaseException:  # also Ctrl-C: grain has dropped this window, and would give the next one in its place
+            self.close()
+            raise
+        self.position += 1
+        return batch
+
+    def close(self) -> None:
+        """Stops reading ahead.  Closing twice does nothing."""
+        self._iterator.close()
+
+    def __enter__(self) -> "Windows":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_windows(
+    split: Symbols,
+    plan: StreamPlan,
+    *,
+    rows: range,
+    start_step: int = 0,
+    separator: int | None = None,
+    threads: int = 1,
+    read_ahead: int = 8,
+) -> Windows:
+    """The windows of `rows` from step `start_step` on, read ahead by background threads.
+
+    Args:
+      split: the N symbols that `plan` is of; safe to read from several threads.
+      plan: which symbols each stream reads at each step.
+      rows: the streams of this process, `plan.rows(process_index, process_count)`.
+      start_step: the first step wanted; far ones cost no more than 0.
+      separator: id of the symbol that ends a document, or None.
+      threads: background threads that read; one or two.
+      read_ahead: windows held ready, at most.
+
+    Raises:
+      ValueError: `start_step` is not a step that can be counted to.
+    """
+    import grain
+
+    start_step = operator.index(start_step)
+    source = WindowSource(split, plan, rows, separator)
+    if not 0 <= start_step < len(source):  # grain would take it modulo the length
+        raise ValueError(f"step {start_step} is not between 0 and {len(source)}: continue from another checkpoint")
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=read_ahead)
+    iterator = iter(grain.MapDataset.source(source).to_iter_dataset(options))
+    iterator.set_state({"next_index": start_step})
+    return Windows(iterator, start_step)

@@ -1,0 +1,169 @@
+"""`manifest.json`, the table of contents of a prepared corpus.  docs/data_format.md specifies it."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.files import written_whole
+from data_pipeline.vocabulary import Vocabulary, canonical_json
+
+FORMAT_VERSION = 1
+NAME = "manifest.json"
+SPLITS = ("train", "valid", "test")
+BLOCK_BYTES = 16 * 1024  # of shard data under one checksum
+SHARD_BYTES = 256 * 1024 * 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One file of ids."""
+
+    file: str  # name in the corpus directory; its checksums are in the same name with .crc for .ids
+    symbols: int
+    sha256: str  # of the whole file, in hex
+
+    @property
+    def checksums(self) -> str:
+        """The name of the checksum file."""
+        return str(Path(self.file).with_suffix(".crc"))
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitRecord:
+    """The shards of one split, in the order of the text."""
+
+    symbols: int
+    bytes: int  # of the original text
+    shards: tuple[Shard, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A file that the corpus was made from."""
+
+    name: str  # relative to the input; never an absolute path
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """All of `manifest.json`."""
+
+    vocabulary: Vocabulary
+    splits: dict[str, SplitRecord]
+    sources: tuple[Source, ...] = ()
+    key: str = ""  # digest of the sources' content and of the settings: what this corpus is the answer to
+    block_bytes: int = BLOCK_BYTES
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256, in hex, of the canonical json of what determines the ids."""
+        splits = {name: [[s.symbols, s.sha256] for s in split.shards] for name, split in self.splits.items()}
+        identity = {"format_version": FORMAT_VERSION, "vocabulary": self.vocabulary.to_json(), "splits": splits}
+        return hashlib.sha256(canonical_json(identity)).hexdigest()
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Writes `manifest.json`, which makes `directory` a prepared corpus: the shards must be on disk by now."""
+    tree = {
+        "format": "charlstm corpus",
+        "format_version": FORMAT_VERSION,
+        "vocabulary": manifest.vocabulary.to_json(),
+        "dtype": manifest.vocabulary.dtype.name,
+        "block_bytes": manifest.block_bytes,
+        "splits": {name: dataclasses.asdict(split) for name, split in manifest.splits.items()},
+        "sources": [dataclasses.asdict(source) for source in manifest.sources],
+        "key": manifest.key,
+        "fingerprint": manifest.fingerprint,
+    }
+    with written_whole(directory / NAME) as file:
+        file.write(json.dumps(tree, indent=1).encode("ascii") + b"\n")
+
+
+def is_prepared(directory: Path) -> bool:
+    """Whether `directory` claims to be a prepared corpus."""
+    return (directory / NAME).is_file()
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of the prepared corpus in `directory`.
+
+    Raises:
+      ValueError: there is none, it is of another version, or it is damaged.
+    """
+    path = directory / NAME
+    try:
+        tree = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{directory} is not a prepared corpus: it has no {NAME}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): prepare the corpus again") from None
+    try:
+        return _manifest(tree)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _manifest(tree: Any) -> Manifest:
+    if not isinstance(tree, dict) or tree.get("format") != "charlstm corpus":
+        raise ValueError("not the manifest of a prepared corpus")
+    if tree.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"format version {tree.get('format_version')}, and this program reads {FORMAT_VERSION}: prepare the corpus "
+            "again"
+        )
+    splits = _field(tree, "splits", dict)
+    manifest = Manifest(
+        vocabulary=Vocabulary.from_json(_field(tree, "vocabulary", dict)),
+        splits={name: _split(name, _field(splits, name, dict)) for name in splits},
+        sources=tuple(
+            Source(_field(s, "name", str), _field(s, "bytes", int), _digest(s, "sha256"))
+            for s in _field(tree, "sources", list)
+        ),
+        key=_field(tree, "key", str),
+        block_bytes=_field(tree, "block_bytes", int),
+    )
+    dtype, width = _field(tree, "dtype", str), manifest.vocabulary.dtype
+    if dtype != width.name:
+        raise ValueError(f"dtype {dtype}, where {manifest.vocabulary.size} symbols need {width.name}")
+    if manifest.block_bytes < 1 or manifest.block_bytes % width.itemsize:
+        raise ValueError(f"block_bytes={manifest.block_bytes} is not a positive multiple of {width.itemsize}")
+    if _field(tree, "fingerprint", str) != manifest.fingerprint:
+        raise ValueError(
+            f"the fingerprint {tree['fingerprint']!r} is not that of the contents, {manifest.fingerprint}: the file was "
+            "changed, prepare the corpus again"
+        )
+    return manifest
+
+
+def _split(name: str, tree: dict[str, Any]) -> SplitRecord:
+    if name not in SPLITS:
+        raise ValueError(f"split {name!r} is not one of {', '.join(SPLITS)}")
+    shards = []
+    for shard in _field(tree, "shards", list):
+        file = _field(shard, "file", str)
+        # A name with a slash in it could name a file outside of the corpus.
+        if not re.fullmatch(r"[A-Za-z0-9_-]+\.ids", file):
+            raise ValueError(f"{file!r} is not the name of a shard")
+        shards.append(Shard(file, _field(shard, "symbols", int), _digest(shard, "sha256")))
+    record = SplitRecord(_field(tree, "symbols", int), _field(tree, "bytes", int), tuple(shards))
+    if record.symbols != sum(shard.symbols for shard in shards) or any(shard.symbols < 1 for shard in shards):
+        raise ValueError(f"the shards of split {name} do not add up to its {record.symbols} symbols")
+    return record
+
+
+def _digest(tree: Any, name: str) -> str:
+    if not re.fullmatch("[0-9a-f]{64}", _field(tree, name, str)):
+        raise ValueError(f"{name}={tree[name]!r} is not a sha256 in hex")
+    return tree[name]
+
+
+def _field(tree: Any, name: str, kind: type) -> Any:
+    value = tree.get(name) if isinstance(tree, dict) else None
+    if type(value) is not kind:
+        raise ValueError(f"field {name!r} is missing or not a json {kind.__name__}")
+    return value

@@ -1,0 +1,237 @@
+"""Turns text into a prepared corpus:  python -m data_pipeline.prepare --input='books/*.txt' --output=data/books"""
+
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from data_pipeline.encoding import SMALL, parallel_map, plan, write_splits
+from data_pipeline.files import Progress, locked, sync_directory, written_whole
+from data_pipeline.manifest import (
+    BLOCK_BYTES,
+    FORMAT_VERSION,
+    SHARD_BYTES,
+    Manifest,
+    Source,
+    is_prepared,
+    read_manifest,
+    write_manifest,
+)
+from data_pipeline.named import NAMES, named_text
+from data_pipeline.progress import bar
+from data_pipeline.settings import CorpusSettings
+from data_pipeline.shards import open_corpus, verify_corpus
+from data_pipeline.texts import ParallelMap, Text, find_text, hash_files
+from data_pipeline.vocabulary import canonical_json
+
+
+def prepare(
+    settings: CorpusSettings,
+    output: Path | None = None,
+    progress: Progress | None = None,
+    *,
+    workers: int = 0,
+    shard_bytes: int = SHARD_BYTES,
+    block_bytes: int = BLOCK_BYTES,
+) -> Path:
+    """The prepared directory of the text that `settings` name; does nothing where it is there already.
+
+    What is written does not depend on the number of workers.  Until it is complete it lies in a hidden directory beside
+    `output`, from which a preparation that was killed is continued.
+
+    Args:
+      settings: the text, the vocabulary, the splits, the cache.
+      output: where to; None: in the cache, under a name that has a digest of the text and the settings.
+      progress: told what is being done, how much of it is done and how much there is.
+      workers: threads or processes; 0: one for each core.
+      shard_bytes, block_bytes: sizes of a shard and of what is under one checksum.
+
+    Raises:
+      ValueError: there is no such text, it cannot be prepared so, or `output` holds something else.
+    """
+    cache = Path(settings.cache_dir).expanduser()
+    workers = workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    texts = _find_texts(settings, cache, progress)
+    processes = settings.vocabulary == "characters" and sum(text.bytes for text in texts.values()) > SMALL
+    with parallel_map(workers, processes, progress) as parallel:
+        sources, key = _identify(texts, settings, [shard_bytes, block_bytes], cache / "memo", parallel("hashing"))
+        output = output or cache / "corpora" / f"{_label(texts)}-{key[:16]}"
+        if _is_done(output, key):
+            return output
+        for text in texts.values():
+            _check_outside(output, text)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        waiting = (lambda: progress(f"waiting for another preparation of {output}", 0, 0)) if progress else lambda: None
+        with locked(output.with_name(f".{output.name}.lock"), waiting) as alone:
+            if _is_done(output, key):
+                return output
+            partial = _partial_directory(output, key, alone)
+            vocabulary, plans = plan(texts, settings, shard_bytes, parallel)
+            splits = write_splits(partial, vocabulary, plans, block_bytes, parallel("writing"))
+            for text in texts.values():
+                text.check_unchanged()
+            _publish(partial, output, Manifest(vocabulary, splits, sources, key, block_bytes))
+    return output
+
+
+def _find_texts(settings: CorpusSettings, cache: Path, progress: Progress | None) -> dict[str, Text]:
+    """Split -> its text, for explicit ones; "" -> the text to be cut, otherwise."""
+    if settings.train:
+        if settings.split != "contiguous":
+            raise ValueError(f"split={settings.split} cuts one text: it cannot be used with explicit --train files")
+        specs = {"train": settings.train, "valid": settings.valid, "test": settings.test}
+        return {split: find_text(spec) for split, spec in specs.items() if spec}
+    if settings.corpus in NAMES:
+        return {"": named_text(settings.corpus, cache, progress)}
+    near = difflib.get_close_matches(settings.corpus, NAMES, 1)
+    try:
+        return {"": find_text(settings.corpus)}
+    except ValueError as error:
+        raise ValueError(f"{error}" + (f" (or did you mean the corpus named {near[0]}?)" if near else "")) from None
+
+
+def _identify(
+    texts: dict[str, Text], settings: CorpusSettings, sizes: list[int], memo: Path, parallel: ParallelMap
+) -> tuple[tuple[Source, ...], str]:
+    """The sources, and a digest of all that the files to be written depend on."""
+    files = [file for text in texts.values() for file in text.files]
+    digests = hash_files(files, memo, parallel)
+    sources = tuple(Source(file.name, file.bytes, digest) for file, digest in zip(files, digests, strict=True))
+    rest = iter(digests)
+    content = {split: [text.ending.hex(), [next(rest) for _ in text.files]] for split, text in texts.items()}
+    how: list[object] = [settings.vocabulary]
+    if settings.vocabulary == "characters":
+        how.append(settings.min_count)
+    if "" in texts:
+        how += [settings.split, settings.valid_fraction, settings.test_fraction]
+    return sources, hashlib.sha256(canonical_json([FORMAT_VERSION, content, how, sizes])).hexdigest()
+
+
+def _label(texts: dict[str, Text]) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]", "", next(iter(texts.values())).name)[:32] or "text"
+
+
+def _is_done(output: Path, key: str) -> bool:
+    """Whether `output` is the corpus of that key.  Raises ValueError where it is something else."""
+    if is_prepared(output):
+        found = read_manifest(output).key
+        if found != key:
+            raise ValueError(
+                f"{output} is a corpus of another text or other settings (key {found[:16]} instead of {key[:16]}): "
+                "delete it or name another output"
+            )
+        open_corpus(output)
+        return True
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and is not a prepared corpus: delete it or name another output")
+    return False
+
+
+def _check_outside(output: Path, text: Text) -> None:
+    """A corpus below the directory it is made from would be text for the next one."""
+    for file in text.files[:1]:
+        base = file.path.resolve().parents[len(Path(file.name).parts) - 1]
+        if base in output.resolve().parents and len(text.files) > 1:
+            raise ValueError(f"{output} lies inside of the input {base}: name an output outside of it")
+
+
+def _partial_directory(output: Path, key: str, alone: bool) -> Path:
+    """The directory to write in, empty or with whole shards of the same preparation.
+
+    Who is not sure to be `alone` (the file system has no locks) takes a directory of his own.
+    """
+    partial = output.with_name(f".{output.name}.partial" if alone else f".{output.name}.{os.getpid()}.partial")
+    owner = partial / "key"
+    if not (owner.is_file() and owner.read_text() == key):
+        if partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir()
+        with written_whole(owner) as out:
+            out.write(key.encode())
+    return partial
+
+
+def _publish(partial: Path, output: Path, manifest: Manifest) -> None:
+    """Makes the complete corpus appear at `output`, by renaming its directory."""
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    kept = {shard.file for shard in shards} | {shard.checksums for shard in shards}
+    for path in partial.iterdir():
+        if path.name not in kept:
+            path.unlink()
+    write_manifest(partial, manifest)
+    try:
+        os.replace(partial, output)
+    except OSError:
+        if not _is_done(output, manifest.key):
+            raise
+        shutil.rmtree(partial)
+    sync_directory(output.parent)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and names the option that was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        options = [option for action in self._actions for option in action.option_strings]
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        if unknown:
+            near = difflib.get_close_matches(unknown[1].split("=")[0], options, 1, 0.4)
+            hint = f": did you mean {near[0]}?" if near else ""
+            hint = hint if unknown[1].startswith("-") else ": a glob must be quoted"
+            message = f"unknown argument {unknown[1]}{hint}"
+        self.exit(2, f"prepare: {message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m data_pipeline.prepare", description="Turn text into a corpus.", allow_abbrev=False)
+    parser.add_argument("--output", type=Path, required=True, help="The directory to make; its parents are made too.")
+    parser.add_argument("--workers", type=int, default=0, help="Threads or processes; 0: one for each core.")
+    parser.add_argument("--verify", action="store_true", help="Read the prepared corpus again and compare its sha256.")
+    for field in dataclasses.fields(CorpusSettings):
+        name = "input" if field.name == "corpus" else field.name
+        text = f"{field.metadata['help']} (default: {field.default!r})".replace("%", "%%")
+        kind: Callable[[str], object] = type(field.default)
+        parser.add_argument(
+            f"--{name}",
+            dest=field.name,
+            type=kind,
+            default=None if name == "input" else field.default,
+            choices=field.metadata["choices"] or None,
+            help=text,
+        )
+    return parser
+
+
+def main(arguments: list[str]) -> None:
+    """Prepares, and/or verifies.  Exit status 2, with one line on stderr, where that cannot be done."""
+    parser = _parser()
+    options = vars(parser.parse_args(arguments))
+    output, workers, verify = (options.pop(name) for name in ("output", "workers", "verify"))
+    progress = bar()
+    try:
+        if options["corpus"] or options["train"]:
+            settings = CorpusSettings(**(options | {"corpus": options["corpus"] or ""}))
+            there = is_prepared(output)
+            prepare(settings, output, progress, workers=workers)
+            print("already prepared" if there else "prepared", end=" ", file=sys.stderr)
+        elif not verify:
+            parser.error("--input, or --train, must name a text")
+        if verify:
+            verify_corpus(output, progress)
+            print("verified", end=" ", file=sys.stderr)
+        corpus = open_corpus(output)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    sizes = ", ".join(f"{name} {len(split)}" for name, split in corpus.splits.items())
+    print(f"{output}: {corpus.vocabulary.size} symbols in the vocabulary, {sizes}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,30 @@
+"""A progress bar in one line."""
+
+import sys
+import time
+from typing import TextIO
+
+from data_pipeline.files import Progress
+
+WIDTH = 30
+
+
+def bar(stream: TextIO = sys.stderr) -> Progress:
+    """A function that shows how far something is, on `stream`: a bar on a terminal, otherwise nothing.
+
+    Its arguments are what is being done, how much of it is done and how much there is (0: nobody knows).
+    """
+    shown = ("", 0.0)  # what, and when
+
+    def show(doing: str, done: int, total: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if doing == shown[0] and done < total and now - shown[1] < 0.1:
+            return
+        shown = (doing, now)
+        filled = WIDTH * done // total if total else 0
+        share = f" {100 * done // total:3d}% [{'=' * filled}{' ' * (WIDTH - filled)}]" if total else " ..."
+        stream.write(f"\r{doing}{share}\033[K" + ("\n" if total and done >= total else ""))
+        stream.flush()
+
+    return show if stream.isatty() else lambda doing, done, total: None

@@ -1,0 +1,229 @@
+"""A prepared corpus on disk: opened in O(shards), read through memory maps, every block checked when it is read."""
+
+import collections
+import dataclasses
+import hashlib
+import mmap
+import threading
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from data_pipeline.files import Progress, written_whole
+from data_pipeline.manifest import NAME, Shard, Source, SplitRecord, read_manifest
+from data_pipeline.vocabulary import Vocabulary
+
+OPEN_SHARDS = 128  # maps kept open by a split; each takes two file descriptors, of which a process has often 1024
+Value = TypeVar("Value")
+
+
+class Recent(Generic[Value]):
+    """The values used last, at most `capacity` of them.  Safe to use from several threads."""
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self._values: collections.OrderedDict[object, Value] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: object) -> Value | None:
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+            return self._values.get(key)
+
+    def put(self, key: object, value: Value) -> None:
+        with self._lock:
+            self._values[key] = value
+            while len(self._values) > self.capacity:
+                self._values.popitem(last=False)
+
+
+class MappedFile:
+    """A file of known size, memory-mapped for reading."""
+
+    def __init__(self, path: Path, size: int):
+        self._path, self._size = path, size
+        _check_size(path, size)
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+
+    def read(self, start: int, stop: int) -> bytes:
+        """A copy of bytes `start` to `stop`.
+
+        Raises:
+          ValueError: the file is no longer as long as it was.  (To touch the missing part of a map kills a process, so
+            the size is asked for each time.)
+        """
+        if self._map.size() != self._size:
+            raise ValueError(
+                f"{self._path} has {self._map.size()} bytes instead of {self._size}: it was changed in use"
+            )
+        data = self._map[start:stop]
+        # The pages stay in the system's cache, but no longer count as this process's memory.
+        self._map.madvise(mmap.MADV_DONTNEED)
+        return data
+
+
+class Split:
+    """One split of a corpus: a sequence of symbol ids.  May be read from several threads, and be pickled."""
+
+    def __init__(self, directory: Path, record: SplitRecord, dtype: np.dtype, block_bytes: int, keep_blocks: int = 64):
+        self._directory, self._record, self._block_bytes = directory, record, block_bytes
+        self.dtype = dtype
+        self.bytes = record.bytes  # of the original text
+        self._starts = np.cumsum([0, *(shard.symbols for shard in record.shards)])
+        self._maps: Recent[tuple[MappedFile, MappedFile]] = Recent(OPEN_SHARDS)
+        self._blocks: Recent[np.ndarray] = Recent(keep_blocks)
+
+    def __len__(self) -> int:
+        """Symbols in the split."""
+        return self._record.symbols
+
+    def __reduce__(self) -> tuple:
+        return Split, (self._directory, self._record, self.dtype, self._block_bytes, self._blocks.capacity)
+
+    def keep_blocks(self, count: int) -> None:
+        """Keeps the `count` blocks used last in memory: one for each place that is read at by turns, or a little more."""
+        assert count >= 1
+        self._blocks.capacity = count
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The ids `[stop - start]` of symbols `start` to `stop`, of `self.dtype`; the array is the caller's own.
+
+        Raises:
+          ValueError: what is on disk is not what was written; the message has the file and the byte offset.
+        """
+        assert 0 <= start <= stop <= len(self), f"symbols {start} to {stop} of {len(self)}"
+        ids = np.empty(stop - start, self.dtype)
+        block_symbols = self._block_bytes // self.dtype.itemsize
+        position = start
+        while position < stop:
+            number = int(np.searchsorted(self._starts, position, side="right")) - 1
+            index, offset = divmod(position - int(self._starts[number]), block_symbols)
+            piece = self._block(number, index)[offset : offset + stop - position]
+            ids[position - start : position - start + len(piece)] = piece
+            position += len(piece)
+        return ids
+
+    def _block(self, number: int, index: int) -> np.ndarray:
+        """The ids of block `index` of shard `number`, compared with their checksum unless that was done lately."""
+        block = self._blocks.get((number, index))
+        if block is None:
+            shard = self._record.shards[number]
+            data, checksums = self._map(number)
+            start = index * self._block_bytes
+            content = data.read(start, min(start + self._block_bytes, shard.symbols * self.dtype.itemsize))
+            expected = int.from_bytes(checksums.read(4 * index, 4 * index + 4), "little")
+            if zlib.crc32(content) != expected:
+                raise ValueError(
+                    f"{self._directory / shard.file} is damaged: the block at byte {start} does not match its checksum; "
+                    "prepare the corpus again"
+                )
+            block = np.frombuffer(content, self.dtype)
+            self._blocks.put((number, index), block)
+        return block
+
+    def _map(self, number: int) -> tuple[MappedFile, MappedFile]:
+        maps = self._maps.get(number)
+        if maps is None:
+            shard = self._record.shards[number]
+            sizes = shard_sizes(shard, self.dtype.itemsize, self._block_bytes)
+            maps = tuple(MappedFile(self._directory / name, size) for name, size in sizes.items())
+            self._maps.put(number, maps)
+        return maps
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """A prepared corpus.  Nothing of it is in memory but its manifest and the blocks read last."""
+
+    directory: Path
+    vocabulary: Vocabulary
+    splits: dict[str, Split]  # train, valid, test: those that have any symbols
+    fingerprint: str  # in hex; equal for equal ids
+    sources: tuple[Source, ...]
+
+
+def open_corpus(directory: Path | str) -> Corpus:
+    """The prepared corpus in `directory`.  Looks at the names and sizes of its files only.
+
+    Raises:
+      ValueError: it is not a prepared corpus, or a file of it is missing or has another size.
+    """
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    dtype = manifest.vocabulary.dtype
+    for record in manifest.splits.values():
+        for shard in record.shards:
+            for name, size in shard_sizes(shard, dtype.itemsize, manifest.block_bytes).items():
+                _check_size(directory / name, size)
+    splits = {name: Split(directory, split, dtype, manifest.block_bytes) for name, split in manifest.splits.items()}
+    return Corpus(directory, manifest.vocabulary, splits, manifest.fingerprint, manifest.sources)
+
+
+def verify_corpus(directory: Path, progress: Progress | None = None) -> None:
+    """Reads all of the prepared corpus in `directory`.  Raises ValueError, naming the shard, where it is damaged."""
+    corpus, manifest, done = open_corpus(directory), read_manifest(directory), 0
+    total = sum(len(split) for split in corpus.splits.values())
+    step = max(1, (1 << 20) // corpus.vocabulary.dtype.itemsize)
+    for name, split in corpus.splits.items():
+        start = 0
+        for shard in manifest.splits[name].shards:
+            digest, stop = hashlib.sha256(), start + shard.symbols
+            for position in range(start, stop, step):
+                digest.update(split.read(position, min(position + step, stop)))
+            if digest.hexdigest() != shard.sha256:
+                raise ValueError(
+                    f"{directory / shard.file} has sha256 {digest.hexdigest()} instead of the {shard.sha256} of {NAME}: "
+                    "prepare the corpus again"
+                )
+            start, done = stop, done + shard.symbols
+            if progress:
+                progress("verifying", done, total)
+
+
+def write_shard(directory: Path, file: str, pieces: Iterable[np.ndarray], block_bytes: int) -> Shard:
+    """Writes a shard and its checksums; `pieces` are its ids `[any]`, of the vocabulary's dtype, in order.
+
+    Each of the two files appears whole or not at all.
+    """
+    digest, checksums, pending, symbols = hashlib.sha256(), bytearray(), b"", 0
+    with written_whole(directory / file) as out:
+        for ids in pieces:
+            symbols += len(ids)
+            data = memoryview(np.ascontiguousarray(ids)).cast("B")
+            digest.update(data)
+            out.write(data)
+            content = memoryview(pending + bytes(data))
+            whole = len(content) - len(content) % block_bytes
+            for start in range(0, whole, block_bytes):
+                checksums += _checksum(content[start : start + block_bytes])
+            pending = bytes(content[whole:])
+    if pending:
+        checksums += _checksum(pending)
+    shard = Shard(file, symbols, digest.hexdigest())
+    with written_whole(directory / shard.checksums) as out:
+        out.write(checksums)
+    return shard
+
+
+def shard_sizes(shard: Shard, itemsize: int, block_bytes: int) -> dict[str, int]:
+    """The names of a shard's two files, data and checksums -> the bytes they must have."""
+    size = shard.symbols * itemsize
+    return {shard.file: size, shard.checksums: 4 * -(-size // block_bytes)}
+
+
+def _checksum(block: bytes | memoryview) -> bytes:
+    return zlib.crc32(block).to_bytes(4, "little")
+
+
+def _check_size(path: Path, size: int) -> None:
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: prepare the corpus again") from None
+    if found != size:
+        raise ValueError(f"{path} has {found} bytes instead of {size}: prepare the corpus again")

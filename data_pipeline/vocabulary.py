@@ -1,0 +1,178 @@
+"""Symbols and their ids: text to arrays of ids, and back."""
+
+import codecs
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # what id 0 of a character vocabulary, and invalid UTF-8, are shown as
+
+
+def canonical_json(tree: Any) -> bytes:
+    """The one way of writing `tree` that digests are taken of: ASCII, keys sorted, no spaces."""
+    return json.dumps(tree, sort_keys=True, separators=(",", ":")).encode("ascii")
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """Which symbols there are.
+
+    kind `bytes`: 256 symbols, a byte's id is its value, and text is UTF-8.  kind `characters`: id 0 is the unknown
+    character and id k is the k-th of `characters`, which are Unicode code points in ascending order.
+    """
+
+    kind: str
+    characters: str = ""  # kind `characters` only: sorted, each once
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("bytes", "characters"):
+            raise ValueError(f"vocabulary kind={self.kind!r} is neither bytes nor characters")
+        if (self.kind == "characters") != bool(self.characters):
+            raise ValueError(f"a vocabulary of {self.kind} with {len(self.characters)} characters of its own")
+        codes = _code_points(self.characters)
+        if np.any(codes[1:] <= codes[:-1]):
+            raise ValueError("the characters of a vocabulary must be in ascending order, each once")
+
+    @property
+    def size(self) -> int:
+        """V, the number of ids."""
+        return 256 if self.kind == "bytes" else 1 + len(self.characters)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The smallest of uint8, uint16 and uint32 that holds every id, little-endian."""
+        return np.dtype("<u1" if self.size <= 1 << 8 else "<u2" if self.size <= 1 << 16 else "<u4")
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """sha256, in hex, of the canonical json."""
+        return hashlib.sha256(canonical_json(self.to_json())).hexdigest()
+
+    def encode(self, text: str, unknown: str = "refuse") -> np.ndarray:
+        """The ids `[symbols]` of `text`, of `self.dtype`.
+
+        Args:
+          text: any string.  Bytes that the operating system handed over as lone surrogates (`surrogateescape`) are
+            those bytes again in a vocabulary of bytes.
+          unknown: `refuse`, or `map` to turn what is not in the vocabulary into id 0 (characters only).
+
+        Raises:
+          ValueError: a symbol is not in the vocabulary; the message has the symbol and its position.
+        """
+        if unknown not in ("refuse", "map"):
+            raise ValueError(f"unknown={unknown!r} is neither refuse nor map")
+        if self.kind == "bytes":
+            try:
+                return np.frombuffer(text.encode("utf-8", "surrogateescape"), self.dtype)
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"symbol {_named(text[error.start])} at position {error.start} has no UTF-8: leave it out"
+                ) from None
+        ids = self._ids_by_code_point.take(_code_points(text), mode="clip")
+        if unknown == "refuse" and not ids.all():
+            position = int(np.argmin(ids != 0))
+            raise ValueError(
+                f"symbol {_named(text[position])} at position {position} is not in the vocabulary: leave it out, or "
+                "turn such symbols into the unknown one with unknown='map'"
+            )
+        return ids
+
+    def decode(self, ids: np.ndarray) -> str:
+        """The text of `ids` `[symbols]`.  Invalid UTF-8 and unknown characters become U+FFFD."""
+        if self.kind == "bytes":
+            return self.decode_bytes(ids).decode("utf-8", "replace")
+        codes = self._code_points_by_id[np.asarray(ids)]
+        return codes.tobytes().decode("utf-32-le", "replace")
+
+    def decode_bytes(self, ids: np.ndarray) -> bytes:
+        """The text of `ids` `[symbols]` as bytes: exactly those that were encoded, or UTF-8 of the characters."""
+        if self.kind == "bytes":
+            ids = np.asarray(ids)
+            assert ids.size == 0 or 0 <= ids.min() <= ids.max() < 256, "an id outside the vocabulary"
+            return ids.astype(np.uint8).tobytes()
+        return self.decode(ids).encode("utf-8")
+
+    def symbol_id(self, symbol: str) -> int:
+        """The id of `symbol`.  Raises ValueError where it is not exactly one symbol of the vocabulary."""
+        ids = self.encode(symbol)
+        if len(ids) != 1:
+            raise ValueError(f"{symbol!r} is {len(ids)} symbols in a vocabulary of {self.kind}: give exactly one")
+        return int(ids[0])
+
+    def decoder(self) -> "Decoder":
+        """A decoder for ids that arrive a few at a time."""
+        return Decoder(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """The json object of the manifest; `from_json` reads it."""
+        return {"kind": self.kind} | ({"characters": self.characters} if self.kind == "characters" else {})
+
+    @classmethod
+    def from_json(cls, tree: Any) -> "Vocabulary":
+        """The vocabulary that `to_json` wrote.  Raises ValueError where `tree` is not one."""
+        if not isinstance(tree, dict) or not all(isinstance(value, str) for value in tree.values()):
+            raise ValueError("the vocabulary is not a json object of strings")
+        if tree.keys() != ({"kind", "characters"} if tree.get("kind") == "characters" else {"kind"}):
+            raise ValueError(f"the vocabulary has the fields {', '.join(sorted(tree)) or 'none'}")
+        return cls(**tree)
+
+    @classmethod
+    def from_counts(cls, counts: Mapping[int, int], min_count: int) -> "Vocabulary":
+        """The vocabulary of the characters counted at least `min_count` times.
+
+        Args:
+          counts: code point -> how often it stands in the training split.
+          min_count: at least 1.
+
+        Raises:
+          ValueError: no character is that frequent.
+        """
+        kept = sorted(code for code, count in counts.items() if count >= min_count)
+        if not kept:
+            raise ValueError(
+                f"min_count={min_count} leaves no character: the most frequent one occurs {max(counts.values())} times"
+            )
+        return cls("characters", "".join(map(chr, kept)))
+
+    @functools.cached_property
+    def _code_points_by_id(self) -> np.ndarray:
+        """uint32 `[V]`."""
+        return _code_points(UNKNOWN + self.characters)
+
+    @functools.cached_property
+    def _ids_by_code_point(self) -> np.ndarray:
+        """`[largest code point + 2]`; the last entry is 0, for every code point beyond (by `take(mode="clip")`)."""
+        codes = self._code_points_by_id[1:]
+        table = np.zeros(int(codes.max()) + 2, self.dtype)
+        table[codes] = np.arange(1, self.size)
+        return table
+
+
+class Decoder:
+    """Turns ids into text as they arrive; of a UTF-8 sequence that is not whole yet, nothing is shown."""
+
+    def __init__(self, vocabulary: Vocabulary):
+        self._vocabulary = vocabulary
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, ids: np.ndarray) -> str:
+        """The text that `ids` `[symbols]` completes."""
+        return self._utf8.decode(self._vocabulary.decode_bytes(ids))
+
+    def flush(self) -> str:
+        """What was still held back: U+FFFD for an unfinished sequence, or nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+def _code_points(text: str) -> np.ndarray:
+    """uint32 `[len(text)]`."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+def _named(symbol: str) -> str:
+    return f"{symbol!r} (U+{ord(symbol):04X})"

@@ -1,0 +1,157 @@
+"""The learning rate over time, against numbers worked by hand, char-rnn's rule run as a loop, and optax."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from charlstm import schedules
+from charlstm.config import OptimizerConfig
+
+SCHEDULES = ("constant", "linear", "cosine", "exponential", "step")
+TURN = 2**24  # float32 cannot tell TURN and TURN + 1 apart
+
+
+def rates(steps, steps_per_epoch: int = 10, num_steps: int = 100, **settings) -> np.ndarray:
+    """The learning rate at each of `steps`, as the compiled schedule gives it."""
+    schedule = schedules.make(OptimizerConfig(**settings), steps_per_epoch, num_steps)
+    values = jax.jit(jax.vmap(schedule))(jnp.asarray(steps, jnp.int32))
+    assert values.dtype == jnp.float32
+    return np.asarray(values)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_rate_is_a_float32_scalar_and_full_at_the_start(name):
+    schedule = schedules.make(OptimizerConfig(schedule=name, learning_rate=0.002), 7, 100)
+    for call in (schedule, jax.jit(schedule)):
+        rate = call(jnp.int32(0))
+        assert rate.shape == () and rate.dtype == jnp.float32
+        assert rate == np.float32(0.002)
+
+
+def test_the_constant_rate_stays():
+    np.testing.assert_array_equal(rates([0, 1, 99, 10**9], learning_rate=0.3), np.float32(0.3))
+
+
+def test_linear_falls_by_equal_parts_to_its_final_fraction():
+    values = rates(
+        [0, 1, 5, 9, 10, 11, 10**9], schedule="linear", learning_rate=2.0, decay_steps=10, final_fraction=0.2
+    )
+    np.testing.assert_allclose(values, [2.0, 1.84, 1.2, 0.56, 0.4, 0.4, 0.4], rtol=1e-6)
+
+
+def test_cosine_falls_along_half_a_wave_to_its_final_fraction():
+    values = rates([0, 2, 4, 6, 8, 12, 13], schedule="cosine", learning_rate=2.0, decay_steps=12, final_fraction=0.5)
+    half_wave = np.array([1, (1 + 0.75**0.5) / 2, 0.75, 0.5, 0.25, 0, 0])
+    np.testing.assert_allclose(values, 2 * (0.5 + 0.5 * half_wave), rtol=1e-6)
+
+
+def test_step_decays_at_each_whole_period():
+    values = rates([0, 9, 10, 19, 20, 30], schedule="step", learning_rate=8.0, decay_steps=10, decay_rate=0.5)
+    np.testing.assert_allclose(values, [8, 8, 4, 4, 2, 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 10])
+def test_exponential_is_the_rule_of_char_rnn(start):
+    steps_per_epoch, rate, expected = 7, 2e-3, []
+    for i in range(1, 25 * steps_per_epoch + 1):  # char-rnn counts iterations from 1 and decays after one
+        if i == 1 and start == 0:
+            rate *= 0.97  # an epoch 0 that decays is before its first iteration: our rule goes on where its stops
+        expected.append(rate)
+        if i % steps_per_epoch == 0 and i // steps_per_epoch >= start:
+            rate *= 0.97
+    values = rates(range(len(expected)), steps_per_epoch, schedule="exponential", decay_start_epoch=start)
+    np.testing.assert_allclose(values, expected, rtol=1e-6)
+
+
+def test_exponential_with_ten_epochs_decays_first_when_ten_epochs_are_read():
+    values = rates([99, 100, 109, 110], 10, schedule="exponential", learning_rate=1.0, decay_rate=0.5)
+    np.testing.assert_allclose(values, [1, 0.5, 0.5, 0.25], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_warm_up_rises_by_equal_parts_and_full_is_its_last_step(name):
+    values = rates(range(6), 100, schedule=name, learning_rate=1.0, warmup_steps=4)
+    np.testing.assert_allclose(values[:5], [0.25, 0.5, 0.75, 1, 1], rtol=1e-6)
+    assert values[5] <= 1
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_decay_begins_where_warm_up_ends_and_ends_at_decay_steps_all_the_same(name):
+    settings = dict(schedule=name, learning_rate=1.0, final_fraction=0.1)
+    warmed = rates(range(20, 130), decay_steps=120, warmup_steps=20, **settings)
+    np.testing.assert_array_equal(warmed, rates(range(110), decay_steps=100, **settings))
+    assert warmed[0] == 1 and warmed[99] > 0.1 and warmed[100] == np.float32(0.1)
+
+
+@pytest.mark.parametrize("name", ["exponential", "step"])
+def test_epochs_and_periods_are_counted_from_the_first_step_of_the_run(name):
+    settings = dict(schedule=name, decay_steps=10, decay_start_epoch=2)
+    np.testing.assert_array_equal(rates(range(15, 90), warmup_steps=15, **settings), rates(range(15, 90), **settings))
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "step"])
+def test_decay_steps_of_zero_means_the_whole_run(name):
+    np.testing.assert_array_equal(
+        rates(range(200), num_steps=60, schedule=name), rates(range(200), num_steps=999, schedule=name, decay_steps=60)
+    )
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_run_shorter_than_its_warm_up_rises_all_the_way(name):
+    values = rates(range(30), 100, num_steps=30, schedule=name, learning_rate=1.0, warmup_steps=300)
+    np.testing.assert_allclose(values, np.arange(1, 31) / 300 * (values[-1] / 0.1), rtol=1e-6)
+    assert values[-1] == np.float32(0.1)
+
+
+@pytest.mark.parametrize("final", [0.0, 0.1])
+def test_linear_and_cosine_and_step_equal_optax(final):
+    steps, r = np.arange(500), 3e-3
+    shared = dict(learning_rate=r, decay_steps=400, final_fraction=final)
+    with jax.numpy_dtype_promotion("standard"):  # optax is not written for the strict one
+        linear, cosine, stairs, warmed = (
+            np.array([schedule(s) for s in steps])
+            for schedule in (
+                optax.linear_schedule(r, r * final, 400),
+                optax.cosine_decay_schedule(r, 400, alpha=final),
+                optax.exponential_decay(r, 60, 0.8, staircase=True),
+                optax.warmup_cosine_decay_schedule(0.0, r, 50, 400, end_value=r * final),
+            )
+        )
+    # optax's rounding, near the end, is of the full rate
+    np.testing.assert_allclose(rates(steps, schedule="linear", **shared), linear, rtol=1e-6, atol=2e-7 * r)
+    np.testing.assert_allclose(rates(steps, schedule="cosine", **shared), cosine, rtol=1e-6, atol=2e-7 * r)
+    ours = rates(steps, schedule="step", learning_rate=r, decay_steps=60, decay_rate=0.8)
+    np.testing.assert_allclose(ours, stairs, rtol=1e-6)
+    ours = rates(steps[50:], schedule="cosine", warmup_steps=50, **shared)
+    np.testing.assert_allclose(ours, warmed[50:], rtol=1e-6, atol=2e-7 * r)
+
+
+def test_a_decay_falls_on_its_very_step_where_float32_has_no_odd_numbers():
+    values = rates([TURN, TURN + 1], schedule="step", learning_rate=1.0, decay_steps=TURN + 1, decay_rate=0.5)
+    np.testing.assert_allclose(values, [1, 0.5], rtol=1e-6)
+    values = rates([TURN, TURN + 1], TURN + 1, schedule="exponential", learning_rate=1.0, decay_start_epoch=1)
+    np.testing.assert_allclose(values, [1, 0.97], rtol=1e-6)
+
+
+def test_the_last_steps_of_a_long_decay_keep_their_digits():
+    N = 3 * 10**7 + 1
+    values = rates([N - 3, N - 2, N - 1, N], schedule="linear", learning_rate=1.0, decay_steps=N)
+    np.testing.assert_allclose(values, np.array([3, 2, 1, 0]) / N, rtol=1e-6)
+    values = rates([N - 3, N - 2, N - 1, N], schedule="cosine", learning_rate=1.0, decay_steps=N)
+    np.testing.assert_allclose(values, np.sin(np.pi / 2 * np.array([3, 2, 1, 0]) / N) ** 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_last_step_that_an_int32_holds_has_a_rate(name):
+    settings = dict(schedule=name, learning_rate=1.0, final_fraction=0.5, decay_rate=0.999, warmup_steps=3)
+    (last,) = rates([2**31 - 1], steps_per_epoch=2**40, **settings, decay_steps=2**31 - 1)
+    assert 0.5 <= last <= 1
+
+
+@pytest.mark.parametrize("name", ["exponential", "step"])
+@pytest.mark.parametrize("rate", [0.0, -0.5])
+def test_a_decay_rate_that_is_not_positive_is_refused(name, rate):
+    with pytest.raises(ValueError, match=rf"decay_rate={rate} must be more than 0 for schedule={name}"):
+        schedules.make(OptimizerConfig(schedule=name, decay_rate=rate), 10, 100)
