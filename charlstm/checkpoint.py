@@ -1,25 +1,24 @@
 """Checkpoints that cannot lie: what `restore` returns is, bit for bit, what `save` was given, or it is refused.
 
-    checkpoints/<step>/checkpoint.json       the seal: identity, metric, digest of every array, size and sha256 of every file
-                       params/<leaf>/...     the arrays as Orbax writes them, each leaf a Zarr array of raw bytes
-                       opt_state/  recurrent_state/
-                <step>.saving...             not finished; gone when the directory is opened again
-                <step>.corrupt-*             failed verification; kept for inspection, never read
-                <step>.abandoned-*           later than the step that the run went back to
+    checkpoints/<step>/checkpoint.json     the seal: identity, metric, digest of each array, sha256 of each file
+                       params/...          the arrays as Orbax writes them
+                       opt_state/...  recurrent_state/...
+                <step>.saving...           not finished; finished or deleted when a writer opens the directory again
+                <step>.corrupt-*           failed verification; kept, never read
+                <step>.abandoned-*         later than the step that the run went back to; kept, never read
 
-Orbax writes the arrays in the background.  All the rest is done here, because a directory of Orbax's own lists a step by its
-name alone, reports a save that failed as one that succeeded, and restores a flipped bit in silence.  A step gets its name by a
-rename after its seal, so a process may be killed at any moment.
+Orbax copies the arrays and writes them in the background.  Which steps there are is decided here: Orbax's own manager
+lists a step by its name alone, reports a save that failed as one that succeeded, skips saves after a return to an older
+step, and restores a flipped bit in silence.  A step gets its name by one rename after its seal, so a process may be
+killed anywhere.
 """
 
 import contextlib
+import json
 import logging
 import math
 import os
-import re
-import shutil
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,12 +29,10 @@ import orbax.checkpoint as ocp
 
 from charlstm import file_manifest, mesh
 from charlstm.digest import digests, named_leaves
-from charlstm.file_manifest import Damaged
+from charlstm.file_manifest import Damaged, StepDirectory
 from charlstm.types import ModelParams, TrainState
 
 FORMAT = 1
-_STEP = re.compile(r"0|[1-9][0-9]*")
-_LEFTOVER = re.compile(r"(0|[1-9][0-9]*)\.(saving|removed).*")
 # How a disk that is full, slow or gone shows: TensorStore raises ValueError, the runtime RuntimeError.
 _SAVE_ERRORS = (OSError, ValueError, RuntimeError)
 
@@ -43,8 +40,8 @@ _SAVE_ERRORS = (OSError, ValueError, RuntimeError)
 class Checkpoints:
     """The checkpoints of one run, in one directory.
 
-    One writer at a time; readers (`writable=False`) change nothing and may come and go.  In a run of several processes each of
-    them makes the same calls; the first process does what is done once.  Close it, or use it in a `with`.
+    One writer at a time; readers (`writable=False`) change nothing and may come and go.  In a run of several processes
+    each of them makes the same calls, and the first does what is done once.  Close it, or use it in a `with`.
 
     Attributes:
       failed_saves: saves that failed since the last one that succeeded.
@@ -52,7 +49,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, *, keep: int = 3, writable: bool = True, log: Callable[[str], None]) -> None:
-        """Opens `directory`; a writer makes it and removes what a killed process left unfinished.
+        """Opens `directory`; a writer makes it and clears up what a killed process left unfinished.
 
         Args:
           keep: the newest checkpoints to keep (1 or more); the best on validation is kept besides.
@@ -62,17 +59,17 @@ class Checkpoints:
           ValueError: the directory cannot be written.
         """
         assert keep >= 1, keep
-        self.directory = directory.absolute()
         self.failed_saves = 0
         self.last_failure: str | None = None
+        self._files = StepDirectory(directory.absolute())
         self._keep, self._writable, self._log = keep, writable, log
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         logging.getLogger("absl").addFilter(_not_from_orbax)  # failures are told by `log`, in one line
-        if writable:
+        if writable and mesh.is_first_process():
             try:
-                self.directory.mkdir(parents=True, exist_ok=True)
-                self._sweep()
+                self._files.path.mkdir(parents=True, exist_ok=True)
+                self._files.sweep()
             except OSError as error:
                 raise ValueError(f"{directory} cannot be written ({error.strerror}): choose another run_dir") from error
 
@@ -88,53 +85,53 @@ class Checkpoints:
         self._thread.shutdown()
 
     def save(self, state: TrainState, identity: dict[str, Any], bits_per_character: float | None) -> None:
-        """Saves `state` under its step; returns when it is copied to the host, and the rest happens in the background.
+        """Saves `state` under its step: waits for the save before, copies to the host, and leaves the rest behind.
 
-        A step that is there already is replaced, and later ones are set aside: the run went back.  A save that fails is logged and
-        counted, never raised, and leaves the earlier checkpoints whole.
+        A step that is there already is replaced, and later ones are set aside: the run went back.  A save that fails is
+        logged and counted, never raised, and leaves the checkpoints before it whole.
 
         Args:
-          state: every leaf a jax.Array, none of size zero.
+          state: every leaf a jax.Array, none of size zero; may be donated or deleted on return.
           identity: plain JSON; what this state belongs to (settings, vocabulary, corpus, versions).
-          bits_per_character: on validation; None or not finite when there is none to compare by.
+          bits_per_character: on validation; None or not finite where there is none to compare by.
         """
         assert self._writable
+        assert json.loads(json.dumps(identity)) == identity, f"not plain JSON: {identity}"
         self.wait()
         step, items = int(state.step), _items(state)
-        if bits_per_character is not None and not math.isfinite(bits_per_character):
-            bits_per_character = None
+        comparable = bits_per_character is not None and math.isfinite(bits_per_character)
+        found = digests(items)
         meta = {
             "format": FORMAT,
             "step": step,
             "identity": identity,
-            "bits_per_character": bits_per_character,
-            "arrays": _describe(items, digests(items)),
+            "bits_per_character": bits_per_character if comparable else None,
+            "arrays": {name: {**held, "digest": found[name]} for name, held in _describe(items).items()},
         }
-        staging = self.directory / f"{step}.saving"  # one name on all processes; nothing else is being saved
         try:
             self.discard_after(step)
-            self._sweep()
-            writer = _start_writing(staging, items)
+            if mesh.is_first_process():
+                self._files.sweep()
+            writer = _start_writing(self._files.staging(step), items)
         except _SAVE_ERRORS as error:
             self._failed(step, error)
         else:
-            self._pending = self._thread.submit(self._commit, writer, staging, meta)
+            self._pending = self._thread.submit(self._commit, writer, meta)
 
     def wait(self) -> None:
         """Until the last save is whole on disk, or has failed and is counted."""
-        pending, self._pending = self._pending, None
-        if pending:
-            pending.result()
+        if self._pending:
+            self._pending.result()
+            self._pending = None
 
     def steps(self) -> list[int]:
-        """The steps that there are, ascending.  That they are whole is known only after `restore`."""
-        names = [path.name for path in self.directory.iterdir()] if self.directory.is_dir() else []
-        return sorted(int(name) for name in names if _STEP.fullmatch(name))
+        """The steps that there are, ascending.  Whether they are whole is known only after `restore`."""
+        return self._files.steps()
 
     def best(self) -> int | None:
-        """The step with the lowest validation metric, the earlier of equals; None when no step has one."""
-        scores = [(meta["bits_per_character"], step) for step, meta in self._sealed()]
-        return min([(score, step) for score, step in scores if score is not None], default=(None, None))[1]
+        """The step with the lowest validation metric, the earlier of equals; None where no step has one."""
+        scores = {step: meta["bits_per_character"] for step, meta in self._files.sealed().items()}
+        return min((step for step in scores if scores[step] is not None), key=lambda step: scores[step], default=None)
 
     def read_meta(self, step: int | None = None) -> dict[str, Any]:
         """What was saved beside the arrays: format, step, identity, bits_per_character, arrays.  No array is read.
@@ -147,20 +144,21 @@ class Checkpoints:
         """
         for candidate in self._candidates(step):
             with contextlib.suppress(Damaged):
-                return self._known_format(file_manifest.read_meta(self._path(candidate)), candidate)
+                return self._known(candidate, file_manifest.read_meta(self._files.step(candidate)))
         raise self._none_whole()
 
     def restore(self, abstract: TrainState, *, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
         """The state that was saved, and its meta (as `read_meta`).
 
-        A checkpoint that fails verification is skipped and, where another one is whole, set aside under a unique name, saying so.
+        A checkpoint that fails verification is skipped, saying so; a writer that finds another one whole also sets the
+        damaged aside under a unique name.
 
         Args:
-          abstract: a jax.ShapeDtypeStruct for each leaf, with the sharding that it shall have; any number of devices.
+          abstract: a jax.ShapeDtypeStruct for each leaf, with the sharding it shall have, on any number of devices.
           step: None for the newest; where the one asked for is damaged, the newest whole one is restored.
 
         Raises:
-          ValueError: there is no such step, or none is whole, or it holds other leaves, shapes or types than `abstract`.
+          ValueError: there is no such step, or none is whole, or it holds other leaves, shapes or types.
         """
         trees, meta = self._restore(_items(abstract), step)
         number = jax.device_put(np.asarray(meta["step"], abstract.step.dtype), abstract.step.sharding)
@@ -179,61 +177,41 @@ class Checkpoints:
             if later > step:
                 self._set_aside(later, "abandoned")
 
-    def _commit(self, writer: ocp.AsyncCheckpointer, staging: Path, meta: dict[str, Any]) -> None:
+    def _commit(self, writer: ocp.AsyncCheckpointer, meta: dict[str, Any]) -> None:
         """In the background: waits for Orbax, seals, gives the step its name, removes old steps."""
+        staging = self._files.staging(meta["step"])
         try:
             with contextlib.closing(writer):
                 writer.wait_until_finished()
             if mesh.is_first_process():
                 file_manifest.seal(staging, meta)
-                self._promote(staging, meta["step"])
+                self._files.promote(staging, meta["step"])
         except _SAVE_ERRORS as error:
             self._failed(meta["step"], error)
             return
         self.failed_saves, self.last_failure = 0, None
-        try:
-            self._retire()
-        except OSError as error:
-            self._log(f"old checkpoints in {self.directory} could not be removed: {error}")
+        if mesh.is_first_process():
+            try:
+                self._remove_old()
+            except OSError as error:
+                self._log(f"old checkpoints in {self._files.path} could not be removed: {error}")
+
+    def _remove_old(self) -> None:
+        """Keeps the newest and the best.  A step without a seal is left for `restore` to judge."""
+        best = self.best()
+        for step in list(self._files.sealed())[: -self._keep]:
+            if step != best:
+                self._files.remove(step)
 
     def _failed(self, step: int, error: Exception) -> None:
+        if mesh.is_first_process():
+            self._files.clear_staging(step)  # the disk may be full
         self.failed_saves += 1
         reason = f"{type(error).__name__}: {error}".splitlines()[0].partition(" [tensorstore_spec")[0]
+        if len(reason) > 240:
+            reason = f"{reason[:80]} ... {reason[-150:]}"  # the path stands in between; the cause comes last
         self.last_failure = f"checkpoint {step} was not saved (failure {self.failed_saves} in a row): {reason}"
         self._log(self.last_failure)
-
-    def _promote(self, sealed: Path, step: int) -> None:
-        final = self._path(step)
-        if final.exists():
-            os.rename(final, self._unique(step, "removed"))
-        os.rename(sealed, final)
-        file_manifest.fsync_directory(self.directory)
-
-    def _retire(self) -> None:
-        """Removes all but the newest and the best.  What has no seal is left for `restore` to judge."""
-        sealed, best = [step for step, _ in self._sealed()], self.best()
-        if mesh.is_first_process():
-            for step in sealed[: -self._keep]:
-                if step != best:
-                    os.rename(self._path(step), self._unique(step, "removed"))  # never a half-removed step
-            self._sweep()
-
-    def _sweep(self) -> None:
-        """Finishes or removes what a kill or a failure left: nobody is saving now."""
-        if not mesh.is_first_process():
-            return
-        for path in sorted(self.directory.iterdir()):
-            found = _LEFTOVER.fullmatch(path.name)
-            if not found:
-                continue
-            if found[2] == "saving" and not self._path(int(found[1])).exists():
-                with contextlib.suppress(
-                    Damaged
-                ):  # killed between the seal and the rename: it is whole, it only lacks its name
-                    file_manifest.verify(path)
-                    self._promote(path, int(found[1]))
-                    continue
-            shutil.rmtree(path, ignore_errors=True)
 
     def _restore(self, trees: dict[str, Any], step: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
         self.wait()
@@ -242,89 +220,79 @@ class Checkpoints:
             try:
                 restored, meta = self._read(candidate, trees)
             except Damaged as damage:
-                self._log(f"checkpoint {candidate} in {self.directory} is damaged: {damage}")
+                self._log(f"checkpoint {candidate} in {self._files.path} is damaged: {damage}")
                 damaged.append(candidate)
                 continue
             if damaged:
-                self._log(f"checkpoint {candidate} is the newest whole one: restored instead")
+                self._log(f"checkpoint {candidate} is the newest whole one and is used instead")
             for other in damaged if self._writable else []:
                 self._set_aside(other, "corrupt")
             return restored, meta
+        # Nothing was set aside: the same command again must refuse again, not find an empty directory and start anew.
         raise self._none_whole()
 
     def _read(self, step: int, trees: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Files first, then shapes, then arrays, then the arrays' digests."""
+        """Files first, then names, shapes and types, then the arrays, then their digests.
+
+        What Orbax raises on files that are whole goes up: out of memory, say, which proves nothing of the checkpoint.
+        """
         damage, meta = None, {}
         try:
-            meta = self._known_format(file_manifest.verify(self._path(step), trees), step)
-            if meta["step"] != step:
-                damage = Damaged(f"it was saved as step {meta['step']}")
+            meta = self._known(step, file_manifest.verify(self._files.step(step), trees))
         except Damaged as found:
             damage = found
-        if mesh.any_process(
-            damage is not None
-        ):  # agreed before any process enters Orbax, whose barriers would not match
-            raise damage or Damaged("another process finds it so")
+        # Agreed before any process enters Orbax: the barriers of one that does and one that does not would not match.
+        if mesh.any_process(damage is not None):
+            raise damage or Damaged("another process cannot read it")
         held = {name: array for name, array in meta["arrays"].items() if name.partition(".")[0] in trees}
         self._refuse_other_arrays(step, held, _describe(trees))
-        restored = _read_arrays(self._path(step), trees)
+        restored = _read_arrays(self._files.step(step), trees)
         for name, digest in digests(restored).items():
             if digest != held[name]["digest"]:
                 raise Damaged(f"{name} has digest {digest}, {held[name]['digest']} was saved")
         return restored, meta
 
     def _refuse_other_arrays(self, step: int, held: dict[str, Any], wanted: dict[str, Any]) -> None:
+        """Orbax would cast another type in silence, and what it says of another shape helps nobody."""
+
+        def words(array: dict[str, Any] | None) -> str:
+            return f"{array['dtype']}{array['shape']}" if array else "absent"
+
         for name in sorted({*held, *wanted}):
-            there, here = (
-                f"{found[name]['dtype']}{found[name]['shape']}" if name in found else "absent"
-                for found in (held, wanted)
-            )
+            there, here = words(held.get(name)), words(wanted.get(name))
             if there != here:
                 raise ValueError(
-                    f"checkpoint {step} in {self.directory} is of another model or optimizer: {name} is {there} there and "
-                    f"{here} here; use the settings it was made with, or another run_dir"
+                    f"checkpoint {step} in {self._files.path} is of another model or optimizer: {name} is {there} "
+                    f"there and {here} here; use the settings that it was made with, or another run_dir"
                 )
 
-    def _known_format(self, meta: dict[str, Any], step: int) -> dict[str, Any]:
+    def _known(self, step: int, meta: dict[str, Any]) -> dict[str, Any]:
         if meta["format"] != FORMAT:
             raise ValueError(
-                f"checkpoint {step} in {self.directory} has format {meta['format']}, this version reads {FORMAT}: "
+                f"checkpoint {step} in {self._files.path} has format {meta['format']} and this version reads {FORMAT}: "
                 "use the version that wrote it"
             )
+        if meta["step"] != step:
+            raise Damaged(f"it was saved as step {meta['step']}")
         return meta
 
     def _candidates(self, step: int | None) -> list[int]:
         """The steps to try, in order."""
         steps = self.steps()
         if not steps:
-            raise ValueError(f"there is no checkpoint in {self.directory}")
+            raise ValueError(f"there is no checkpoint in {self._files.path}")
         if step is not None and step not in steps:
-            raise ValueError(
-                f"there is no checkpoint {step} in {self.directory}: choose one of {', '.join(map(str, steps))}"
-            )
+            there = ", ".join(map(str, steps))
+            raise ValueError(f"there is no checkpoint {step} in {self._files.path}: choose one of {there}")
         return sorted(steps, key=lambda each: (each == step, each), reverse=True)
 
     def _none_whole(self) -> ValueError:
-        steps = ", ".join(map(str, self.steps()))
-        return ValueError(f"no checkpoint in {self.directory} is whole (there are {steps}): remove it to start anew")
-
-    def _sealed(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The steps with a readable seal, ascending, and their meta."""
-        for step in self.steps():
-            with contextlib.suppress(Damaged):
-                yield step, file_manifest.read_meta(self._path(step))
+        there = ", ".join(map(str, self.steps()))
+        return ValueError(f"no checkpoint in {self._files.path} is whole (there are {there}): remove it to start anew")
 
     def _set_aside(self, step: int, why: str) -> None:
         if mesh.is_first_process():
-            target = self._unique(step, why)
-            os.rename(self._path(step), target)
-            self._log(f"checkpoint {step} was set aside as {target.name}")
-
-    def _path(self, step: int) -> Path:
-        return self.directory / str(step)
-
-    def _unique(self, step: int, why: str) -> Path:
-        return self.directory / f"{step}.{why}-{uuid.uuid4().hex[:12]}"  # the same step may be damaged twice
+            self._log(f"checkpoint {step} was set aside as {self._files.set_aside(step, why)}")
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -332,29 +300,30 @@ def _items(state: TrainState) -> dict[str, Any]:
     return {field: value for field, value in state._asdict().items() if field != "step"}
 
 
-def _describe(trees: dict[str, Any], found: dict[str, str] | None = None) -> dict[str, dict[str, Any]]:
-    """Type, shape and (where given) digest of each array, by the name it has in the whole state: "params.cells.0.w_h"."""
-    described = {}
-    for name, leaf in named_leaves(trees).items():
+def _describe(trees: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Type and shape of each array, by the name it has in the whole state: "params.cells.0.w_h"."""
+    leaves = named_leaves(trees)
+    for name, leaf in leaves.items():
         assert leaf.size > 0, f"{name} has no elements"  # Orbax cannot save it
-        described[name] = {
-            "dtype": str(leaf.dtype),
-            "shape": list(leaf.shape),
-            **({"digest": found[name]} if found else {}),
-        }
-    return described
+    return {name: {"dtype": str(leaf.dtype), "shape": list(leaf.shape)} for name, leaf in leaves.items()}
+
+
+def _named_items(trees: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """item -> leaves by name; an item without leaves (the state of plain SGD) is not there."""
+    return {item: leaves for item, tree in trees.items() if (leaves := named_leaves(tree))}
 
 
 def _handler(items: dict[str, Any]) -> ocp.CompositeCheckpointHandler:
-    # Weights are noise: compression saves 8 % and takes most of the time.  Without OCDBT each array is a file one can look at.
+    # Weights are noise: compression saves 8 % and takes most of the time.  OCDBT puts many arrays, and the pieces that
+    # many devices hold, in few files.
     return ocp.CompositeCheckpointHandler(
-        **{item: ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False) for item in items}
+        **{item: ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False) for item in items}
     )
 
 
 def _start_writing(directory: Path, trees: dict[str, Any]) -> ocp.AsyncCheckpointer:
-    """A new writer for each save: nothing of one that failed can be left over."""
-    items = {item: leaves for item, tree in trees.items() if (leaves := named_leaves(tree))}
+    """A new writer for each save: nothing of one that failed can be left in it."""
+    items = _named_items(trees)
     writer = ocp.AsyncCheckpointer(_handler(items))
     try:
         writer.save(directory, args=ocp.args.Composite(**{item: ocp.args.PyTreeSave(items[item]) for item in items}))
@@ -365,7 +334,7 @@ def _start_writing(directory: Path, trees: dict[str, Any]) -> ocp.AsyncCheckpoin
 
 
 def _read_arrays(directory: Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    items = {item: leaves for item, tree in abstract.items() if (leaves := named_leaves(tree))}
+    items = _named_items(abstract)
     args = {
         item: ocp.args.PyTreeRestore(leaves, restore_args=ocp.checkpoint_utils.construct_restore_args(leaves))
         for item, leaves in items.items()

@@ -5,7 +5,7 @@ again after every restore.  They also tell whether two runs ended with the same 
 
 An element's bits w at position p = (i, j, ...) count as mix(w ^ hash(p)), and the digest is the wrapping sum of all of
 them, twice over with different seeds.  Integer sums do not depend on their order, so no sharding shows; `mix` (the
-finalizer of MurmurHash3, A. Appleby, public domain) is a bijection of 32-bit words, so a change in one word of the array
+finalizer of MurmurHash3, A. Appleby, public domain) is a bijection of 32-bit words, so a change in one word of an array
 always changes both sums.  Many changes at once go unseen by chance only, once in 2**64.  Against malice it is no help.
 """
 

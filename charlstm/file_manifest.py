@@ -1,18 +1,24 @@
-"""The seal of a checkpoint directory: `checkpoint.json`, written last, which holds the size and sha256 of every other file.
+"""The files of checkpoints: the seal of one step, and the names of all the steps.  Needs neither JAX nor Orbax.
 
-A directory is whole if, and only if, its seal is there, its bytes are exactly those that its content encodes to, and every file
-is as it says.  Nothing here needs JAX or Orbax, so files are judged before either touches them.
+A step is whole if, and only if, its seal `checkpoint.json` is there, the bytes of the seal are exactly those that its
+content encodes to, and every other file has the size and sha256 that the seal gives.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
+import re
+import shutil
+import uuid
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 SEAL = "checkpoint.json"
+_STEP = re.compile(r"0|[1-9][0-9]*")
+_LEFTOVER = re.compile(r"(0|[1-9][0-9]*)\.(saving|removed).*")
 # What reading a lost or rotten file raises.  Anything else (no permission, out of handles) proves nothing of the file.
 _PROOF_OF_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
 
@@ -41,7 +47,7 @@ def seal(directory: Path, meta: dict[str, Any]) -> None:
         os.fsync(file.fileno())
     os.replace(beside, directory / SEAL)
     for folder in [directory, *(path for path in directory.rglob("*") if path.is_dir())]:
-        fsync_directory(folder)
+        _fsync_directory(folder)
 
 
 def read_meta(directory: Path) -> dict[str, Any]:
@@ -78,13 +84,78 @@ def verify(directory: Path, items: Collection[str] | None = None) -> dict[str, A
     return meta
 
 
-def fsync_directory(directory: Path) -> None:
-    """Makes the entries of `directory` (a rename, a new file) survive a power cut."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+class StepDirectory:
+    """A directory with a subdirectory a step, named by the step alone; any other name means something else.
+
+    `<step>.saving...` is not finished, `<step>.removed-*` is on its way out; a word of the caller's after the dot means
+    that the step was set aside and is kept for a human to look at.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def step(self, step: int) -> Path:
+        """Where `step` lies."""
+        return self.path / str(step)
+
+    def staging(self, step: int) -> Path:
+        """Where `step` is made before it is whole."""
+        return self.path / f"{step}.saving"
+
+    def steps(self) -> list[int]:
+        """The steps that there are, ascending, whole or not."""
+        names = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
+        return sorted(int(name) for name in names if _STEP.fullmatch(name))
+
+    def sealed(self) -> dict[int, dict[str, Any]]:
+        """The `meta` of every step whose seal can be read, ascending."""
+        found = {}
+        for step in self.steps():
+            with contextlib.suppress(Damaged):
+                found[step] = read_meta(self.step(step))
+        return found
+
+    def promote(self, sealed: Path, step: int) -> None:
+        """Gives a sealed directory its name: from here on it is step `step`, in place of one that was there."""
+        replaced = self._unique(step, "removed")
+        if self.step(step).exists():
+            os.rename(self.step(step), replaced)
+        os.rename(sealed, self.step(step))
+        _fsync_directory(self.path)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def set_aside(self, step: int, why: str) -> str:
+        """Takes the step away and keeps its files; returns their new name, `<step>.<why>-*`."""
+        target = self._unique(step, why)
+        os.rename(self.step(step), target)
+        return target.name
+
+    def remove(self, step: int) -> None:
+        """Deletes the step; seen from outside it is there whole, or not at all."""
+        target = self._unique(step, "removed")
+        os.rename(self.step(step), target)
+        shutil.rmtree(target, ignore_errors=True)
+
+    def clear_staging(self, step: int) -> None:
+        """Deletes what a failed attempt to make `step` has written."""
+        for path in self.path.glob(f"{step}.saving*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Finishes or deletes what a killed or failed writer left; only for when nothing is being written."""
+        for path in sorted(self.path.iterdir()):
+            found = _LEFTOVER.fullmatch(path.name)
+            if not found:
+                continue
+            if found[2] == "saving" and not self.step(int(found[1])).exists():
+                with contextlib.suppress(Damaged):
+                    verify(path)  # killed between the seal and the rename: it is whole, and may be the only one
+                    self.promote(path, int(found[1]))
+                    continue
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _unique(self, step: int, why: str) -> Path:
+        return self.path / f"{step}.{why}-{uuid.uuid4().hex[:12]}"  # the same step may be damaged twice
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -98,7 +169,7 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if content == _encode(meta, files):
             return meta, files
     except (ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{SEAL} is not what was written") from error
+        raise Damaged(f"{SEAL} cannot be read ({type(error).__name__})") from error
     raise Damaged(f"{SEAL} was changed after it was written")
 
 
@@ -114,3 +185,12 @@ def _as_damage(error: OSError, name: str) -> Exception:
     if error.errno in _PROOF_OF_DAMAGE:
         return Damaged(f"{name} cannot be read ({error.strerror})")
     return error
+
+
+def _fsync_directory(directory: Path) -> None:
+    """Makes the entries of `directory` (a rename, a new file) survive a power cut."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

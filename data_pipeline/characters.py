@@ -4,6 +4,7 @@ import bisect
 import codecs
 import collections
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -49,11 +50,8 @@ class CharacterIndex:
 
     def regions(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """The stretch from byte `start` to byte `stop`, both starts of characters, cut where regions start."""
-        inside = self.byte_starts[
-            bisect.bisect_right(self.byte_starts, start) : bisect.bisect_left(self.byte_starts, stop)
-        ]
-        borders = [start, *inside, stop]
-        yield from zip(borders[:-1], borders[1:], strict=True)
+        first, last = bisect.bisect_right(self.byte_starts, start), bisect.bisect_left(self.byte_starts, stop)
+        yield from itertools.pairwise([start, *self.byte_starts[first:last], stop])
 
 
 def index_characters(text: Text, parallel: ParallelMap) -> CharacterIndex:

@@ -11,9 +11,9 @@ Span = tuple[int, int]  # from the first number up to the second
 def cut(symbols: int, settings: CorpusSettings) -> dict[str, list[Span]]:
     """The spans of a text of `symbols` symbols that each split consists of; a split without symbols is left out.
 
-    `contiguous`: train, valid, test, one span each.  `columns:BxT`: the text is cut down to a multiple of B * T and is B
-    columns of as many windows of T symbols; each column's first windows are train, the next ones valid, the last test
-    (the split of char-rnn's CharSplitLMMinibatchLoader.lua: its B streams are these columns).
+    `contiguous`: train, valid, test, one span each.  `columns:BxT`: the text is cut down to a multiple of B * T and is
+    B columns of as many windows of T symbols; each column's first windows are train, the next ones valid, the last ones
+    test (as in char-rnn's CharSplitLMMinibatchLoader.lua, whose B streams are these columns).
 
     Raises:
       ValueError: nothing is left for the training split.
@@ -38,8 +38,8 @@ def cut(symbols: int, settings: CorpusSettings) -> dict[str, list[Span]]:
 def _divide(total: int, valid: float, test: float) -> tuple[int, int, int]:
     """`total` windows as (train, valid, test): train rounded down, then valid rounded down, test what is left.
 
-    Without a test split, what is left is valid.  The fractions are taken as the decimals they were written as: in binary
-    1 - 0.9 is less than 0.1, and a window would be lost.
+    Without a test split, what is left is valid.  The fractions are taken as the decimals they were written as: in
+    binary, 100 * (1 - 0.9) is less than 10, and a window would be lost.
     """
     valid_part, test_part = Fraction(repr(valid)), Fraction(repr(test))
     train = math.floor(total * (1 - valid_part - test_part))

@@ -51,23 +51,22 @@ def fetch(item: Download, folder: Path, progress: Progress | None = None) -> Pat
 
 
 def _check(text: Path, item: Download) -> None:
-    remedy = f"delete {' and '.join(name for name in dict.fromkeys((item.name, item.file)) if (text.parent / name).exists())}"
+    there = [name for name in dict.fromkeys((item.name, item.file)) if (text.parent / name).exists()]
+    remedy = f"delete {' and '.join(there)} and start again"
     size = text.stat().st_size
     if size != item.bytes:
-        raise ValueError(
-            f"{text} has {size} bytes instead of {item.bytes}, it is not {item.name}: {remedy} and start again"
-        )
+        raise ValueError(f"{text} has {size} bytes instead of {item.bytes}, it is not {item.name}: {remedy}")
     digest = hash_file(text, item.algorithm)
     if digest != item.digest:
         raise ValueError(
-            f"{text} is not {item.name}, its {item.algorithm} is {digest} instead of {item.digest}: {remedy} and start again"
+            f"{text} is not {item.name}, its {item.algorithm} is {digest} instead of {item.digest}: {remedy}"
         )
 
 
 def _download(item: Download, target: Path, report: Progress) -> None:
     """Brings what is at the url to `target`; what there was of `target.part` is kept and continued."""
     part = target.with_name(target.name + ".part")
-    failures, reason = 0, ""
+    failures, reason = 0, "the connection was cut"
     while (have := part.stat().st_size if part.exists() else 0) != item.url_bytes:
         if failures == ATTEMPTS:
             raise ValueError(
@@ -91,16 +90,14 @@ def _continue(item: Download, part: Path, have: int, report: Progress) -> None:
         announced = response.headers.get("Content-Length")
         if announced is not None and have + int(announced) != item.url_bytes:
             raise ValueError(
-                f"{item.url} has {have + int(announced)} bytes instead of the {item.url_bytes} of {item.file}: it is not "
-                "the known text"
+                f"{item.url} has {have + int(announced)} bytes instead of the {item.url_bytes} of {item.file}: it is "
+                "not the known text"
             )
         with part.open("ab" if resumed else "wb") as out:
-            while chunk := response.read(CHUNK // 4):
+            while chunk := response.read1(CHUNK):
                 have += len(chunk)
                 if have > item.url_bytes:
-                    raise ValueError(
-                        f"{item.url} has more than the {item.url_bytes} bytes of {item.file}: it is not it"
-                    )
+                    raise ValueError(f"{item.url} has more than the {item.url_bytes} bytes of {item.file}")
                 out.write(chunk)
                 report(f"downloading {item.name}", have, item.url_bytes)
 

@@ -4,6 +4,8 @@ import contextlib
 import errno
 import fcntl
 import os
+import secrets
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -11,10 +13,24 @@ from typing import BinaryIO
 Progress = Callable[[str, int, int], None]  # (what is being done, how much of it is done, how much there is)
 
 
+class Meter:
+    """Adds up what several threads have done of something, and tells `progress` from one thread at a time."""
+
+    def __init__(self, progress: Progress | None, doing: str, total: int):
+        self._progress, self._doing, self._total, self._done = progress, doing, total, 0
+        self._lock = threading.Lock()
+
+    def add(self, amount: int) -> None:
+        with self._lock:
+            self._done += amount
+            if self._progress:
+                self._progress(self._doing, self._done, self._total)
+
+
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """A file to write in, which is at `path` once the block has ended and on disk, and nowhere if it failed."""
-    beside = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.new")
+    beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
     try:
         with beside.open("wb") as file:
             yield file

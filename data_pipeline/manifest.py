@@ -101,7 +101,7 @@ def read_manifest(directory: Path) -> Manifest:
     except FileNotFoundError:
         raise ValueError(f"{directory} is not a prepared corpus: it has no {NAME}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): prepare the corpus again") from None
+        raise ValueError(f"{path} is damaged ({error}): delete the corpus and prepare it again") from None
     try:
         return _manifest(tree)
     except ValueError as error:
@@ -113,8 +113,8 @@ def _manifest(tree: Any) -> Manifest:
         raise ValueError("not the manifest of a prepared corpus")
     if tree.get("format_version") != FORMAT_VERSION:
         raise ValueError(
-            f"format version {tree.get('format_version')}, and this program reads {FORMAT_VERSION}: prepare the corpus "
-            "again"
+            f"format version {tree.get('format_version')}, and this program reads {FORMAT_VERSION}: delete the corpus "
+            "and prepare it again"
         )
     splits = _field(tree, "splits", dict)
     manifest = Manifest(
@@ -134,8 +134,8 @@ def _manifest(tree: Any) -> Manifest:
         raise ValueError(f"block_bytes={manifest.block_bytes} is not a positive multiple of {width.itemsize}")
     if _field(tree, "fingerprint", str) != manifest.fingerprint:
         raise ValueError(
-            f"the fingerprint {tree['fingerprint']!r} is not that of the contents, {manifest.fingerprint}: the file was "
-            "changed, prepare the corpus again"
+            f"the fingerprint {tree['fingerprint']!r} is not that of the contents, {manifest.fingerprint}: the file "
+            "was changed, delete the corpus and prepare it again"
         )
     return manifest
 

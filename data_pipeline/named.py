@@ -11,8 +11,7 @@ from data_pipeline.texts import Text, find_text, make_text
 DOWNLOADS = {
     item.name: item
     for item in (
-        # The file has stood unchanged in the char-rnn repository since 2015; its sha256 is the one that programs all over
-        # public repositories hold it to.
+        # The digest is the one that programs in many public repositories, which all name this url, hold the file to.
         Download(
             name="tinyshakespeare",
             url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",

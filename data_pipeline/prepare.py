@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from data_pipeline.encoding import SMALL, parallel_map, plan, write_splits
-from data_pipeline.files import Progress, locked, sync_directory, written_whole
+from data_pipeline.files import Meter, Progress, locked, sync_directory, written_whole
 from data_pipeline.manifest import (
     BLOCK_BYTES,
     FORMAT_VERSION,
@@ -28,7 +28,7 @@ from data_pipeline.named import NAMES, named_text
 from data_pipeline.progress import bar
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import open_corpus, verify_corpus
-from data_pipeline.texts import ParallelMap, Text, find_text, hash_files
+from data_pipeline.texts import Text, find_text, hash_files
 from data_pipeline.vocabulary import canonical_json
 
 
@@ -57,27 +57,32 @@ def prepare(
       ValueError: there is no such text, it cannot be prepared so, or `output` holds something else.
     """
     cache = Path(settings.cache_dir).expanduser()
-    workers = workers or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = workers or _cores()
     texts = _find_texts(settings, cache, progress)
     processes = settings.vocabulary == "characters" and sum(text.bytes for text in texts.values()) > SMALL
-    with parallel_map(workers, processes, progress) as parallel:
-        sources, key = _identify(texts, settings, [shard_bytes, block_bytes], cache / "memo", parallel("hashing"))
-        output = output or cache / "corpora" / f"{_label(texts)}-{key[:16]}"
+    files = [file for text in texts.values() for file in text.files]
+    digests = hash_files(files, cache / "memo", workers, progress)
+    key = _key(texts, digests, settings, [shard_bytes, block_bytes])
+    output = (output or cache / "corpora" / f"{_label(texts)}-{key[:16]}").expanduser().absolute()
+    if _is_done(output, key):
+        return output
+    for text in texts.values():
+        if text.folder and text.folder.resolve() in output.resolve().parents:
+            # The corpus would be text for the next one.
+            raise ValueError(f"{output} lies inside of the input {text.folder}: name an output outside of it")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    waiting = Meter(progress, f"waiting for another preparation of {output}", 0)
+    with locked(output.with_name(f".{output.name}.lock"), lambda: waiting.add(0)) as alone:
         if _is_done(output, key):
             return output
-        for text in texts.values():
-            _check_outside(output, text)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        waiting = (lambda: progress(f"waiting for another preparation of {output}", 0, 0)) if progress else lambda: None
-        with locked(output.with_name(f".{output.name}.lock"), waiting) as alone:
-            if _is_done(output, key):
-                return output
+        with parallel_map(workers, processes, progress) as parallel:
             partial = _partial_directory(output, key, alone)
             vocabulary, plans = plan(texts, settings, shard_bytes, parallel)
             splits = write_splits(partial, vocabulary, plans, block_bytes, parallel("writing"))
-            for text in texts.values():
-                text.check_unchanged()
-            _publish(partial, output, Manifest(vocabulary, splits, sources, key, block_bytes))
+        for text in texts.values():
+            text.check_unchanged()
+        sources = (Source(file.name, file.bytes, digest) for file, digest in zip(files, digests, strict=True))
+        _publish(partial, output, Manifest(vocabulary, splits, tuple(sources), key, block_bytes))
     return output
 
 
@@ -97,13 +102,8 @@ def _find_texts(settings: CorpusSettings, cache: Path, progress: Progress | None
         raise ValueError(f"{error}" + (f" (or did you mean the corpus named {near[0]}?)" if near else "")) from None
 
 
-def _identify(
-    texts: dict[str, Text], settings: CorpusSettings, sizes: list[int], memo: Path, parallel: ParallelMap
-) -> tuple[tuple[Source, ...], str]:
-    """The sources, and a digest of all that the files to be written depend on."""
-    files = [file for text in texts.values() for file in text.files]
-    digests = hash_files(files, memo, parallel)
-    sources = tuple(Source(file.name, file.bytes, digest) for file, digest in zip(files, digests, strict=True))
+def _key(texts: dict[str, Text], digests: list[str], settings: CorpusSettings, sizes: list[int]) -> str:
+    """A digest, in hex, of all that the files to be written depend on."""
     rest = iter(digests)
     content = {split: [text.ending.hex(), [next(rest) for _ in text.files]] for split, text in texts.items()}
     how: list[object] = [settings.vocabulary]
@@ -111,7 +111,11 @@ def _identify(
         how.append(settings.min_count)
     if "" in texts:
         how += [settings.split, settings.valid_fraction, settings.test_fraction]
-    return sources, hashlib.sha256(canonical_json([FORMAT_VERSION, content, how, sizes])).hexdigest()
+    return hashlib.sha256(canonical_json([FORMAT_VERSION, content, how, sizes])).hexdigest()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _label(texts: dict[str, Text]) -> str:
@@ -132,14 +136,6 @@ def _is_done(output: Path, key: str) -> bool:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not a prepared corpus: delete it or name another output")
     return False
-
-
-def _check_outside(output: Path, text: Text) -> None:
-    """A corpus below the directory it is made from would be text for the next one."""
-    for file in text.files[:1]:
-        base = file.path.resolve().parents[len(Path(file.name).parts) - 1]
-        if base in output.resolve().parents and len(text.files) > 1:
-            raise ValueError(f"{output} lies inside of the input {base}: name an output outside of it")
 
 
 def _partial_directory(output: Path, key: str, alone: bool) -> Path:
@@ -186,7 +182,8 @@ class _Parser(argparse.ArgumentParser):
             hint = f": did you mean {near[0]}?" if near else ""
             hint = hint if unknown[1].startswith("-") else ": a glob must be quoted"
             message = f"unknown argument {unknown[1]}{hint}"
-        self.exit(2, f"prepare: {message}\n")
+        wipe = "\r\033[K" if sys.stderr.isatty() else ""  # of a progress bar that was cut short
+        self.exit(2, f"{wipe}prepare: {message}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -196,41 +193,45 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--verify", action="store_true", help="Read the prepared corpus again and compare its sha256.")
     for field in dataclasses.fields(CorpusSettings):
         name = "input" if field.name == "corpus" else field.name
-        text = f"{field.metadata['help']} (default: {field.default!r})".replace("%", "%%")
+        text = field.metadata["help"].replace("%", "%%")
         kind: Callable[[str], object] = type(field.default)
         parser.add_argument(
             f"--{name}",
             dest=field.name,
             type=kind,
-            default=None if name == "input" else field.default,
+            default="" if name == "input" else field.default,
+            metavar=field.name.upper(),
             choices=field.metadata["choices"] or None,
-            help=text,
+            help=text if name == "input" else f"{text}  Default: {field.default!r}.",
         )
     return parser
 
 
 def main(arguments: list[str]) -> None:
-    """Prepares, and/or verifies.  Exit status 2, with one line on stderr, where that cannot be done."""
+    """Prepares, verifies, or both.  Exit status 2, and one line on stderr, where it cannot; 130 after Ctrl-C."""
     parser = _parser()
     options = vars(parser.parse_args(arguments))
     output, workers, verify = (options.pop(name) for name in ("output", "workers", "verify"))
-    progress = bar()
+    progress, done = bar(), []
     try:
+        output = output.expanduser()
         if options["corpus"] or options["train"]:
-            settings = CorpusSettings(**(options | {"corpus": options["corpus"] or ""}))
             there = is_prepared(output)
-            prepare(settings, output, progress, workers=workers)
-            print("already prepared" if there else "prepared", end=" ", file=sys.stderr)
+            prepare(CorpusSettings(**options), output, progress, workers=workers)
+            done.append("already prepared" if there else "prepared")
         elif not verify:
             parser.error("--input, or --train, must name a text")
         if verify:
             verify_corpus(output, progress)
-            print("verified", end=" ", file=sys.stderr)
+            done.append("verified")
         corpus = open_corpus(output)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "prepare: stopped; the same command goes on\n")
     sizes = ", ".join(f"{name} {len(split)}" for name, split in corpus.splits.items())
-    print(f"{output}: {corpus.vocabulary.size} symbols in the vocabulary, {sizes}", file=sys.stderr)
+    vocabulary = f"{corpus.vocabulary.size} symbols in the vocabulary"
+    print(f"{' and '.join(done)}: {output}, {vocabulary}, {sizes}", file=sys.stderr)
 
 
 if __name__ == "__main__":

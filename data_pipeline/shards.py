@@ -16,7 +16,7 @@ from data_pipeline.files import Progress, written_whole
 from data_pipeline.manifest import NAME, Shard, Source, SplitRecord, read_manifest
 from data_pipeline.vocabulary import Vocabulary
 
-OPEN_SHARDS = 128  # maps kept open by a split; each takes two file descriptors, of which a process has often 1024
+OPEN_SHARDS = 64  # maps kept open by a split; each takes two file descriptors, and a process has often only 1024
 Value = TypeVar("Value")
 
 
@@ -49,6 +49,8 @@ class MappedFile:
         _check_size(path, size)
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        # Streams read here and there: read-ahead by the system, of megabytes, would cost far more than the block wanted.
+        self._map.madvise(mmap.MADV_RANDOM)
 
     def read(self, start: int, stop: int) -> bytes:
         """A copy of bytes `start` to `stop`.
@@ -58,9 +60,7 @@ class MappedFile:
             the size is asked for each time.)
         """
         if self._map.size() != self._size:
-            raise ValueError(
-                f"{self._path} has {self._map.size()} bytes instead of {self._size}: it was changed in use"
-            )
+            raise ValueError(f"{self._path} has {self._map.size()} bytes, not {self._size}: it was changed in use")
         data = self._map[start:stop]
         # The pages stay in the system's cache, but no longer count as this process's memory.
         self._map.madvise(mmap.MADV_DONTNEED)
@@ -86,7 +86,7 @@ class Split:
         return Split, (self._directory, self._record, self.dtype, self._block_bytes, self._blocks.capacity)
 
     def keep_blocks(self, count: int) -> None:
-        """Keeps the `count` blocks used last in memory: one for each place that is read at by turns, or a little more."""
+        """Keeps the `count` blocks used last in memory: one for each place that is read at by turns, or some more."""
         assert count >= 1
         self._blocks.capacity = count
 
@@ -119,8 +119,8 @@ class Split:
             expected = int.from_bytes(checksums.read(4 * index, 4 * index + 4), "little")
             if zlib.crc32(content) != expected:
                 raise ValueError(
-                    f"{self._directory / shard.file} is damaged: the block at byte {start} does not match its checksum; "
-                    "prepare the corpus again"
+                    f"{self._directory / shard.file} is damaged: the block at byte {start} does not match its "
+                    "checksum; delete the corpus and prepare it again"
                 )
             block = np.frombuffer(content, self.dtype)
             self._blocks.put((number, index), block)
@@ -131,7 +131,8 @@ class Split:
         if maps is None:
             shard = self._record.shards[number]
             sizes = shard_sizes(shard, self.dtype.itemsize, self._block_bytes)
-            maps = tuple(MappedFile(self._directory / name, size) for name, size in sizes.items())
+            data, checksums = (MappedFile(self._directory / name, size) for name, size in sizes.items())
+            maps = data, checksums
             self._maps.put(number, maps)
         return maps
 
@@ -174,11 +175,11 @@ def verify_corpus(directory: Path, progress: Progress | None = None) -> None:
         for shard in manifest.splits[name].shards:
             digest, stop = hashlib.sha256(), start + shard.symbols
             for position in range(start, stop, step):
-                digest.update(split.read(position, min(position + step, stop)))
+                digest.update(split.read(position, min(position + step, stop)).data)
             if digest.hexdigest() != shard.sha256:
                 raise ValueError(
-                    f"{directory / shard.file} has sha256 {digest.hexdigest()} instead of the {shard.sha256} of {NAME}: "
-                    "prepare the corpus again"
+                    f"{directory / shard.file} has sha256 {digest.hexdigest()} instead of {shard.sha256}, which "
+                    f"{NAME} has: delete the corpus and prepare it again"
                 )
             start, done = stop, done + shard.symbols
             if progress:
@@ -194,7 +195,7 @@ def write_shard(directory: Path, file: str, pieces: Iterable[np.ndarray], block_
     with written_whole(directory / file) as out:
         for ids in pieces:
             symbols += len(ids)
-            data = memoryview(np.ascontiguousarray(ids)).cast("B")
+            data = np.ascontiguousarray(ids).view(np.uint8).data
             digest.update(data)
             out.write(data)
             content = memoryview(pending + bytes(data))
@@ -224,6 +225,6 @@ def _check_size(path: Path, size: int) -> None:
     try:
         found = path.stat().st_size
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing: prepare the corpus again") from None
+        raise ValueError(f"{path} is missing: delete the corpus and prepare it again") from None
     if found != size:
-        raise ValueError(f"{path} has {found} bytes instead of {size}: prepare the corpus again")
+        raise ValueError(f"{path} has {found} bytes instead of {size}: delete the corpus and prepare it again")

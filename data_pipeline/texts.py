@@ -1,6 +1,7 @@
 """Texts to be prepared: files found, hashed, and read as one long sequence of bytes."""
 
 import bisect
+import concurrent.futures
 import dataclasses
 import functools
 import glob
@@ -13,7 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.files import written_whole
+from data_pipeline.files import Meter, Progress, written_whole
+from data_pipeline.manifest import is_prepared
 from data_pipeline.vocabulary import canonical_json
 
 CHUNK = 1 << 20  # bytes read at a time
@@ -66,6 +68,7 @@ class Text:
     name: str
     files: tuple[TextFile, ...]
     ending: bytes = b""
+    folder: Path | None = None  # of which the files are all those below it
 
     @functools.cached_property
     def starts(self) -> list[int]:
@@ -117,21 +120,22 @@ def find_text(spec: str) -> Text:
         raise ValueError(f"{spec} does not exist: name a text file, a directory or a quoted glob")
     if not paths:
         raise ValueError(f"{spec} has no files: name a text file, a directory or a quoted glob")
-    if (path / "manifest.json").is_file():
+    if is_prepared(path):
         raise ValueError(f"{spec} is a prepared corpus, not text: name it with --corpus")
-    text = make_text(path.stem if base == path.parent else base.name, base, paths)
+    name = path.stem if base == path.parent else base.name
+    text = make_text(name, base, paths, folder=path if base == path else None)
     if not text.bytes:
         raise ValueError(f"{spec} is empty: there is no text to prepare")
     return text
 
 
-def make_text(name: str, base: Path, paths: Iterable[Path], ending: bytes = b"") -> Text:
+def make_text(name: str, base: Path, paths: Iterable[Path], ending: bytes = b"", folder: Path | None = None) -> Text:
     """The text of `paths`, sorted by their names relative to `base`."""
     named = sorted((path.relative_to(base).as_posix(), path) for path in paths)
-    return Text(name, tuple(TextFile(relative, path, _stamp(path)) for relative, path in named), ending)
+    return Text(name, tuple(TextFile(relative, path, _stamp(path)) for relative, path in named), ending, folder)
 
 
-def hash_files(files: list[TextFile], memo: Path, parallel: ParallelMap) -> list[str]:
+def hash_files(files: list[TextFile], memo: Path, workers: int, progress: Progress | None) -> list[str]:
     """The sha256, in hex, of each file's content.
 
     They are kept in the directory `memo` under a digest of the files' paths and stamps, so that nothing is read when
@@ -141,15 +145,25 @@ def hash_files(files: list[TextFile], memo: Path, parallel: ParallelMap) -> list
     kept = memo / f"{hashlib.sha256(canonical_json(stamps)).hexdigest()}.json"
     if kept.is_file():
         return json.loads(kept.read_bytes())
-    digests = list(parallel(hash_file, [file.path for file in files]))
+    meter = Meter(progress, "hashing", sum(file.bytes for file in files))
+
+    def hash_one(file: TextFile) -> str:
+        digest = hashlib.sha256()
+        for chunk in Extent(file.path, 0, file.bytes).read():
+            digest.update(chunk)
+            meter.add(len(chunk))
+        return digest.hexdigest()
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        digests = list(pool.map(hash_one, files))
     memo.mkdir(parents=True, exist_ok=True)
     with written_whole(kept) as out:
         out.write(canonical_json(digests))
     return digests
 
 
-def hash_file(path: Path, algorithm: str = "sha256") -> str:
-    """The digest of a file's content, in hex."""
+def hash_file(path: Path, algorithm: str) -> str:
+    """The digest of a file's content, in hex; `algorithm` is one of hashlib's names."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
 

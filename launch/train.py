@@ -157,7 +157,7 @@ def _initial_state(
     """The newest whole checkpoint of the run; else its first state, from another run's parameters where asked."""
     if checkpoints.steps():
         state, meta = checkpoints.restore(step_lib.abstract(config, V, mesh))
-        run_directory.require_own(meta["identity"], identity, checkpoints.directory)
+        run_directory.require_own(meta["identity"], identity, Path(chosen.run_dir))
         log.say(f"continuing from the checkpoint of step {int(state.step)}")
         return state
     state = step_lib.place(mesh, step_lib.init(config, V))

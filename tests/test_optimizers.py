@@ -127,6 +127,7 @@ def test_the_state_keeps_its_structure_and_is_float32(name):
     moments = [leaf for leaf in jax.tree.leaves(after) if leaf.ndim]
     assert len(moments) % len(jax.tree.leaves(params)) == 0
     assert all(leaf.dtype == jnp.float32 for leaf in moments)
+    assert all(leaf.dtype == jnp.int32 for leaf in jax.tree.leaves(after) if not leaf.ndim)
 
 
 @pytest.mark.parametrize("name", NAMES)

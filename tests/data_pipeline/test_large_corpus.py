@@ -81,18 +81,13 @@ print(json.dumps(report))
 """
 
 
-@pytest.fixture(scope="module")
-def measure(tmp_path_factory):
+def measure(directory, *arguments):
     """Runs PROGRAM on a corpus; returns its report."""
-
-    def run(directory, *arguments):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-        command = [sys.executable, "-c", PROGRAM, directory, *map(str, arguments)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    return run
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", PROGRAM, directory, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +95,7 @@ def large(tmp_path_factory):
     return sparse_corpus(tmp_path_factory.mktemp("large"), 256, SHARD_BYTES)
 
 
-def test_64_gigabytes_open_and_resume_at_their_end_within_100_megabytes_of_a_corpus_of_1_megabyte(
-    large, tmp_path, measure
-):
+def test_64_gigabytes_open_and_resume_at_their_end_within_100_megabytes_of_a_corpus_of_1_megabyte(large, tmp_path):
     small = measure(sparse_corpus(tmp_path, 1, MEGABYTE), 64, 16, 1)
     big = measure(large, 64, 16, 1)
     print(f"1 MB: {small}\n64 GB: {big}")
@@ -112,7 +105,7 @@ def test_64_gigabytes_open_and_resume_at_their_end_within_100_megabytes_of_a_cor
     assert big["peak"] - small["peak"] < 100 * MEGABYTE
 
 
-def test_resident_memory_does_not_grow_with_the_text_read(large, measure):
+def test_resident_memory_does_not_grow_with_the_text_read(large):
     streams, window, count = 64, 2**14, 300  # 300 MB of text
     report = measure(large, streams, window, count)
     assert report["position"] == count

@@ -1,0 +1,41 @@
+# make train   environment, dependencies, then the main job on the embedded corpus: trains, evaluates, prints a sample
+# make test    environment, dependencies, the whole test suite
+# make lint    style and types
+#
+# PYTHON chooses the interpreter (3.11, 3.12 or 3.13); ARGS adds flags to the training command.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN_DIR ?= runs/quickstart
+ARGS ?=
+PYTEST_ARGS ?= -n 2
+
+.PHONY: train test lint lock clean
+
+train: $(VENV)/installed
+	$(BIN)/python -m launch.train --flagfile=configs/quickstart.flags --run_dir=$(RUN_DIR) $(ARGS)
+	$(BIN)/python -m launch.evaluate --run_dir=$(RUN_DIR) --split=test
+	$(BIN)/python -m launch.sample --run_dir=$(RUN_DIR) --prompt="def " --length=600 --temperature=0.6
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The lock holds for Python 3.11 to 3.13 at once; `make lock` writes it anew.
+$(VENV)/installed: requirements.lock
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; assert (3, 11) <= v, f"Python {v[0]}.{v[1]} is too old: name 3.11 or later, make PYTHON=python3.12"'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	touch $@
+
+lock:
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --universal --python-version 3.11 --extra dev --no-annotate --no-header --upgrade pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf $(VENV)

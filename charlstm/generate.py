@@ -1,0 +1,225 @@
+"""Sampling: text made symbol by symbol, each drawn from the model's distribution given all that came before.
+
+    p(next symbol) = softmax(logits / temperature), cut to the top_k most probable, then to the nucleus of top_p
+
+A symbol is drawn by the Gumbel-max trick: argmax(logits + temperature g), with g standard Gumbel noise, is a draw from
+softmax(logits / temperature), and at temperature 0 it is the most probable symbol.  The noise of row r at position t is
+that of the key (seed, "sample", r, t) and of nothing else, so a row's text does not depend on how many rows are sampled
+beside it, on how many symbols are made at a time, or on the devices.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from charlstm import keys, model
+from charlstm.config import ModelConfig
+from charlstm.types import ModelParams, RecurrentState
+from data_pipeline.settings import setting
+
+CHUNK = 16  # symbols of one call of the device
+WINDOW = 128  # symbols of the prompt read by one call
+# One row would be a product of a vector and a matrix, which is added up in another order than that of two matrices:
+# with two rows at least, the only row has the very bits of the first of a few.
+LEAST_ROWS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next symbol is chosen."""
+
+    temperature: float = setting(
+        1.0, "Divides the logits: below 1 the text is more careful, above 1 bolder; 0 takes the most probable symbol."
+    )
+    top_k: int = setting(0, "Choose among the K most probable symbols only; 0: among all.")
+    top_p: float = setting(
+        1.0, "Choose among the fewest symbols whose probabilities, after --temperature and --top_k, add up to this."
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature <= 1e6:
+            raise ValueError(f"temperature={self.temperature} must be at least 0 (the most probable symbol) and finite")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must be 0 (all symbols) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be more than 0 and at most 1 (all symbols)")
+
+
+class Chunk(NamedTuple):
+    """What one call of the device made: the next n symbols of each of R rows."""
+
+    ids: np.ndarray  # int32 [R, n]
+    log_probabilities: np.ndarray  # [R, n] natural logarithms of the model's own softmax: temperature 1, all symbols
+
+
+def generate(
+    config: ModelConfig,
+    params: ModelParams,
+    prompt: np.ndarray,
+    sampling: Sampling,
+    *,
+    rows: int,
+    length: int,
+    seed: int,
+    unknown_id: int | None = None,
+    separator: int | None = None,
+    chunk: int = CHUNK,
+    window: int = WINDOW,
+) -> Iterator[Chunk]:
+    """Continues `prompt` in `rows` independent ways, a few symbols at a time.
+
+    Args:
+      params: on one device, where the text is made.
+      prompt: ids [symbols], read from a zero state.  When empty, each row begins after a symbol drawn uniformly, which
+        is not part of its text.
+      rows: texts made side by side, in one batch.
+      length: symbols made of each.
+      seed: 0 to 2**32 - 1; the same seed makes the same text.
+      unknown_id: a symbol that is never drawn.
+      separator: the symbol before which the state is zeroed, for a model that was trained so.
+      chunk: symbols made by one call of the device; does not change the text.
+      window: symbols of the prompt read by one call; does not change the text.
+
+    Yields:
+      Chunks of `chunk` symbols, the last one shorter where `length` is no multiple.  The device makes the next chunk
+      while the caller has this one.
+    """
+    assert rows >= 1 and length >= 0 and chunk >= 1 and window >= 1, (rows, length, chunk, window)
+    key, count, V = jax.random.key(seed), max(rows, LEAST_ROWS), params.b_out.shape[0]
+    row_keys = _row_keys(keys.named(key, "sample"), count)
+    prompt = np.asarray(prompt, np.int32)
+    state = _after(config, params, prompt[:-1], separator, window)
+    state = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), state)
+    if len(prompt):
+        last_R = jnp.full(count, prompt[-1])
+    else:
+        last_R = _first_symbols(_row_keys(keys.named(key, "first"), count), V, unknown_id)
+    previous: tuple[jax.Array, jax.Array] | None = None
+    for start in range(0, length, chunk):
+        gumbel_TRV = _noise(row_keys, np.int32(start), chunk, V, params.b_out.dtype) if sampling.temperature else None
+        state, last_R, made = _make_chunk(
+            params, state, last_R, gumbel_TRV, config, sampling, unknown_id, separator, chunk
+        )
+        if previous is not None:
+            yield _fetch(previous, rows, chunk)
+        previous = made
+    if previous is not None:
+        yield _fetch(previous, rows, (length - 1) % chunk + 1)
+
+
+def _fetch(made: tuple[jax.Array, jax.Array], rows: int, symbols: int) -> Chunk:
+    return Chunk(*(np.asarray(array_TR).T[:rows, :symbols] for array_TR in made))
+
+
+@partial(jax.jit, static_argnames="rows")
+def _row_keys(key: jax.Array, rows: int) -> jax.Array:
+    return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows, dtype=jnp.int32))
+
+
+def _first_symbols(row_keys: jax.Array, vocabulary_size: int, unknown_id: int | None) -> jax.Array:
+    """A symbol for each row, drawn uniformly."""
+    known = np.setdiff1d(np.arange(vocabulary_size, dtype=np.int32), [] if unknown_id is None else [unknown_id])
+    return jax.vmap(lambda key: jax.random.choice(key, known))(row_keys)
+
+
+def _after(
+    config: ModelConfig, params: ModelParams, ids: np.ndarray, separator: int | None, window: int
+) -> RecurrentState:
+    """The state [1, H] of each layer after reading `ids` from a zero state, whole windows at a time.
+
+    What is missing to whole windows is put before the text, and the state zeroed where the text begins: every window
+    has one shape, and the program is compiled once.
+    """
+    state = model.initial_state(config, 1, params.b_out.dtype)
+    missing = -len(ids) % window
+    padded = np.concatenate([np.zeros(missing, np.int32), ids])
+    reset = np.arange(len(padded)) == missing
+    for start in range(0, len(padded), window):
+        part = slice(start, start + window)
+        state = _read_window(params, state, padded[None, part], reset[None, part], config, separator)
+    return state
+
+
+@partial(jax.jit, static_argnames=("config", "separator"))
+def _read_window(params, state, ids_BT, reset_BT, config, separator):
+    return model.apply(config, params, state, ids_BT, reset_BT | _ends_document(ids_BT, separator))[0]
+
+
+def _ends_document(ids: jax.Array, separator: int | None) -> jax.Array:
+    return jnp.zeros(ids.shape, bool) if separator is None else ids == separator
+
+
+@partial(jax.jit, static_argnames=("symbols", "vocabulary_size", "dtype"))
+def _noise(row_keys, start, symbols, vocabulary_size, dtype):
+    """Gumbel noise TRV for positions from `start` on."""
+
+    def at(position, key):
+        return jax.random.gumbel(jax.random.fold_in(key, position), (vocabulary_size,)).astype(dtype)
+
+    positions_T = start + jnp.arange(symbols, dtype=jnp.int32)
+    return jax.vmap(jax.vmap(at, (None, 0)), (0, None))(positions_T, row_keys)
+
+
+@partial(jax.jit, static_argnames=("config", "sampling", "unknown_id", "separator", "symbols"), donate_argnames="state")
+def _make_chunk(params, state, last_R, gumbel_TRV, config, sampling, unknown_id, separator, symbols):
+    """The next `symbols` of every row: (state, last symbols, (ids, log-probabilities) [T, R])."""
+
+    def make_one(carry, gumbel_RV):
+        state, last_R = carry
+        reset_R = _ends_document(last_R, separator)
+        state, logits_TRV = model.apply(config, params, state, last_R[:, None], reset_R[:, None])
+        logits_RV = logits_TRV[0]
+        next_R = choose(_without(logits_RV, unknown_id), gumbel_RV, sampling)
+        log_probability_R1 = jnp.take_along_axis(jax.nn.log_softmax(logits_RV, axis=1), next_R[:, None], axis=1)
+        return (state, next_R), (next_R, log_probability_R1[:, 0])
+
+    (state, last_R), made = jax.lax.scan(make_one, (state, last_R), gumbel_TRV, symbols)
+    return state, last_R, made
+
+
+def _without(logits_RV: jax.Array, unknown_id: int | None) -> jax.Array:
+    return logits_RV if unknown_id is None else logits_RV.at[:, unknown_id].set(-math.inf)
+
+
+def choose(logits_RV: jax.Array, gumbel_RV: jax.Array | None, sampling: Sampling) -> jax.Array:
+    """The symbol chosen for each row, int32 [R].
+
+    Args:
+      logits_RV: -inf for a symbol that must not be chosen.
+      gumbel_RV: standard Gumbel noise; None for temperature 0: the most probable symbol.
+    """
+    if gumbel_RV is None:
+        return jnp.argmax(logits_RV, axis=1).astype(jnp.int32)
+    temperature = jnp.asarray(max(sampling.temperature, _tiny(logits_RV)), logits_RV.dtype)
+    if not sampling.top_k and sampling.top_p == 1:
+        return jnp.argmax(logits_RV + temperature * gumbel_RV, axis=1).astype(jnp.int32)
+    # K symbols in order of probability, of equal ones the lower id first, each with the noise that is its own.
+    V = logits_RV.shape[1]
+    logits_RK, ids_RK = jax.lax.top_k(logits_RV, min(sampling.top_k or V, V))
+    logits_RK = jnp.where(_nucleus(logits_RK, temperature, sampling.top_p), logits_RK, -math.inf)
+    noisy_RK = logits_RK + temperature * jnp.take_along_axis(gumbel_RV, ids_RK, axis=1)
+    return jnp.take_along_axis(ids_RK, jnp.argmax(noisy_RK, axis=1, keepdims=True), axis=1)[:, 0].astype(jnp.int32)
+
+
+def _nucleus(logits_RK: jax.Array, temperature: jax.Array, top_p: float) -> jax.Array:
+    """Which of the symbols, given in order of probability, are in the nucleus, bool [R, K]: one of them at least.
+
+    The nucleus (Holtzman et al., The Curious Case of Neural Text Degeneration, ICLR 2020) is the smallest set of most
+    probable symbols that has a probability of `top_p` together: a symbol is in it when those before it fall short.
+    """
+    if top_p == 1:  # else the last symbols would be lost to rounding
+        return jnp.ones(logits_RK.shape, bool)
+    # The largest is subtracted first: at a temperature near 0 the quotients would overflow.
+    p_RK = jax.nn.softmax((logits_RK - logits_RK[:, :1]) / temperature, axis=1)
+    before_RK = jnp.cumsum(p_RK, axis=1) - p_RK
+    return before_RK < jnp.asarray(max(top_p, _tiny(p_RK)), p_RK.dtype)
+
+
+def _tiny(array: jax.Array) -> float:
+    return float(jnp.finfo(array.dtype).tiny)

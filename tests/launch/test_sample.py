@@ -1,0 +1,292 @@
+"""The sampling program on run directories made here: what stdout has, what is held back, what is refused."""
+
+import contextlib
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from charlstm import config as config_lib
+from charlstm import keys, model
+from charlstm import mesh as mesh_lib
+from charlstm import step as step_lib
+from charlstm.checkpoint import Checkpoints
+from charlstm.config import Config
+from charlstm.generate import Chunk, Sampling, generate
+from data_pipeline.vocabulary import UNKNOWN, Vocabulary
+from launch import run_directory, sample
+from launch.sample import Sample
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BYTES = Vocabulary("bytes")
+CONFIG = config_lib.replace(
+    config_lib.resolve(Config(), 1), num_layers=1, hidden_size=8, batch_size=8, initializer="normal", init_scale=1.0
+)
+SCORES = {3: 2.5, 5: 2.75}  # step -> bits per character: the best is not the latest
+
+
+def params_of(step, vocabulary):
+    return model.init(CONFIG.model, vocabulary.size, keys.named(jax.random.key(step), "init"))
+
+
+def make_run(run_dir, vocabulary):
+    identity = run_directory.Identity(vocabulary, "f" * 64)
+    run_directory.create(run_dir, CONFIG, identity, [])
+    with Checkpoints(run_dir / "checkpoints", log=print) as checkpoints:
+        for step, score in SCORES.items():
+            state = step_lib.init(CONFIG, vocabulary.size)
+            state = state._replace(step=jnp.asarray(step, jnp.int32), params=params_of(step, vocabulary))
+            own = run_directory.checkpoint_identity(CONFIG, identity)
+            checkpoints.save(step_lib.place(mesh_lib.make(), state), own, score)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def bytes_run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("bytes") / "run", BYTES)
+
+
+@pytest.fixture(scope="module")
+def characters_run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("characters") / "run", Vocabulary("characters", "abcdé€"))
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs the program in this process: its stdout."""
+
+    def run(run_dir, *arguments):
+        assert sample.main(["sample", f"--run_dir={run_dir}", "--length=60", *arguments]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+@contextlib.contextmanager
+def process(run_dir, *arguments):
+    command = [sys.executable, "-m", "launch.sample", f"--run_dir={run_dir}", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as started:
+        try:
+            yield started
+        finally:
+            started.kill()
+
+
+# What of a text can be shown.
+
+
+def grow(ids, chunk, *, vocabulary=BYTES, prompt=b"", stop=b""):
+    """The sample of `ids` that arrive `chunk` at a time, and what was shown after each arrival."""
+    grown = Sample(vocabulary, np.frombuffer(prompt, np.uint8), np.frombuffer(stop, np.uint8))
+    shown = [grown.take()]
+    for start in range(0, len(ids), chunk):
+        part = np.array(list(ids[start : start + chunk]))
+        grown.feed(part, -part.astype(float))
+        shown.append(grown.take())
+    return grown, [*shown, grown.take(last=True)]
+
+
+def test_a_text_ends_before_its_stop_string_whatever_chunks_it_comes_in():
+    rng = np.random.default_rng(0)
+    stopped = 0
+    for _ in range(500):
+        text = rng.choice(list(b"ab"), rng.integers(0, 12)).astype(np.uint8).tobytes()
+        stop = rng.choice(list(b"ab"), rng.integers(1, 5)).astype(np.uint8).tobytes()
+        expected, found, _ = text.partition(stop)
+        grown, shown = grow(text, int(rng.integers(1, 5)), stop=stop)
+        assert ("".join(shown), bytes(grown.ids), grown.stopped) == (expected.decode(), expected, bool(found))
+        assert grown.log_probabilities == [-float(i) for i in expected]
+        stopped += grown.stopped
+    assert 100 < stopped < 400
+
+
+def test_only_what_may_be_the_stop_string_is_held_back():
+    _, shown = grow(b"xaaby", 1, stop=b"aabb")
+    assert shown == ["", "x", "", "", "", "aaby", ""]
+
+
+def test_a_stop_string_may_begin_in_the_continuation_only():
+    grown, _ = grow(b"bab", 1, prompt=b"a", stop=b"ab")
+    assert bytes(grown.ids) == b"b"
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5])
+def test_an_incomplete_utf8_sequence_is_held_back(chunk):
+    text = "é€😀x"
+    _, shown = grow(text.encode(), chunk)
+    assert "".join(shown) == text
+    assert UNKNOWN not in "".join(shown)
+    assert chunk > 1 or shown[1:-1] == ["", "é", "", "", "€", "", "", "", "😀", "x"]
+
+
+def test_an_unfinished_sequence_is_shown_as_such_at_the_end_and_one_of_the_prompt_is_finished():
+    assert grow("x€".encode()[:-1], 1)[1][-1] == UNKNOWN
+    assert "".join(grow(b"\xac!", 1, prompt=b"\xe2\x82")[1]) == "€!"
+
+
+# What is printed.
+
+
+def test_stdout_is_the_prompt_and_the_very_text_that_the_model_makes(run, bytes_run):
+    prompt = "Once \N{EURO SIGN}"
+    ids = BYTES.encode(prompt)
+    sampling = Sampling(temperature=0.7, top_k=50, top_p=0.9)
+    (chunk,) = generate(CONFIG.model, params_of(3, BYTES), ids, sampling, rows=1, length=60, seed=4, chunk=60)
+    text = run(bytes_run, f"--prompt={prompt}", "--temperature=0.7", "--top_k=50", "--top_p=0.9", "--seed=4")
+    assert text == prompt + BYTES.decode(chunk.ids[0]) + "\n"
+
+
+def test_the_first_of_several_samples_is_the_only_one_of_one_and_the_others_follow_it(run, bytes_run):
+    one, three = (run(bytes_run, "--prompt=Once", f"--num_samples={n}") for n in (1, 3))
+    first, second, third = three.replace("\n--- sample 3 of 3 ---\n", "\n--- sample 2 of 3 ---\n").split(
+        "\n--- sample 2 of 3 ---\n"
+    )
+    assert first == one
+    assert len({first, second, third}) == 3
+    assert all(text.startswith("Once") and text.endswith("\n") for text in (second, third))
+
+
+def test_text_is_flushed_as_it_is_made(monkeypatch):
+    terminal = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(terminal, "utf-8"))
+
+    def chunks():
+        for word in (b"one ", b"two ", b"three"):
+            yield Chunk(np.frombuffer(word, np.uint8)[None], np.zeros((1, len(word))))
+            seen.append(terminal.getvalue())
+
+    seen: list[bytes] = []
+    nothing = np.zeros(0, np.uint8)
+    sample._print_text([Sample(BYTES, np.frombuffer(b"> ", np.uint8), nothing)], chunks())
+    assert seen == [b"> one ", b"> one two ", b"> one two three"]
+    assert terminal.getvalue() == b"> one two three\n"
+
+
+def test_json_has_every_symbol_with_its_log_probability(run, bytes_run):
+    text = run(bytes_run, "--prompt=Once", "--num_samples=2")
+    objects = [
+        json.loads(line) for line in run(bytes_run, "--prompt=Once", "--num_samples=2", "--format=json").splitlines()
+    ]
+    assert text == "\n--- sample 2 of 2 ---\n".join(o["prompt"] + o["text"] + "\n" for o in objects)
+    chunks = generate(CONFIG.model, params_of(3, BYTES), BYTES.encode("Once"), Sampling(), rows=2, length=60, seed=0)
+    expected = np.concatenate([chunk.log_probabilities for chunk in chunks], axis=1)
+    for number, o in enumerate(objects):
+        assert bytes(s["symbol"] for s in o["symbols"]).decode("utf-8", "replace") == o["text"]
+        np.testing.assert_allclose([s["logprob"] for s in o["symbols"]], expected[number], rtol=1e-5)
+        assert o["logprob"] == pytest.approx(expected[number].sum(), rel=1e-5)
+        assert o["bits_per_character"] == pytest.approx(-o["logprob"] / 60 / math.log(2))
+        assert (o["sample"], o["seed"], o["checkpoint"]) == (number + 1, 0, 3)
+
+
+def test_json_of_a_vocabulary_of_characters_has_characters_and_never_the_unknown_one(run, characters_run):
+    (line,) = run(characters_run, "--prompt=ab", "--format=json", "--temperature=2").splitlines()
+    made = json.loads(line)
+    assert "".join(s["symbol"] for s in made["symbols"]) == made["text"]
+    assert len(made["text"]) == 60
+    assert set(made["text"]) == set("abcdé€")
+
+
+@pytest.mark.parametrize(("which", "step"), [("best", 3), ("latest", 5), ("3", 3), ("5", 5)])
+def test_the_checkpoint_asked_for_is_the_one_that_writes(run, bytes_run, which, step):
+    made = json.loads(run(bytes_run, "--prompt=Once", "--length=5", "--format=json", f"--checkpoint={which}"))
+    expected = generate(
+        CONFIG.model, params_of(step, BYTES), BYTES.encode("Once"), Sampling(), rows=1, length=5, seed=0
+    )
+    assert [s["symbol"] for s in made["symbols"]] == next(expected).ids[0, :5].tolist()
+    assert made["checkpoint"] == step
+
+
+def test_a_sample_ends_before_the_stop_string(run, characters_run):
+    whole = run(characters_run, "--prompt=ab")[2:-1]
+    stop = whole[20:22]
+    assert run(characters_run, "--prompt=ab", f"--stop={stop}") == f"ab{whole.partition(stop)[0]}\n"
+
+
+def test_a_prompt_from_a_file_is_read_to_its_last_newline(run, bytes_run, tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(b"Once\r\n\xff\n")
+    made = json.loads(run(bytes_run, f"--prompt_file={path}", "--length=1", "--format=json"))
+    assert made["prompt"] == f"Once\r\n{UNKNOWN}\n"
+
+
+def test_no_prompt_is_a_newline_that_is_not_shown_and_no_length_is_the_prompt_alone(run, bytes_run):
+    assert "\n" + run(bytes_run) == run(bytes_run, "--prompt=\n")
+    assert run(bytes_run, "--prompt=Once", "--length=0") == "Once\n"
+
+
+def test_a_vocabulary_without_newline_begins_anywhere(run, characters_run):
+    assert len({run(characters_run, f"--seed={seed}", "--temperature=0") for seed in range(8)}) > 1
+
+
+def test_an_unknown_symbol_of_the_prompt_is_mapped_when_asked(run, characters_run):
+    assert run(characters_run, "--prompt=abx", "--unknown=map").startswith(f"ab{UNKNOWN}")
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt=abxc"], r"prompt: 'x' \(U\+0078\) at position 2 is not in the vocabulary.*--unknown=map"),
+        (["--stop=a\n"], r"stop='a\\n' can never be met: '\\n' \(U\+000A\) at position 1"),
+        (["--prompt=a", "--prompt_file=b"], "--prompt and --prompt_file=b are both given"),
+        (["--prompt_file=/nowhere/prompt.txt"], "prompt_file=/nowhere/prompt.txt cannot be read: No such file"),
+        (["--temperature=-1"], "temperature=-1.0 must be at least 0"),
+        (["--top_p=0"], "top_p=0.0 must be more than 0"),
+        (["--length=-1"], "length=-1 must not be negative"),
+        (["--num_samples=0"], "num_samples=0 must be at least 1"),
+        (["--seed=-1"], "seed=-1 must be from 0 to 4294967295"),
+        (["--checkpoint=4"], "4"),
+        (["--checkpoint=newest"], "checkpoint='newest' is neither"),
+        (["--run_dir=/nowhere"], "run_dir=/nowhere is not a run"),
+        (["--run_dir="], "--run_dir is required"),
+        (["--temprature=1"], "did you mean temperature"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_refused_in_one_sentence(characters_run, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sample.main(["sample", f"--run_dir={characters_run}", *arguments])
+
+
+def test_a_run_without_checkpoints_is_refused(tmp_path):
+    run_directory.create(tmp_path / "run", CONFIG, run_directory.Identity(BYTES, "f" * 64), [])
+    with pytest.raises(ValueError, match="checkpoint"):
+        sample.main(["sample", f"--run_dir={tmp_path / 'run'}"])
+
+
+# The program as a process.
+
+
+def test_the_same_seed_makes_the_same_text_in_two_processes_and_only_the_text_is_on_stdout(run, bytes_run):
+    arguments = ["--prompt=Once", "--num_samples=2", "--length=60", "--seed=9"]
+    with process(bytes_run, *arguments) as first, process(bytes_run, *arguments) as second:
+        texts = [started.communicate()[0] for started in (first, second)]
+        assert (first.returncode, second.returncode) == (0, 0)
+    assert texts[0] == texts[1] == run(bytes_run, *arguments).encode()
+
+
+def test_an_interrupt_and_a_closed_pipe_end_the_text_quietly(bytes_run):
+    arguments = ["--prompt=Once", "--length=1000000000"]
+    with process(bytes_run, *arguments) as interrupted, process(bytes_run, *arguments) as left:
+        assert left.stdout.read(100).startswith(b"Once")
+        left.stdout.close()
+        left.stdout = None
+        assert os.read(interrupted.stdout.fileno(), 4) == b"Once"
+        interrupted.send_signal(signal.SIGINT)
+        (rest, message), (_, complaint) = interrupted.communicate(), left.communicate()
+        assert interrupted.returncode == 130
+        assert rest.endswith(b"\n")
+        assert message.endswith(b"launch.sample: interrupted\n") and b"Traceback" not in message
+        assert left.returncode == 0
+        assert complaint.decode() == f"{bytes_run}: the checkpoint of step 3\n"

@@ -1,0 +1,337 @@
+"""Whatever happens to the files, the disk or the process: no wrong bit, no lost commit, no stopped run."""
+
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from charlstm import file_manifest
+from charlstm.checkpoint import Checkpoints
+from tests.conftest import ROOT
+from tests.test_checkpoint import (
+    IDENTITY,
+    abstract_state,
+    bits,
+    host_state,
+    make_state,
+    names,
+    rewrite_seal,
+    save_all,
+)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """Checkpoints 1 and 2, to be copied, not changed."""
+    directory = tmp_path_factory.mktemp("saved")
+    save_all(directory, 1, 2)
+    return directory
+
+
+@pytest.fixture
+def directory(saved, tmp_path) -> Path:
+    return shutil.copytree(saved, tmp_path / "checkpoints")
+
+
+def files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def restored_by_a_reader(directory: Path, step: int | None = None) -> tuple[int, list[str]]:
+    """The step that was restored, bit for bit, and what was said."""
+    said: list[str] = []
+    with Checkpoints(directory, writable=False, log=said.append) as checkpoints:
+        state, meta = checkpoints.restore(abstract_state(), step=step)
+    assert bits(state) == bits(host_state(meta["step"]))
+    return meta["step"], said
+
+
+def test_a_flipped_bit_in_any_file_is_never_used(directory):
+    rng = random.Random(0)
+    candidates = files(directory / "2")
+    for trial in range(max(80, len(candidates))):
+        path = candidates[trial % len(candidates)]
+        whole, bit = path.read_bytes(), rng.randrange(8 * path.stat().st_size)
+        flip(path, bit)
+        step, said = restored_by_a_reader(directory)
+        assert step == 1 and "checkpoint 2" in said[0] and "is damaged" in said[0], (path, bit, said)
+        path.write_bytes(whole)
+    assert restored_by_a_reader(directory) == (2, [])
+
+
+def test_each_file_shortened_emptied_lengthened_or_deleted_is_noticed(directory):
+    for path in files(directory / "2"):
+        whole, name = path.read_bytes(), path.relative_to(directory / "2").as_posix()
+        sentence = f"{name} has {{}} bytes, {len(whole)} were written"
+        for content in (whole[:-1], b"", whole + b" "):
+            path.write_bytes(content)
+            expected = file_manifest.SEAL if path.name == file_manifest.SEAL else sentence.format(len(content))
+            with pytest.raises(file_manifest.Damaged, match=re.escape(expected)):
+                file_manifest.verify(directory / "2")
+        path.unlink()
+        step, said = restored_by_a_reader(directory)
+        assert step == 1 and name in said[0], (path, said)
+        path.write_bytes(whole)
+    assert restored_by_a_reader(directory) == (2, [])
+
+
+def test_an_array_that_was_wrong_before_its_file_was_sealed_is_refused(directory):
+    rewrite_seal(directory / "2", lambda meta: meta["arrays"]["params.cells.1.w_x"].update(digest="0123456789abcdef"))
+    step, said = restored_by_a_reader(directory)
+    assert step == 1 and "params.cells.1.w_x has digest" in said[0]
+
+
+def test_flips_that_pass_the_file_check_are_caught_by_the_arrays_digests(directory):
+    with Checkpoints(directory, log=print) as checkpoints:
+        checkpoints.save(make_state(2, devices=1), IDENTITY, None)  # from one device an array is one piece of a file
+    values = np.asarray(host_state(2).params.cells[0].w_h).tobytes()
+    holding = [path for path in files(directory / "2/params") if values in path.read_bytes()]
+    assert holding
+    for path in holding:
+        flip(path, 8 * path.read_bytes().index(values) + 77)
+    rewrite_seal(directory / "2", lambda meta: None)
+    step, said = restored_by_a_reader(directory)
+    assert step == 1 and "params.cells.0.w_h has digest" in said[0]
+
+
+def test_a_step_under_another_name_is_refused(directory):
+    os.rename(directory / "2", directory / "3")
+    step, said = restored_by_a_reader(directory)
+    assert step == 1 and "saved as step 2" in said[0]
+
+
+def test_a_writer_sets_the_damaged_aside_and_a_reader_changes_nothing(directory):
+    flip(files(directory / "2/params")[-1], 5)
+    before = files(directory)
+    assert restored_by_a_reader(directory)[0] == 1
+    assert files(directory) == before
+    said: list[str] = []
+    with Checkpoints(directory, log=said.append) as checkpoints:
+        assert int(checkpoints.restore(abstract_state())[0].step) == 1
+        assert checkpoints.steps() == [1]
+    aside = next(name for name in names(directory) if name != "1")
+    assert aside.startswith("2.corrupt-") and any(aside in line for line in said)
+
+
+def test_an_empty_step_directory_left_by_a_crash_is_passed_over(directory):
+    (directory / "3").mkdir()
+    with Checkpoints(directory, log=print) as checkpoints:
+        assert checkpoints.read_meta()["step"] == 2
+        assert checkpoints.best() is None
+        assert bits(checkpoints.restore(abstract_state())[0]) == bits(host_state(2))
+        assert checkpoints.steps() == [1, 2]
+
+
+def test_an_empty_step_directory_does_not_stand_in_the_way_of_a_save(directory):
+    (directory / "3").mkdir()
+    with Checkpoints(directory, log=print) as checkpoints:
+        checkpoints.save(make_state(3), IDENTITY, None)
+        checkpoints.wait()
+        assert checkpoints.failed_saves == 0
+    assert restored_by_a_reader(directory) == (3, [])
+
+
+def test_the_same_step_damaged_twice_is_set_aside_twice(directory):
+    for _ in range(2):
+        (directory / "2" / file_manifest.SEAL).write_text("{}")
+        with Checkpoints(directory, log=print) as checkpoints:
+            assert int(checkpoints.restore(abstract_state())[0].step) == 1
+            checkpoints.save(make_state(2), IDENTITY, None)
+    assert [name.partition("-")[0] for name in names(directory)] == ["1", "2", "2.corrupt", "2.corrupt"]
+    assert restored_by_a_reader(directory) == (2, [])
+
+
+def test_the_step_that_was_asked_for_falls_back_to_the_newest_whole_one(directory):
+    save_all(directory, 3)
+    (directory / "2" / file_manifest.SEAL).unlink()
+    step, said = restored_by_a_reader(directory, step=2)
+    assert step == 3 and "checkpoint 2" in said[0] and "checkpoint 3 is the newest whole one" in said[1]
+    assert restored_by_a_reader(directory, step=1) == (1, [])
+
+
+def test_where_nothing_is_whole_every_attempt_is_refused_and_nothing_is_moved(directory):
+    for step in (1, 2):
+        flip(files(directory / str(step) / "params")[-1], 3)
+    before = names(directory)
+    for _ in range(2):  # a supervisor tries again: it must not find an empty directory and train from the start
+        with Checkpoints(directory, log=print) as checkpoints, pytest.raises(ValueError, match=r"whole .*1, 2"):
+            checkpoints.restore(abstract_state())
+    assert names(directory) == before
+
+
+def test_the_best_is_forgotten_when_it_is_set_aside(tmp_path):
+    save_all(tmp_path, (1, 2.0), (2, 1.0), (3, 3.0))
+    flip(files(tmp_path / "2/params")[-1], 3)
+    with Checkpoints(tmp_path, log=print) as checkpoints:
+        assert checkpoints.best() == 2
+        assert int(checkpoints.restore(abstract_state(), step=2)[0].step) == 3
+        assert checkpoints.best() == 1
+
+
+def test_a_process_out_of_file_handles_does_not_take_its_trouble_for_damage(directory):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Checkpoints(directory, log=print) as checkpoints:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                file_manifest.verify(directory / "2")
+            with pytest.raises(OSError, match="Too many open files"):
+                checkpoints.restore(abstract_state(), step=2)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert bits(checkpoints.restore(abstract_state())[0]) == bits(host_state(2))
+    assert names(directory) == ["1", "2"]
+
+
+def test_a_save_into_a_directory_that_went_away_is_counted_and_the_next_one_is_made(directory):
+    said: list[str] = []
+    elsewhere = directory.with_name("elsewhere")
+    with Checkpoints(directory, log=said.append) as checkpoints:
+        os.rename(directory, elsewhere)
+        directory.write_text("no directory")
+        for step in (3, 4):
+            checkpoints.save(make_state(step), IDENTITY, None)
+            checkpoints.wait()
+        assert checkpoints.failed_saves == len(said) == 2
+        assert checkpoints.last_failure == said[-1] and "checkpoint 4 was not saved (failure 2 in a row)" in said[-1]
+        directory.unlink()
+        os.rename(elsewhere, directory)
+        checkpoints.save(make_state(5), IDENTITY, None)
+        checkpoints.wait()
+        assert (checkpoints.failed_saves, checkpoints.last_failure) == (0, None)
+    assert restored_by_a_reader(directory) == (5, [])
+
+
+CHILD = """
+import resource, sys
+from pathlib import Path
+from tests import conftest
+from tests.test_checkpoint import IDENTITY, abstract_state, bits, host_state, make_state
+from charlstm.checkpoint import Checkpoints
+"""
+
+FULL_DISK = (
+    CHILD
+    + """
+def report(moment):
+    print(moment, checkpoints.failed_saves, checkpoints.steps(), *said, flush=True)
+    said.clear()
+
+said = []
+unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+with Checkpoints(Path(sys.argv[1]), log=said.append) as checkpoints:
+    checkpoints.save(make_state(1), IDENTITY, 2.0)
+    checkpoints.wait()
+    report("saved")
+    for step, limit in enumerate([100, 1500, 5000], 2):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
+        checkpoints.save(make_state(step), IDENTITY, 1.0)
+        checkpoints.wait()
+        report(limit)
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert bits(checkpoints.restore(abstract_state())[0]) == bits(host_state(1))
+    checkpoints.save(make_state(5), IDENTITY, 3.0)
+    checkpoints.wait()
+    report("again")
+    assert checkpoints.best() == 1
+    assert bits(checkpoints.restore(abstract_state())[0]) == bits(host_state(5))
+"""
+)
+
+
+def run(program: str, directory: Path, **streams) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-c", program, str(directory)], env=environment, **streams)
+
+
+def test_when_the_disk_is_full_the_run_goes_on_and_saves_again_once_there_is_room(tmp_path):
+    child = run(FULL_DISK, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == 0, err
+    lines = out.splitlines()
+    assert (lines[0], lines[4]) == ("saved 0 [1]", "again 0 [1, 5]")
+    # The limits stop it in different places: the first file, an array, the seal.
+    for failures, (limit, line) in enumerate(zip((100, 1500, 5000), lines[1:4], strict=True), 1):
+        sentence = f"checkpoint {failures + 1} was not saved (failure {failures} in a row): "
+        assert line.startswith(f"{limit} {failures} [1] {sentence}") and "File too large" in line, line
+    assert len(lines) == 5 and names(tmp_path) == ["1", "5"]
+
+
+SAVE_FOR_EVER = (
+    CHILD
+    + """
+with Checkpoints(Path(sys.argv[1]), keep=2, log=print) as checkpoints:
+    for step in range(1, 100_000):
+        checkpoints.save(make_state(step), IDENTITY, None)
+        if step % 2:
+            checkpoints.wait()
+            print(step, flush=True)  # committed: from now on it, or a later one, must be there
+"""
+)
+
+
+def test_a_process_killed_at_any_moment_leaves_its_last_commit_whole(tmp_path):
+    """A stopped process has on disk what a killed one has, so each stop is a kill; the last one is a kill indeed."""
+    rng, moments = random.Random(0), 8
+    directory, said = tmp_path / "checkpoints", tmp_path / "said"
+    with open(said, "w") as out:
+        child = run(SAVE_FOR_EVER, directory, stdout=out)
+    try:
+        while child.poll() is None and len(said.read_text().split()) < 2:
+            time.sleep(0.05)
+        for moment in range(moments):
+            time.sleep(rng.uniform(0.0, 0.3))
+            os.kill(child.pid, signal.SIGKILL if moment == moments - 1 else signal.SIGSTOP)
+            os.waitpid(child.pid, os.WUNTRACED)
+            committed = int(said.read_text().split("\n")[-2])
+            left = shutil.copytree(directory, tmp_path / f"left-{moment}")
+            if moment < moments - 1:
+                os.kill(child.pid, signal.SIGCONT)
+            with Checkpoints(left, log=print) as checkpoints:
+                state, meta = checkpoints.restore(abstract_state())
+            assert meta["step"] >= committed
+            assert bits(state) == bits(host_state(meta["step"]))
+            assert all(name.isdecimal() for name in names(left)), names(left)  # nothing was damaged, nothing left over
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_the_seal_is_checked_without_jax_and_without_orbax(directory):
+    program = (
+        "import sys; from pathlib import Path; from charlstm import file_manifest\n"
+        "print(file_manifest.verify(Path(sys.argv[1]))['step'])\n"
+        "assert not {'jax', 'orbax', 'numpy'} & sys.modules.keys()"
+    )
+    child = run(program, directory / "2", stdout=subprocess.PIPE, text=True)
+    assert (child.communicate(timeout=60)[0], child.returncode) == ("2\n", 0)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"null", b"[]", b"{}", b'{"meta": {}, "files": {}}', b"\xff\xfe", b'{"meta": 1']
+)
+def test_a_seal_that_is_empty_or_malformed_is_damage(directory, content):
+    (directory / "2" / file_manifest.SEAL).write_bytes(content)
+    assert restored_by_a_reader(directory)[0] == 1
+
+
+def test_a_seal_written_by_another_hand_is_damage_even_if_it_says_the_same(directory):
+    seal = directory / "2" / file_manifest.SEAL
+    seal.write_text(json.dumps(json.loads(seal.read_text())))
+    assert restored_by_a_reader(directory)[0] == 1

@@ -1,0 +1,94 @@
+"""Evaluation: one figure, whatever the batch size, the devices and the window; training is not touched."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from charlstm import config as config_lib
+from charlstm import evaluate, mesh, model
+from charlstm.config import Config
+from charlstm.loss import cross_entropy
+
+V = 20
+
+
+class Text:
+    dtype = np.dtype(np.uint8)
+    bytes = 1500
+
+    def __init__(self, symbols=1000):
+        # Markov enough for the carried state to matter.
+        random = np.random.default_rng(0)
+        self.ids = (np.cumsum(random.integers(0, 3, symbols)) % V).astype(np.uint8)
+
+    def __len__(self):
+        return len(self.ids)
+
+    def read(self, start, stop):
+        return self.ids[start:stop]
+
+
+def make(**changes) -> Config:
+    small = {"hidden_size": 16, "num_layers": 2, "window": 16, "piece": 100, "burn_in": 30, "evaluation_batch_size": 4}
+    return config_lib.replace(Config(), **(small | changes))
+
+
+def params(config: Config):
+    drawn = model.init(config.model, V, jax.random.key(0))
+    return jax.tree.map(lambda leaf: leaf * 1.5, drawn)
+
+
+def score(config: Config, devices: int = 1, separator=None) -> evaluate.Score:
+    grid = mesh.make(jax.devices()[:devices])
+    return evaluate.of_split(config, V, Text(), grid, separator)(mesh.put(grid, mesh.REPLICATED, params(config)))
+
+
+def test_the_figure_does_not_depend_on_batch_size_devices_or_window():
+    expected = score(make()).bits_per_character
+    assert abs(expected - math.log2(V)) > 0.005
+    for changes, devices in (
+        ({"evaluation_batch_size": 1}, 1),
+        ({"evaluation_batch_size": 64}, 8),
+        ({"evaluation_batch_size": 3}, 2),
+        ({"window": 130}, 4),
+        ({"window": 7}, 8),
+    ):
+        assert score(make(**changes), devices).bits_per_character == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_one_piece_is_the_plain_forward_pass_over_the_whole_split(cell):
+    config, text = make(piece=10**6, cell=cell), Text()
+    ids = text.ids.astype(np.int32)[None]
+    state = model.initial_state(config.model, 1)
+    _, logits = model.apply(config.model, params(config), state, ids[:, :-1], np.zeros((1, len(text) - 1), bool))
+    nats = np.asarray(cross_entropy(logits, ids[:, 1:].T), np.float64).sum()
+    expected = (nats / math.log(2) + math.log2(V)) / len(text)  # the first symbol is charged log2(V) bits
+    found = score(config)
+    assert found.bits_per_character == pytest.approx(expected, abs=1e-6)
+    assert found.bits_per_byte == pytest.approx(expected * 1000 / 1500, abs=1e-6)
+    assert (found.characters, found.bytes) == (1000, 1500)
+
+
+def test_burn_in_comes_close_to_carried_state():
+    sequential, warm, cold = (
+        score(make(piece=piece, burn_in=burn_in)).bits_per_character
+        for piece, burn_in in ((10**6, 0), (100, 60), (100, 0))
+    )
+    assert abs(warm - sequential) < abs(cold - sequential) / 10
+
+
+def test_a_separator_resets_the_state_in_evaluation_too():
+    assert score(make(), separator=3).bits != score(make()).bits
+
+
+def test_evaluation_leaves_the_parameters_as_they_were():
+    config, grid = make(), mesh.make(jax.devices()[:2])
+    placed = mesh.put(grid, mesh.REPLICATED, params(config))
+    before = jax.tree.map(np.array, placed)
+    evaluator = evaluate.of_split(config, V, Text(), grid)
+    assert evaluator(placed) == evaluator(placed)
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(placed), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -1,0 +1,177 @@
+"""Arrows point down, licences are by file, and importing does nothing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("charlstm", "data_pipeline", "launch")
+RANKS = {
+    "charlstm": {
+        0: ["config", "types", "keys"],
+        1: ["initializers", "projection", "loss", "optimizers", "schedules", "mesh", "digest", "reduction", "file_manifest"],
+        2: ["cells.lstm", "cells.gru", "cells.rnn", "cells.textbook"],
+        3: ["model", "checkpoint", "metrics"],
+        4: ["step", "generate"],
+        5: ["evaluate"],
+        6: ["trainer"],
+        # The seed programs stand alone.
+        7: ["reference.min_char_rnn", "reference.numpy_lstm"],
+    },
+    "data_pipeline": {
+        0: ["settings", "batch", "files", "vocabulary"],
+        1: ["manifest", "streams", "progress"],
+        2: ["shards", "loader", "pieces"],
+        3: ["texts"],
+        4: ["characters", "cutting", "downloads"],
+        5: ["encoding", "named"],
+        6: ["prepare"],
+        7: ["corpora"],
+    },
+}
+# What the model may know of the pipeline: types, formulas and settings, no files.
+MODEL_MAY_IMPORT = {"data_pipeline.batch", "data_pipeline.settings", "data_pipeline.pieces"}
+
+
+def files() -> list[Path]:
+    return sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = [module_name(path) for path in files()]
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of the modules that a file imports, wherever in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            full = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module or "" for name in full}
+    return found
+
+
+def attributes(path: Path) -> set[str]:
+    """Dotted names that a file uses."""
+    return {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Attribute)}
+
+
+def rank(module: str) -> int | None:
+    package, _, rest = module.partition(".")
+    return next((r for r, names in RANKS.get(package, {}).items() if rest in names), None)
+
+
+@pytest.mark.parametrize("path", files(), ids=module_name)
+def test_a_file_imports_lower_ranks_only(path):
+    module = module_name(path)
+    package = module.partition(".")[0]
+    for imported in imports(path):
+        other = imported.partition(".")[0]
+        assert other != "launch" or package == "launch", f"{module} imports {imported}: launch is imported by nothing"
+        if package == other and package in RANKS:
+            assert rank(imported) < rank(module), f"{module} imports {imported} of the same rank or above"
+        if package == "data_pipeline":
+            assert other not in ("charlstm", "jax", "jaxlib"), f"{module} imports {imported}: it knows no model"
+        if package == "charlstm" and other == "data_pipeline":
+            assert imported in MODEL_MAY_IMPORT, f"{module} imports {imported}"
+
+
+def test_every_module_has_a_rank():
+    unranked = [m for m, path in zip(MODULES, files(), strict=True) if path.name != "__init__.py" and rank(m) is None]
+    assert [m for m in unranked if not m.startswith("launch.")] == []
+    ranked = {f"{package}.{name}" for package, ranks in RANKS.items() for names in ranks.values() for name in names}
+    assert ranked <= set(MODULES), "a rank is given to a module that is gone"
+
+
+@pytest.mark.parametrize(
+    ("library", "licensed"),
+    [
+        ("orbax", {"charlstm.checkpoint"}),
+        ("grain", {"data_pipeline.loader"}),
+        ("absl.flags", {"launch.flags"}),
+        ("absl", {"launch.flags"}),
+        ("flax", set()),
+        ("optax", set()),
+        ("torch", set()),
+    ],
+)
+def test_a_library_is_imported_where_it_is_licensed_and_nowhere_else(library, licensed):
+    users = {module_name(p) for p in files() if any(f"{i}.".startswith(f"{library}.") for i in imports(p))}
+    assert users <= licensed
+    if licensed and library != "absl.flags":
+        assert users == licensed
+
+
+def test_devices_and_processes_are_known_to_the_mesh_alone():
+    words = {"NamedSharding", "jax.devices", "process_index", "process_count", "multihost_utils", "jax.distributed"}
+    for path in files():
+        if module_name(path) == "charlstm.mesh":
+            continue
+        used = attributes(path) | {i.rpartition(".")[2] for i in imports(path)} | imports(path)
+        found = {w for w in words for u in used if u == w or u.endswith("." + w) or u.startswith(w + ".")}
+        assert not found, f"{path} uses {found}"
+
+
+def test_only_launch_writes_the_environment():
+    for path in files():
+        if module_name(path).startswith("launch"):
+            continue
+        source = ast.parse(path.read_text("utf-8"))
+        for node in ast.walk(source):
+            target = ast.unparse(node) if isinstance(node, (ast.Assign, ast.Call)) else ""
+            assert not target.startswith(("os.environ[", "os.putenv", "os.environ.update", "os.environ.setdefault")), path
+
+
+def test_importing_starts_no_backend_parses_no_flag_and_changes_no_environment():
+    program = (
+        "import os, sys, importlib\n"
+        "import absl.flags, jax, orbax.checkpoint  # these may do as they like\n"
+        "before = dict(os.environ)\n"
+        f"for name in {MODULES!r}: importlib.import_module(name)\n"
+        "assert dict(os.environ) == before, 'the environment changed'\n"
+        "from jax._src import xla_bridge\n"
+        "assert not xla_bridge.backends_are_initialized(), 'a backend was started'\n"
+        "from absl import flags\n"
+        "known = set(flags.FLAGS)\n"
+        "assert not {'num_steps', 'run_dir', 'cell'} & known, 'flags were defined'\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "error:::charlstm", "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_data_pipeline_imports_without_jax():
+    names = [name for name in MODULES if name.startswith("data_pipeline")]
+    program = (
+        "import sys, importlib\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] in ('jax', 'jaxlib', 'grain', 'orbax'): raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", files(), ids=module_name)
+def test_no_file_and_no_function_has_outgrown_itself(path):
+    text = path.read_text("utf-8")
+    assert text.count("\n") <= 320, "asks to be two files"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 75, f"{node.name} asks to be two functions"
+
+
+def test_the_training_loop_is_under_40_lines_of_code():
+    tree = ast.parse((ROOT / "charlstm" / "trainer.py").read_text("utf-8"))
+    loop = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train")
+    assert (loop.end_lineno or 0) - loop.body[1].lineno < 40

@@ -1,0 +1,177 @@
+"""The model: its fast paths equal their twins, windows join, rows are independent, dropout is by row and name."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from charlstm import keys, model
+from charlstm.cells import textbook
+from charlstm.config import ModelConfig
+from charlstm.loss import cross_entropy
+from charlstm.projection import dense, lookup
+
+V, B, T, H = 9, 4, 12, 6
+
+
+def make(**changes) -> ModelConfig:
+    return ModelConfig(**({"num_layers": 2, "hidden_size": H} | changes))
+
+
+def double(tree):
+    return jax.tree.map(lambda leaf: leaf.astype(np.float64), tree)
+
+
+def window(seed=0, length=T):
+    random = np.random.default_rng(seed)
+    text = random.integers(0, V, (B, length + 1), dtype=np.int32)
+    return text[:, :-1], text[:, 1:], random.random((B, length)) < 0.1
+
+
+def slow_apply(config, params, state, inputs_BT, reset_BT):
+    """The model as its docstring says it, one-hot symbols and all, for plain autodiff."""
+    onehot_TBV = jnp.eye(V)[inputs_BT.T]
+    x = onehot_TBV if params.embedding is None else onehot_TBV @ params.embedding
+    new, total = [], 0.0
+    for p, s in zip(params.cells, state, strict=True):
+        s, x = textbook.unroll(model.CELLS[config.cell], p, s, x, reset_BT.T)
+        new.append(s)
+        total = total + x
+    top = total if config.skip else x
+    return tuple(new), top @ (params.embedding.T if params.w_out is None else params.w_out) + params.b_out[None, None]
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"embedding_size": 5, "skip": True},
+        {"embedding_size": H, "tie_embeddings": True, "num_layers": 3},
+    ],
+    ids=["one-hot", "embedding, skip", "tied"],
+)
+def test_the_model_equals_its_textbook_twin_in_float64_in_value_and_gradient(cell, changes):
+    config = make(cell=cell, **changes)
+    inputs, targets, reset = window()
+    with jax.enable_x64(True):
+        params = double(model.init(config, V, jax.random.key(1)))
+        random = np.random.default_rng(3)
+        state = jax.tree.map(lambda a: random.normal(size=a.shape), model.initial_state(config, B, jnp.float64))
+
+        def fast(params, state):
+            new, logits = model.apply(config, params, state, jnp.asarray(inputs), jnp.asarray(reset))
+            return cross_entropy(logits, jnp.asarray(targets).T).sum() + sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(new))
+
+        def slow(params, state):
+            new, logits = slow_apply(config, params, state, jnp.asarray(inputs), jnp.asarray(reset))
+            nats = -jnp.sum(jax.nn.log_softmax(logits) * jnp.eye(V)[targets.T])
+            return nats + sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(new))
+
+        (one, gradient), (other, expected) = (jax.jit(jax.value_and_grad(f, (0, 1)))(params, state) for f in (fast, slow))
+        assert one.dtype == np.float64
+        np.testing.assert_allclose(one, other, rtol=1e-12)
+        for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-10, rtol=1e-10)
+
+
+def test_projections_and_loss_equal_their_plain_twins_in_float64():
+    random = np.random.default_rng(0)
+    ids = random.integers(0, V, (T, B), dtype=np.int32)
+    with jax.enable_x64(True):
+        x, w, b, table = (jnp.asarray(random.normal(size=s)) for s in ((T, B, 3), (3, 5), (5,), (V, 5)))
+        weight = jnp.asarray(random.normal(size=(T, B, 5)))
+        for fast, slow, arguments in (
+            (lambda x, w, b: dense(x, w, b, jnp.float64), lambda x, w, b: x @ w + b[None, None], (x, w, b)),
+            (lambda t: lookup(t, jnp.asarray(ids)), lambda t: jnp.eye(V)[ids] @ t, (table,)),
+        ):
+            np.testing.assert_allclose(fast(*arguments), slow(*arguments), rtol=1e-12)
+            which = tuple(range(len(arguments)))
+            one, other = (jax.grad(lambda *a, f=f: (f(*a) * weight).sum(), which)(*arguments) for f in (fast, slow))
+            for a, b_ in zip(one, other, strict=True):
+                np.testing.assert_allclose(a, b_, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_a_long_window_equals_short_windows_with_carried_state(cell):
+    config = make(cell=cell)
+    inputs, _, reset = window()
+    params, state = model.init(config, V, jax.random.key(0)), model.initial_state(config, B)
+    final, logits = model.apply(config, params, state, inputs, reset)
+    pieces = []
+    for start in range(0, T, 4):
+        part = slice(start, start + 4)
+        state, piece = model.apply(config, params, state, inputs[:, part], reset[:, part])
+        pieces.append(piece)
+    np.testing.assert_allclose(np.concatenate(pieces), logits, atol=1e-6)
+    for a, b in zip(jax.tree.leaves(final), jax.tree.leaves(state), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_resetting_one_stream_leaves_the_others_bit_identical(cell):
+    config = make(cell=cell)
+    inputs, _, _ = window()
+    params, state = model.init(config, V, jax.random.key(0)), model.initial_state(config, B)
+    state, _ = model.apply(config, params, state, inputs, np.zeros((B, T), bool))
+    reset = np.zeros((B, T), bool)
+    _, plain = model.apply(config, params, state, inputs, reset)
+    reset[2, 5] = True
+    _, logits = model.apply(config, params, state, inputs, reset)
+    others = [0, 1, 3]
+    np.testing.assert_array_equal(np.asarray(plain)[:, others], np.asarray(logits)[:, others])
+    np.testing.assert_array_equal(np.asarray(plain)[:5, 2], np.asarray(logits)[:5, 2])
+    assert (np.asarray(plain)[5:, 2] != np.asarray(logits)[5:, 2]).any(1).all()
+
+
+def test_dropout_depends_on_the_key_the_name_and_the_global_row_alone():
+    config = make(dropout=0.5)
+    ones = jnp.ones((T, B, 64))
+
+    def drop(rows, name="dropout.0", step=3):
+        key = jax.random.fold_in(keys.named(jax.random.key(0), "dropout"), step)
+        return np.asarray(model._drop(ones[:, : len(rows)], config, model.Dropout(key, jnp.asarray(rows, jnp.int32)), name))
+
+    whole = drop([0, 1, 2, 3])
+    np.testing.assert_array_equal(np.concatenate([drop([0, 1]), drop([2, 3])], 1), whole)
+    assert (whole == whole[:1]).all(), "the mask is constant over the window"
+    assert set(np.unique(whole)) == {0.0, 2.0}
+    assert abs(whole.mean() - 1) < 0.2
+    rows = [tuple(whole[0, b]) for b in range(B)]
+    assert len({*rows, tuple(drop([0], "dropout.1")[0, 0]), tuple(drop([0], step=4)[0, 0])}) == B + 2
+
+
+def test_dropout_is_between_layers_and_before_the_soft_max_and_nowhere_without_a_key():
+    config = make(dropout=0.5, hidden_size=64)
+    inputs, _, reset = window()
+    params, state = model.init(config, V, jax.random.key(0)), model.initial_state(config, B)
+    dropout = model.Dropout(jax.random.key(5), jnp.arange(B, dtype=jnp.int32))
+    plain_state, plain = model.apply(config, params, state, inputs, reset)
+    dropped_state, dropped = model.apply(config, params, state, inputs, reset, dropout)
+    np.testing.assert_array_equal(plain_state[0].h, dropped_state[0].h)  # nothing before the first layer
+    assert (np.asarray(plain_state[1].h) != np.asarray(dropped_state[1].h)).any()
+    assert (np.asarray(plain) != np.asarray(dropped)).any()
+    same = make(dropout=0.0, hidden_size=64)
+    np.testing.assert_array_equal(plain, model.apply(same, params, state, inputs, reset, dropout)[1])
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_state_logits_and_gradients_in_float32():
+    config = make(compute_dtype="bfloat16", hidden_size=32)
+    inputs, targets, reset = window()
+    params, state = model.init(config, V, jax.random.key(0)), model.initial_state(config, B)
+
+    def loss(params):
+        new, logits = model.apply(config, params, state, inputs, reset)
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((new, logits)))
+        return cross_entropy(logits, targets.T).mean()
+
+    gradient = jax.grad(loss)(params)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradient))
+    text = jax.jit(loss).lower(params).as_text()
+    assert "bf16" in text
+    assert float(loss(params)) == pytest.approx(float(np.log(V)), rel=0.1)
+
+
+def test_the_char_rnn_model_has_240321_parameters():
+    params = jax.eval_shape(lambda: model.init(ModelConfig(num_layers=2, hidden_size=128), 65, jax.random.key(0)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 240_321

@@ -1,0 +1,181 @@
+"""The training step: the same bits on any number of devices, one reduction, the right gradient."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from charlstm import config as config_lib
+from charlstm import mesh as mesh_lib
+from charlstm import model, step
+from charlstm.config import Config
+from charlstm.loss import cross_entropy
+from data_pipeline.batch import Batch
+
+V = 11
+
+
+def make_config(**changes) -> Config:
+    small = {
+        "batch_size": 16, "window": 7, "hidden_size": 12, "num_layers": 2, "logical_shards": 8, "decay_steps": 10,
+        "dropout": 0.25, "clip_norm": 0.5,
+    }  # fmt: skip
+    return config_lib.replace(Config(), **(small | changes))
+
+
+def batch(config: Config, number: int) -> Batch:
+    B, T = config.streams.batch_size, config.streams.window
+    random = np.random.default_rng(number)
+    text = random.integers(0, V, (B, T + 1), dtype=np.uint8)
+    return Batch(text[:, :-1], text[:, 1:], random.random((B, T)) < 0.05)
+
+
+@functools.cache
+def compiled(config: Config, devices: int):
+    mesh = mesh_lib.make(jax.devices()[:devices])
+    return mesh, step.make(config, V, mesh, 100)
+
+
+def run(config: Config, devices: list[int], steps: int = 4) -> tuple[step.TrainState, list]:
+    """The state after `steps`, each step made on the next of `devices` (a count of them), and all metrics."""
+    state, metrics = step.init(config, V), []
+    for number in range(steps):
+        mesh, train_step = compiled(config, devices[number % len(devices)])
+        state = step.place(mesh, jax.tree.map(np.asarray, state))
+        state, reported = train_step(state, mesh_lib.put(mesh, mesh_lib.BY_STREAM, batch(config, number)))
+        metrics.append(jax.tree.map(np.asarray, reported))
+    return jax.tree.map(np.asarray, state), metrics
+
+
+def assert_equal_bits(one, other):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert (a.dtype, a.shape, np.asarray(a).tobytes()) == (b.dtype, b.shape, np.asarray(b).tobytes())
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_any_number_of_devices_that_divides_the_shards_gives_the_same_bits(cell, dtype):
+    config = make_config(cell=cell, compute_dtype=dtype)
+    state, metrics = run(config, [8])
+    for devices in ([4], [1], [8, 2, 4, 1]):
+        other, other_metrics = run(config, devices)
+        assert_equal_bits(state, other)
+        assert_equal_bits(metrics, other_metrics)
+
+
+def test_shards_that_are_no_power_of_two_give_the_same_bits():
+    config = make_config(batch_size=24, logical_shards=6, embedding_size=5)
+    state, _ = run(config, [6], steps=3)
+    for devices in ([3], [2], [1]):
+        assert_equal_bits(state, run(config, devices, steps=3)[0])
+
+
+def test_the_fast_reduction_is_within_1e_5_of_the_exact_one_on_any_number_of_devices():
+    state, _ = run(make_config(), [8])
+    for devices in (8, 4, 1):
+        fast, _ = run(make_config(reduction="fast"), [devices])
+        for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(fast.params), strict=True):
+            assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a)
+
+
+def test_the_fast_reduction_takes_a_count_that_does_not_divide_the_shards():
+    config = make_config(batch_size=24, logical_shards=8, reduction="fast")
+    state, _ = run(config, [8], steps=3)
+    other, _ = run(config, [3], steps=3)
+    for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(other.params), strict=True):
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "expected"),
+    [
+        ("fast", {"all-reduce": 1, "all-to-all": 0, "all-gather": 0}),
+        ("exact", {"all-reduce": 0, "all-to-all": 1, "all-gather": 1}),
+    ],
+)
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+def test_the_gradient_is_reduced_once_an_update_and_never_in_a_loop(cell, reduction, expected):
+    config = make_config(cell=cell, reduction=reduction, embedding_size=6)
+    mesh = mesh_lib.make(jax.devices()[:4])
+    state = step.abstract(config, V, mesh)
+    rows = mesh_lib.abstract(mesh, mesh_lib.BY_STREAM, batch(config, 0))
+    text = step.make(config, V, mesh, 100).lower(state, rows).compile().as_text()
+    operations = ("all-reduce", "all-to-all", "all-gather", "reduce-scatter", "collective-permute")
+    found = {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in operations}
+    assert found == {"reduce-scatter": 0, "collective-permute": 0} | expected
+    # Each of them stands in the entry computation, none in the body of a loop.
+    entry = text[text.index("\nENTRY ") :]
+    assert sum(len(re.findall(rf" {name}(?:-start)?\(", entry)) for name in operations) == sum(expected.values())
+
+
+@pytest.mark.parametrize("reduction", ["exact", "fast"])
+def test_the_update_is_that_of_the_mean_loss_over_all_symbols_by_plain_autodiff(reduction):
+    config = make_config(optimizer="sgd", learning_rate=0.5, clip_norm=0.0, dropout=0.0, reduction=reduction)
+    rows = batch(config, 0)
+    start = jax.tree.map(np.asarray, step.init(config, V))
+
+    def mean_loss(params):
+        state = model.initial_state(config.model, 16)
+        _, logits = model.apply(config.model, params, state, rows.inputs.astype(np.int32), rows.reset)
+        return cross_entropy(logits, rows.targets.astype(np.int32).T).mean()
+
+    loss, gradient = jax.jit(jax.value_and_grad(mean_loss))(start.params)
+    state, metrics = run(config, [4], steps=1)
+    np.testing.assert_allclose(metrics[0].loss, loss, rtol=1e-6)
+    for p, g, new in zip(*map(jax.tree.leaves, (start.params, gradient, state.params)), strict=True):
+        np.testing.assert_allclose(new, p - 0.5 * g, rtol=1e-5, atol=1e-7)
+
+
+def test_every_device_holds_the_same_parameters():
+    config = make_config()
+    mesh = mesh_lib.make()
+    state = step.place(mesh, step.init(config, V))
+    state, _ = step.make(config, V, mesh, 100)(state, mesh_lib.put(mesh, mesh_lib.BY_STREAM, batch(config, 0)))
+    for leaf in jax.tree.leaves((state.params, state.opt_state)):
+        copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+        assert len(copies) == 8
+        for copy in copies[1:]:
+            assert_equal_bits(copies[0], copy)
+
+
+def test_the_recurrent_state_is_split_by_stream_and_carried():
+    config = make_config()
+    mesh = mesh_lib.make()
+    state = step.place(mesh, step.init(config, V))
+    h = state.recurrent_state[0].h
+    assert h.addressable_shards[0].data.shape == (2, 12)
+    assert not np.asarray(h).any()
+    state, _ = step.make(config, V, mesh, 100)(state, mesh_lib.put(mesh, mesh_lib.BY_STREAM, batch(config, 0)))
+    assert np.asarray(state.recurrent_state[0].h).any(1).all()
+    assert int(state.step) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "devices", "message"),
+    [
+        ({"batch_size": 100}, 8, "batch_size=100 cannot be split over 8 devices: use 96 or 104"),
+        ({"batch_size": 4}, 8, "batch_size=4 cannot be split over 8 devices: use 8"),
+        ({"batch_size": 24, "logical_shards": 16}, 8, "batch_size=24 cannot be split into logical_shards=16"),
+        ({"batch_size": 24, "logical_shards": 8}, 3, "logical_shards=8 cannot be split exactly over 3 devices: use 1, 2, 4, 8"),
+    ],
+)  # fmt: skip
+def test_counts_that_do_not_divide_are_refused_with_both_numbers_and_the_remedy(changes, devices, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        step.shards_per_device(make_config(**changes), devices)
+
+
+def test_a_stream_that_is_not_finite_is_named_by_its_row():
+    config = make_config(dropout=0.0)
+    mesh = mesh_lib.make()
+    start = step.init(config, V)
+    poisoned = start.recurrent_state[1].h.at[5, 3].set(jnp.nan)
+    layers = (start.recurrent_state[0], start.recurrent_state[1]._replace(h=poisoned))
+    rows = batch(config, 0)
+    rows.reset[:] = False
+    state = step.place(mesh, start._replace(recurrent_state=layers))
+    _, metrics = step.make(config, V, mesh, 100)(state, mesh_lib.put(mesh, mesh_lib.BY_STREAM, rows))
+    assert np.flatnonzero(~np.asarray(metrics.finite_B)).tolist() == [5]
+    assert not np.isfinite(metrics.loss)
