@@ -198,7 +198,7 @@ def weight_shaped(window, cell, p):
         if equation.primitive.name == "dot_general" and equation.outvars[0].aval.shape in shapes:
             inside, outside = inside + in_scan, outside + (not in_scan)
         if equation.primitive.name == "scan":
-            carried += sum(v.aval.shape in shapes for v in equation.outvars[: equation.params["num_carry"]])
+            carried += sum(v.aval.shape in shapes for v in equation.outvars)  # what it stacks has a T besides
     return outside, inside, carried
 
 
