@@ -28,11 +28,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from charlstm import file_manifest, mesh
-from charlstm.digest import digests, named_leaves
-from charlstm.file_manifest import Damaged, StepDirectory
+from charlstm.digest import describe, digests, named_leaves
+from charlstm.file_manifest import Damaged, StepDirectory, refuse_other_arrays
 from charlstm.types import ModelParams, TrainState
 
-FORMAT = 1
 # How a disk that is full, slow or gone shows: TensorStore raises ValueError, the runtime RuntimeError.
 _SAVE_ERRORS = (OSError, ValueError, RuntimeError)
 
@@ -102,11 +101,11 @@ class Checkpoints:
         comparable = bits_per_character is not None and math.isfinite(bits_per_character)
         found = digests(items)
         meta = {
-            "format": FORMAT,
+            "format": file_manifest.FORMAT,
             "step": step,
             "identity": identity,
             "bits_per_character": bits_per_character if comparable else None,
-            "arrays": {name: {**held, "digest": found[name]} for name, held in _describe(items).items()},
+            "arrays": {name: {**held, "digest": found[name]} for name, held in describe(items).items()},
         }
         try:
             self.discard_after(step)
@@ -144,7 +143,7 @@ class Checkpoints:
         """
         for candidate in self._candidates(step):
             with contextlib.suppress(Damaged):
-                return self._known(candidate, file_manifest.read_meta(self._files.step(candidate)))
+                return self._files.read(candidate)
         raise self._none_whole()
 
     def restore(self, abstract: TrainState, *, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
@@ -238,43 +237,19 @@ class Checkpoints:
         """
         damage, meta = None, {}
         try:
-            meta = self._known(step, file_manifest.verify(self._files.step(step), trees))
+            meta = self._files.read(step, trees)
         except Damaged as found:
             damage = found
         # Agreed before any process enters Orbax: the barriers of one that does and one that does not would not match.
         if mesh.any_process(damage is not None):
             raise damage or Damaged("another process cannot read it")
         held = {name: array for name, array in meta["arrays"].items() if name.partition(".")[0] in trees}
-        self._refuse_other_arrays(step, held, _describe(trees))
+        refuse_other_arrays(f"checkpoint {step} in {self._files.path}", held, describe(trees))
         restored = _read_arrays(self._files.step(step), trees)
         for name, digest in digests(restored).items():
             if digest != held[name]["digest"]:
                 raise Damaged(f"{name} has digest {digest}, {held[name]['digest']} was saved")
         return restored, meta
-
-    def _refuse_other_arrays(self, step: int, held: dict[str, Any], wanted: dict[str, Any]) -> None:
-        """Orbax would cast another type in silence, and what it says of another shape helps nobody."""
-
-        def words(array: dict[str, Any] | None) -> str:
-            return f"{array['dtype']}{array['shape']}" if array else "absent"
-
-        for name in sorted({*held, *wanted}):
-            there, here = words(held.get(name)), words(wanted.get(name))
-            if there != here:
-                raise ValueError(
-                    f"checkpoint {step} in {self._files.path} is of another model or optimizer: {name} is {there} "
-                    f"there and {here} here; use the settings that it was made with, or another run_dir"
-                )
-
-    def _known(self, step: int, meta: dict[str, Any]) -> dict[str, Any]:
-        if meta["format"] != FORMAT:
-            raise ValueError(
-                f"checkpoint {step} in {self._files.path} has format {meta['format']} and this version reads {FORMAT}: "
-                "use the version that wrote it"
-            )
-        if meta["step"] != step:
-            raise Damaged(f"it was saved as step {meta['step']}")
-        return meta
 
     def _candidates(self, step: int | None) -> list[int]:
         """The steps to try, in order."""
@@ -298,14 +273,6 @@ class Checkpoints:
 def _items(state: TrainState) -> dict[str, Any]:
     """What is saved apart, so that it can be restored apart.  The step is in the seal."""
     return {field: value for field, value in state._asdict().items() if field != "step"}
-
-
-def _describe(trees: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Type and shape of each array, by the name it has in the whole state: "params.cells.0.w_h"."""
-    leaves = named_leaves(trees)
-    for name, leaf in leaves.items():
-        assert leaf.size > 0, f"{name} has no elements"  # Orbax cannot save it
-    return {name: {"dtype": str(leaf.dtype), "shape": list(leaf.shape)} for name, leaf in leaves.items()}
 
 
 def _named_items(trees: dict[str, Any]) -> dict[str, dict[str, Any]]:

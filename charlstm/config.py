@@ -2,9 +2,30 @@
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 from data_pipeline.settings import CorpusSettings, StreamSettings, check_choices, setting
+
+LARGEST = 2**31 - 1  # of an int32, which steps and sizes are on the device
+
+
+def _check_numbers(settings: Any) -> None:
+    """Raises ValueError where a number of the dataclass `settings` is one that no computation can take."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{field.name}={value} is not finite")
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ValueError(f"{field.name}={value} must be at most {LARGEST}")
+
+
+def _check_at_least(settings: Any, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value < least:
+            words = f"at least {least}" if least else "0 or more"
+            raise ValueError(f"{name}={value} must be {words}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +55,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for name in ("num_layers", "hidden_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        _check_numbers(self)
+        _check_at_least(self, 1, "num_layers", "hidden_size")
+        _check_at_least(self, 0, "init_scale")
         if self.embedding_size < 0:
             raise ValueError(f"embedding_size={self.embedding_size} must be 0 (one-hot) or more")
         if not 0 <= self.dropout < 1:
@@ -75,9 +96,13 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for name in ("learning_rate", "epsilon", "clip_norm", "clip_value", "warmup_steps", "decay_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        _check_numbers(self)
+        _check_at_least(self, 0, "learning_rate", "weight_decay", "final_fraction", "clip_norm", "clip_value")
+        _check_at_least(self, 0, "warmup_steps", "decay_steps", "decay_start_epoch")
+        if not self.epsilon > 0 and self.optimizer != "sgd":
+            raise ValueError(f"epsilon={self.epsilon} must be more than 0 for optimizer={self.optimizer}: use 1e-8")
+        if not self.decay_rate > 0 and self.schedule in ("exponential", "step"):
+            raise ValueError(f"decay_rate={self.decay_rate} must be more than 0 for schedule={self.schedule}: use .97")
         for name in ("momentum", "rms_decay", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
@@ -91,8 +116,8 @@ class TrainingConfig:
     num_steps: int = setting(1000, "Updates of the whole run.", free=True)
     logical_shards: int = setting(
         0,
-        "M: groups that the B streams are split into; each group's gradient is computed by itself, so M above the number "
-        "of devices is gradient accumulation.  Fixed for a run; 0 means the number of devices it starts on.",
+        "M: groups that the B streams are split into; each group's gradient is computed by itself, so M above the "
+        "number of devices is gradient accumulation.  Fixed for a run; 0 means the number of devices it starts on.",
     )
     reduction: str = setting(
         "exact",
@@ -108,12 +133,9 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for name in ("num_steps", "log_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("seed", "logical_shards", "evaluate_every", "checkpoint_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+        _check_numbers(self)
+        _check_at_least(self, 1, "num_steps", "log_every", "keep_checkpoints")
+        _check_at_least(self, 0, "seed", "logical_shards", "evaluate_every", "checkpoint_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,11 +151,9 @@ class EvaluationConfig:
     evaluation_batch_size: int = setting(64, "Pieces scored side by side; does not change the figure.", free=True)
 
     def __post_init__(self) -> None:
-        for name in ("piece", "evaluation_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.burn_in < 0:
-            raise ValueError(f"burn_in={self.burn_in} must not be negative")
+        _check_numbers(self)
+        _check_at_least(self, 1, "piece", "evaluation_batch_size")
+        _check_at_least(self, 0, "burn_in")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +166,10 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    def __post_init__(self) -> None:
+        _check_numbers(self.corpus)
+        _check_numbers(self.streams)
 
 
 def flatten(config: Config) -> dict[str, tuple[str, dataclasses.Field]]:
@@ -160,7 +184,8 @@ def flatten(config: Config) -> dict[str, tuple[str, dataclasses.Field]]:
 
 def replace(config: Config, **values: Any) -> Config:
     """`config` with settings replaced, each named by its flat name.  Checks run again."""
-    flat, sections = flatten(config), {}
+    flat = flatten(config)
+    sections: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         sections.setdefault(flat[name][0], {})[name] = value
     return dataclasses.replace(
@@ -190,7 +215,7 @@ def from_json(text: str, source: str) -> Config:
     """
     try:
         tree = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{source} is not json: {error}") from None
     defaults = Config()
     if not isinstance(tree, dict):
@@ -221,7 +246,8 @@ def differences(run: Config, now: Config) -> tuple[list[str], list[str]]:
 
     A zero that `resolve` fills in is no difference.
     """
-    forbidden, free = [], []
+    forbidden: list[str] = []
+    free: list[str] = []
     for name, (section, field) in flatten(run).items():
         old, new = getattr(getattr(run, section), name), getattr(getattr(now, section), name)
         if old != new and not (name in ("logical_shards", "decay_steps") and new == 0):

@@ -28,6 +28,14 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return named
 
 
+def describe(tree: Any) -> dict[str, dict[str, Any]]:
+    """Type and shape of each leaf, by its name, as plain JSON."""
+    leaves = named_leaves(tree)
+    for name, leaf in leaves.items():
+        assert leaf.size > 0, f"{name} has no elements"  # Orbax cannot save it
+    return {name: {"dtype": str(leaf.dtype), "shape": list(leaf.shape)} for name, leaf in leaves.items()}
+
+
 def digests(tree: Any) -> dict[str, str]:
     """The digest of every leaf by its name, 16 hex digits.
 

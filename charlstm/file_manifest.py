@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 SEAL = "checkpoint.json"
+FORMAT = 1
 _STEP = re.compile(r"0|[1-9][0-9]*")
 _LEFTOVER = re.compile(r"(0|[1-9][0-9]*)\.(saving|removed).*")
 # What reading a lost or rotten file raises.  Anything else (no permission, out of handles) proves nothing of the file.
@@ -84,6 +85,24 @@ def verify(directory: Path, items: Collection[str] | None = None) -> dict[str, A
     return meta
 
 
+def refuse_other_arrays(checkpoint: str, held: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises ValueError where the arrays that a seal lists are not those wanted, each `name -> {dtype, shape}`.
+
+    Orbax would cast another type in silence, and what it says of another shape helps nobody.
+    """
+
+    def words(array: dict[str, Any] | None) -> str:
+        return f"{array['dtype']}{array['shape']}" if array else "absent"
+
+    for name in sorted({*held, *wanted}):
+        there, here = words(held.get(name)), words(wanted.get(name))
+        if there != here:
+            raise ValueError(
+                f"{checkpoint} is of another model or optimizer: {name} is {there} there and {here} here; use the "
+                "settings that it was made with, or another run_dir"
+            )
+
+
 class StepDirectory:
     """A directory with a subdirectory a step, named by the step alone; any other name means something else.
 
@@ -114,6 +133,23 @@ class StepDirectory:
             with contextlib.suppress(Damaged):
                 found[step] = read_meta(self.step(step))
         return found
+
+    def read(self, step: int, items: Collection[str] | None = None) -> dict[str, Any]:
+        """The `meta` of `step`; with `items`, after all files of these were verified (see `verify`).
+
+        Raises:
+          Damaged: the step is not what was saved.
+          ValueError: its format is not one that this version reads.
+        """
+        meta = read_meta(self.step(step)) if items is None else verify(self.step(step), items)
+        if meta["format"] != FORMAT:
+            raise ValueError(
+                f"checkpoint {step} in {self.path} has format {meta['format']} and this version reads {FORMAT}: use the "
+                "version that wrote it"
+            )
+        if meta["step"] != step:
+            raise Damaged(f"it was saved as step {meta['step']}")
+        return meta
 
     def promote(self, sealed: Path, step: int) -> None:
         """Gives a sealed directory its name: from here on it is step `step`, in place of one that was there."""

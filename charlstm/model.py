@@ -91,7 +91,11 @@ def apply(
         new_state.append(layer_state)
         outputs.append(x_TBD)
     top_TBH = sum(outputs[1:], outputs[0]) if config.skip else outputs[-1]
-    w_HV = params.embedding.T if params.w_out is None else params.w_out
+    if params.w_out is not None:
+        w_HV = params.w_out
+    else:
+        assert params.embedding is not None, "tied weights are the embedding's"
+        w_HV = params.embedding.T
     return tuple(new_state), dense(top_TBH, w_HV, params.b_out, dtype)
 
 

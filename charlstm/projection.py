@@ -44,7 +44,7 @@ def _lookup_forward(w_VK, ids_TB):
 
 
 def _lookup_reverse(residuals, dy_TBK):
-    # dW = onehot' dy as one product.  A scatter-add, which autodiff would make, sums in an order that a GPU does not fix.
+    # dW = onehot' dy, one product.  The scatter-add that autodiff would make sums in an order that a GPU does not fix.
     w_VK, ids_TB = residuals
     onehot_TBV = jax.nn.one_hot(ids_TB, w_VK.shape[0], dtype=dy_TBK.dtype)
     return jnp.einsum("tbv,tbk->vk", onehot_TBV, dy_TBK, preferred_element_type=w_VK.dtype), None

@@ -2,9 +2,10 @@
 
     train_step(state, batch) -> (state, metrics)
 
-Inside `shard_map` a device holds b = B/n streams as k = M/n logical shards of B/M streams each.  It computes each shard's
-gradient at one shape, one shard after the other, and all gradients are summed once (reduction.py), after the loops over
-time: never a collective in a loop.  The loss is a sum over all B T symbols, divided once, after the reduction.
+Inside `shard_map` a device holds b = B/n streams as k = M/n logical shards of B/M streams each. It computes each
+shard's gradient at one shape, one shard after the other, and all gradients are summed once (reduction.py), after the
+loops over time: never a collective in a loop. The loss is a sum over all B T symbols, divided once, after the
+reduction.
 """
 
 from collections.abc import Callable
@@ -137,12 +138,14 @@ def make(config: Config, vocabulary_size: int, mesh: Mesh, steps_per_epoch: int)
 
 def state_specs() -> Any:
     """What lies where: everything whole on every device, except the recurrent state, split by stream."""
-    whole = mesh_lib.REPLICATED
-    return TrainState(step=whole, params=whole, opt_state=whole, recurrent_state=mesh_lib.BY_STREAM)
+    whole: Any = mesh_lib.REPLICATED
+    rows: Any = mesh_lib.BY_STREAM
+    return TrainState(step=whole, params=whole, opt_state=whole, recurrent_state=rows)
 
 
 def metrics_specs() -> Any:
-    whole, rows = mesh_lib.REPLICATED, mesh_lib.BY_STREAM
+    whole: Any = mesh_lib.REPLICATED
+    rows: Any = mesh_lib.BY_STREAM
     return Metrics(loss=whole, loss_B=rows, grad_norm=whole, learning_rate=whole, finite_B=rows)
 
 

@@ -1,9 +1,9 @@
 """A held-out split as pieces that are scored side by side.
 
-The split of N symbols is cut into pieces of P symbols; each is warmed by reading up to `burn_in` symbols before it, from
-zero state.  Pieces depend on the split, P and the burn-in alone, so the score does not depend on how many are read at a
-time, in windows of what length, or on how many devices.  Symbol 0 of the split has nothing before it and is in no batch:
-whoever adds up the score charges it log2(V) bits.
+The split of N symbols is cut into pieces of P symbols; each is warmed by reading up to `burn_in` symbols before it,
+from zero state. Pieces depend on the split, P and the burn-in alone, so the score does not depend on how many are
+read at a time, in windows of what length, or on how many devices. Symbol 0 of the split has nothing before it and is
+in no batch: whoever adds up the score charges it log2(V) bits.
 """
 
 import dataclasses

@@ -49,7 +49,7 @@ class MappedFile:
         _check_size(path, size)
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-        # Streams read here and there: read-ahead by the system, of megabytes, would cost far more than the block wanted.
+        # Streams read here and there: the system's read-ahead, of megabytes, would cost more than the block wanted.
         self._map.madvise(mmap.MADV_RANDOM)
 
     def read(self, start: int, stop: int) -> bytes:

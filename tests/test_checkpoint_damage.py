@@ -222,7 +222,7 @@ CHILD = """
 import resource, sys
 from pathlib import Path
 from tests import conftest
-from tests.test_checkpoint import IDENTITY, abstract_state, bits, host_state, make_state
+from tests.test_checkpoint import IDENTITY, abstract_state, bits, host_state, make_state, names
 from charlstm.checkpoint import Checkpoints
 """
 
@@ -233,20 +233,21 @@ def report(moment):
     print(moment, checkpoints.failed_saves, checkpoints.steps(), *said, flush=True)
     said.clear()
 
-said = []
+said, identity = [], {**IDENTITY, "vocabulary": "x" * 20_000}  # the seal is the largest file
 unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
 with Checkpoints(Path(sys.argv[1]), log=said.append) as checkpoints:
-    checkpoints.save(make_state(1), IDENTITY, 2.0)
+    checkpoints.save(make_state(1), identity, 2.0)
     checkpoints.wait()
     report("saved")
-    for step, limit in enumerate([100, 1500, 5000], 2):
+    for step, limit in enumerate([100, 1500, 20_000], 2):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
-        checkpoints.save(make_state(step), IDENTITY, 1.0)
+        checkpoints.save(make_state(step), identity, 1.0)
         checkpoints.wait()
         report(limit)
     resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert names(Path(sys.argv[1])) == ["1"]  # what was written in vain does not take up the disk
     assert bits(checkpoints.restore(abstract_state())[0]) == bits(host_state(1))
-    checkpoints.save(make_state(5), IDENTITY, 3.0)
+    checkpoints.save(make_state(5), identity, 3.0)
     checkpoints.wait()
     report("again")
     assert checkpoints.best() == 1
@@ -267,9 +268,10 @@ def test_when_the_disk_is_full_the_run_goes_on_and_saves_again_once_there_is_roo
     lines = out.splitlines()
     assert (lines[0], lines[4]) == ("saved 0 [1]", "again 0 [1, 5]")
     # The limits stop it in different places: the first file, an array, the seal.
-    for failures, (limit, line) in enumerate(zip((100, 1500, 5000), lines[1:4], strict=True), 1):
+    for failures, (limit, line) in enumerate(zip((100, 1500, 20_000), lines[1:4], strict=True), 1):
         sentence = f"checkpoint {failures + 1} was not saved (failure {failures} in a row): "
         assert line.startswith(f"{limit} {failures} [1] {sentence}") and "File too large" in line, line
+    assert lines[3].endswith("OSError: [Errno 27] File too large")
     assert len(lines) == 5 and names(tmp_path) == ["1", "5"]
 
 
@@ -308,6 +310,8 @@ def test_a_process_killed_at_any_moment_leaves_its_last_commit_whole(tmp_path):
             assert meta["step"] >= committed
             assert bits(state) == bits(host_state(meta["step"]))
             assert all(name.isdecimal() for name in names(left)), names(left)  # nothing was damaged, nothing left over
+            for step in checkpoints.steps():
+                file_manifest.verify(left / str(step))
     finally:
         child.kill()
         child.wait()

@@ -13,7 +13,7 @@ from charlstm.config import ModelConfig
 from charlstm.generate import Sampling, choose, generate
 
 V = 11
-CONFIG = ModelConfig(num_layers=1, hidden_size=12, initializer="normal", init_scale=0.7)
+CONFIG = ModelConfig(hidden_size=12, initializer="normal", init_scale=0.7)
 PROMPT = np.array([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9], np.uint8)
 GREEDY = Sampling(temperature=0)
 
@@ -201,7 +201,7 @@ def test_another_seed_makes_another_text():
 
 
 def test_bfloat16_and_embeddings_and_skip_connections_sample_too():
-    config = dataclasses.replace(CONFIG, num_layers=2, embedding_size=12, tie_embeddings=True, skip=True, compute_dtype="bfloat16")
+    config = dataclasses.replace(CONFIG, embedding_size=12, tie_embeddings=True, skip=True, compute_dtype="bfloat16")
     ids, log_probabilities = sampled(GREEDY, config=config)
     expected = full_pass(with_prompt(ids), config)[:, len(PROMPT) - 1 : -1]
     np.testing.assert_allclose(log_probabilities, expected.max(2), atol=0.1)

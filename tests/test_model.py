@@ -61,14 +61,16 @@ def test_the_model_equals_its_textbook_twin_in_float64_in_value_and_gradient(cel
 
         def fast(params, state):
             new, logits = model.apply(config, params, state, jnp.asarray(inputs), jnp.asarray(reset))
-            return cross_entropy(logits, jnp.asarray(targets).T).sum() + sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(new))
+            nats = cross_entropy(logits, jnp.asarray(targets).T).sum()
+            return nats + sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(new))
 
         def slow(params, state):
             new, logits = slow_apply(config, params, state, jnp.asarray(inputs), jnp.asarray(reset))
             nats = -jnp.sum(jax.nn.log_softmax(logits) * jnp.eye(V)[targets.T])
             return nats + sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(new))
 
-        (one, gradient), (other, expected) = (jax.jit(jax.value_and_grad(f, (0, 1)))(params, state) for f in (fast, slow))
+        results = [jax.jit(jax.value_and_grad(f, (0, 1)))(params, state) for f in (fast, slow)]
+        (one, gradient), (other, expected) = results
         assert one.dtype == np.float64
         np.testing.assert_allclose(one, other, rtol=1e-12)
         for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
@@ -130,7 +132,8 @@ def test_dropout_depends_on_the_key_the_name_and_the_global_row_alone():
 
     def drop(rows, name="dropout.0", step=3):
         key = jax.random.fold_in(keys.named(jax.random.key(0), "dropout"), step)
-        return np.asarray(model._drop(ones[:, : len(rows)], config, model.Dropout(key, jnp.asarray(rows, jnp.int32)), name))
+        dropout = model.Dropout(key, jnp.asarray(rows, jnp.int32))
+        return np.asarray(model._drop(ones[:, : len(rows)], config, dropout, name))
 
     whole = drop([0, 1, 2, 3])
     np.testing.assert_array_equal(np.concatenate([drop([0, 1]), drop([2, 3])], 1), whole)

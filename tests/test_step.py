@@ -159,9 +159,13 @@ def test_the_recurrent_state_is_split_by_stream_and_carried():
         ({"batch_size": 100}, 8, "batch_size=100 cannot be split over 8 devices: use 96 or 104"),
         ({"batch_size": 4}, 8, "batch_size=4 cannot be split over 8 devices: use 8"),
         ({"batch_size": 24, "logical_shards": 16}, 8, "batch_size=24 cannot be split into logical_shards=16"),
-        ({"batch_size": 24, "logical_shards": 8}, 3, "logical_shards=8 cannot be split exactly over 3 devices: use 1, 2, 4, 8"),
+        (
+            {"batch_size": 24, "logical_shards": 8},
+            3,
+            "logical_shards=8 cannot be split exactly over 3 devices: use 1, 2, 4, 8",
+        ),
     ],
-)  # fmt: skip
+)
 def test_counts_that_do_not_divide_are_refused_with_both_numbers_and_the_remedy(changes, devices, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         step.shards_per_device(make_config(**changes), devices)
