@@ -144,8 +144,8 @@ class StepDirectory:
         meta = read_meta(self.step(step)) if items is None else verify(self.step(step), items)
         if meta["format"] != FORMAT:
             raise ValueError(
-                f"checkpoint {step} in {self.path} has format {meta['format']} and this version reads {FORMAT}: use the "
-                "version that wrote it"
+                f"checkpoint {step} in {self.path} has format {meta['format']} and this version reads {FORMAT}: use "
+                "the version that wrote it"
             )
         if meta["step"] != step:
             raise Damaged(f"it was saved as step {meta['step']}")

@@ -208,7 +208,7 @@ def choose(logits_RV: jax.Array, gumbel_RV: jax.Array | None, sampling: Sampling
 
 
 def _nucleus(logits_RK: jax.Array, temperature: jax.Array, top_p: float) -> jax.Array:
-    """Which of the symbols, given in order of probability, are in the nucleus, bool [R, K]: one of them at least.
+    """Which of the symbols, given in order of probability, are in the nucleus, bool [R, K].
 
     The nucleus (Holtzman et al., The Curious Case of Neural Text Degeneration, ICLR 2020) is the smallest set of most
     probable symbols that has a probability of `top_p` together: a symbol is in it when those before it fall short.
@@ -218,7 +218,7 @@ def _nucleus(logits_RK: jax.Array, temperature: jax.Array, top_p: float) -> jax.
     # The largest is subtracted first: at a temperature near 0 the quotients would overflow.
     p_RK = jax.nn.softmax((logits_RK - logits_RK[:, :1]) / temperature, axis=1)
     before_RK = jnp.cumsum(p_RK, axis=1) - p_RK
-    return before_RK < jnp.asarray(max(top_p, _tiny(p_RK)), p_RK.dtype)
+    return before_RK < jnp.asarray(top_p, p_RK.dtype)
 
 
 def _tiny(array: jax.Array) -> float:
