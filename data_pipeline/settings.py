@@ -100,11 +100,18 @@ class StreamSettings:
     document_separator: str = setting(
         r"\x00", r"The one symbol that ends a document, escapes allowed (\x00, \n); used by --reset_state=document."
     )
+    reset_probability: float = setting(
+        0.01,
+        "Zero a stream's state before a window with this probability as well.  A model that never starts from zero "
+        "state in training cannot be trusted to start from it when it is evaluated or sampled.",
+    )
     reader_threads: int = setting(1, "Threads that read windows ahead; one or two are enough.", free=True)
     read_ahead: int = setting(8, "Windows read ahead of the training step.", free=True)
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if not 0 <= self.reset_probability <= 1:
+            raise ValueError(f"reset_probability={self.reset_probability} must be from 0 to 1")
         for name in ("batch_size", "window", "reader_threads", "read_ahead"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")

@@ -43,6 +43,7 @@ class StreamPlan:
     window: int  # T
     seed: int = 0
     rotate: bool = True  # every epoch begins at another seeded offset
+    reset_probability: float = 0.0  # of zeroing a stream's state before a window
 
     def __post_init__(self) -> None:
         assert self.batch_size > 0 and self.window > 0, self
@@ -66,9 +67,23 @@ class StreamPlan:
         """
         if not self.rotate:
             return 0
-        key = hashlib.blake2b(f"{self.seed} {epoch}".encode(), digest_size=16, person=b"stream offset").digest()
-        high, low = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(2).tolist()
+        high, low = self._random_words(b"stream offset", epoch, 2).tolist()
         return ((high << 64 | low) * self.symbols) >> 128
+
+    def resets(self, step: int, rows: range) -> np.ndarray:
+        """Whether the state of each stream of `rows` is zeroed before the window of `step` for no other reason, bool.
+
+        Melis et al. 2018 (arXiv:1707.05589) do so with probability .01.
+        """
+        if not self.reset_probability:
+            return np.zeros(len(rows), bool)
+        words = self._random_words(b"stream reset", step, self.batch_size)[rows.start : rows.stop]
+        return words / 2.0**64 < self.reset_probability
+
+    def _random_words(self, purpose: bytes, number: int, count: int) -> np.ndarray:
+        """uint64 [count], a pure function of the seed, the purpose and the number."""
+        key = hashlib.blake2b(f"{self.seed} {number}".encode(), digest_size=16, person=purpose).digest()
+        return np.random.Philox(key=int.from_bytes(key, "little")).random_raw(count)
 
     def positions(self, step: int, rows: range) -> list[int]:
         """Where in the split, in [0, N), the window of each stream of `rows` begins at `step`."""
@@ -104,7 +119,8 @@ class StreamPlan:
 
         Returns:
           Arrays [R, K * T]; ids in the split's dtype.  `reset` is True at the first symbol of an epoch, at the first
-          symbol of the split (what lies before it on the circle is unrelated text), and at each separator.
+          symbol of the split (what lies before it on the circle is unrelated text), at each separator, and before a
+          window that `resets` draws.
         """
         assert len(split) == self.symbols, (len(split), self)
         assert step >= 0 and 0 < windows <= self.steps_per_epoch - step % self.steps_per_epoch, (step, windows)
@@ -118,6 +134,8 @@ class StreamPlan:
         inputs, targets = ids[:, :-1], ids[:, 1:]
         if step % self.steps_per_epoch == 0:
             reset[:, 0] = True
+        for window in range(windows):
+            reset[:, window * self.window] |= self.resets(step + window, rows)
         if separator is not None:
             reset |= inputs == separator
         return Batch(inputs, targets, reset)

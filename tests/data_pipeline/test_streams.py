@@ -225,3 +225,30 @@ def test_streams_that_processes_cannot_share_equally_are_refused():
 def test_the_smallest_split_of_one_symbol_predicts_itself():
     batch = StreamPlan(1, batch_size=1, window=1).read(numbered(1), 5, range(1))
     assert (batch.inputs.item(), batch.targets.item(), batch.reset.item()) == (0, 0, True)
+
+
+def test_drawn_resets_are_a_formula_of_seed_step_and_stream_at_the_first_symbol_of_a_window_alone():
+    text = np.arange(5000, dtype=np.uint16)
+    split = type("Text", (), {"dtype": text.dtype, "__len__": lambda s: 5000, "read": lambda s, a, b: text[a:b]})()
+    plan = StreamPlan(5000, batch_size=16, window=10, seed=3, rotate=False, reset_probability=0.25)
+    steps = range(1, plan.steps_per_epoch)
+    drawn = np.array([plan.read(split, step, range(16)).reset for step in steps])
+    assert not drawn[:, :, 1:].any()
+    np.testing.assert_array_equal(drawn[:, :, 0], [plan.resets(step, range(16)) for step in steps])
+    assert abs(drawn[:, :, 0].mean() - 0.25) < 0.05
+    # Read together, or by the rows of four processes, they are the same.
+    together = plan.read(split, 1, range(16), windows=30).reset
+    np.testing.assert_array_equal(together, np.concatenate(drawn[:30], axis=1))
+    parts = [plan.read(split, 7, plan.rows(p, 4)).reset for p in range(4)]
+    np.testing.assert_array_equal(np.concatenate(parts), drawn[6])
+    # Another seed, another step and another stream draw otherwise; probability 0 draws none, and 1 all.
+    other = StreamPlan(5000, batch_size=16, window=10, seed=4, rotate=False, reset_probability=0.25)
+    assert (drawn[:, :, 0] != [other.resets(step, range(16)) for step in steps]).any()
+    assert len(np.unique(drawn[:, :, 0], axis=0)) > 25 and len(np.unique(drawn[:, :, 0], axis=1).T) == 16
+    assert not StreamPlan(5000, 16, 10).resets(5, range(16)).any()
+    assert StreamPlan(5000, 16, 10, reset_probability=1.0).resets(5, range(16)).all()
+
+
+def test_drawn_resets_are_the_same_in_every_version():
+    plan = StreamPlan(5000, batch_size=16, window=10, seed=1, reset_probability=0.25)
+    assert np.flatnonzero(plan.resets(2**40, range(16))).tolist() == [0, 1, 7, 12, 14]
