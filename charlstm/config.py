@@ -2,22 +2,22 @@
 
 import dataclasses
 import json
-import math
 from typing import Any
 
 from data_pipeline.settings import CorpusSettings, StreamSettings, check_choices, setting
 
-LARGEST = 2**31 - 1  # of an int32, which steps and sizes are on the device
+# What steps, sizes and rates are on the device: int32 and float32.
+LARGEST_INT, LARGEST_FLOAT = 2**31 - 1, 3.4e38
 
 
 def _check_numbers(settings: Any) -> None:
     """Raises ValueError where a number of the dataclass `settings` is one that no computation can take."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{field.name}={value} is not finite")
-        if isinstance(value, int) and abs(value) > LARGEST:
-            raise ValueError(f"{field.name}={value} must be at most {LARGEST}")
+        if isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:  # not a number is not, either
+            raise ValueError(f"{field.name}={value} is not a finite float32")
+        if isinstance(value, int) and abs(value) > LARGEST_INT:
+            raise ValueError(f"{field.name}={value} must be at most {LARGEST_INT}")
 
 
 def _check_at_least(settings: Any, least: int, *names: str) -> None:

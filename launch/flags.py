@@ -1,12 +1,16 @@
 """Command-line flags made from the fields of settings dataclasses: one source for name, default, type and help.
 
-A flagfile overrides the defaults and the command line overrides the flagfile, wherever on the line it stands.
+A flagfile overrides the defaults and the command line overrides the flagfile, wherever on the line it stands.  In a
+flagfile each line is a flag, --name=value; empty lines and those that begin with # are skipped; a value with spaces at
+its ends, or with what cannot be printed, is written in double quotes, as a json string.
 """
 
 import dataclasses
 import difflib
+import json
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -48,7 +52,7 @@ def parse(argv: Sequence[str], description: str, *groups: Any) -> tuple[list[Any
         raise ValueError(" ".join(str(error).split())) from None
     if rest:
         raise ValueError(f"unexpected argument {rest[0]!r}: every setting is a flag, --name=value")
-    given = [f"--{name}={_text(values[name].value)}" for name in values if values[name].present and name != "flagfile"]
+    given = [f"--{name}={_quoted(_text(values[name].value))}" for name in values if values[name].present]
     return [_filled(group, values) for group in groups], given
 
 
@@ -62,10 +66,9 @@ def _define(values: flags.FlagValues, leaf: Any, field: dataclasses.Field) -> No
     text = field.metadata["help"]
     if isinstance(default, bool):
         flags.DEFINE_bool(field.name, default, text, flag_values=values)
-    elif isinstance(default, int):
-        flags.DEFINE_integer(field.name, default, text, flag_values=values)
-    elif isinstance(default, float):
-        flags.DEFINE_float(field.name, default, text, flag_values=values)
+        values[field.name].parser = _Switch()
+    elif isinstance(default, int | float):
+        flags.DEFINE(_Number(type(default)), field.name, default, text, flag_values=values)
     else:
         parser = _OneOf(choices) if choices else flags.ArgumentParser()
         flags.DEFINE(parser, field.name, default, text, flag_values=values)
@@ -86,17 +89,79 @@ class _OneOf(flags.ArgumentParser):
         return "string"
 
 
-def _flagfiles_first(arguments: list[str]) -> list[str]:
-    files, others = [], []
+class _Number(flags.ArgumentParser):
+    """A whole number, or any."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+
+    def parse(self, argument: Any) -> Any:
+        try:
+            return self.kind(argument)
+        except ValueError:
+            raise ValueError(f"not a {'whole number' if self.kind is int else 'number'}") from None
+
+    def flag_type(self) -> str:
+        return self.kind.__name__
+
+
+class _Switch(flags.BooleanParser):
+    """True or false, in absl's many spellings."""
+
+    def parse(self, argument: Any) -> bool:
+        try:
+            return super().parse(argument)
+        except (ValueError, TypeError):
+            raise ValueError("use true or false") from None
+
+
+def _flagfiles_first(arguments: list[str], within: tuple[str, ...] = ()) -> list[str]:
+    """`arguments` with the flags that flagfiles hold in place of the flagfiles, before all others: the last wins."""
+    from_files, others = [], []
     rest = iter(arguments)
     for argument in rest:
-        if argument in ("--flagfile", "-flagfile"):
-            files += [argument, *([value] if (value := next(rest, None)) is not None else [])]
-        elif argument.startswith(("--flagfile=", "-flagfile=")):
-            files.append(argument)
+        name, equals, value = argument.partition("=")
+        if name in ("--flagfile", "-flagfile"):
+            from_files += _flags_of(value if equals else next(rest, ""), within)
         else:
             others.append(argument)
-    return files + others
+    return from_files + others
+
+
+def _flags_of(path: str, within: tuple[str, ...]) -> list[str]:
+    """The flags in the flagfile `path`, which was named in the last of the flagfiles `within`."""
+    if path in within:
+        raise ValueError(f"flagfile={path} reads itself: take it out of {within[-1]}")
+    try:
+        lines = Path(path).expanduser().read_text("utf-8").split("\n")
+    except OSError as error:
+        raise ValueError(f"flagfile={path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"flagfile={path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    found = []
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if not line or line.startswith("#"):
+            continue
+        if not line.startswith("-"):
+            raise ValueError(f"{path}, line {number}: {line!r} is not a flag: write --name=value")
+        name, equals, value = line.partition("=")
+        found.append(name + equals + _unquoted(value, f"{path}, line {number}"))
+    return _flagfiles_first(found, (*within, path))
+
+
+def _quoted(value: str) -> str:
+    """`value` as it stands in a flagfile."""
+    plain = value == value.strip() and value.isprintable() and not value.startswith('"')
+    return value if plain else json.dumps(value)
+
+
+def _unquoted(value: str, where: str) -> str:
+    if not value.startswith('"'):
+        return value
+    try:
+        return str(json.loads(value))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: {value} is not a whole json string: {error.msg}") from None
 
 
 def _filled(group: Any, values: flags.FlagValues) -> Any:

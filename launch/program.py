@@ -4,22 +4,28 @@ Exit statuses:
     0   done
     2   a mistake in flags or files: nothing was changed
     3   training stopped because a loss or a gradient is not finite
-    74  training ended, but its last checkpoint could not be written (EX_IOERR)
+    74  the disk is full or fails: training ended, but its last checkpoint or its log could not be written (EX_IOERR)
     75  stopped by Ctrl-C or SIGTERM after saving: the same command goes on (EX_TEMPFAIL)
     130 interrupted where there was nothing to save
 """
 
+import contextlib
+import errno
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from launch.flags import Help
 
 DONE, MISTAKE, DIVERGED, NOT_SAVED, STOPPED, INTERRUPTED = 0, 2, 3, 74, 75, 130
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def run(name: str, main: Callable[[Sequence[str]], int]) -> None:
     """Runs `main(argv)` and exits with its status, or with the status of what went wrong."""
+    _hush_the_background()
     try:
         status = main(sys.argv)
         sys.stdout.flush()
@@ -33,9 +39,22 @@ def run(name: str, main: Callable[[Sequence[str]], int]) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             status = DONE
         else:
-            print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-            status = MISTAKE
+            with contextlib.suppress(OSError):  # stderr may be a file on the full disk
+                print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+            status = NOT_SAVED if isinstance(error, OSError) and error.errno in _DISK else MISTAKE
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         status = INTERRUPTED
     sys.exit(status)
+
+
+def _hush_the_background() -> None:
+    """A save that fails is told of in one line; the writes it leaves behind would add a traceback for every array."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    show = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+            show(unraisable)
+
+    sys.unraisablehook = hook

@@ -9,9 +9,7 @@ log.txt  metrics.jsonl  checkpoints/<step>/
 import dataclasses
 import importlib.metadata
 import json
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,10 @@ class Identity:
 
     vocabulary: Vocabulary
     corpus_fingerprint: str
+
+    @property
+    def vocabulary_in_short(self) -> str:
+        return f"a vocabulary of {self.vocabulary.size} {self.vocabulary.kind} ({self.vocabulary.digest[:12]})"
 
     def to_json(self) -> dict[str, Any]:
         return {"vocabulary": self.vocabulary.to_json(), "corpus_fingerprint": self.corpus_fingerprint}
@@ -60,6 +62,10 @@ def create(run_dir: Path, config: Config, identity: Identity, given: list[str]) 
         raise ValueError(f"{run_dir} holds {strange[0]} but no config.json, so it is not a run: use an empty directory")
     _write(run_dir / "flags.txt", "\n".join(given) + "\n")
     _write(run_dir / "identity.json", json.dumps(identity.to_json(), indent=1) + "\n")
+    write_config(run_dir, config)
+
+
+def write_config(run_dir: Path, config: Config) -> None:
     _write(run_dir / "config.json", config_lib.to_json(config))
 
 
@@ -67,8 +73,6 @@ def check_writable(run_dir: Path) -> None:
     """Raises ValueError where files cannot be made in `run_dir`, which is made if need be."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        if not os.access(run_dir, os.W_OK | os.X_OK):
-            raise PermissionError("permission denied")
         with written_whole(run_dir / ".writable"):
             pass
         (run_dir / ".writable").unlink()
@@ -84,53 +88,56 @@ def read(run_dir: Path) -> tuple[Config, Identity]:
     """The config and identity of the run in `run_dir`.  Raises ValueError where there is none or it is damaged."""
     if not exists(run_dir):
         raise ValueError(f"run_dir={run_dir} is not a run: it has no config.json")
-    path = run_dir / "identity.json"
     try:
         config = config_lib.from_json((run_dir / "config.json").read_text("utf-8"), str(run_dir / "config.json"))
-        tree = json.loads(path.read_text("utf-8"))
-        if not isinstance(tree, dict) or not isinstance(tree.get("corpus_fingerprint"), str):
-            raise ValueError("no corpus_fingerprint")
-        return config, Identity(Vocabulary.from_json(tree.get("vocabulary")), tree["corpus_fingerprint"])
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        return config, _read_identity(run_dir / "identity.json")
+    except (FileNotFoundError, UnicodeDecodeError) as error:
         raise ValueError(f"{run_dir} is not a whole run: {error}") from None
 
 
-def continue_(run_dir: Path, wanted: Config, identity: Identity, say: Callable[[str], None]) -> Config:
-    """The config with which the run in `run_dir` goes on: its own, with the free settings of `wanted`.
+def _read_identity(path: Path) -> Identity:
+    try:
+        tree = json.loads(path.read_text("utf-8"))
+        if not isinstance(tree, dict) or not isinstance(tree.get("corpus_fingerprint"), str):
+            raise ValueError("no corpus_fingerprint")
+        return Identity(Vocabulary.from_json(tree.get("vocabulary")), tree["corpus_fingerprint"])
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def continued(run_dir: Path, wanted: Config, identity: Identity) -> tuple[Config, list[str]]:
+    """The config with which the run in `run_dir` goes on, its own with the free settings of `wanted`; what changed.
+
+    Nothing is written.
 
     Raises:
       ValueError: `wanted` would change the mathematics, the vocabulary or the text; says both values.
     """
     run_config, run_identity = read(run_dir)
+    require_same(run_dir, run_identity, identity)
     forbidden, free = config_lib.differences(run_config, wanted)
     if forbidden:
         raise ValueError(
             f"{run_dir} was started with other settings ({'; '.join(forbidden)}): give its own, or another run_dir"
         )
-    require_same(run_dir, run_identity, identity)
     changed = {change.split(":")[0] for change in free}
     flat = config_lib.flatten(wanted)
     values = {name: getattr(getattr(wanted, flat[name][0]), name) for name in changed}
-    config = config_lib.replace(run_config, **values)
-    for change in free:
-        say(f"changed since the run was started or last continued: {change}")
-    if free:
-        _write(run_dir / "config.json", config_lib.to_json(config))
-    return config
+    remarks = [f"changed since the run was started or last continued: {change}" for change in free]
+    return config_lib.replace(run_config, **values), remarks
 
 
 def require_same(run_dir: Path, run: Identity, now: Identity) -> None:
     """Raises ValueError where the vocabulary or the corpus `now` is not that of the run."""
     if run.vocabulary != now.vocabulary:
         raise ValueError(
-            f"{run_dir} has a vocabulary of {run.vocabulary.size} {run.vocabulary.kind} ({run.vocabulary.digest[:12]}), and "
-            f"the corpus given one of {now.vocabulary.size} {now.vocabulary.kind} ({now.vocabulary.digest[:12]}): give the "
-            f"run's own corpus, or another run_dir"
+            f"{run_dir} has {run.vocabulary_in_short}, and the corpus given has {now.vocabulary_in_short}: give the "
+            "run's own corpus, or another run_dir"
         )
     if run.corpus_fingerprint != now.corpus_fingerprint:
         raise ValueError(
-            f"{run_dir} was trained on the corpus with fingerprint {run.corpus_fingerprint[:12]}, and the one given has "
-            f"{now.corpus_fingerprint[:12]}: give the run's own corpus, or another run_dir"
+            f"{run_dir} was trained on the corpus with fingerprint {run.corpus_fingerprint[:12]}, and the one given "
+            f"has {now.corpus_fingerprint[:12]}: give the run's own corpus, or another run_dir"
         )
 
 
@@ -164,19 +171,21 @@ def restore_params(
     ) as checkpoints:
         step = checkpoints.best() if which == "best" else None if which == "latest" else int(which)
         params, meta = checkpoints.restore_params(abstract, step=step)
-    require_own(meta["identity"], identity, run_dir)
+    require_own(meta["identity"], config, identity, run_dir)
     return params, meta["step"]
 
 
-def require_own(checkpoint: dict[str, Any], run: Identity, run_dir: Path) -> None:
+def require_own(checkpoint: dict[str, Any], config: Config, run: Identity, run_dir: Path) -> None:
     """Raises ValueError where a checkpoint's identity is not that of the run in whose directory it lies."""
     own = {"vocabulary_digest": run.vocabulary.digest, "corpus_fingerprint": run.corpus_fingerprint}
-    for name, value in own.items():
-        if checkpoint[name] != value:
-            raise ValueError(
-                f"the checkpoints of {run_dir} have {name} {checkpoint[name][:12]} and the run has {value[:12]}: they "
-                "belong to another run"
-            )
+    others = [f"{name}: {checkpoint[name][:12]} -> {own[name][:12]}" for name in own if checkpoint[name] != own[name]]
+    made_with = config_lib.from_json(json.dumps(checkpoint["config"]), f"a checkpoint of {run_dir}")
+    others += config_lib.differences(made_with, config)[0]
+    if others:
+        raise ValueError(
+            f"the checkpoints of {run_dir} belong to another run ({'; '.join(others)}): take them out, or name another "
+            "run_dir"
+        )
 
 
 def _write(path: Path, text: str) -> None:

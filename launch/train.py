@@ -3,10 +3,12 @@
 python -m launch.train --flagfile=configs/large.flags --corpus=my_texts/ --run_dir=runs/mine
 """
 
+import contextlib
 import dataclasses
 import signal
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,15 +20,14 @@ from charlstm import step as step_lib
 from charlstm import trainer
 from charlstm.checkpoint import Checkpoints
 from charlstm.config import Config
+from charlstm.file_manifest import StepDirectory
 from charlstm.metrics import Diverged, Meter, RunLog, duration
 from charlstm.types import ModelParams, TrainState
-from data_pipeline import corpora
 from data_pipeline.loader import open_windows
-from data_pipeline.progress import bar
 from data_pipeline.settings import setting
-from data_pipeline.shards import Corpus, open_corpus
+from data_pipeline.shards import Corpus
 from data_pipeline.streams import StreamPlan
-from launch import dry_run, flags, program, run_directory
+from launch import chosen_corpus, dry_run, flags, program, run_directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,18 +46,19 @@ def main(argv: Sequence[str]) -> int:
     if not chosen.run_dir and not chosen.dry_run:
         raise ValueError("--run_dir is required: name a directory for the run, such as --run_dir=runs/mine")
 
-    # The text, and the devices.
-    corpus = open_corpus(corpora.resolve(config.corpus, bar()))
-    if "train" not in corpus.splits:
-        raise ValueError(f"{corpus.directory} has no training split")
+    # The devices, and the text.  All that can be refused is refused before anything is written.
     mesh = mesh_lib.make()
+    step_lib.shards_per_device(config_lib.resolve(config, mesh.size), mesh.size)  # a text may take hours to prepare
+    corpus, config = chosen_corpus.open_for(config, given)
     plan = StreamPlan(
         len(corpus.splits["train"]),
         config.streams.batch_size,
         config.streams.window,
         config.training.seed,
         config.streams.rotate_streams,
+        config.streams.reset_probability,
     )
+    run_directory.separator(config, corpus.vocabulary)
     if chosen.dry_run:
         dry_run.report(config_lib.resolve(config, mesh.size), corpus, plan, mesh)
         return program.DONE
@@ -64,30 +66,32 @@ def main(argv: Sequence[str]) -> int:
     # The run: a new one, or the one that is there.
     run_dir = Path(chosen.run_dir).expanduser()
     identity = run_directory.Identity(corpus.vocabulary, corpus.fingerprint)
-    is_new = not run_directory.exists(run_dir)
-    changes: list[str] = []
-    if is_new:
-        config = config_lib.resolve(config, mesh.size)
-        step_lib.shards_per_device(config, mesh.size)  # refuses before anything is written
-        run_directory.create(run_dir, config, identity, given)
-    else:
-        config = run_directory.continue_(run_dir, config, identity, changes.append)
+    remarks: list[str] = []
+    if run_directory.exists(run_dir):
+        config, remarks = run_directory.continued(run_dir, config, identity)
         step_lib.shards_per_device(config, mesh.size)
+        params = _initial_params(chosen, config, mesh, identity, remarks.append)
         run_directory.check_writable(run_dir)
-    log = RunLog(run_dir, silent=not mesh_lib.is_first_process())
-    for change in changes:
-        log.say(change)
+        run_directory.write_config(run_dir, config)
+    else:
+        config = config_lib.resolve(config, mesh.size)
+        params = _initial_params(chosen, config, mesh, identity, remarks.append)
+        run_directory.create(run_dir, config, identity, given)
+    log = RunLog(run_dir, sys.stderr, silent=not mesh_lib.is_first_process())
+    for remark in remarks:
+        log.say(remark)
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=config.training.keep_checkpoints, log=log.say)
     try:
-        return _train(chosen, config, corpus, plan, mesh, identity, checkpoints, log)
+        return _train(run_dir, config, params, corpus, plan, mesh, identity, checkpoints, log)
     finally:
         checkpoints.close()
         log.close()
 
 
 def _train(
-    chosen: TrainFlags,
+    run_dir: Path,
     config: Config,
+    params: ModelParams | None,
     corpus: Corpus,
     plan: StreamPlan,
     mesh: mesh_lib.Mesh,
@@ -97,7 +101,7 @@ def _train(
 ) -> int:
     V, last = corpus.vocabulary.size, config.training.num_steps
     train_step = step_lib.make(config, V, mesh, plan.steps_per_epoch)
-    state = _initial_state(chosen, config, V, mesh, identity, checkpoints, log)
+    state = _first_state(run_dir, config, params, V, mesh, identity, checkpoints, log)
     start = int(state.step)
     log.rewind(start)
     if start >= last:
@@ -109,16 +113,18 @@ def _train(
         f"{config.training.logical_shards} logical shards"
     )
     began = time.monotonic()
-    stopping = _stop_on_signals()
-    with open_windows(
-        corpus.splits["train"],
-        plan,
-        rows=mesh_lib.process_rows(mesh, config.streams.batch_size),
-        start_step=start,
-        separator=run_directory.separator(config, corpus.vocabulary),
-        threads=config.streams.reader_threads,
-        read_ahead=config.streams.read_ahead,
-    ) as windows:
+    with (
+        _signals() as stopping,
+        open_windows(
+            corpus.splits["train"],
+            plan,
+            rows=mesh_lib.process_rows(mesh, config.streams.batch_size),
+            start_step=start,
+            separator=run_directory.separator(config, corpus.vocabulary),
+            threads=config.streams.reader_threads,
+            read_ahead=config.streams.read_ahead,
+        ) as windows,
+    ):
         try:
             state = trainer.train(
                 config.training,
@@ -136,7 +142,8 @@ def _train(
             return program.DIVERGED
     checkpoints.wait()
     if checkpoints.failed_saves:
-        log.say(f"the checkpoint of step {int(state.step)} could not be written: {checkpoints.last_failure}")
+        left = f"the checkpoint of step {max(steps)}" if (steps := checkpoints.steps()) else "the beginning"
+        log.say(f"ended at step {int(state.step)}, which could not be saved; the same command goes on from {left}")
         return program.NOT_SAVED
     if int(state.step) < last:
         log.say(f"stopped by a signal at step {int(state.step)}, saved; the same command goes on")
@@ -145,37 +152,50 @@ def _train(
     return program.DONE
 
 
-def _initial_state(
-    chosen: TrainFlags,
+def _first_state(
+    run_dir: Path,
     config: Config,
+    params: ModelParams | None,
     V: int,
     mesh: mesh_lib.Mesh,
     identity: run_directory.Identity,
     checkpoints: Checkpoints,
     log: RunLog,
 ) -> TrainState:
-    """The newest whole checkpoint of the run; else its first state, from another run's parameters where asked."""
+    """The newest whole checkpoint of the run; else the state before the first update, with `params` where given."""
     if checkpoints.steps():
         state, meta = checkpoints.restore(step_lib.abstract(config, V, mesh))
-        run_directory.require_own(meta["identity"], identity, Path(chosen.run_dir))
+        run_directory.require_own(meta["identity"], config, identity, run_dir)
         log.say(f"continuing from the checkpoint of step {int(state.step)}")
         return state
     state = step_lib.place(mesh, step_lib.init(config, V))
-    if not chosen.initial_checkpoint:
-        return state
+    return state if params is None else state._replace(params=params)
+
+
+def _initial_params(
+    chosen: TrainFlags,
+    config: Config,
+    mesh: mesh_lib.Mesh,
+    identity: run_directory.Identity,
+    say: Callable[[str], None],
+) -> ModelParams | None:
+    """The parameters of --initial_checkpoint, for a run that has no checkpoint of its own yet."""
+    if not chosen.initial_checkpoint or StepDirectory(Path(chosen.run_dir).expanduser() / "checkpoints").steps():
+        return None
     other = Path(chosen.initial_checkpoint).expanduser()
     step = int(other.name) if other.parent.name == "checkpoints" and other.name.isdecimal() else None
     other_dir = other.parent.parent if step is not None else other
     _, other_identity = run_directory.read(other_dir)
     if other_identity.vocabulary != identity.vocabulary:
         raise ValueError(
-            f"initial_checkpoint={other_dir} has a vocabulary of {other_identity.vocabulary.size} symbols that is not the "
-            f"{identity.vocabulary.size} of this corpus: parameters would mean other symbols"
+            f"initial_checkpoint={other_dir} has {other_identity.vocabulary_in_short} and this corpus "
+            f"{identity.vocabulary_in_short}: its parameters would mean other symbols"
         )
-    with Checkpoints(other_dir / "checkpoints", writable=False, log=log.say) as source:
-        params, meta = source.restore_params(step_lib.abstract(config, V, mesh).params, step=step)
-    log.say(f"starting from the parameters of step {meta['step']} of {other_dir}")
-    return state._replace(params=params)
+    with Checkpoints(other_dir / "checkpoints", writable=False, log=say) as source:
+        abstract = step_lib.abstract(config, identity.vocabulary.size, mesh).params
+        params, meta = source.restore_params(abstract, step=step)
+    say(f"starting from the parameters of step {meta['step']} of {other_dir}")
+    return params
 
 
 def _validation(
@@ -219,7 +239,8 @@ def _saver(
     return save
 
 
-def _stop_on_signals() -> Callable[[], bool]:
+@contextlib.contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
     """Whether Ctrl-C or SIGTERM came since.  The first lets the step finish and be saved; a second Ctrl-C does not."""
     came: list[int] = []
 
@@ -227,9 +248,12 @@ def _stop_on_signals() -> Callable[[], bool]:
         came.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    signal.signal(signal.SIGINT, note)
-    signal.signal(signal.SIGTERM, note)
-    return lambda: bool(came)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,44 @@
+"""The corpus that a command names, held to what the same command says of it."""
+
+from charlstm import config as config_lib
+from charlstm.config import Config
+from data_pipeline import corpora
+from data_pipeline.cutting import cut
+from data_pipeline.progress import bar
+from data_pipeline.shards import Corpus, open_corpus
+
+
+def open_for(config: Config, given: list[str]) -> tuple[Corpus, Config]:
+    """The corpus, and `config` with the vocabulary that it has.
+
+    Raises:
+      ValueError: it cannot be had, or it was prepared otherwise than the flags `given` say.
+    """
+    settings = config.corpus
+    if not settings.corpus and not settings.train:
+        raise ValueError("--corpus is empty: name a text, a prepared directory, or python")
+    corpus = open_corpus(corpora.resolve(settings, bar()))
+    if "train" not in corpus.splits:
+        raise ValueError(f"{corpus.directory} has no training split")
+    # Of a directory that was prepared before, the vocabulary and the splits are what they are.
+    names = {flag.removeprefix("--").partition("=")[0] for flag in given}
+    kind = corpus.vocabulary.kind
+    if "vocabulary" in names and settings.vocabulary != kind:
+        raise ValueError(
+            f"--vocabulary={settings.vocabulary} was given and {corpus.directory} is prepared with {kind}: give "
+            f"--vocabulary={kind}, or the text itself as --corpus"
+        )
+    sizes = {name: len(split) for name, split in corpus.splits.items()}
+    if not settings.train and names & {"split", "valid_fraction", "test_fraction"}:
+        wanted = {name: sum(b - a for a, b in spans) for name, spans in cut(sum(sizes.values()), settings).items()}
+        if wanted != sizes:
+            raise ValueError(
+                f"split={settings.split}, valid_fraction={settings.valid_fraction} and test_fraction="
+                f"{settings.test_fraction} mean splits of {_sizes(wanted)} symbols and {corpus.directory} has "
+                f"{_sizes(sizes)}: leave them out, or give the text itself as --corpus"
+            )
+    return corpus, config_lib.replace(config, vocabulary=kind)
+
+
+def _sizes(splits: dict[str, int]) -> str:
+    return " + ".join(str(splits.get(name, 0)) for name in ("train", "valid", "test"))

@@ -1,0 +1,409 @@
+"""Flags are the settings and nothing else; flagfiles, config.json and a run that goes on hold to them."""
+
+import dataclasses
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from charlstm import config as config_lib
+from charlstm import step as step_lib
+from charlstm.checkpoint import Checkpoints
+from charlstm.config import Config
+from charlstm.mesh import make as make_mesh
+from data_pipeline.prepare import prepare
+from data_pipeline.settings import CorpusSettings
+from launch import evaluate, flags, program, run_directory, sample, train
+from launch.train import TrainFlags
+from tests.conftest import ROOT
+from tests.launch.test_bad_input import SMALL, TINY, last_line, process, refusal, steps, tree
+
+CONFIGS = sorted((ROOT / "configs").glob("*.flags"))
+
+# For each setting another value than its default, all of which go together.
+OTHER = {
+    "corpus": "my texts/",
+    "vocabulary": "characters",
+    "min_count": 2,
+    "valid_fraction": 0.1,
+    "test_fraction": 1e-05,
+    "split": "columns:50x50",
+    "train": "a.txt",
+    "valid": "b.txt",
+    "test": "*.txt",
+    "cache_dir": "cache",
+    "batch_size": 128,
+    "window": 64,
+    "rotate_streams": False,
+    "reset_probability": 0.5,
+    "reset_state": "document",
+    "document_separator": " ",
+    "reader_threads": 2,
+    "read_ahead": 4,
+    "cell": "gru",
+    "num_layers": 3,
+    "hidden_size": 16,
+    "embedding_size": 16,
+    "tie_embeddings": True,
+    "skip": True,
+    "dropout": 0.5,
+    "forget_bias": -1.5,
+    "initializer": "normal",
+    "init_scale": 0.1,
+    "compute_dtype": "bfloat16",
+    "optimizer": "adamw",
+    "learning_rate": 1e-3,
+    "momentum": 0.9,
+    "rms_decay": 0.9,
+    "beta1": 0.8,
+    "beta2": 0.9,
+    "epsilon": 2e-10,
+    "weight_decay": 0.2,
+    "schedule": "cosine",
+    "warmup_steps": 10,
+    "decay_steps": 20,
+    "decay_rate": 0.5,
+    "decay_start_epoch": 3,
+    "final_fraction": 0.1,
+    "clip_norm": 1.0,
+    "clip_value": 5.0,
+    "seed": 7,
+    "num_steps": 30,
+    "logical_shards": 4,
+    "reduction": "fast",
+    "log_every": 2,
+    "evaluate_every": 0,
+    "checkpoint_every": 0,
+    "keep_checkpoints": 1,
+    "piece": 100,
+    "burn_in": 5,
+    "evaluation_batch_size": 8,
+}
+
+
+def parse(*arguments: str) -> tuple[TrainFlags, Config, list[str]]:
+    (chosen, config), given_ = flags.parse(["train", *arguments], "", TrainFlags(), Config())
+    return chosen, config, given_
+
+
+def values(config: Config) -> dict[str, object]:
+    return {name: getattr(getattr(config, section), name) for name, (section, _) in config_lib.flatten(config).items()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("texts")
+    random = np.random.default_rng(0)
+    (path / "text.txt").write_text("".join(random.choice(list("abcdefgh \n"), 7700)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def arguments(folder) -> tuple[str, ...]:
+    return (
+        TINY,
+        *SMALL,
+        "--num_steps=2",
+        "--checkpoint_every=1",
+        f"--corpus={folder / 'text.txt'}",
+        f"--cache_dir={folder / 'cache'}",
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(folder, arguments) -> Path:
+    """A run of two steps.  To be copied, not changed."""
+    run_dir = folder / "trained"
+    run = [*arguments, "--document_separator= ", f"--run_dir={run_dir}"]
+    assert train.main(["train", *run]) == program.DONE
+    return run_dir
+
+
+# Settings and flags.
+
+
+def test_every_setting_of_the_config_is_a_flag_and_reaches_it():
+    assert OTHER.keys() == values(Config()).keys()
+    assert not [name for name, value in values(Config()).items() if OTHER[name] == value]
+    _, config, given_ = parse(*(f"--{name}={flags._text(value)}" for name, value in OTHER.items()))
+    assert values(config) == OTHER
+    assert len(given_) == len(OTHER)
+    assert parse()[1:] == (Config(), [])
+
+
+@pytest.mark.parametrize("flag", ["--help", "--helpshort", "-h"])
+@pytest.mark.parametrize("module", [train, evaluate, sample], ids=["train", "evaluate", "sample"])
+def test_help_has_every_flag_once_in_sections_with_its_default(module, flag):
+    with pytest.raises(flags.Help) as caught:
+        module.main(["program", "--run_dir=x", flag])
+    text = str(caught.value)
+    assert text.startswith((module.__doc__ or "").splitlines()[0])
+    named = re.findall(r"^  --(\w+)=", text, re.MULTILINE)
+    assert len(named) == len(set(named)) > 5
+    assert max(map(len, text.splitlines())) <= 120
+    if module is train:
+        assert set(named) == {"run_dir", "initial_checkpoint", "dry_run", *values(Config())}
+        for section in dataclasses.fields(Config):
+            title = (type(getattr(Config(), section.name)).__doc__ or "").splitlines()[0]
+            assert text.count(f"\n\n{title}\n\n") == 1
+        assert "--learning_rate=0.002 " in text and "--rotate_streams=true " in text
+
+
+def test_the_program_prints_its_help_and_exits_with_0():
+    helped = process(sys.executable, "-m", "launch.train", "--helpshort", "--num_stepss=1")
+    assert (helped.returncode, helped.stderr) == (program.DONE, "")
+    assert "--num_steps=1000" in helped.stdout
+
+
+# Flagfiles.
+
+
+@pytest.mark.parametrize("order", [lambda line: line, lambda line: line[::-1]], ids=["first", "last"])
+@pytest.mark.parametrize("form", [["--flagfile={}"], ["--flagfile", "{}"], ["-flagfile={}"]])
+def test_the_command_line_overrides_the_flagfile_wherever_it_stands_and_that_the_defaults(order, form, tmp_path):
+    path = tmp_path / "my.flags"
+    path.write_text("# two layers\n--hidden_size=32\n\n  --num_layers=4  \n--norotate_streams\n--skip\n")
+    flagfile = [part.format(path) for part in form]
+    line = order([["--hidden_size=64", "--noskip"], flagfile])
+    _, config, given_ = parse(*(part for parts in line for part in parts))
+    assert (config.model.hidden_size, config.model.num_layers, config.model.skip) == (64, 4, False)
+    assert config == config_lib.replace(Config(), hidden_size=64, num_layers=4, rotate_streams=False)
+    assert sorted(given_) == ["--hidden_size=64", "--num_layers=4", "--rotate_streams=false", "--skip=false"]
+
+
+def test_a_later_flagfile_overrides_an_earlier_one_and_any_the_flagfiles_that_it_names(tmp_path):
+    inner, outer, later = (tmp_path / name for name in ("inner", "outer", "later"))
+    inner.write_text("--hidden_size=1\n--num_layers=1\n--seed=1\n")
+    outer.write_text(f"--hidden_size=2\n--num_layers=2\n--flagfile={inner}\n")
+    later.write_text("--hidden_size=3\n")
+    _, config, _ = parse(f"--flagfile={outer}", f"--flagfile={later}")
+    assert (config.model.hidden_size, config.model.num_layers, config.training.seed) == (3, 2, 1)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_file_parses_and_says_how_it_is_run(path):
+    _, config, given_ = parse(f"--flagfile={path}")
+    assert config != Config() and len(given_) >= 5
+    assert f"python -m launch.train --flagfile=configs/{path.name}" in path.read_text()
+    assert "# Expected: " in path.read_text()
+
+
+def test_there_are_config_files():
+    assert {"large.flags", "tiny.flags", "tinyshakespeare.flags"} <= {path.name for path in CONFIGS}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(exclude_characters="\0"), max_size=8), st.floats(1e-300, 1e38))
+def test_what_was_given_is_a_flagfile_that_gives_it_again(tmp_path_factory, text, number):
+    _, config, given_ = parse(f"--corpus={text}", f"--learning_rate={number!r}", "--noskip", "--document_separator= ")
+    path = tmp_path_factory.getbasetemp() / "given.flags"
+    path.write_bytes("\n".join(given_).encode() + b"\n")
+    assert parse(f"--flagfile={path}")[1:] == (config, given_)
+
+
+def test_flags_txt_of_a_run_is_a_flagfile_that_makes_the_same_run(trained):
+    chosen, config, _ = parse(f"--flagfile={trained / 'flags.txt'}")
+    assert config_lib.resolve(config, 8) == run_directory.read(trained)[0]
+    assert chosen == TrainFlags(run_dir=str(trained))
+
+
+# config.json
+
+
+def test_config_json_is_read_as_it_was_written():
+    for config in (Config(), config_lib.replace(Config(), **OTHER)):
+        assert config_lib.from_json(config_lib.to_json(config), "here") == config
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda tree: [], "is not the config of a run: not a json object"),
+        (lambda tree: tree.pop("model") and tree, "is not the config of a run: section 'model' is missing"),
+        (lambda tree: tree | {"model": 3}, "section 'model' is missing"),
+        (lambda tree: tree | {"extra": {}}, "unknown section 'extra'"),
+        (lambda tree: tree | {"model": {"hiden_size": 3}}, "unknown setting model.hiden_size"),
+        (lambda tree: tree | {"model": {"hidden_size": "3"}}, "model.hidden_size='3' is not a int"),
+        (lambda tree: tree | {"model": {"hidden_size": True}}, "model.hidden_size=True is not a int"),
+        (lambda tree: tree | {"model": {"skip": 1}}, "model.skip=1 is not a bool"),
+        (lambda tree: tree | {"model": {"cell": "lstn"}}, "cell='lstn' is not one of lstm, gru, rnn"),
+        (lambda tree: tree | {"optimizer": {"learning_rate": float("nan")}}, "learning_rate=nan is not a finite"),
+        (lambda tree: tree | {"training": {"num_steps": 10**400}}, "must be at most 2147483647"),
+    ],
+    ids=range(11),
+)
+def test_a_config_json_that_is_not_as_it_was_written_is_refused(damage, sentence):
+    text = json.dumps(damage(json.loads(config_lib.to_json(Config()))))
+    with pytest.raises(ValueError, match=r"^/there/config.json.*" + re.escape(sentence)):
+        config_lib.from_json(text, "/there/config.json")
+
+
+@pytest.mark.parametrize("text", ["", "{", "\0", "[" * 100_000, '{"model": 1' + "0" * 5000 + "}"], ids=range(5))
+def test_what_is_not_json_at_all_is_refused(text):
+    with pytest.raises(ValueError, match=r"^/there/config.json is not json: "):
+        config_lib.from_json(text, "/there/config.json")
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_no_damage_to_config_json_is_anything_but_a_sentence_or_a_config(data):
+    text = config_lib.to_json(Config())
+    start = data.draw(st.integers(0, len(text)))
+    stop = data.draw(st.integers(start, min(start + 8, len(text))))
+    put = data.draw(
+        st.one_of(st.text(max_size=3), st.sampled_from(["null", "NaN", "1e999", "-1", "0", '"', "{}", "[]"]))
+    )
+    try:
+        config = config_lib.from_json(text[:start] + put + text[stop:], "/there/config.json")
+    except ValueError as error:
+        assert str(error).startswith("/there/config.json")
+    else:
+        assert config_lib.from_json(config_lib.to_json(config), "here") == config
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("config.json", b"\xff", "is not a whole run: 'utf-8' codec"),
+        ("config.json", b"{}", "config.json is not the config of a run: section 'corpus' is missing"),
+        ("identity.json", None, "is not a whole run: "),
+        ("identity.json", b"{", "identity.json is damaged: "),
+        ("identity.json", b"{}", "identity.json is damaged: no corpus_fingerprint"),
+        (
+            "identity.json",
+            b'{"corpus_fingerprint": "f", "vocabulary": {"kind": "words"}}',
+            "identity.json is damaged: ",
+        ),
+    ],
+    ids=["binary", "empty config", "lost", "half", "empty identity", "strange vocabulary"],
+)
+def test_a_damaged_run_directory_is_refused_and_left_as_it_is(name, content, sentence, trained, arguments, tmp_path):
+    run_dir = shutil.copytree(trained, tmp_path / "run")
+    if content is None:
+        (run_dir / name).unlink()
+    else:
+        (run_dir / name).write_bytes(content)
+    before = tree(run_dir)
+    assert sentence in refusal(evaluate.main, f"--run_dir={run_dir}")
+    assert sentence in refusal(train.main, *arguments, "--document_separator= ", f"--run_dir={run_dir}")
+    assert tree(run_dir) == before
+
+
+# What may change.
+
+
+def test_free_settings_change_and_others_do_not():
+    free = {name for name, (_, field) in config_lib.flatten(Config()).items() if field.metadata["free"]}
+    assert free == {
+        *("corpus", "cache_dir", "reader_threads", "read_ahead", "num_steps", "log_every", "evaluate_every"),
+        *("checkpoint_every", "keep_checkpoints", "piece", "burn_in", "evaluation_batch_size"),
+    }
+    forbidden, changed = config_lib.differences(Config(), config_lib.replace(Config(), **OTHER))
+    assert {line.partition(":")[0] for line in changed} == free
+    assert {line.partition(":")[0] for line in forbidden} == OTHER.keys() - free
+    assert "num_steps: 1000 -> 30" in changed and "cell: lstm -> gru" in forbidden
+    assert config_lib.differences(Config(), Config()) == ([], [])
+
+
+def test_zeros_that_mean_the_obvious_number_are_filled_in_once_and_are_no_difference_later():
+    run = config_lib.resolve(Config(), 8)
+    assert (run.training.logical_shards, run.optimizer.decay_steps) == (8, 1000)
+    assert config_lib.resolve(run, 2) == run
+    longer = config_lib.replace(Config(), num_steps=5000)
+    assert config_lib.differences(run, longer) == ([], ["num_steps: 1000 -> 5000"])
+    assert config_lib.differences(run, config_lib.replace(longer, logical_shards=4))[0] == ["logical_shards: 8 -> 4"]
+    assert config_lib.differences(run, config_lib.replace(longer, decay_steps=500))[0] == ["decay_steps: 1000 -> 500"]
+
+
+def test_a_run_goes_on_with_free_settings_changed_which_the_log_tells_and_config_json_keeps(
+    trained, arguments, tmp_path
+):
+    run_dir = shutil.copytree(trained, tmp_path / "run")
+    before, _ = run_directory.read(run_dir)
+    changed = ("--num_steps=4", "--log_every=1", "--document_separator= ")
+    assert train.main(["train", *arguments, *changed, f"--run_dir={run_dir}"]) == program.DONE
+    said = (run_dir / "log.txt").read_text()
+    for change in ("num_steps: 2 -> 4", "log_every: 10 -> 1"):
+        assert f"changed since the run was started or last continued: {change}\n" in said
+    after, _ = run_directory.read(run_dir)
+    assert after == config_lib.replace(before, num_steps=4, log_every=1)
+    assert after.optimizer.decay_steps == 2 and last_line(run_dir)["step"] == 4
+
+
+def test_a_prepared_directory_says_which_vocabulary_the_run_has(folder, arguments, tmp_path):
+    text = CorpusSettings(corpus=str(folder / "text.txt"), vocabulary="characters", cache_dir=str(tmp_path))
+    prepared = prepare(text, tmp_path / "prepared")
+    run = [*arguments, f"--corpus={prepared}", "--valid_fraction=0.05", f"--run_dir={tmp_path / 'run'}"]
+    assert train.main(["train", *run]) == program.DONE
+    config, identity = run_directory.read(tmp_path / "run")
+    assert config.corpus.vocabulary == identity.vocabulary.kind == "characters"
+    assert train.main(["train", *run, "--vocabulary=characters"]) == program.DONE
+
+
+# --initial_checkpoint and --dry_run.
+
+
+def saved_state(run_dir: Path, step: int | None = None):
+    config, identity = run_directory.read(run_dir)
+    abstract = step_lib.abstract(config, identity.vocabulary.size, make_mesh())
+    with Checkpoints(run_dir / "checkpoints", writable=False, log=print) as checkpoints:
+        return checkpoints.restore(abstract, step=step)[0]
+
+
+@pytest.mark.parametrize(("named", "step"), [("{}", 2), ("{}/checkpoints/1", 1)], ids=["newest", "a step"])
+def test_an_initial_checkpoint_gives_its_parameters_and_nothing_else(named, step, trained, arguments, tmp_path):
+    # With a learning rate of 0 the parameters after a step are those before it.
+    run = [*arguments, f"--run_dir={tmp_path / 'run'}", "--learning_rate=0", "--num_steps=1"]
+    start = f"--initial_checkpoint={named.format(trained)}"
+    assert train.main(["train", *run, start]) == program.DONE
+    assert f"starting from the parameters of step {step} of {trained}\n" in (tmp_path / "run" / "log.txt").read_text()
+    ours, theirs = saved_state(tmp_path / "run"), saved_state(trained, step)
+    for mine, other in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
+        assert np.asarray(mine).tobytes() == np.asarray(other).tobytes()
+    assert int(ours.step) == int(ours.opt_state.updates) == 1
+    if step == 2:
+        return
+    # The same command again goes on with what the run has itself.
+    assert train.main(["train", *run, start, "--num_steps=2"]) == program.DONE
+    assert "continuing from the checkpoint of step 1\n" in (tmp_path / "run" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        (
+            ["--vocabulary=characters"],
+            "has a vocabulary of 256 bytes (.*) and this corpus a vocabulary of 11 characters",
+        ),
+        (["--hidden_size=16"], "is of another model or optimizer: .* is float32.* there and float32.* here"),
+        (["--initial_checkpoint={}/checkpoints/9"], "there is no checkpoint 9 in .*: choose one of 1, 2$"),
+        (["--initial_checkpoint={}/checkpoints"], "checkpoints is not a run"),
+    ],
+    ids=["vocabulary", "model", "no such step", "no run"],
+)
+def test_an_initial_checkpoint_that_does_not_fit_is_refused_and_nothing_is_written(
+    flag, sentence, trained, arguments, tmp_path
+):
+    run = (f"--run_dir={tmp_path / 'run'}", f"--initial_checkpoint={trained}", *(f.format(trained) for f in flag))
+    assert re.search(sentence, refusal(train.main, *arguments, *run))
+    assert not (tmp_path / "run").exists() and steps(trained) == [1, 2]
+
+
+def test_a_dry_run_prints_its_table_and_makes_no_run(arguments, capsys, tmp_path):
+    assert train.main(["train", *arguments, "--dry_run", f"--run_dir={tmp_path / 'run'}"]) == program.DONE
+    table = dict(re.split(r"  +", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    model = 256 * 4 + (4 + 8) * 32 + 2 * 32 + 8 * 256 + 256  # embedding, cell, biases, soft-max
+    assert table["parameters"] == f"{model:,}"
+    assert table["bytes per all-reduce"].startswith(f"{4 * (model + 1) / 1000:.1f} KB, once a step")
+    assert table["steps per epoch"] == "27" and table["steps"].startswith("2 (0.07 epochs)")
+    assert re.fullmatch(r"[\d.]+ [KM]B \(.*temporaries\)", table["memory per device"])
+    assert re.fullmatch(r"[\d.e-]+ s, [\d,]+ characters/s \(3 steps timed\)", table["time per step"])
+    assert "ETA" in table and table["logical shards"] == "8, 1 a device"
+    assert not list(tmp_path.iterdir())
