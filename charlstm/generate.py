@@ -196,7 +196,8 @@ def choose(logits_RV: jax.Array, gumbel_RV: jax.Array | None, sampling: Sampling
     """
     if gumbel_RV is None:
         return jnp.argmax(logits_RV, axis=1).astype(jnp.int32)
-    temperature = jnp.asarray(max(sampling.temperature, _tiny(logits_RV)), logits_RV.dtype)
+    least = float(jnp.finfo(logits_RV.dtype).tiny)  # so that a temperature near 0 is no division by 0
+    temperature = jnp.asarray(max(sampling.temperature, least), logits_RV.dtype)
     if not sampling.top_k and sampling.top_p == 1:
         return jnp.argmax(logits_RV + temperature * gumbel_RV, axis=1).astype(jnp.int32)
     # K symbols in order of probability, of equal ones the lower id first, each with the noise that is its own.
@@ -217,9 +218,5 @@ def _nucleus(logits_RK: jax.Array, temperature: jax.Array, top_p: float) -> jax.
         return jnp.ones(logits_RK.shape, bool)
     # The largest is subtracted first: at a temperature near 0 the quotients would overflow.
     p_RK = jax.nn.softmax((logits_RK - logits_RK[:, :1]) / temperature, axis=1)
-    before_RK = jnp.cumsum(p_RK, axis=1) - p_RK
+    before_RK = jnp.cumsum(p_RK, axis=1) - p_RK  # where top_p is rounded to 0 none is left, and argmax takes the first
     return before_RK < jnp.asarray(top_p, p_RK.dtype)
-
-
-def _tiny(array: jax.Array) -> float:
-    return float(jnp.finfo(array.dtype).tiny)
