@@ -13,7 +13,9 @@ import contextlib
 import errno
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -49,12 +51,19 @@ def run(name: str, main: Callable[[Sequence[str]], int]) -> None:
 
 
 def _hush_the_background() -> None:
-    """A save that fails is told of in one line; the writes it leaves behind would add a traceback for every array."""
+    """What goes wrong where no exception can be raised: in finalizers, and in callbacks of the garbage collector.
+
+    A save that fails is told of in one line; the writes it leaves behind would add a traceback for every array. And a
+    Ctrl-C that falls into such a callback would be lost: it is sent again, a moment later.
+    """
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     show = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
-        if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+        error = unraisable.exc_value
+        if isinstance(error, KeyboardInterrupt):
+            threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+        elif not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
             show(unraisable)
 
     sys.unraisablehook = hook

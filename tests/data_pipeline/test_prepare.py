@@ -294,8 +294,9 @@ def test_a_text_that_changes_while_it_is_prepared_is_refused(tmp_path, setting):
     how = setting(POEM)
 
     def change(doing: str, done: int, total: int) -> None:
-        if doing == "writing":
-            (tmp_path / "text.txt").write_text(POEM[::-1])
+        if doing == "writing":  # the file is never shorter, not even for a moment
+            (tmp_path / "other.txt").write_text(POEM[::-1])
+            (tmp_path / "other.txt").replace(tmp_path / "text.txt")
 
     with pytest.raises(ValueError, match=r"text\.txt was changed while it was prepared"):
         prepare(how, tmp_path / "out", change)
