@@ -65,12 +65,15 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         logging.getLogger("absl").addFilter(_not_from_orbax)  # failures are told by `log`, in one line
-        if writable and mesh.is_first_process():
-            try:
-                self._files.path.mkdir(parents=True, exist_ok=True)
-                self._files.sweep()
-            except OSError as error:
-                raise ValueError(f"{directory} cannot be written ({error.strerror}): choose another run_dir") from error
+        if writable:
+            mesh.once(self._open)
+
+    def _open(self) -> None:
+        try:
+            self._files.path.mkdir(parents=True, exist_ok=True)
+            self._files.sweep()
+        except OSError as error:
+            raise ValueError(f"{self._files.path} cannot be written ({error.strerror}): name another run_dir") from None
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -149,8 +152,7 @@ class Checkpoints:
     def restore(self, abstract: TrainState, *, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
         """The state that was saved, and its meta (as `read_meta`).
 
-        A checkpoint that fails verification is skipped, saying so; a writer that finds another one whole also sets the
-        damaged aside under a unique name.
+        A checkpoint that fails verification is skipped, saying so; a writer that finds another one whole sets it aside.
 
         Args:
           abstract: a jax.ShapeDtypeStruct for each leaf, with the sharding it shall have, on any number of devices.
@@ -252,8 +254,8 @@ class Checkpoints:
         return restored, meta
 
     def _candidates(self, step: int | None) -> list[int]:
-        """The steps to try, in order."""
-        steps = self.steps()
+        """The steps to try, in order, as the first process sees them."""
+        steps = json.loads(mesh.gather(json.dumps(self.steps()))[0])
         if not steps:
             raise ValueError(f"there is no checkpoint in {self._files.path}")
         if step is not None and step not in steps:

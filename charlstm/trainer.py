@@ -25,9 +25,9 @@ def train(
     save: Callable[[TrainState, float | None], None],
     log: RunLog,
     meter: Meter,
-    stopping: Callable[[], bool],
+    stopping: Callable[[int], bool],
 ) -> TrainState:
-    """Trains from `state` to `settings.num_steps`, or until `stopping()`, which every process must answer alike.
+    """Trains from `state` to `settings.num_steps`, or until `stopping(step)`, which every process must answer alike.
 
     Args:
       next_batch: gives the batch of step `state.step`, then the next one, and so on.
@@ -38,7 +38,7 @@ def train(
       Diverged: a loss or a gradient is not finite; nothing of it was saved.
     """
     step, last = int(state.step), settings.num_steps
-    while step < last and not stopping():
+    while step < last and not stopping(step):
         state, metrics = train_step(state, next_batch())
         step += 1
         meter.add(step, metrics)

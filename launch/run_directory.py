@@ -62,10 +62,12 @@ def create(run_dir: Path, config: Config, identity: Identity, given: list[str]) 
         raise ValueError(f"{run_dir} holds {strange[0]} but no config.json, so it is not a run: use an empty directory")
     _write(run_dir / "flags.txt", "\n".join(given) + "\n")
     _write(run_dir / "identity.json", json.dumps(identity.to_json(), indent=1) + "\n")
-    write_config(run_dir, config)
+    _write(run_dir / "config.json", config_lib.to_json(config))
 
 
-def write_config(run_dir: Path, config: Config) -> None:
+def update(run_dir: Path, config: Config) -> None:
+    """Keeps the free settings with which a run goes on.  Raises ValueError where the run cannot be written."""
+    check_writable(run_dir)
     _write(run_dir / "config.json", config_lib.to_json(config))
 
 

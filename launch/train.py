@@ -5,6 +5,7 @@ python -m launch.train --flagfile=configs/large.flags --corpus=my_texts/ --run_d
 
 import contextlib
 import dataclasses
+import os
 import signal
 import sys
 import time
@@ -67,16 +68,19 @@ def main(argv: Sequence[str]) -> int:
     run_dir = Path(chosen.run_dir).expanduser()
     identity = run_directory.Identity(corpus.vocabulary, corpus.fingerprint)
     remarks: list[str] = []
-    if run_directory.exists(run_dir):
+    if is_there := run_directory.exists(run_dir):
         config, remarks = run_directory.continued(run_dir, config, identity)
         step_lib.shards_per_device(config, mesh.size)
-        params = _initial_params(chosen, config, mesh, identity, remarks.append)
-        run_directory.check_writable(run_dir)
-        run_directory.write_config(run_dir, config)
     else:
         config = config_lib.resolve(config, mesh.size)
-        params = _initial_params(chosen, config, mesh, identity, remarks.append)
-        run_directory.create(run_dir, config, identity, given)
+    params = _initial_params(chosen, config, mesh, identity, remarks.append)
+    mesh_lib.once(
+        lambda: (
+            run_directory.update(run_dir, config)
+            if is_there
+            else run_directory.create(run_dir, config, identity, given)
+        )
+    )
     log = RunLog(run_dir, sys.stderr, silent=not mesh_lib.is_first_process())
     for remark in remarks:
         log.say(remark)
@@ -135,7 +139,7 @@ def _train(
                 save=_saver(config, identity, checkpoints, meter),
                 log=log,
                 meter=meter,
-                stopping=lambda: mesh_lib.any_process(stopping()),
+                stopping=lambda step: mesh_lib.stop_agreed(step, stopping()),
             )
         except Diverged as diverged:
             log.say(f"stopped: {diverged}")
@@ -241,14 +245,21 @@ def _saver(
 
 @contextlib.contextmanager
 def _signals() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C or SIGTERM came since.  The first lets the step finish and be saved; a second Ctrl-C does not."""
+    """Whether Ctrl-C or SIGTERM came since.  The first lets the step finish and be saved; a second Ctrl-C does not.
+
+    Of several processes, JAX catches SIGTERM and tells the others of it; Ctrl-C is then as good as SIGTERM.
+    """
     came: list[int] = []
+    several = mesh_lib.is_one_of_several()
 
     def note(number: int, frame: FrameType | None) -> None:
         came.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield lambda: bool(came)
     finally:
