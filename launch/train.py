@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from charlstm import config as config_lib
 from charlstm import evaluate as evaluate_lib
@@ -42,6 +42,21 @@ class TrainFlags:
     dry_run: bool = setting(False, "Print sizes, memory, traffic and an ETA from three timed steps; change nothing.")
 
 
+class Run(NamedTuple):
+    """What a run is: where it lives, its settings, its text, and the devices it has now."""
+
+    run_dir: Path
+    config: Config
+    identity: run_directory.Identity
+    corpus: Corpus
+    plan: StreamPlan
+    mesh: mesh_lib.Mesh
+
+    @property
+    def separator(self) -> int | None:
+        return run_directory.separator(self.config, self.corpus.vocabulary)
+
+
 def main(argv: Sequence[str]) -> int:
     (chosen, config), given = flags.parse(argv, __doc__ or "", TrainFlags(), Config())
     if not chosen.run_dir and not chosen.dry_run:
@@ -68,44 +83,37 @@ def main(argv: Sequence[str]) -> int:
     run_dir = Path(chosen.run_dir).expanduser()
     identity = run_directory.Identity(corpus.vocabulary, corpus.fingerprint)
     remarks: list[str] = []
-    if is_there := run_directory.exists(run_dir):
+    is_there = run_directory.exists(run_dir)
+    if is_there:
         config, remarks = run_directory.continued(run_dir, config, identity)
         step_lib.shards_per_device(config, mesh.size)
     else:
         config = config_lib.resolve(config, mesh.size)
-    params = _initial_params(chosen, config, mesh, identity, remarks.append)
-    mesh_lib.once(
-        lambda: (
+    run = Run(run_dir, config, identity, corpus, plan, mesh)
+    params = _initial_params(run, chosen.initial_checkpoint, remarks.append)
+
+    def write() -> None:
+        if is_there:
             run_directory.update(run_dir, config)
-            if is_there
-            else run_directory.create(run_dir, config, identity, given)
-        )
-    )
+        else:
+            run_directory.create(run_dir, config, identity, given)
+
+    mesh_lib.once(write)
     log = RunLog(run_dir, sys.stderr, silent=not mesh_lib.is_first_process())
     for remark in remarks:
         log.say(remark)
     checkpoints = Checkpoints(run_dir / "checkpoints", keep=config.training.keep_checkpoints, log=log.say)
     try:
-        return _train(run_dir, config, params, corpus, plan, mesh, identity, checkpoints, log)
+        return _train(run, params, checkpoints, log)
     finally:
         checkpoints.close()
         log.close()
 
 
-def _train(
-    run_dir: Path,
-    config: Config,
-    params: ModelParams | None,
-    corpus: Corpus,
-    plan: StreamPlan,
-    mesh: mesh_lib.Mesh,
-    identity: run_directory.Identity,
-    checkpoints: Checkpoints,
-    log: RunLog,
-) -> int:
-    V, last = corpus.vocabulary.size, config.training.num_steps
-    train_step = step_lib.make(config, V, mesh, plan.steps_per_epoch)
-    state = _first_state(run_dir, config, params, V, mesh, identity, checkpoints, log)
+def _train(run: Run, params: ModelParams | None, checkpoints: Checkpoints, log: RunLog) -> int:
+    config, plan, mesh, last = run.config, run.plan, run.mesh, run.config.training.num_steps
+    train_step = step_lib.make(config, run.corpus.vocabulary.size, mesh, plan.steps_per_epoch)
+    state = _first_state(run, params, checkpoints, log)
     start = int(state.step)
     log.rewind(start)
     if start >= last:
@@ -120,11 +128,11 @@ def _train(
     with (
         _signals() as stopping,
         open_windows(
-            corpus.splits["train"],
+            run.corpus.splits["train"],
             plan,
             rows=mesh_lib.process_rows(mesh, config.streams.batch_size),
             start_step=start,
-            separator=run_directory.separator(config, corpus.vocabulary),
+            separator=run.separator,
             threads=config.streams.reader_threads,
             read_ahead=config.streams.read_ahead,
         ) as windows,
@@ -135,8 +143,8 @@ def _train(
                 state,
                 train_step,
                 lambda: mesh_lib.put(mesh, mesh_lib.BY_STREAM, meter.next_of(windows)),
-                evaluate=_validation(config, corpus, mesh, meter, log),
-                save=_saver(config, identity, checkpoints, meter),
+                evaluate=_validation(run, meter, log),
+                save=_saver(run, checkpoints, meter),
                 log=log,
                 meter=meter,
                 stopping=lambda step: mesh_lib.stop_agreed(step, stopping()),
@@ -156,62 +164,44 @@ def _train(
     return program.DONE
 
 
-def _first_state(
-    run_dir: Path,
-    config: Config,
-    params: ModelParams | None,
-    V: int,
-    mesh: mesh_lib.Mesh,
-    identity: run_directory.Identity,
-    checkpoints: Checkpoints,
-    log: RunLog,
-) -> TrainState:
+def _first_state(run: Run, params: ModelParams | None, checkpoints: Checkpoints, log: RunLog) -> TrainState:
     """The newest whole checkpoint of the run; else the state before the first update, with `params` where given."""
+    V = run.corpus.vocabulary.size
     if checkpoints.steps():
-        state, meta = checkpoints.restore(step_lib.abstract(config, V, mesh))
-        run_directory.require_own(meta["identity"], config, identity, run_dir)
+        state, meta = checkpoints.restore(step_lib.abstract(run.config, V, run.mesh))
+        run_directory.require_own(meta["identity"], run.config, run.identity, run.run_dir)
         log.say(f"continuing from the checkpoint of step {int(state.step)}")
         return state
-    state = step_lib.place(mesh, step_lib.init(config, V))
+    state = step_lib.place(run.mesh, step_lib.init(run.config, V))
     return state if params is None else state._replace(params=params)
 
 
-def _initial_params(
-    chosen: TrainFlags,
-    config: Config,
-    mesh: mesh_lib.Mesh,
-    identity: run_directory.Identity,
-    say: Callable[[str], None],
-) -> ModelParams | None:
+def _initial_params(run: Run, initial_checkpoint: str, say: Callable[[str], None]) -> ModelParams | None:
     """The parameters of --initial_checkpoint, for a run that has no checkpoint of its own yet."""
-    if not chosen.initial_checkpoint or StepDirectory(Path(chosen.run_dir).expanduser() / "checkpoints").steps():
+    if not initial_checkpoint or StepDirectory(run.run_dir / "checkpoints").steps():
         return None
-    other = Path(chosen.initial_checkpoint).expanduser()
+    other = Path(initial_checkpoint).expanduser()
     step = int(other.name) if other.parent.name == "checkpoints" and other.name.isdecimal() else None
     other_dir = other.parent.parent if step is not None else other
     _, other_identity = run_directory.read(other_dir)
-    if other_identity.vocabulary != identity.vocabulary:
+    if other_identity.vocabulary != run.identity.vocabulary:
         raise ValueError(
             f"initial_checkpoint={other_dir} has {other_identity.vocabulary_in_short} and this corpus "
-            f"{identity.vocabulary_in_short}: its parameters would mean other symbols"
+            f"{run.identity.vocabulary_in_short}: its parameters would mean other symbols"
         )
     with Checkpoints(other_dir / "checkpoints", writable=False, log=say) as source:
-        abstract = step_lib.abstract(config, identity.vocabulary.size, mesh).params
+        abstract = step_lib.abstract(run.config, run.identity.vocabulary.size, run.mesh).params
         params, meta = source.restore_params(abstract, step=step)
     say(f"starting from the parameters of step {meta['step']} of {other_dir}")
     return params
 
 
-def _validation(
-    config: Config, corpus: Corpus, mesh: mesh_lib.Mesh, meter: Meter, log: RunLog
-) -> Callable[[int, ModelParams], dict[str, Any]] | None:
+def _validation(run: Run, meter: Meter, log: RunLog) -> Callable[[int, ModelParams], dict[str, Any]] | None:
     """(step, params) -> the line of metrics.jsonl of the validation split; None where there is none."""
-    split = corpus.splits.get("valid")
+    split = run.corpus.splits.get("valid")
     if split is None:
         return None
-    score_split = evaluate_lib.of_split(
-        config, corpus.vocabulary.size, split, mesh, run_directory.separator(config, corpus.vocabulary)
-    )
+    score_split = evaluate_lib.of_split(run.config, run.corpus.vocabulary.size, split, run.mesh, run.separator)
 
     def validate(step: int, params: ModelParams) -> dict[str, Any]:
         log.status(f"step {step}: evaluating the validation split")
@@ -230,10 +220,8 @@ def _in_words(score: evaluate_lib.Score) -> str:
     return words if score.bytes == score.characters else f"{words}, {score.bits_per_byte:.4f} per byte"
 
 
-def _saver(
-    config: Config, identity: run_directory.Identity, checkpoints: Checkpoints, meter: Meter
-) -> Callable[[TrainState, float | None], None]:
-    own = run_directory.checkpoint_identity(config, identity)
+def _saver(run: Run, checkpoints: Checkpoints, meter: Meter) -> Callable[[TrainState, float | None], None]:
+    own = run_directory.checkpoint_identity(run.config, run.identity)
 
     def save(state: TrainState, bits_per_character: float | None) -> None:
         began = time.monotonic()
