@@ -18,6 +18,8 @@ from jax._src import distributed  # of the coordination service, jax.distributed
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from data_pipeline.batch import rows_of_process
+
 AXIS = "data"
 REPLICATED, BY_STREAM = PartitionSpec(), PartitionSpec(AXIS)
 
@@ -51,9 +53,8 @@ def is_first_process() -> bool:
 
 def process_rows(mesh: Mesh, rows: int) -> range:
     """The rows of a global batch of `rows` that this process reads."""
-    count, index = jax.process_count(), jax.process_index()
     assert rows % mesh.size == 0, (rows, mesh.size)
-    return range(rows * index // count, rows * (index + 1) // count)
+    return rows_of_process(rows, jax.process_index(), jax.process_count())
 
 
 def put(mesh: Mesh, spec: PartitionSpec, tree: Any) -> Any:

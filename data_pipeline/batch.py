@@ -13,3 +13,9 @@ class Batch(NamedTuple):
     inputs: Any  # [B, T] symbol ids, uint8 / uint16 / uint32 as on disk
     targets: Any  # [B, T] likewise
     reset: Any  # [B, T] bool: zero the stream's state before symbol t is read
+
+
+def rows_of_process(rows: int, index: int, count: int) -> range:
+    """The rows of a global batch of `rows` that process `index` of `count` reads: neighbours, equally many for each."""
+    assert rows % count == 0 and 0 <= index < count, (rows, index, count)
+    return range(rows * index // count, rows * (index + 1) // count)

@@ -112,7 +112,7 @@ def open_windows(
     Args:
       split: the N symbols that `plan` is of; safe to read from several threads.
       plan: which symbols each stream reads at each step.
-      rows: the streams of this process, `plan.rows(process_index, process_count)`.
+      rows: the streams of this process (`batch.rows_of_process`).
       start_step: the first step wanted; far ones cost no more than 0.
       separator: id of the symbol that ends a document, or None.
       threads: background threads that read; one or two.

@@ -91,21 +91,6 @@ class StreamPlan:
         first = self.offset(epoch) + window * self.window
         return [(first + b * self.symbols // self.batch_size) % self.symbols for b in rows]
 
-    def rows(self, process_index: int, process_count: int) -> range:
-        """The streams, next to each other, that belong to one process.
-
-        Raises:
-          ValueError: the processes cannot have equally many streams.
-        """
-        share, rest = divmod(self.batch_size, process_count)
-        if rest:
-            sizes = [n * process_count for n in (share, share + 1) if n]
-            raise ValueError(
-                f"batch_size={self.batch_size} cannot be split over {process_count} processes: "
-                f"use {' or '.join(map(str, sizes))}"
-            )
-        return range(process_index * share, (process_index + 1) * share)
-
     def read(self, split: Symbols, step: int, rows: range, *, windows: int = 1, separator: int | None = None) -> Batch:
         """The batch of `step`, or `windows` batches from `step` on laid end to end.
 

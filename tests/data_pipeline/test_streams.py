@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_pipeline.batch import rows_of_process
 from data_pipeline.manifest import Manifest, SplitRecord, write_manifest
 from data_pipeline.shards import open_corpus, write_shard
 from data_pipeline.streams import StreamPlan
@@ -123,7 +124,8 @@ def test_the_rows_of_all_processes_are_the_global_batch_across_shards_and_epochs
     for step in range(3 * plan.steps_per_epoch):
         whole = plan.read(Text(ids.astype(dtype)), step, range(8), separator=2)
         for process_count in (1, 2, 4):
-            parts = [plan.read(split, step, plan.rows(p, process_count), separator=2) for p in range(process_count)]
+            shares = [rows_of_process(8, p, process_count) for p in range(process_count)]
+            parts = [plan.read(split, step, rows, separator=2) for rows in shares]
             for name in whole._fields:
                 together = np.concatenate([getattr(part, name) for part in parts])
                 np.testing.assert_array_equal(together, getattr(whole, name))
@@ -215,13 +217,6 @@ def test_a_split_shorter_than_one_window_a_stream_is_refused():
     assert StreamPlan(100, batch_size=10, window=10).steps_per_epoch == 1
 
 
-def test_streams_that_processes_cannot_share_equally_are_refused():
-    with pytest.raises(ValueError, match="batch_size=10 cannot be split over 4 processes: use 8 or 12"):
-        StreamPlan(1000, batch_size=10, window=1).rows(0, 4)
-    with pytest.raises(ValueError, match=r"batch_size=2 cannot be split over 4 processes: use 4$"):
-        StreamPlan(1000, batch_size=2, window=1).rows(0, 4)
-
-
 def test_the_smallest_split_of_one_symbol_predicts_itself():
     batch = StreamPlan(1, batch_size=1, window=1).read(numbered(1), 5, range(1))
     assert (batch.inputs.item(), batch.targets.item(), batch.reset.item()) == (0, 0, True)
@@ -239,7 +234,7 @@ def test_drawn_resets_are_a_formula_of_seed_step_and_stream_at_the_first_symbol_
     # Read together, or by the rows of four processes, they are the same.
     together = plan.read(split, 1, range(16), windows=30).reset
     np.testing.assert_array_equal(together, np.concatenate(drawn[:30], axis=1))
-    parts = [plan.read(split, 7, plan.rows(p, 4)).reset for p in range(4)]
+    parts = [plan.read(split, 7, rows_of_process(16, p, 4)).reset for p in range(4)]
     np.testing.assert_array_equal(np.concatenate(parts), drawn[6])
     # Another seed, another step and another stream draw otherwise; probability 0 draws none, and 1 all.
     other = StreamPlan(5000, batch_size=16, window=10, seed=4, rotate=False, reset_probability=0.25)
