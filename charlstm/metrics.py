@@ -2,8 +2,8 @@
 
 import json
 import os
-import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ from charlstm.types import Metrics
 
 
 class Diverged(Exception):
-    """A loss or a gradient is not finite; the message says at which step and in which streams."""
+    """A loss, a gradient, a parameter or a score is not finite; the message says at which step and in which streams."""
 
 
 class RunLog:
@@ -28,6 +28,7 @@ class RunLog:
 
     def __init__(self, run_dir: Path, terminal: TextIO = sys.stderr, silent: bool = False) -> None:
         self._terminal, self._live = terminal, terminal.isatty()
+        self._lock = threading.Lock()  # a checkpoint's thread has something to say, too
         self._log = None if silent else open(run_dir / "log.txt", "a", encoding="utf-8")
         self._metrics_path = None if silent else run_dir / "metrics.jsonl"
         self._status_shown = False
@@ -36,25 +37,30 @@ class RunLog:
         """One plain line, on the terminal and in log.txt."""
         if self._log is None:
             return
-        self._clear_status()
-        print(text, file=self._terminal, flush=True)
-        print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=self._log, flush=True)
+        with self._lock:
+            self._clear_status()
+            print(text, file=self._terminal, flush=True)
+            self._write(text)
 
     def note(self, text: str) -> None:
-        """One plain line in log.txt; on the terminal only where there is no live status line to show it."""
+        """One plain line in log.txt; on a terminal it is the live line."""
         if self._log is None:
             return
-        if not self._live:
-            print(text, file=self._terminal, flush=True)
-        print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=self._log, flush=True)
+        if self._live:
+            self.status(text)
+        with self._lock:
+            if not self._live:
+                print(text, file=self._terminal, flush=True)
+            self._write(text)
 
     def status(self, text: str) -> None:
         """The one live line at the foot of a terminal; nothing where the output is not a terminal."""
-        if self._log is None or not self._live:
+        if self._log is None or not self._live or not text:
             return
-        width = shutil.get_terminal_size().columns - 1
-        print("\r" + text[:width].ljust(width), end="", file=self._terminal, flush=True)
-        self._status_shown = True
+        with self._lock:
+            width = self._width()
+            print("\r" + text[:width].ljust(width), end="", file=self._terminal, flush=True)
+            self._status_shown = True
 
     def record(self, fields: dict[str, Any]) -> None:
         """One line of metrics.jsonl."""
@@ -82,13 +88,25 @@ class RunLog:
         os.replace(beside, self._metrics_path)
 
     def close(self) -> None:
-        self._clear_status()
-        if self._log is not None:
-            self._log.close()
+        with self._lock:
+            self._clear_status()
+            if self._log is not None:
+                self._log.close()
+
+    def _write(self, text: str) -> None:
+        print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=self._log, flush=True)
+
+    def _width(self) -> int:
+        """Columns of the live line: one less than the terminal has, so that it does not wrap."""
+        try:
+            columns = int(os.environ.get("COLUMNS") or os.get_terminal_size(self._terminal.fileno()).columns)
+        except (OSError, ValueError):
+            columns = 0
+        return (columns or 80) - 1
 
     def _clear_status(self) -> None:
         if self._status_shown:
-            print("\r" + " " * (shutil.get_terminal_size().columns - 1) + "\r", end="", file=self._terminal)
+            print("\r" + " " * self._width() + "\r", end="", file=self._terminal)
             self._status_shown = False
 
 
@@ -121,7 +139,7 @@ class Meter:
         """Looks at the metrics not yet looked at.
 
         Raises:
-          Diverged: the loss or the gradient of that step is not finite.
+          Diverged: the loss or the gradient of that step is not finite, or a parameter after it.
         """
         if self._pending is None:
             return
@@ -129,6 +147,8 @@ class Meter:
         loss, norm = float(metrics.loss), float(metrics.grad_norm)
         if not (np.isfinite(loss) and np.isfinite(norm)):
             raise Diverged(_what_diverged(step, loss, norm, metrics))
+        if not metrics.finite_params:
+            raise Diverged(f"a parameter is not finite after step {step}; nothing of it was saved")
         self._nats += loss
         self._steps += 1
         self._latest = {"step": step, "learning_rate": float(metrics.learning_rate), "grad_norm": norm}
@@ -182,6 +202,14 @@ class Meter:
             "characters_per_second": round(self._steps * self._symbols / elapsed, 1),
             "input_wait": round(self._waited / elapsed, 4),
         }
+
+
+def finite_score(step: int, record: dict[str, Any]) -> float:
+    """The bits per character of an evaluation's record.  Raises Diverged where they are not finite."""
+    score = record["bits_per_character"]
+    if not np.isfinite(score):
+        raise Diverged(f"{record['split']} score={score} is not finite at step {step}; nothing of it was saved")
+    return score
 
 
 def duration(seconds: float) -> str:

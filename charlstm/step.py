@@ -119,7 +119,8 @@ def make(config: Config, vocabulary_size: int, mesh: Mesh, steps_per_epoch: int)
         params, opt_state = optimizer.update(gradient, state.opt_state, state.params, learning_rate)
         carry = jax.tree.map(lambda a: a.reshape((-1, *a.shape[2:])), carry)
         nats_b = nats_kb.reshape(-1)
-        metrics = Metrics(mean_P[-1], nats_b, norm, learning_rate, _finite_rows(carry, nats_b))
+        finite_params = jnp.stack([jnp.isfinite(p).all() for p in jax.tree.leaves(params)]).all()
+        metrics = Metrics(mean_P[-1], nats_b, norm, learning_rate, finite_params, _finite_rows(carry, nats_b))
         return TrainState(state.step + 1, params, opt_state, carry), metrics
 
     return jax.jit(
@@ -146,7 +147,7 @@ def state_specs() -> Any:
 def metrics_specs() -> Any:
     whole: Any = mesh_lib.REPLICATED
     rows: Any = mesh_lib.BY_STREAM
-    return Metrics(loss=whole, loss_B=rows, grad_norm=whole, learning_rate=whole, finite_B=rows)
+    return Metrics(loss=whole, loss_B=rows, grad_norm=whole, learning_rate=whole, finite_params=whole, finite_B=rows)
 
 
 def _is_spec(node: Any) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 
 from charlstm import digest
 from charlstm.config import TrainingConfig
-from charlstm.metrics import Meter, RunLog
+from charlstm.metrics import Meter, RunLog, finite_score
 from charlstm.step import TrainStep
 from charlstm.types import ModelParams, TrainState
 
@@ -35,9 +35,10 @@ def train(
       save: makes a checkpoint of (state, validation bits per character or None).
 
     Raises:
-      Diverged: a loss or a gradient is not finite; nothing of it was saved.
+      Diverged: a loss, a gradient, a parameter or a score is not finite; nothing of it was saved.
     """
     step, last = int(state.step), settings.num_steps
+    saved = step or None  # what is on disk already is not saved again: it would lose its score
     while step < last and not stopping(step):
         state, metrics = train_step(state, next_batch())
         step += 1
@@ -51,7 +52,7 @@ def train(
         if evaluate and due(step, settings.evaluate_every, last):
             meter.settle()
             records.append(evaluate(step, state.params))
-            score = records[-1]["bits_per_character"]
+            score = finite_score(step, records[-1])
         if records and step == last:
             records[-1]["state_digest"] = digest.state_digest(state)
         for record in records:
@@ -59,7 +60,8 @@ def train(
         if score is not None or due(step, settings.checkpoint_every, last):
             meter.settle()
             save(state, score)
-    if step < last:
+            saved = step
+    if step != saved:
         meter.settle()
         save(state, None)
     return state

@@ -53,4 +53,5 @@ class Metrics(NamedTuple):
     loss_B: jax.Array  # float32 [B]: nats of each stream, summed over the window
     grad_norm: jax.Array  # float32 []: global norm of the gradient of `loss`, before clipping
     learning_rate: jax.Array  # float32 []
+    finite_params: jax.Array  # bool []: all parameters are finite after the update
     finite_B: jax.Array  # bool [B]: the stream's new recurrent state and its loss are finite

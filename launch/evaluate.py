@@ -43,7 +43,9 @@ def main(argv: Sequence[str]) -> int:
     config, identity = run_directory.read(run_dir)
     # Once more: what is not given is as the run has it.
     (_, evaluation), _ = flags.parse(argv, __doc__ or "", EvaluateFlags(), config.evaluation)
-    text = dataclasses.replace(config.corpus, corpus=chosen.corpus or config.corpus.corpus)
+    text = config.corpus
+    if chosen.corpus:
+        text = dataclasses.replace(text, corpus=chosen.corpus, train="", valid="", test="")
     corpus = open_corpus(corpora.resolve(text, bar()))
     run_directory.require_same(run_dir, identity, run_directory.Identity(corpus.vocabulary, corpus.fingerprint))
     if chosen.split not in corpus.splits:

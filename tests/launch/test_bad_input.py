@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -471,7 +472,7 @@ def test_with_a_full_disk_the_run_goes_on_says_so_and_keeps_its_earlier_checkpoi
 
 @pytest.mark.parametrize(
     ("optimizer", "learning_rate", "where"),
-    [("sgd", "1e38", "the largest loss is stream "), ("adam", "3e38", "in streams 0, 1, 2, 3, 4, 5, 6, 7, ...")],
+    [("sgd", "1e38", "the largest loss is stream "), ("adam", "1e37", "streams ")],
 )
 def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_stream_and_nothing_of_it_is_saved(
     optimizer, learning_rate, where, arguments, capsys, tmp_path
@@ -480,6 +481,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_stream_and_noth
     # The loss and the gradient of the first step are sound.
     assert train.main(["train", *arguments, *wild, f"--run_dir={tmp_path / 'run'}"]) == program.DIVERGED == 3
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("stopped: loss=") and " is not finite at step 2, in " in line
-    assert where in line and line.endswith("; nothing of it was saved")
-    assert steps(tmp_path / "run") == [1]
+    stopped = re.match(
+        rf"stopped: loss=\S+ is not finite at step (\d+), in .*{where}.*; nothing of it was saved$", line
+    )
+    assert stopped and int(stopped[1]) >= 2, line
+    assert steps(tmp_path / "run") == list(range(1, int(stopped[1])))[-3:]
+
+
+def test_an_update_after_which_a_parameter_is_not_finite_is_not_saved(arguments, capsys, tmp_path):
+    wild = ("--optimizer=adamw", "--learning_rate=3e38", "--weight_decay=10", "--clip_norm=0")
+    # The loss and the gradient of the first step are sound; a checkpoint of it would never go on.
+    once = ("--checkpoint_every=1", f"--run_dir={tmp_path / 'run'}")
+    assert train.main(["train", *arguments, *wild, *once]) == program.DIVERGED
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "stopped: a parameter is not finite after step 1; nothing of it was saved"
+    )
+    assert steps(tmp_path / "run") == []
