@@ -144,6 +144,21 @@ def test_dropout_depends_on_the_key_the_name_and_the_global_row_alone():
     assert len({*rows, tuple(drop([0], "dropout.1")[0, 0]), tuple(drop([0], step=4)[0, 0])}) == B + 2
 
 
+def test_every_layer_has_a_mask_of_its_own(monkeypatch):
+    config, masks, drop = make(dropout=0.5, hidden_size=64), [], model._drop
+
+    def spy(h_TBH, *rest):
+        dropped = drop(h_TBH, *rest)
+        masks.append(np.asarray(dropped[0] != 0))
+        return dropped
+
+    monkeypatch.setattr(model, "_drop", spy)
+    inputs, _, reset = window()
+    params, state = model.init(config, V, jax.random.key(0)), model.initial_state(config, B)
+    model.apply(config, params, state, inputs, reset, model.Dropout(jax.random.key(5), jnp.arange(B, dtype=jnp.int32)))
+    assert len(masks) == config.num_layers and (masks[0] != masks[1]).any()
+
+
 def test_dropout_is_between_layers_and_before_the_soft_max_and_nowhere_without_a_key():
     config = make(dropout=0.5, hidden_size=64)
     inputs, _, reset = window()
