@@ -121,8 +121,9 @@ class TrainingConfig:
     )
     reduction: str = setting(
         "exact",
-        "exact: the same bits on any number of devices that divides M; fast: one plain all-reduce.",
+        "exact: the same bits on any number of devices that divides M; fast: one plain all-reduce, on any number.",
         choices=("exact", "fast"),
+        free=True,  # the sum is the same but for rounding
     )
     log_every: int = setting(100, "Steps between lines of log.txt and metrics.jsonl.", free=True)
     evaluate_every: int = setting(

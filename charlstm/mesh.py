@@ -29,9 +29,40 @@ PATIENCE_MS = (
 _meetings = itertools.count()
 
 
+def join(coordinator: str, count: int, index: int, heartbeat_timeout: int) -> None:
+    """Makes this process number `index` of the `count` of a job; before anything asks for devices.
+
+    Args:
+      coordinator: HOST:PORT at which process 0 can be reached.
+      heartbeat_timeout: seconds after which a process that is not heard of is lost; the others are then aborted.
+    """
+    jax.distributed.initialize(
+        coordinator,
+        count,
+        index,
+        heartbeat_timeout_seconds=heartbeat_timeout,
+        shutdown_timeout_seconds=heartbeat_timeout,
+    )
+
+
+def join_cluster(heartbeat_timeout: int) -> None:
+    """As `join`, of the processes that a cluster has started.  Raises ValueError where JAX finds no cluster."""
+    jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_timeout, shutdown_timeout_seconds=heartbeat_timeout)
+
+
+def tells_of_a_lost_process(error: Exception) -> bool:
+    """Whether `error`, raised in one of several processes, is how the loss of another one shows here."""
+    words = ("gloo", "nccl", "coordination service", "connection closed by peer", "heartbeat", "unavailable")
+    return any(word in str(error).lower() for word in words)
+
+
 def make(devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh over `devices`; all devices of all processes by default."""
-    chosen = np.array(jax.devices() if devices is None else devices)
+    """The mesh over `devices`; all devices of all processes by default.  Raises ValueError where there are none."""
+    try:
+        chosen = np.array(jax.devices() if devices is None else devices)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition(". (")[0] or "none of the kind that JAX_PLATFORMS names"
+        raise ValueError(f"there are no devices: {reason}") from None
     return Mesh(chosen, (AXIS,), axis_types=(AxisType.Auto,))
 
 

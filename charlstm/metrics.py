@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -26,32 +25,31 @@ class RunLog:
     A `silent` log (of a process that is not the first, or of a dry run) writes nothing to the run directory.
     """
 
-    def __init__(self, run_dir: Path, terminal: TextIO = sys.stderr, silent: bool = False) -> None:
-        self._terminal, self._live = terminal, terminal.isatty()
+    def __init__(self, run_dir: Path, terminal: TextIO, silent: bool = False) -> None:
+        self._terminal: TextIO | None = terminal
+        self._live = terminal.isatty()
         self._lock = threading.Lock()  # a checkpoint's thread has something to say, too
         self._log = None if silent else open(run_dir / "log.txt", "a", encoding="utf-8")
         self._metrics_path = None if silent else run_dir / "metrics.jsonl"
         self._status_shown = False
 
     def say(self, text: str) -> None:
-        """One plain line, on the terminal and in log.txt."""
+        """One plain line, in log.txt and on the terminal."""
         if self._log is None:
             return
         with self._lock:
-            self._clear_status()
-            print(text, file=self._terminal, flush=True)
             self._write(text)
+            self._show(self._wiped() + text + "\n")
 
     def note(self, text: str) -> None:
         """One plain line in log.txt; on a terminal it is the live line."""
         if self._log is None:
             return
-        if self._live:
-            self.status(text)
         with self._lock:
-            if not self._live:
-                print(text, file=self._terminal, flush=True)
             self._write(text)
+            if not self._live:
+                self._show(text + "\n")
+        self.status(text)
 
     def status(self, text: str) -> None:
         """The one live line at the foot of a terminal; nothing where the output is not a terminal."""
@@ -59,7 +57,7 @@ class RunLog:
             return
         with self._lock:
             width = self._width()
-            print("\r" + text[:width].ljust(width), end="", file=self._terminal, flush=True)
+            self._show("\r" + text[:width].ljust(width))
             self._status_shown = True
 
     def record(self, fields: dict[str, Any]) -> None:
@@ -73,13 +71,12 @@ class RunLog:
         if self._metrics_path is None or not self._metrics_path.exists():
             return
         kept = []
-        for line in self._metrics_path.read_text(encoding="utf-8").splitlines():
+        for line in self._metrics_path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                fields = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the half line of a run that was killed while writing it
-            if fields["step"] <= step:
-                kept.append(line + "\n")
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, TypeError, KeyError):
+                continue  # the half line of a run that was killed while writing it, or what a failing disk left
         beside = self._metrics_path.with_suffix(".jsonl.tmp")
         with open(beside, "w", encoding="utf-8") as file:
             file.writelines(kept)
@@ -89,7 +86,7 @@ class RunLog:
 
     def close(self) -> None:
         with self._lock:
-            self._clear_status()
+            self._show(self._wiped())
             if self._log is not None:
                 self._log.close()
 
@@ -99,15 +96,25 @@ class RunLog:
     def _width(self) -> int:
         """Columns of the live line: one less than the terminal has, so that it does not wrap."""
         try:
+            assert self._terminal is not None
             columns = int(os.environ.get("COLUMNS") or os.get_terminal_size(self._terminal.fileno()).columns)
         except (OSError, ValueError):
             columns = 0
         return (columns or 80) - 1
 
-    def _clear_status(self) -> None:
-        if self._status_shown:
-            print("\r" + " " * self._width() + "\r", end="", file=self._terminal)
-            self._status_shown = False
+    def _wiped(self) -> str:
+        """What takes the live line away."""
+        shown, self._status_shown = self._status_shown, False
+        return "\r" + " " * self._width() + "\r" if shown else ""
+
+    def _show(self, text: str) -> None:
+        """Puts `text` on the terminal, while there is one: a run does not end with the window it was started in."""
+        if self._terminal is None:
+            return
+        try:
+            print(text, end="", file=self._terminal, flush=True)
+        except (OSError, ValueError):
+            self._terminal, self._live, self._status_shown = None, False, False
 
 
 class Meter:

@@ -51,8 +51,11 @@ def place(mesh: Mesh, state: TrainState) -> TrainState:
     return jax.tree.map(lambda spec, tree: mesh_lib.put(mesh, spec, tree), state_specs(), state, is_leaf=_is_spec)
 
 
-def shards_per_device(config: Config, devices: int) -> int:
+def shards_per_device(config: Config, devices: int, fixed: bool = False) -> int:
     """k: how many logical shards each of `devices` computes.
+
+    Args:
+      fixed: the run has begun, so only the number of devices, and the reduction, can be another.
 
     Raises:
       ValueError: the B streams, or the M logical shards, cannot be split over the devices; says which counts can.
@@ -62,18 +65,23 @@ def shards_per_device(config: Config, devices: int) -> int:
     if B % devices:
         low, high = B - B % devices, B + devices - B % devices
         choice = f"{low} or {high}" if low else f"{high}"
+        if fixed:
+            choice = f"{_divisors(B)} devices, as the run has this batch_size"
         raise ValueError(f"batch_size={B} cannot be split over {devices} devices: use {choice}")
     if B % M:
         raise ValueError(f"batch_size={B} cannot be split into logical_shards={M}: use a multiple of {M}")
     if M % devices == 0:
         return M // devices
     if config.training.reduction == "exact":
-        divisors = ", ".join(str(d) for d in range(1, M + 1) if M % d == 0)
         raise ValueError(
-            f"logical_shards={M} cannot be split exactly over {devices} devices: use {divisors} devices, or "
+            f"logical_shards={M} cannot be split exactly over {devices} devices: use {_divisors(M)} devices, or "
             f"--reduction=fast (not bit-stable across counts)"
         )
     return next(k for k in range(-(-M // devices), B // devices + 1) if B % (devices * k) == 0)
+
+
+def _divisors(count: int) -> str:
+    return ", ".join(str(d) for d in range(1, count + 1) if count % d == 0)
 
 
 def make(config: Config, vocabulary_size: int, mesh: Mesh, steps_per_epoch: int) -> TrainStep:

@@ -9,11 +9,12 @@ from data_pipeline.files import Progress
 WIDTH = 30
 
 
-def bar(stream: TextIO = sys.stderr) -> Progress:
-    """A function that shows how far something is, on `stream`: a bar on a terminal, otherwise nothing.
+def bar(stream: TextIO | None = None) -> Progress:
+    """A function that shows how far something is, on `stream` (stderr): a bar on a terminal, otherwise nothing.
 
     Its arguments are what is being done, how much of it is done and how much there is (0: nobody knows).
     """
+    out = stream or sys.stderr
     shown = ("", 0.0)  # what, and when
 
     def show(doing: str, done: int, total: int) -> None:
@@ -24,7 +25,7 @@ def bar(stream: TextIO = sys.stderr) -> Progress:
         shown = (doing, now)
         filled = WIDTH * done // total if total else 0
         share = f" {100 * done // total:3d}% [{'=' * filled}{' ' * (WIDTH - filled)}]" if total else " ..."
-        stream.write(f"\r{doing}{share}\033[K" + ("\n" if total and done >= total else ""))
-        stream.flush()
+        out.write(f"\r{doing}{share}\033[K" + ("\n" if total and done >= total else ""))
+        out.flush()
 
-    return show if stream.isatty() else lambda doing, done, total: None
+    return show if out and out.isatty() else lambda doing, done, total: None

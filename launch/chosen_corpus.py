@@ -1,10 +1,15 @@
 """The corpus that a command names, held to what the same command says of it."""
 
+import os
+from pathlib import Path
+
 from charlstm import config as config_lib
 from charlstm.config import Config
 from data_pipeline import corpora
 from data_pipeline.cutting import cut
+from data_pipeline.named import NAMES
 from data_pipeline.progress import bar
+from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import Corpus, open_corpus
 
 
@@ -15,13 +20,15 @@ def open_for(config: Config, given: list[str]) -> tuple[Corpus, Config]:
       ValueError: it cannot be had, or it was prepared otherwise than the flags `given` say.
     """
     settings = config.corpus
+    names = {flag.removeprefix("--").partition("=")[0] for flag in given}
+    if settings.train and "corpus" in names:
+        raise ValueError(f"--corpus={settings.corpus} and --train={settings.train} are both given: leave one out")
     if not settings.corpus and not settings.train:
         raise ValueError("--corpus is empty: name a text, a prepared directory, or python")
     corpus = open_corpus(corpora.resolve(settings, bar()))
     if "train" not in corpus.splits:
         raise ValueError(f"{corpus.directory} has no training split")
     # Of a directory that was prepared before, the vocabulary and the splits are what they are.
-    names = {flag.removeprefix("--").partition("=")[0] for flag in given}
     kind = corpus.vocabulary.kind
     if "vocabulary" in names and settings.vocabulary != kind:
         raise ValueError(
@@ -37,7 +44,21 @@ def open_for(config: Config, given: list[str]) -> tuple[Corpus, Config]:
                 f"{settings.test_fraction} mean splits of {_sizes(wanted)} symbols and {corpus.directory} has "
                 f"{_sizes(sizes)}: leave them out, or give the text itself as --corpus"
             )
-    return corpus, config_lib.replace(config, vocabulary=kind)
+    where = {name: _absolute(getattr(settings, name)) for name in ("corpus", "train", "valid", "test")}
+    return corpus, config_lib.replace(config, vocabulary=kind, **where)
+
+
+def refuse_inside(run_dir: Path, settings: CorpusSettings) -> None:
+    """Raises ValueError where the run would become a part of its own text."""
+    for spec in (settings.corpus, settings.train, settings.valid, settings.test):
+        folder = Path(spec).expanduser()
+        if spec and spec not in NAMES and folder.is_dir() and run_dir.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"run_dir={run_dir} lies inside of the corpus {spec}: name one outside of it")
+
+
+def _absolute(spec: str) -> str:
+    """Where a text lies, for whoever asks for it from another directory."""
+    return spec if not spec or spec in NAMES else os.path.abspath(os.path.expanduser(spec))
 
 
 def _sizes(splits: dict[str, int]) -> str:

@@ -1,5 +1,6 @@
 """What a run would take: sizes, memory, traffic, and an ETA from three timed steps.  Changes nothing."""
 
+import os
 import time
 
 import jax
@@ -33,9 +34,9 @@ def report(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh) -> None
         ("devices", mesh_lib.describe(mesh)),
         ("corpus", f"{corpus.directory.name}: {plan.symbols:,} training symbols, vocabulary of {V}"),
         ("parameters", f"{parameters:,}"),
-        ("state", _size(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)))),
+        ("state", in_bytes(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)))),
         ("memory per device", memory),
-        ("bytes per all-reduce", f"{_size(4 * (parameters + 1))}, once a step ({config.training.reduction})"),
+        ("bytes per all-reduce", f"{in_bytes(4 * (parameters + 1))}, once a step ({config.training.reduction})"),
         ("logical shards", f"{config.training.logical_shards}, {shards} a device"),
         ("symbols per step", f"{symbols:,}"),
         ("steps per epoch", f"{plan.steps_per_epoch:,}"),
@@ -59,7 +60,7 @@ def _memory(config: Config, V: int, plan: StreamPlan, mesh: Mesh) -> str:
     if analysis is None:
         return "not told by this backend"
     held, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
-    return f"{_size(held + temporary)} ({_size(held)} state and batch, {_size(temporary)} temporaries)"
+    return f"{in_bytes(held + temporary)} ({in_bytes(held)} state and batch, {in_bytes(temporary)} temporaries)"
 
 
 def _seconds_a_step(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh) -> tuple[float, str]:
@@ -89,7 +90,19 @@ def _timed(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, steps: 
     return float(np.median(times[1:]))
 
 
-def _size(count: float) -> str:
+def require_memory(config: Config, vocabulary_size: int) -> None:
+    """Raises ValueError where the state alone is more than this machine can hold: XLA would abort the process."""
+    state = jax.eval_shape(lambda: step_lib.init(config, vocabulary_size))
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise ValueError(
+            f"parameters and optimizer state take {in_bytes(needed)} and this machine has {in_bytes(there)} of "
+            "memory: lower hidden_size, num_layers or embedding_size"
+        )
+
+
+def in_bytes(count: float) -> str:
     for unit in ("B", "KB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -184,6 +184,12 @@ def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def _choices(field: dataclasses.Field) -> str:
+    """The values that the help text itself does not name."""
+    choices = field.metadata["choices"]
+    return "" if all(choice in field.metadata["help"] for choice in choices) else f"  One of {', '.join(choices)}."
+
+
 def _help(description: str, leaves: list[Any]) -> str:
     lines = [
         description.rstrip(),
@@ -195,7 +201,7 @@ def _help(description: str, leaves: list[Any]) -> str:
         for field in dataclasses.fields(leaf):
             default = getattr(leaf, field.name)
             name = f"  --{field.name}={_text(default)}" if default != "" else f"  --{field.name}="
-            text = textwrap.wrap(field.metadata["help"], 72)
+            text = textwrap.wrap(field.metadata["help"] + _choices(field), 72)
             if len(name) < 34:
                 lines.append(f"{name:<34}{text[0]}")
                 text = text[1:]

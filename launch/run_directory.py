@@ -6,10 +6,14 @@ flags.txt        the flags of the command that started the run, as a flagfile
 log.txt  metrics.jsonl  checkpoints/<step>/
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import os
+import platform
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +24,10 @@ from charlstm import step as step_lib
 from charlstm.checkpoint import Checkpoints
 from charlstm.config import Config
 from charlstm.types import ModelParams
-from data_pipeline.files import written_whole
+from data_pipeline.files import locked, written_whole
 from data_pipeline.vocabulary import Vocabulary
+
+LOCK = ".lock"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,35 +57,47 @@ def checkpoint_identity(config: Config, identity: Identity) -> dict[str, Any]:
 
 
 def create(run_dir: Path, config: Config, identity: Identity, given: list[str]) -> None:
-    """Makes a new run directory.
+    """Makes a new run in a directory that is `held`, and is made if need be.
 
     Raises:
-      ValueError: there are files in it already that are no run's, or it cannot be written.
+      ValueError: there are files in it already that are no run's.
     """
-    check_writable(run_dir)
-    strange = sorted(p.name for p in run_dir.iterdir() if p.name not in ("identity.json", "flags.txt", "log.txt"))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    known = ("identity.json", "flags.txt", "log.txt", "logs", LOCK)
+    strange = sorted(p.name for p in run_dir.iterdir() if p.name not in known)
     if strange:
         raise ValueError(f"{run_dir} holds {strange[0]} but no config.json, so it is not a run: use an empty directory")
     _write(run_dir / "flags.txt", "\n".join(given) + "\n")
     _write(run_dir / "identity.json", json.dumps(identity.to_json(), indent=1) + "\n")
+    write_config(run_dir, config)
+
+
+def write_config(run_dir: Path, config: Config) -> None:
+    """Keeps the settings with which a run goes on."""
     _write(run_dir / "config.json", config_lib.to_json(config))
 
 
-def update(run_dir: Path, config: Config) -> None:
-    """Keeps the free settings with which a run goes on.  Raises ValueError where the run cannot be written."""
-    check_writable(run_dir)
-    _write(run_dir / "config.json", config_lib.to_json(config))
+@contextlib.contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Keeps the run for this job alone; its directory is made if need be.  A process that was killed holds nothing.
 
+    Raises:
+      ValueError: another job has it, or it cannot be written.
+    """
+    lock = run_dir / LOCK
 
-def check_writable(run_dir: Path) -> None:
-    """Raises ValueError where files cannot be made in `run_dir`, which is made if need be."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with written_whole(run_dir / ".writable"):
-            pass
-        (run_dir / ".writable").unlink()
-    except OSError as error:
-        raise ValueError(f"run_dir={run_dir} cannot be written ({error.strerror or error}): name another") from None
+    def refuse() -> None:
+        owner = lock.read_text("utf-8", "replace").strip() or "another process"
+        raise ValueError(f"run_dir={run_dir} is in use by {owner}: wait for it to end, or name another")
+
+    with contextlib.ExitStack() as lock_held:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            lock_held.enter_context(locked(lock, refuse))
+            lock.write_text(f"process {os.getpid()} on {platform.node()}\n")
+        except OSError as error:
+            raise ValueError(f"run_dir={run_dir} cannot be written ({error.strerror or error}): name another") from None
+        yield
 
 
 def exists(run_dir: Path) -> bool:

@@ -28,7 +28,8 @@ from data_pipeline.loader import open_windows
 from data_pipeline.settings import setting
 from data_pipeline.shards import Corpus
 from data_pipeline.streams import StreamPlan
-from launch import chosen_corpus, dry_run, flags, program, run_directory
+from launch import chosen_corpus, dry_run, flags, job, program, run_directory
+from launch.job import JobFlags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +58,33 @@ class Run(NamedTuple):
         return run_directory.separator(self.config, self.corpus.vocabulary)
 
 
+def parse(argv: Sequence[str]) -> tuple[TrainFlags, JobFlags, Config, list[str]]:
+    """The settings in `argv`, and the flags given, without those that say how the process came to be one of a job."""
+    (chosen, joined, config), given = flags.parse(argv, __doc__ or "", TrainFlags(), JobFlags(), Config())
+    of_the_job = {field.name for field in dataclasses.fields(joined)}
+    return chosen, joined, config, [flag for flag in given if flag[2:].partition("=")[0] not in of_the_job]
+
+
 def main(argv: Sequence[str]) -> int:
-    (chosen, config), given = flags.parse(argv, __doc__ or "", TrainFlags(), Config())
+    chosen, joined, config, given = parse(argv)
     if not chosen.run_dir and not chosen.dry_run:
         raise ValueError("--run_dir is required: name a directory for the run, such as --run_dir=runs/mine")
+    job.join(joined)
+    try:
+        return _run(chosen, config, given)
+    except (ValueError, RuntimeError) as error:
+        if not (joined.has_others and mesh_lib.tells_of_a_lost_process(error)):
+            raise
+        job.leave(error)
 
+
+def _run(chosen: TrainFlags, config: Config, given: list[str]) -> int:
     # The devices, and the text.  All that can be refused is refused before anything is written.
     mesh = mesh_lib.make()
     step_lib.shards_per_device(config_lib.resolve(config, mesh.size), mesh.size)  # a text may take hours to prepare
+    run_dir = Path(chosen.run_dir).expanduser()
+    if chosen.run_dir:
+        chosen_corpus.refuse_inside(run_dir, config.corpus)
     corpus, config = chosen_corpus.open_for(config, given)
     plan = StreamPlan(
         len(corpus.splits["train"]),
@@ -75,45 +95,40 @@ def main(argv: Sequence[str]) -> int:
         config.streams.reset_probability,
     )
     run_directory.separator(config, corpus.vocabulary)
+    dry_run.require_memory(config, corpus.vocabulary.size)
     if chosen.dry_run:
         dry_run.report(config_lib.resolve(config, mesh.size), corpus, plan, mesh)
         return program.DONE
 
     # The run: a new one, or the one that is there.
-    run_dir = Path(chosen.run_dir).expanduser()
     identity = run_directory.Identity(corpus.vocabulary, corpus.fingerprint)
     remarks: list[str] = []
     is_there = run_directory.exists(run_dir)
     if is_there:
         config, remarks = run_directory.continued(run_dir, config, identity)
-        step_lib.shards_per_device(config, mesh.size)
+        step_lib.shards_per_device(config, mesh.size, fixed=True)
     else:
         config = config_lib.resolve(config, mesh.size)
     run = Run(run_dir, config, identity, corpus, plan, mesh)
     params = _initial_params(run, chosen.initial_checkpoint, remarks.append)
-
-    def write() -> None:
-        if is_there:
-            run_directory.update(run_dir, config)
-        else:
-            run_directory.create(run_dir, config, identity, given)
-
-    mesh_lib.once(write)
-    log = RunLog(run_dir, sys.stderr, silent=not mesh_lib.is_first_process())
-    for remark in remarks:
-        log.say(remark)
-    checkpoints = Checkpoints(run_dir / "checkpoints", keep=config.training.keep_checkpoints, log=log.say)
-    try:
+    with contextlib.ExitStack() as held:
+        mesh_lib.once(lambda: held.enter_context(run_directory.held(run_dir)))
+        if not is_there:
+            mesh_lib.once(lambda: run_directory.create(run_dir, config, identity, given))
+        log = RunLog(run_dir, sys.stderr, silent=not mesh_lib.is_first_process())
+        held.callback(log.close)
+        for remark in remarks:
+            log.say(remark)
+        checkpoints = Checkpoints(run_dir / "checkpoints", keep=config.training.keep_checkpoints, log=log.say)
+        held.callback(checkpoints.close)
         return _train(run, params, checkpoints, log)
-    finally:
-        checkpoints.close()
-        log.close()
 
 
 def _train(run: Run, params: ModelParams | None, checkpoints: Checkpoints, log: RunLog) -> int:
     config, plan, mesh, last = run.config, run.plan, run.mesh, run.config.training.num_steps
     train_step = step_lib.make(config, run.corpus.vocabulary.size, mesh, plan.steps_per_epoch)
     state = _first_state(run, params, checkpoints, log)
+    mesh_lib.once(lambda: run_directory.write_config(run.run_dir, config))  # what is refused until here changes nothing
     start = int(state.step)
     log.rewind(start)
     if start >= last:
@@ -152,7 +167,7 @@ def _train(run: Run, params: ModelParams | None, checkpoints: Checkpoints, log: 
         except Diverged as diverged:
             log.say(f"stopped: {diverged}")
             return program.DIVERGED
-    checkpoints.wait()
+        checkpoints.wait()
     if checkpoints.failed_saves:
         left = f"the checkpoint of step {max(steps)}" if (steps := checkpoints.steps()) else "the beginning"
         log.say(f"ended at step {int(state.step)}, which could not be saved; the same command goes on from {left}")
@@ -242,12 +257,14 @@ def _signals() -> Iterator[Callable[[], bool]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         came.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
         if several:
             os.kill(os.getpid(), signal.SIGTERM)
 
     numbers = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, note) for number in numbers}
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, note)
     try:
         yield lambda: bool(came)
     finally:

@@ -21,9 +21,10 @@ from charlstm.mesh import make as make_mesh
 from data_pipeline.prepare import prepare
 from data_pipeline.settings import CorpusSettings
 from launch import evaluate, flags, program, run_directory, sample, train
+from launch.job import JobFlags
 from launch.train import TrainFlags
 from tests.conftest import ROOT
-from tests.launch.test_bad_input import SMALL, TINY, last_line, process, refusal, steps, tree
+from tests.launch.conftest import SMALL, TINY, last_line, process, refusal, steps, tree
 
 CONFIGS = sorted((ROOT / "configs").glob("*.flags"))
 
@@ -89,7 +90,7 @@ OTHER = {
 
 
 def parse(*arguments: str) -> tuple[TrainFlags, Config, list[str]]:
-    (chosen, config), given_ = flags.parse(["train", *arguments], "", TrainFlags(), Config())
+    chosen, _, config, given_ = train.parse(["train", *arguments])
     return chosen, config, given_
 
 
@@ -149,11 +150,14 @@ def test_help_has_every_flag_once_in_sections_with_its_default(module, flag):
     assert len(named) == len(set(named)) > 5
     assert max(map(len, text.splitlines())) <= 120
     if module is train:
-        assert set(named) == {"run_dir", "initial_checkpoint", "dry_run", *values(Config())}
+        assert set(named) == {f.name for own in (TrainFlags, JobFlags) for f in dataclasses.fields(own)} | {
+            *values(Config())
+        }
         for section in dataclasses.fields(Config):
             title = (type(getattr(Config(), section.name)).__doc__ or "").splitlines()[0]
             assert text.count(f"\n\n{title}\n\n") == 1
         assert "--learning_rate=0.002 " in text and "--rotate_streams=true " in text
+        assert "One of lstm, gru, rnn." in text
 
 
 def test_the_program_prints_its_help_and_exits_with_0():
@@ -304,6 +308,7 @@ def test_free_settings_change_and_others_do_not():
     assert free == {
         *("corpus", "cache_dir", "reader_threads", "read_ahead", "num_steps", "log_every", "evaluate_every"),
         *("checkpoint_every", "keep_checkpoints", "piece", "burn_in", "evaluation_batch_size"),
+        *("reduction", "train", "valid", "test"),
     }
     forbidden, changed = config_lib.differences(Config(), config_lib.replace(Config(), **OTHER))
     assert {line.partition(":")[0] for line in changed} == free
