@@ -12,6 +12,8 @@ from typing import BinaryIO
 
 Progress = Callable[[str, int, int], None]  # (what is being done, how much of it is done, how much there is)
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # the disk is full or fails
+
 
 class Meter:
     """Adds up what several threads have done of something, and tells `progress` from one thread at a time."""
@@ -28,11 +30,22 @@ class Meter:
 
 
 @contextlib.contextmanager
+def named_in_errors(path: Path) -> Iterator[None]:
+    """An OSError of the block that names no file, as those of reading and writing do not, gets the name of `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
+@contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """A file to write in, which is at `path` once the block has ended and on disk, and nowhere if it failed."""
     beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
     try:
-        with beside.open("wb") as file:
+        with named_in_errors(path), beside.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -89,6 +89,11 @@ def is_prepared(directory: Path) -> bool:
     return (directory / NAME).is_file()
 
 
+def has_shards(directory: Path) -> bool:
+    """Whether `directory` holds shards, be it a whole corpus or not."""
+    return any(ids.with_suffix(".crc").is_file() for ids in directory.glob("*.ids"))
+
+
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of the prepared corpus in `directory`.
 

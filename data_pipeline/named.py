@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data_pipeline.downloads import Download, fetch
 from data_pipeline.files import Progress
-from data_pipeline.texts import Text, find_text, make_text
+from data_pipeline.texts import Text, find_text, make_text, refuse_unreadable
 
 DOWNLOADS = {
     item.name: item
@@ -59,7 +59,7 @@ def named_text(name: str, cache_dir: Path, progress: Progress | None) -> Text:
 def standard_library(folder: Path) -> Text:
     """Python source below `folder` without its tests and installed packages; a NUL character ends each file."""
     paths = []
-    for directory, folders, files in os.walk(folder):
+    for directory, folders, files in os.walk(folder, onerror=refuse_unreadable):
         folders[:] = [name for name in folders if name not in NOT_PYTHON]
         paths += [Path(directory, name) for name in files if name.endswith(".py")]
     if not paths:

@@ -1,6 +1,7 @@
 """Turns text into a prepared corpus:  python -m data_pipeline.prepare --input='books/*.txt' --output=data/books"""
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -8,12 +9,12 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from data_pipeline.encoding import SMALL, parallel_map, plan, write_splits
-from data_pipeline.files import Meter, Progress, locked, sync_directory, written_whole
+from data_pipeline.files import DISK_ERRORS, Meter, Progress, locked, sync_directory, written_whole
 from data_pipeline.manifest import (
     BLOCK_BYTES,
     FORMAT_VERSION,
@@ -75,12 +76,13 @@ def prepare(
     with locked(output.with_name(f".{output.name}.lock"), lambda: waiting.add(0)) as alone:
         if _is_done(output, key):
             return output
-        with parallel_map(workers, processes, progress) as parallel:
-            partial = _partial_directory(output, key, alone)
+        # The workers come to rest before the partial directory is left.
+        with contextlib.ExitStack() as writing, parallel_map(workers, processes, progress) as parallel:
             vocabulary, plans = plan(texts, settings, shard_bytes, parallel)
+            partial = writing.enter_context(_partial_directory(output, key, alone))
             splits = write_splits(partial, vocabulary, plans, block_bytes, parallel("writing"))
-        for text in texts.values():
-            text.check_unchanged()
+            for text in texts.values():
+                text.check_unchanged()
         sources = (Source(file.name, file.bytes, digest) for file, digest in zip(files, digests, strict=True))
         _publish(partial, output, Manifest(vocabulary, splits, tuple(sources), key, block_bytes))
     return output
@@ -138,10 +140,12 @@ def _is_done(output: Path, key: str) -> bool:
     return False
 
 
-def _partial_directory(output: Path, key: str, alone: bool) -> Path:
+@contextlib.contextmanager
+def _partial_directory(output: Path, key: str, alone: bool) -> Iterator[Path]:
     """The directory to write in, empty or with whole shards of the same preparation.
 
-    Who is not sure to be `alone` (the file system has no locks) takes a directory of his own.
+    It stays where the block is stopped, and goes where the block refuses the text.  Who is not sure to be `alone` (the
+    file system has no locks) takes a directory of his own.
     """
     partial = output.with_name(f".{output.name}.partial" if alone else f".{output.name}.{os.getpid()}.partial")
     owner = partial / "key"
@@ -151,7 +155,14 @@ def _partial_directory(output: Path, key: str, alone: bool) -> Path:
         partial.mkdir()
         with written_whole(owner) as out:
             out.write(key.encode())
-    return partial
+    elif alone:
+        for torn in partial.glob("*.new"):  # what was being written at a kill
+            torn.unlink()
+    try:
+        yield partial
+    except ValueError:  # the text has changed: what was written is not what the key says
+        shutil.rmtree(partial)
+        raise
 
 
 def _publish(partial: Path, output: Path, manifest: Manifest) -> None:
@@ -178,43 +189,83 @@ class _Parser(argparse.ArgumentParser):
         options = [option for action in self._actions for option in action.option_strings]
         unknown = re.match(r"unrecognized arguments: (\S+)", message)
         if unknown:
-            near = difflib.get_close_matches(unknown[1].split("=")[0], options, 1, 0.4)
-            hint = f": did you mean {near[0]}?" if near else ""
+            hint = _nearest(unknown[1].split("=")[0], options, 0.4)
             hint = hint if unknown[1].startswith("-") else ": a glob must be quoted"
             message = f"unknown argument {unknown[1]}{hint}"
+        self.fail(2, message)
+
+    def fail(self, status: int, message: str) -> NoReturn:
         wipe = "\r\033[K" if sys.stderr.isatty() else ""  # of a progress bar that was cut short
-        self.exit(2, f"{wipe}prepare: {message}\n")
+        self.exit(status, f"{wipe}prepare: {message}\n")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m data_pipeline.prepare", description="Turn text into a corpus.", allow_abbrev=False)
-    parser.add_argument("--output", type=Path, required=True, help="The directory to make; its parents are made too.")
+def _nearest(word: str, known: Sequence[str], cutoff: float = 0.6) -> str:
+    near = difflib.get_close_matches(word, known, 1, cutoff)
+    return f": did you mean {near[0]}?" if near else ""
+
+
+def _one_of(choices: Sequence[str]) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        if value not in choices:
+            raise argparse.ArgumentTypeError(f"{value!r} is not one of {', '.join(choices)}{_nearest(value, choices)}")
+        return value
+
+    return parse
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m data_pipeline.prepare",
+        description="Turn text into a corpus.",
+        allow_abbrev=False,
+        add_help=False,  # it has two names, and here four
+    )
+    parser.add_argument("-h", "--help", "--helpshort", "--helpfull", action="help", help="Print this.")
+    parser.add_argument(
+        "--input",
+        dest="corpus",
+        default="",
+        metavar="TEXT",
+        help="A text file, a quoted glob or a directory of text files; or a name: " + ", ".join(NAMES) + ".",
+    )
+    parser.add_argument("--output", required=True, help="The directory to make; its parents are made too.")
     parser.add_argument("--workers", type=int, default=0, help="Threads or processes; 0: one for each core.")
     parser.add_argument("--verify", action="store_true", help="Read the prepared corpus again and compare its sha256.")
     for field in dataclasses.fields(CorpusSettings):
-        name = "input" if field.name == "corpus" else field.name
-        text = field.metadata["help"].replace("%", "%%")
-        kind: Callable[[str], object] = type(field.default)
-        parser.add_argument(
-            f"--{name}",
-            dest=field.name,
-            type=kind,
-            default="" if name == "input" else field.default,
-            metavar=field.name.upper(),
-            choices=field.metadata["choices"] or None,
-            help=text if name == "input" else f"{text}  Default: {field.default!r}.",
-        )
+        if field.name != "corpus":
+            _add_setting(parser, field)
     return parser
 
 
+def _add_setting(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+    text = field.metadata["help"].replace("%", "%%").replace("--corpus", "--input")
+    choices = field.metadata["choices"]
+    kind: Callable[[str], object] = _one_of(choices) if choices else type(field.default)
+    parser.add_argument(
+        f"--{field.name}",
+        type=kind,
+        default=field.default,
+        metavar=f"{{{','.join(choices)}}}" if choices else field.name.upper(),
+        help=f"{text}  Default: {field.default!r}.",
+    )
+
+
 def main(arguments: list[str]) -> None:
-    """Prepares, verifies, or both.  Exit status 2, and one line on stderr, where it cannot; 130 after Ctrl-C."""
+    """Prepares, verifies, or both.
+
+    Where it cannot, it says why in one line on stderr.  Exit statuses: 2 a mistake in flags or files; 74 the disk is
+    full or fails; 130 stopped by Ctrl-C.
+    """
     parser = _parser()
     options = vars(parser.parse_args(arguments))
     output, workers, verify = (options.pop(name) for name in ("output", "workers", "verify"))
+    if not output:
+        parser.error("--output is empty: name the directory to make")
+    if options["corpus"] and options["train"]:
+        parser.error("--input and --train are both given: leave one out")
     progress, done = bar(), []
     try:
-        output = output.expanduser()
+        output = Path(output).expanduser()
         if options["corpus"] or options["train"]:
             there = is_prepared(output)
             prepare(CorpusSettings(**options), output, progress, workers=workers)
@@ -226,7 +277,7 @@ def main(arguments: list[str]) -> None:
             done.append("verified")
         corpus = open_corpus(output)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        parser.fail(74 if isinstance(error, OSError) and error.errno in DISK_ERRORS else 2, str(error))
     except KeyboardInterrupt:
         parser.exit(130, "prepare: stopped; the same command goes on\n")
     sizes = ", ".join(f"{name} {len(split)}" for name, split in corpus.splits.items())

@@ -51,9 +51,12 @@ class CorpusSettings:
         "contiguous: train, validation, test in the order of the text; or columns:BxT, char-rnn's split: the text is B "
         "equal columns of whole windows of T symbols and the last windows of each column are held out.",
     )
-    train: str = setting("", "Explicit training text (file, glob or directory) instead of --corpus and fractions.")
-    valid: str = setting("", "Explicit validation text, with --train.")
-    test: str = setting("", "Explicit test text, with --train.")
+    # Where explicit texts lie is free as well.
+    train: str = setting(
+        "", "Explicit training text (file, glob or directory) instead of --corpus and fractions.", free=True
+    )
+    valid: str = setting("", "Explicit validation text, with --train.", free=True)
+    test: str = setting("", "Explicit test text, with --train.", free=True)
     cache_dir: str = setting(
         "~/.cache/charlstm", "Where downloaded texts and prepared corpora are kept, keyed by content.", free=True
     )

@@ -12,10 +12,10 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from data_pipeline.files import Meter, Progress, written_whole
-from data_pipeline.manifest import is_prepared
+from data_pipeline.files import Meter, Progress, named_in_errors, written_whole
+from data_pipeline.manifest import has_shards, is_prepared
 from data_pipeline.vocabulary import canonical_json
 
 CHUNK = 1 << 20  # bytes read at a time
@@ -48,7 +48,7 @@ class Extent:
 
     def read(self) -> Iterator[bytes]:
         """The bytes, in chunks.  Raises ValueError where the file has become shorter."""
-        with self.path.open("rb") as file:
+        with named_in_errors(self.path), self.path.open("rb") as file:
             file.seek(self.start)
             position = self.start
             while position < self.stop:
@@ -106,7 +106,7 @@ def find_text(spec: str) -> Text:
     or whose folder's name begins with a dot.
 
     Raises:
-      ValueError: there is no such file, or nothing in it.
+      ValueError: there is no such file, nothing in it, or something that cannot be read.
     """
     path = Path(spec).expanduser()
     if path.is_dir():
@@ -122,6 +122,8 @@ def find_text(spec: str) -> Text:
         raise ValueError(f"{spec} has no files: name a text file, a directory or a quoted glob")
     if is_prepared(path):
         raise ValueError(f"{spec} is a prepared corpus, not text: name it with --corpus")
+    if has_shards(path):
+        raise ValueError(f"{spec} has shards but no manifest.json: it is not whole, prepare it again")
     name = path.stem if base == path.parent else base.name
     text = make_text(name, base, paths, folder=path if base == path else None)
     if not text.bytes:
@@ -168,12 +170,27 @@ def hash_file(path: Path, algorithm: str) -> str:
         return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
 
 
+def refuse_unreadable(error: OSError) -> NoReturn:
+    """Raises ValueError: of a text no part is left out in silence."""
+    raise ValueError(f"{error.filename} cannot be read ({error.strerror}): make it readable or move it away") from None
+
+
 def _walk(directory: Path) -> Iterator[Path]:
-    for folder, folders, names in os.walk(directory):
+    for folder, folders, names in os.walk(directory, onerror=refuse_unreadable):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
-            if not name.startswith(".") and os.path.isfile(os.path.join(folder, name)):
+            if not name.startswith(".") and _is_file(Path(folder, name)):
                 yield Path(folder, name)
+
+
+def _is_file(path: Path) -> bool:
+    """Unlike `os.path.isfile`, does not say no of what it may not look at."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:  # a link to nothing
+        return False
+    except OSError as error:
+        refuse_unreadable(error)
 
 
 def _stamp(path: Path) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import sysconfig
 import threading
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -246,6 +246,22 @@ def test_a_prepared_directory_is_used_as_it_is(tmp_path):
     next(moved.glob("*.ids")).unlink()
     with pytest.raises(ValueError, match="is missing"):
         resolve(settings)
+
+
+def test_where_a_text_lies_is_free_as_equal_texts_have_one_fingerprint(tmp_path):
+    splits = ("train", "valid", "test")
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        for split in splits:
+            (tmp_path / folder / split).write_text(split * 10)
+    here, there = (
+        CorpusSettings(cache_dir=str(tmp_path / folder / "cache"), **{s: str(tmp_path / folder / s) for s in splits})
+        for folder in ("here", "there")
+    )
+    assert open_corpus(resolve(here)).fingerprint == open_corpus(resolve(there)).fingerprint
+    moved = [field for field in fields(here) if getattr(here, field.name) != getattr(there, field.name)]
+    assert [field.name for field in moved if field.metadata["free"]] == [*splits, "cache_dir"]
+    assert {field.name for field in fields(here) if field.metadata["free"]} == {"corpus", *splits, "cache_dir"}
 
 
 def test_a_name_wins_over_a_file_of_that_name_unless_it_is_written_as_a_path(tmp_path, monkeypatch):

@@ -4,12 +4,8 @@ import itertools
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,28 +15,13 @@ from hypothesis import strategies as st
 
 from data_pipeline import characters, texts
 from data_pipeline.cutting import cut, shard_spans
-from data_pipeline.files import locked
-from data_pipeline.prepare import main, prepare
+from data_pipeline.prepare import prepare
 from data_pipeline.settings import CorpusSettings
-from data_pipeline.shards import Corpus, open_corpus, verify_corpus
+from data_pipeline.shards import Corpus, open_corpus
 from data_pipeline.texts import find_text
 
 ROOT = Path(__file__).resolve().parents[2]
 POEM = "Ein Grün, ein Blau — 漢字 🙂\n" * 40
-
-
-@pytest.fixture
-def setting(tmp_path):
-    """Makes the settings of a corpus; texts may be given as they are."""
-
-    def make(text: str | bytes | Path | None = None, **values) -> CorpusSettings:
-        if isinstance(text, str | bytes):
-            path = tmp_path / "text.txt"
-            path.write_bytes(text.encode() if isinstance(text, str) else text)
-            text = path
-        return CorpusSettings(corpus=str(text or ""), cache_dir=str(tmp_path / "cache"), **values)
-
-    return make
 
 
 def text_of(corpus: Corpus, split: str) -> bytes:
@@ -288,153 +269,6 @@ def test_an_output_that_holds_something_else_is_left_alone(tmp_path, setting):
     with pytest.raises(ValueError, match="home exists and is not a prepared corpus: delete it or name another output"):
         prepare(setting("abc" * 20), tmp_path / "home")
     assert files_of(tmp_path / "home") == {"letter": b"dear"}
-
-
-def test_a_text_that_changes_while_it_is_prepared_is_refused(tmp_path, setting):
-    how = setting(POEM)
-
-    def change(doing: str, done: int, total: int) -> None:
-        if doing == "writing":  # the file is never shorter, not even for a moment
-            (tmp_path / "other.txt").write_text(POEM[::-1])
-            (tmp_path / "other.txt").replace(tmp_path / "text.txt")
-
-    with pytest.raises(ValueError, match=r"text\.txt was changed while it was prepared"):
-        prepare(how, tmp_path / "out", change)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("vocabulary", ["bytes", "characters"])
-def test_a_killed_preparation_leaves_no_corpus_and_is_continued(tmp_path, setting, vocabulary):
-    how = setting(POEM * 10, vocabulary=vocabulary)
-    code = (
-        "import os, signal, sys\n"
-        "from pathlib import Path\n"
-        "from data_pipeline.prepare import prepare\n"
-        "from data_pipeline.settings import CorpusSettings\n"
-        "def kill(doing, done, total):\n"
-        "    if doing == 'writing' and done == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"prepare({how!r}, Path({str(tmp_path / 'out')!r}), kill, workers=1, shard_bytes=1000, block_bytes=100)\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert not (tmp_path / "out").exists()
-    partial = tmp_path / ".out.partial"
-    # A shard whose note is missing may be torn, and is written again; one that has a note is kept.
-    kept, torn = partial / "train-00000.ids", partial / "train-00002.ids"
-    inode = kept.stat().st_ino
-    (partial / "train-00002.ids.json").unlink()
-    torn.write_bytes(b"torn")
-    out = prepare(how, tmp_path / "out", workers=1, shard_bytes=1000, block_bytes=100)
-    assert (out / "train-00000.ids").stat().st_ino == inode
-    assert files_of(out) == files_of(prepare(how, tmp_path / "straight", shard_bytes=1000, block_bytes=100))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out", "straight", "text.txt"]
-
-
-def test_what_another_preparation_left_is_not_used(tmp_path, setting):
-    with pytest.raises(KeyboardInterrupt):
-
-        def stop(doing: str, done: int, total: int) -> None:
-            if doing == "writing":
-                raise KeyboardInterrupt
-
-        prepare(setting("abc" * 1000), tmp_path / "out", stop, shard_bytes=100)
-    assert (tmp_path / ".out.partial" / "train-00000.ids").exists()
-    out = prepare(setting("xyz" * 1000), tmp_path / "out", shard_bytes=100)
-    assert text_of(open_corpus(out), "train") == b"xyz" * 900
-
-
-def test_preparations_at_the_same_time_write_one_corpus(tmp_path, setting):
-    how, told, lock = setting(POEM * 50), [], threading.Lock()
-
-    def tell(doing: str, done: int, total: int) -> None:
-        time.sleep(0.01)
-        with lock:
-            told.append((doing, done))
-
-    with ThreadPoolExecutor(4) as pool:
-        made = list(pool.map(lambda _: prepare(how, tmp_path / "out", tell, shard_bytes=5000), range(4)))
-    assert set(made) == {tmp_path / "out"}
-    assert told.count(("writing", 1)) == 1, "more than one has written"
-    verify_corpus(tmp_path / "out")
-    assert not list(tmp_path.glob(".out*"))
-
-
-def test_a_lock_has_one_holder_at_a_time_and_leaves_no_file(tmp_path):
-    inside, most = [], []
-
-    def hold(_) -> None:
-        with locked(tmp_path / "lock", lambda: None) as held:
-            assert held
-            inside.append(1)
-            most.append(len(inside))
-            time.sleep(0.001)
-            inside.pop()
-
-    with ThreadPoolExecutor(6) as pool:
-        list(pool.map(hold, range(300)))
-    assert len(most) == 300 and max(most) == 1
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_preparation_that_is_interrupted_says_in_one_line_how_to_go_on(tmp_path):
-    (tmp_path / "a.txt").write_text(POEM)
-    code = (
-        "import os, signal, sys\n"
-        "import data_pipeline.prepare as program\n"
-        "program.bar = lambda: lambda doing, done, total: os.kill(os.getpid(), signal.SIGINT)\n"
-        "program.main(sys.argv[1:])\n"
-    )
-    options = (f"--input={tmp_path}/a.txt", f"--output={tmp_path}/out", f"--cache_dir={tmp_path}/cache")
-    done = subprocess.run([sys.executable, "-c", code, *options], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (130, "prepare: stopped; the same command goes on\n")
-    assert run(*options).returncode == 0
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "data_pipeline.prepare", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-
-
-def test_the_program_prepares_verifies_and_does_nothing_twice(tmp_path):
-    (tmp_path / "a.txt").write_text(POEM)
-    out = tmp_path / "out"
-    options = (
-        f"--input={tmp_path}/*.txt",
-        f"--output={out}",
-        f"--cache_dir={tmp_path}/cache",
-        "--vocabulary=characters",
-    )
-    first = run(*options)
-    assert first.returncode == 0 and first.stdout == ""
-    assert first.stderr == f"prepared: {out}, 19 symbols in the vocabulary, train 936, valid 52, test 52\n"
-    again = run(*options, "--verify")
-    assert again.returncode == 0 and again.stderr.startswith(f"already prepared and verified: {out}")
-    data = bytearray((out / "valid-00000.ids").read_bytes())
-    data[-1] ^= 1
-    (out / "valid-00000.ids").write_bytes(data)
-    damaged = run(f"--output={out}", "--verify")
-    assert (damaged.returncode, damaged.stderr.count("\n")) == (2, 1) and "valid-00000.ids is damaged" in damaged.stderr
-
-
-@pytest.mark.parametrize(
-    "arguments, complaint",
-    [
-        (["--inptu=x", "--output=y"], "unknown argument --inptu=x: did you mean --input?"),
-        (["--input", "a.txt", "b.txt", "--output=y"], "unknown argument b.txt: a glob must be quoted"),
-        (["--input=/no/such", "--output=y"], "/no/such does not exist"),
-        (["--output=/no/such", "--verify"], "/no/such is not a prepared corpus: it has no manifest.json"),
-        (["--output=y"], "--input, or --train, must name a text"),
-        (["--input=x", "--output=y", "--vocabulary=byte"], "invalid choice: 'byte'"),
-        (["--input=x", "--output=y", "--split=columns:3"], "split='columns:3' is neither contiguous nor columns:BxT"),
-        (["--input=x", "--output=y", "--valid_fraction=1.5"], "valid_fraction=1.5 must be at least 0 and less than 1"),
-    ],
-)
-def test_a_mistake_is_one_line_and_status_2(arguments, complaint, capfd):
-    with pytest.raises(SystemExit) as left:
-        main(arguments)
-    said = capfd.readouterr()
-    assert left.value.code == 2 and said.out == ""
-    assert complaint in said.err and said.err.count("\n") == 1
 
 
 def test_the_manifest_says_what_the_corpus_was_made_from_and_not_where_it_lay(tmp_path, setting):

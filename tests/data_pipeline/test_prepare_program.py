@@ -1,0 +1,108 @@
+"""`python -m data_pipeline.prepare` as a program."""
+
+import subprocess
+import sys
+
+import pytest
+
+from data_pipeline.prepare import main
+from tests.conftest import ROOT
+from tests.data_pipeline.test_prepare import POEM
+
+
+def test_a_preparation_that_is_interrupted_says_in_one_line_how_to_go_on(tmp_path):
+    (tmp_path / "a.txt").write_text(POEM)
+    code = (
+        "import os, signal, sys\n"
+        "import data_pipeline.prepare as program\n"
+        "program.bar = lambda: lambda doing, done, total: os.kill(os.getpid(), signal.SIGINT)\n"
+        "program.main(sys.argv[1:])\n"
+    )
+    options = (f"--input={tmp_path}/a.txt", f"--output={tmp_path}/out", f"--cache_dir={tmp_path}/cache")
+    done = subprocess.run([sys.executable, "-c", code, *options], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "prepare: stopped; the same command goes on\n")
+    assert run(*options).returncode == 0
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "data_pipeline.prepare", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_program_prepares_verifies_and_does_nothing_twice(tmp_path):
+    (tmp_path / "a.txt").write_text(POEM)
+    out = tmp_path / "out"
+    options = (
+        f"--input={tmp_path}/*.txt",
+        f"--output={out}",
+        f"--cache_dir={tmp_path}/cache",
+        "--vocabulary=characters",
+    )
+    first = run(*options)
+    assert first.returncode == 0 and first.stdout == ""
+    assert first.stderr == f"prepared: {out}, 19 symbols in the vocabulary, train 936, valid 52, test 52\n"
+    again = run(*options, "--verify")
+    assert again.returncode == 0 and again.stderr.startswith(f"already prepared and verified: {out}")
+    data = bytearray((out / "valid-00000.ids").read_bytes())
+    data[-1] ^= 1
+    (out / "valid-00000.ids").write_bytes(data)
+    damaged = run(f"--output={out}", "--verify")
+    assert (damaged.returncode, damaged.stderr.count("\n")) == (2, 1) and "valid-00000.ids is damaged" in damaged.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["--inptu=x", "--output=y"], "unknown argument --inptu=x: did you mean --input?"),
+        (["--input", "a.txt", "b.txt", "--output=y"], "unknown argument b.txt: a glob must be quoted"),
+        (["--input=/no/such", "--output=y"], "/no/such does not exist"),
+        (["--output=/no/such", "--verify"], "/no/such is not a prepared corpus: it has no manifest.json"),
+        (["--output=y"], "--input, or --train, must name a text"),
+        (["--output=", "--input=x"], "--output is empty: name the directory to make"),
+        (["--output=", "--verify"], "--output is empty: name the directory to make"),
+        (["--input=x", "--train=x", "--output=y"], "--input and --train are both given: leave one out"),
+        (
+            ["--input=x", "--output=y", "--vocabulary=byte"],
+            "'byte' is not one of bytes, characters: did you mean bytes?",
+        ),
+        (["--input=x", "--output=y", "--vocabulary=chars"], "not one of bytes, characters: did you mean characters?"),
+        (["--input=x", "--output=y", "--split=columns:3"], "split='columns:3' is neither contiguous nor columns:BxT"),
+        (["--input=x", "--output=y", "--valid_fraction=1.5"], "valid_fraction=1.5 must be at least 0 and less than 1"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(arguments, complaint, capfd):
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    said = capfd.readouterr()
+    assert left.value.code == 2 and said.out == ""
+    assert complaint in said.err and said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help", "--helpshort", "--helpfull"])
+def test_help_has_the_choices_and_says_of_input_what_it_takes(flag, capfd):
+    with pytest.raises(SystemExit) as left:
+        main([flag])
+    said = capfd.readouterr()
+    text = " ".join(said.out.split())
+    assert left.value.code == 0 and said.err == ""
+    takes = (
+        "A text file, a quoted glob or a directory of text files; or a name: python, tinyshakespeare, enwik8, text8."
+    )
+    assert f"--input TEXT {takes} --output" in text
+    assert "--vocabulary {bytes,characters} Symbols: bytes" in text
+    assert "instead of --input" in text and "corpus" not in text.partition("--input TEXT ")[2].partition("--output")[0]
+
+
+def test_a_full_disk_is_one_line_with_the_name_of_the_file_and_status_74(tmp_path):
+    (tmp_path / "a.txt").write_text(POEM * 10)
+    code = (
+        "import resource, sys\n"
+        "import data_pipeline.prepare as program\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
+        "program.main(sys.argv[1:])\n"
+    )
+    options = (f"--input={tmp_path}/a.txt", f"--output={tmp_path}/out", f"--cache_dir={tmp_path}/cache")
+    done = subprocess.run([sys.executable, "-c", code, *options], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (74, "", 1)
+    assert "File too large" in done.stderr and f"{tmp_path}/.out.partial/train-00000.ids'" in done.stderr
+    assert run(*options).returncode == 0
