@@ -11,7 +11,6 @@ Exit statuses:
 """
 
 import contextlib
-import errno
 import logging
 import os
 import signal
@@ -20,10 +19,10 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
+from data_pipeline.files import DISK_ERRORS
 from launch.flags import Help
 
 DONE, MISTAKE, DIVERGED, LOST, NOT_SAVED, STOPPED, INTERRUPTED = 0, 2, 3, 71, 74, 75, 130
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 AGAIN = 1.0  # seconds
 
 
@@ -78,7 +77,7 @@ def _status(name: str, main: Callable[[Sequence[str]], int]) -> int:
             sentence = f"out of memory ({sentence[:120]}): lower batch_size, window, hidden_size or num_samples"
         with contextlib.suppress(OSError):  # stderr may be a file on the full disk
             print(f"{name}: {sentence}", file=sys.stderr)
-        return NOT_SAVED if isinstance(error, OSError) and error.errno in _DISK else MISTAKE
+        return NOT_SAVED if isinstance(error, OSError) and error.errno in DISK_ERRORS else MISTAKE
 
 
 def _nowhere() -> Any:
