@@ -16,7 +16,7 @@ PYTEST_ARGS ?= -n 2
 train: $(VENV)/installed
 	$(BIN)/python -m launch.train --flagfile=configs/quickstart.flags --run_dir=$(RUN_DIR) $(ARGS)
 	$(BIN)/python -m launch.evaluate --run_dir=$(RUN_DIR) --split=test
-	$(BIN)/python -m launch.sample --run_dir=$(RUN_DIR) --prompt="class Parser" --length=600 --temperature=0.8
+	$(BIN)/python -m launch.sample --run_dir=$(RUN_DIR) --prompt="class Parser" --length=600 --temperature=0.7
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
