@@ -1,5 +1,6 @@
 # make train   environment, dependencies, then the main job on the embedded corpus: trains, evaluates, prints a sample
 # make test    environment, dependencies, the whole test suite
+# make faults  processes killed, stopped and stuck, a job on Slurm, for minutes; prints a table of what was seen
 # make lint    style and types
 #
 # PYTHON chooses the interpreter (3.11, 3.12 or 3.13); ARGS adds flags to the training command.
@@ -11,7 +12,7 @@ RUN_DIR ?= runs/quickstart
 ARGS ?=
 PYTEST_ARGS ?= -n 2
 
-.PHONY: train test lint lock clean
+.PHONY: train test faults lint lock clean
 
 train: $(VENV)/installed
 	$(BIN)/python -m launch.train --flagfile=configs/quickstart.flags --run_dir=$(RUN_DIR) $(ARGS)
@@ -20,6 +21,9 @@ train: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+faults: $(VENV)/installed
+	$(BIN)/python -m pytest -m faults
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

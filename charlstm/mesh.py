@@ -77,9 +77,14 @@ def is_one_of_several() -> bool:
     return jax.process_count() > 1
 
 
+def process_number() -> int:
+    """Which process of the job this one is, from 0 on."""
+    return jax.process_index()
+
+
 def is_first_process() -> bool:
     """Whether this process writes what is written once: metrics, the terminal, the run directory."""
-    return jax.process_index() == 0
+    return process_number() == 0
 
 
 def process_rows(mesh: Mesh, rows: int) -> range:

@@ -1,7 +1,7 @@
 """The update rules, as pairs of pure functions, and the clipping that goes before them.
 
 In all of them g is the gradient, p the parameter, r the learning rate, e `epsilon`; every operation is element by
-element, so that the bits of an update depend on nothing but the bits of g, p and the state.
+element, and made alike on every device, so that the parameters stay equal everywhere without being exchanged.
 
     sgd       v = momentum v + g                            p = p - r v                      Polyak 1964
     adagrad   s = s + g^2                                   p = p - r g / (sqrt(s) + e)      Duchi et al. 2011, fig. 1

@@ -4,6 +4,7 @@ Exit statuses:
     0   done
     2   a mistake in flags or files: nothing was changed
     3   training stopped because a loss or a gradient is not finite
+    70  the run hung, and its watchdog ended it (EX_SOFTWARE)
     71  another process of the job was lost (EX_OSERR): the job, started again, goes on from its newest checkpoint
     74  the disk is full or fails: training ended, but its last checkpoint or its log could not be written (EX_IOERR)
     75  stopped by Ctrl-C or SIGTERM after saving: the same command goes on (EX_TEMPFAIL)
@@ -22,7 +23,7 @@ from typing import Any
 from data_pipeline.files import DISK_ERRORS
 from launch.flags import Help
 
-DONE, MISTAKE, DIVERGED, LOST, NOT_SAVED, STOPPED, INTERRUPTED = 0, 2, 3, 71, 74, 75, 130
+DONE, MISTAKE, DIVERGED, HANGS, LOST, NOT_SAVED, STOPPED, INTERRUPTED = 0, 2, 3, 70, 71, 74, 75, 130
 AGAIN = 1.0  # seconds
 
 

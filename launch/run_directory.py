@@ -63,7 +63,7 @@ def create(run_dir: Path, config: Config, identity: Identity, given: list[str]) 
       ValueError: there are files in it already that are no run's.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    known = ("identity.json", "flags.txt", "log.txt", "logs", LOCK)
+    known = ("identity.json", "flags.txt", "log.txt", "logs", "heartbeats", LOCK)
     strange = sorted(p.name for p in run_dir.iterdir() if p.name not in known)
     if strange:
         raise ValueError(f"{run_dir} holds {strange[0]} but no config.json, so it is not a run: use an empty directory")

@@ -30,6 +30,7 @@ from data_pipeline.shards import Corpus
 from data_pipeline.streams import StreamPlan
 from launch import chosen_corpus, dry_run, flags, job, program, run_directory
 from launch.job import JobFlags
+from launch.watchdog import Watchdog, WatchdogFlags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,27 +59,28 @@ class Run(NamedTuple):
         return run_directory.separator(self.config, self.corpus.vocabulary)
 
 
-def parse(argv: Sequence[str]) -> tuple[TrainFlags, JobFlags, Config, list[str]]:
+def parse(argv: Sequence[str]) -> tuple[TrainFlags, JobFlags, WatchdogFlags, Config, list[str]]:
     """The settings in `argv`, and the flags given, without those that say how the process came to be one of a job."""
-    (chosen, joined, config), given = flags.parse(argv, __doc__ or "", TrainFlags(), JobFlags(), Config())
+    groups = TrainFlags(), JobFlags(), WatchdogFlags(), Config()
+    (chosen, joined, watching, config), given = flags.parse(argv, __doc__ or "", *groups)
     of_the_job = {field.name for field in dataclasses.fields(joined)}
-    return chosen, joined, config, [flag for flag in given if flag[2:].partition("=")[0] not in of_the_job]
+    return chosen, joined, watching, config, [flag for flag in given if flag[2:].partition("=")[0] not in of_the_job]
 
 
 def main(argv: Sequence[str]) -> int:
-    chosen, joined, config, given = parse(argv)
+    chosen, joined, watching, config, given = parse(argv)
     if not chosen.run_dir and not chosen.dry_run:
         raise ValueError("--run_dir is required: name a directory for the run, such as --run_dir=runs/mine")
     job.join(joined)
     try:
-        return _run(chosen, config, given)
+        return _run(chosen, watching, config, given)
     except (ValueError, RuntimeError) as error:
         if not (joined.has_others and mesh_lib.tells_of_a_lost_process(error)):
             raise
         job.leave(error)
 
 
-def _run(chosen: TrainFlags, config: Config, given: list[str]) -> int:
+def _run(chosen: TrainFlags, watching: WatchdogFlags, config: Config, given: list[str]) -> int:
     # The devices, and the text.  All that can be refused is refused before anything is written.
     mesh = mesh_lib.make()
     step_lib.shards_per_device(config_lib.resolve(config, mesh.size), mesh.size)  # a text may take hours to prepare
@@ -115,16 +117,18 @@ def _run(chosen: TrainFlags, config: Config, given: list[str]) -> int:
         mesh_lib.once(lambda: held.enter_context(run_directory.held(run_dir)))
         if not is_there:
             mesh_lib.once(lambda: run_directory.create(run_dir, config, identity, given))
+        watch = Watchdog(watching, mesh_lib.process_number(), run_dir / "heartbeats")
+        held.callback(watch.stop)
         log = RunLog(run_dir, sys.stderr, silent=not mesh_lib.is_first_process())
         held.callback(log.close)
         for remark in remarks:
             log.say(remark)
         checkpoints = Checkpoints(run_dir / "checkpoints", keep=config.training.keep_checkpoints, log=log.say)
         held.callback(checkpoints.close)
-        return _train(run, params, checkpoints, log)
+        return _train(run, params, checkpoints, log, watch)
 
 
-def _train(run: Run, params: ModelParams | None, checkpoints: Checkpoints, log: RunLog) -> int:
+def _train(run: Run, params: ModelParams | None, checkpoints: Checkpoints, log: RunLog, watch: Watchdog) -> int:
     config, plan, mesh, last = run.config, run.plan, run.mesh, run.config.training.num_steps
     train_step = step_lib.make(config, run.corpus.vocabulary.size, mesh, plan.steps_per_epoch)
     state = _first_state(run, params, checkpoints, log)
@@ -139,9 +143,15 @@ def _train(run: Run, params: ModelParams | None, checkpoints: Checkpoints, log: 
         f"training on {mesh_lib.describe(mesh)}: step {start} of {last}, {plan.steps_per_epoch} steps an epoch, "
         f"{config.training.logical_shards} logical shards"
     )
+    watch.about = lambda: {"num_steps": last, "status": meter.status()}
     began = time.monotonic()
+
+    def stopping(step: int) -> bool:
+        watch.beat(step)
+        return mesh_lib.stop_agreed(step, asked_to_stop())
+
     with (
-        _signals() as stopping,
+        _signals() as asked_to_stop,
         open_windows(
             run.corpus.splits["train"],
             plan,
@@ -158,11 +168,11 @@ def _train(run: Run, params: ModelParams | None, checkpoints: Checkpoints, log: 
                 state,
                 train_step,
                 lambda: mesh_lib.put(mesh, mesh_lib.BY_STREAM, meter.next_of(windows)),
-                evaluate=_validation(run, meter, log),
-                save=_saver(run, checkpoints, meter),
+                evaluate=_validation(run, meter, log, watch),
+                save=_saver(run, checkpoints, meter, watch),
                 log=log,
                 meter=meter,
-                stopping=lambda step: mesh_lib.stop_agreed(step, stopping()),
+                stopping=stopping,
             )
         except Diverged as diverged:
             log.say(f"stopped: {diverged}")
@@ -211,7 +221,9 @@ def _initial_params(run: Run, initial_checkpoint: str, say: Callable[[str], None
     return params
 
 
-def _validation(run: Run, meter: Meter, log: RunLog) -> Callable[[int, ModelParams], dict[str, Any]] | None:
+def _validation(
+    run: Run, meter: Meter, log: RunLog, watch: Watchdog
+) -> Callable[[int, ModelParams], dict[str, Any]] | None:
     """(step, params) -> the line of metrics.jsonl of the validation split; None where there is none."""
     split = run.corpus.splits.get("valid")
     if split is None:
@@ -221,7 +233,8 @@ def _validation(run: Run, meter: Meter, log: RunLog) -> Callable[[int, ModelPara
     def validate(step: int, params: ModelParams) -> dict[str, Any]:
         log.status(f"step {step}: evaluating the validation split")
         began = time.monotonic()
-        score = score_split(params)
+        with watch.pause():
+            score = score_split(params)
         seconds = time.monotonic() - began
         meter.pause(seconds)
         log.say(f"step {step}: validation {_in_words(score)}")
@@ -235,12 +248,15 @@ def _in_words(score: evaluate_lib.Score) -> str:
     return words if score.bytes == score.characters else f"{words}, {score.bits_per_byte:.4f} per byte"
 
 
-def _saver(run: Run, checkpoints: Checkpoints, meter: Meter) -> Callable[[TrainState, float | None], None]:
+def _saver(
+    run: Run, checkpoints: Checkpoints, meter: Meter, watch: Watchdog
+) -> Callable[[TrainState, float | None], None]:
     own = run_directory.checkpoint_identity(run.config, run.identity)
 
     def save(state: TrainState, bits_per_character: float | None) -> None:
         began = time.monotonic()
-        checkpoints.save(state, own, bits_per_character)
+        with watch.pause():
+            checkpoints.save(state, own, bits_per_character)
         meter.pause(time.monotonic() - began)
 
     return save

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +19,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from tests.jobs import STEPS, last_line  # noqa: E402
+
 
 @pytest.fixture(scope="session")
 def corpora() -> Path:
@@ -26,3 +29,24 @@ def corpora() -> Path:
     if not folder.is_dir():
         pytest.skip("the folder of real corpora is not beside the checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def job_flags(tmp_path_factory) -> tuple[str, ...]:
+    """Of launch.train: 8 logical shards, and a text of 24 steps an epoch."""
+    folder = tmp_path_factory.mktemp("job")
+    (folder / "text.txt").write_text("".join(f"line {n * n} of a text\n" for n in range(330)))
+    return (
+        "--flagfile=configs/tiny.flags", f"--corpus={folder / 'text.txt'}", f"--cache_dir={folder / 'cache'}",
+        "--logical_shards=8", "--evaluate_every=0", "--log_every=80", "--checkpoint_every=80", f"--num_steps={STEPS}",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def undisturbed(job_flags, tmp_path_factory) -> dict:
+    """The last line of the metrics of a run of one process with eight devices."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    command = [sys.executable, "-m", "launch.train", *job_flags, f"--run_dir={run_dir}"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
+    return last_line(run_dir)

@@ -1,6 +1,5 @@
 """A run of 40 steps that tests start, copy and spoil."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -64,10 +63,6 @@ def process(*command: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False, **options
     )
-
-
-def last_line(run_dir: Path) -> dict:
-    return json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
 
 
 def steps(run_dir: Path) -> list[int]:

@@ -15,7 +15,8 @@ from charlstm import file_manifest
 from data_pipeline.prepare import prepare
 from data_pipeline.settings import CorpusSettings
 from launch import evaluate, program, run_directory, train
-from tests.launch.conftest import SMALL, TINY, flip, last_line, process, refusal, steps, tree
+from tests.jobs import last_line
+from tests.launch.conftest import SMALL, TINY, flip, process, refusal, steps, tree
 
 # The corpus.
 

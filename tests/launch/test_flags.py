@@ -23,8 +23,10 @@ from data_pipeline.settings import CorpusSettings
 from launch import evaluate, flags, program, run_directory, sample, train
 from launch.job import JobFlags
 from launch.train import TrainFlags
+from launch.watchdog import WatchdogFlags
 from tests.conftest import ROOT
-from tests.launch.conftest import SMALL, TINY, last_line, process, refusal, steps, tree
+from tests.jobs import last_line
+from tests.launch.conftest import SMALL, TINY, process, refusal, steps, tree
 
 CONFIGS = sorted((ROOT / "configs").glob("*.flags"))
 
@@ -90,7 +92,7 @@ OTHER = {
 
 
 def parse(*arguments: str) -> tuple[TrainFlags, Config, list[str]]:
-    chosen, _, config, given_ = train.parse(["train", *arguments])
+    chosen, _, _, config, given_ = train.parse(["train", *arguments])
     return chosen, config, given_
 
 
@@ -150,9 +152,9 @@ def test_help_has_every_flag_once_in_sections_with_its_default(module, flag):
     assert len(named) == len(set(named)) > 5
     assert max(map(len, text.splitlines())) <= 120
     if module is train:
-        assert set(named) == {f.name for own in (TrainFlags, JobFlags) for f in dataclasses.fields(own)} | {
-            *values(Config())
-        }
+        assert set(named) == {
+            f.name for own in (TrainFlags, JobFlags, WatchdogFlags) for f in dataclasses.fields(own)
+        } | {*values(Config())}
         for section in dataclasses.fields(Config):
             title = (type(getattr(Config(), section.name)).__doc__ or "").splitlines()[0]
             assert text.count(f"\n\n{title}\n\n") == 1

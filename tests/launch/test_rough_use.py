@@ -12,7 +12,8 @@ import pytest
 from charlstm import file_manifest
 from launch import evaluate, program, run_directory, train
 from tests.conftest import ROOT
-from tests.launch.conftest import last_line, process, refusal, tree
+from tests.jobs import last_line
+from tests.launch.conftest import process, refusal, tree
 
 
 def test_a_run_goes_on_when_the_terminal_it_was_started_in_goes_away(trained, arguments, tmp_path):

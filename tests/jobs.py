@@ -1,0 +1,55 @@
+"""Runs and jobs of several processes, for tests that start and disturb them."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from charlstm.file_manifest import StepDirectory
+
+ROOT = Path(__file__).resolve().parent.parent
+
+STEPS = 240
+
+
+@contextlib.contextmanager
+def job(own: tuple[str, ...], *flags: str, python_path: Path = ROOT) -> Iterator[subprocess.Popen]:
+    """launch.local, started; killed at the end if it has not ended."""
+    command = [sys.executable, "-m", "launch.local", *own, "--", *flags]
+    environment = os.environ | {"PYTHONPATH": str(python_path), "XLA_FLAGS": ""}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as started:
+        try:
+            yield started
+        finally:
+            started.kill()
+
+
+def children(pid: int) -> list[int]:
+    """The processes of the job, in the order in which they were started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_for(what: Callable[[], object], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "it has not come to that"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def has_saved(run_dir: Path, step: int) -> Callable[[], bool]:
+    return lambda: step in StepDirectory(run_dir / "checkpoints").steps()
+
+
+def last_line(run_dir: Path) -> dict:
+    return json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])

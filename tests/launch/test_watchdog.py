@@ -1,0 +1,87 @@
+"""What takes too long ends its process, with the place where it hangs.  Of jobs, see tests/faults."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import program, watchdog
+from launch.watchdog import Watchdog, WatchdogFlags
+from tests.conftest import ROOT
+from tests.jobs import wait_for
+
+HANGING = """
+import sys, time
+from pathlib import Path
+from launch.watchdog import Watchdog, WatchdogFlags
+watch = Watchdog(WatchdogFlags(10.0, 0.05, 0.5), 3, Path(sys.argv[1]), period=0.02)
+steps, pause = int(sys.argv[2]), sys.argv[3] == "pause"
+for step in range(steps):
+    watch.beat(step)
+    time.sleep(0.005)
+if pause:
+    with watch.pause():
+        time.sleep(100)
+time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize(
+    ("steps", "then", "words"),
+    [
+        (9, "step", "process 3 hangs: a step after step 8 has taken"),
+        (9, "pause", "process 3 hangs: a pause after step 8 has taken"),
+        (2, "step", "process 3 hangs: a step after step 1 has taken"),  # too few steps to know how long one takes
+    ],
+)
+def test_what_takes_too_long_ends_the_process_with_the_stacks_of_its_threads(steps, then, words, tmp_path):
+    command = [sys.executable, "-c", HANGING, str(tmp_path), str(steps), then]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == program.HANGS == 70
+    assert done.stderr.startswith(words) and "all its threads:" in done.stderr
+    assert 'File "<string>"' in done.stderr and "watchdog.py" in done.stderr
+
+
+def test_a_process_that_gets_on_is_left_alone_and_leaves_no_heartbeat(tmp_path):
+    watch = Watchdog(WatchdogFlags(), 0, tmp_path / "beats", period=0.01)
+    watch.about = lambda: {"status": "step 7/9"}
+    watch.beat(7)
+    wait_for((tmp_path / "beats" / "process-0.json").exists)
+    wait_for(lambda: '"step": 7' in (tmp_path / "beats" / "process-0.json").read_text())
+    assert '"status": "step 7/9"' in (tmp_path / "beats" / "process-0.json").read_text()
+    watch.stop()
+    assert not (tmp_path / "beats").exists()
+
+
+def test_the_time_allowed_is_that_of_most_steps_times_the_factor_and_never_less_than_the_least(tmp_path, monkeypatch):
+    watch = Watchdog(WatchdogFlags(10.0, 2.0, 500.0), 0, tmp_path, period=1000)
+    now = [100.0]
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+
+    def step(number: int, seconds: float) -> None:
+        now[0] += seconds
+        watch.beat(number)
+
+    assert watch.allowed() == 500  # nothing is known yet
+    for number in range(20):
+        step(number, 1.0)
+    assert watch.allowed() == 10
+    with watch.pause():
+        assert watch.allowed() == 500
+        now[0] += 300
+    step(20, 1.0)  # the step in which there was a pause does not count
+    assert watch.allowed() == 10
+    for number in range(21, 99):
+        step(number, 0.01)
+    assert watch.allowed() == 2
+    watch.stop()
+
+
+def test_processes_that_are_silent_or_behind_are_named(tmp_path):
+    for process, step, age in ((0, 9, 0), (1, 9, 60), (2, 4, 0)):
+        words = f'{{"process": {process}, "step": {step}, "time": {watchdog.time.time() - age}}}'
+        (tmp_path / f"process-{process}.json").write_text(words)
+    (tmp_path / "process-7.json").write_text("{")
+    assert watchdog.behind(tmp_path, 0) == "; process 1 is silent since 60 s; process 2 is at step 4, others at 9"
+    assert watchdog.behind(Path("/nowhere"), 0) == ""
