@@ -61,8 +61,8 @@ class Run(NamedTuple):
 
 def parse(argv: Sequence[str]) -> tuple[TrainFlags, JobFlags, WatchdogFlags, Config, list[str]]:
     """The settings in `argv`, and the flags given, without those that say how the process came to be one of a job."""
-    groups = TrainFlags(), JobFlags(), WatchdogFlags(), Config()
-    (chosen, joined, watching, config), given = flags.parse(argv, __doc__ or "", *groups)
+    groups = TrainFlags(), Config(), JobFlags(), WatchdogFlags()
+    (chosen, config, joined, watching), given = flags.parse(argv, __doc__ or "", *groups)
     of_the_job = {field.name for field in dataclasses.fields(joined)}
     return chosen, joined, watching, config, [flag for flag in given if flag[2:].partition("=")[0] not in of_the_job]
 
