@@ -20,7 +20,7 @@ TIMES = 30
 
 @pytest.fixture
 def command(job_flags):
-    # As many steps as 30 lives of a second or less each do not bring to the end, and a save every 50.
+    # More steps than 30 lives of a second or less make, and a save every 50.
     cadence = ("--num_steps=6000", "--log_every=10", "--checkpoint_every=50", "--keep_checkpoints=2")
     return [sys.executable, "-m", "launch.train", *job_flags, *cadence]
 
@@ -34,8 +34,9 @@ def test_killed_at_30_random_moments_it_comes_up_by_itself_and_ends_with_the_sam
     while_saving = 0
     for _ in range(TIMES):
         with subprocess.Popen([*command, f"--run_dir={killed}"], **how) as running:
-            first = running.stderr.readline()  # after imports and restoring: a life counts from here
-            assert re.match("continuing|training", first), first
+            # Most lives are counted from their first step on, some from the start: what comes before takes seconds.
+            while random.random() > 0.1 and not re.search(r"^step \d+/", running.stderr.readline()):
+                pass
             time.sleep(random.uniform(0.0, 1.0))
             assert running.poll() is None
             running.send_signal(signal.SIGKILL)
