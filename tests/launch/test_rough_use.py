@@ -92,6 +92,14 @@ def test_metrics_that_a_failing_disk_left_do_not_stop_a_run(copied, arguments):
     assert last_line(copied)["step"] == 42
 
 
+def test_a_run_that_goes_on_beyond_the_end_of_its_decay_says_so(arguments, capsys, tmp_path):
+    run = (*arguments, "--schedule=cosine", "--final_fraction=0.5", "--num_steps=2", f"--run_dir={tmp_path / 'run'}")
+    assert train.main(["train", *run]) == program.DONE
+    assert "the learning rate stays" not in capsys.readouterr().err
+    assert train.main(["train", *run, "--num_steps=4"]) == program.DONE
+    assert "the learning rate stays at 0.005 after step 2, as the run was started with" in capsys.readouterr().err
+
+
 def test_a_run_of_one_device_goes_on_on_eight_with_the_fast_reduction_and_not_otherwise(
     arguments,
     tmp_path,
