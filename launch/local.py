@@ -11,6 +11,7 @@ again from its newest checkpoint.  Ctrl-C and SIGTERM reach all of them; a secon
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import os
 import shutil
 import signal
@@ -67,7 +68,7 @@ class Processes:
             text=True,
             errors="replace",
             start_new_session=True,  # Ctrl-C comes to this process alone, which passes it on
-            preexec_fn=_die_with_parent,
+            preexec_fn=functools.partial(_die_with, os.getpid()),
         )
 
     def _pump(self, number: int, process: "subprocess.Popen[str]") -> None:
@@ -147,10 +148,12 @@ def _free_port() -> int:
         return free.getsockname()[1]
 
 
-def _die_with_parent() -> None:
-    """In a child: is killed when this process dies, however that happens (Linux only)."""
+def _die_with(parent: int) -> None:
+    """In a child: is killed when `parent`, this program, dies, however that happens (Linux only)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it has died before that
+        os._exit(program.LOST)
 
 
 @contextlib.contextmanager
