@@ -23,9 +23,8 @@ from data_pipeline.batch import rows_of_process
 AXIS = "data"
 REPLICATED, BY_STREAM = PartitionSpec(), PartitionSpec(AXIS)
 
-PATIENCE_MS = (
-    24 * 3600 * 1000
-)  # a process may verify a large checkpoint while the others wait; one that dies is noticed
+# A process may verify a large checkpoint while the others wait; one that dies is noticed otherwise.
+PATIENCE_MS = 24 * 3600 * 1000
 _meetings = itertools.count()
 
 
