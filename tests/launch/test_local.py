@@ -63,7 +63,7 @@ def test_no_process_outlives_a_job_that_is_killed(job_flags, tmp_path):
         wait_for(lambda: len(children(running.pid)) == 2)
         left = children(running.pid)
         running.kill()
-        wait_for(lambda: not any(map(alive, left)))
+        wait_for(lambda: not any(map(alive, left)))  # which fails where they live on
 
 
 @pytest.mark.parametrize(

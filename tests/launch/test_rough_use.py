@@ -47,9 +47,11 @@ def test_a_second_job_in_a_run_directory_is_refused_while_the_first_lives_and_no
     holder += "with run_directory.held(Path(sys.argv[1])): print('held', flush=True); time.sleep(1000)"
     before = {name: content for name, content in tree(copied).items() if name != run_directory.LOCK}
     with subprocess.Popen([sys.executable, "-c", holder, copied], cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdout.readline() == "held\n"
-        assert f"is in use by process {first.pid} on " in refusal(train.main, *go_on)
-        first.send_signal(signal.SIGKILL)
+        try:
+            assert first.stdout.readline() == "held\n"
+            assert f"is in use by process {first.pid} on " in refusal(train.main, *go_on)
+        finally:
+            first.send_signal(signal.SIGKILL)
     assert {name: content for name, content in tree(copied).items() if name != run_directory.LOCK} == before
     assert train.main(["train", *go_on]) == program.DONE
     assert not (copied / run_directory.LOCK).exists()
