@@ -18,7 +18,7 @@ from data_pipeline import corpora
 from data_pipeline.progress import bar
 from data_pipeline.settings import check_choices, setting
 from data_pipeline.shards import open_corpus
-from launch import flags, program, run_directory
+from launch import compilation, flags, program, run_directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,7 @@ def main(argv: Sequence[str]) -> int:
     if chosen.split not in corpus.splits:
         raise ValueError(f"{corpus.directory} has no {chosen.split} split, only {', '.join(corpus.splits)}")
 
+    compilation.keep()
     mesh = mesh_lib.make()
     params, step = run_directory.restore_params(run_dir, config, identity, mesh, chosen.checkpoint)
     config = dataclasses.replace(config, evaluation=evaluation)

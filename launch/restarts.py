@@ -18,9 +18,9 @@ LONGEST_PAUSE = 60.0  # seconds
 class Policy:
     """Starts a job again after a death, at most `limit` times.
 
-    Where the newest checkpoint is the one of the death before, the pause is doubled; after `FUTILE` such deaths the
-    checkpoint is set aside and the job goes back to the one before; and where that was done once and it dies
-    `FUTILE` times again, the job is given up: whatever kills it is not chance.
+    The first time at once.  Where the newest checkpoint is the one of the death before, after a pause that doubles;
+    after `FUTILE` such deaths the checkpoint is set aside and the job goes back to the one before; and where that was
+    done once and it dies `FUTILE` times again, the job is given up: whatever kills it is not chance.
     """
 
     def __init__(self, checkpoints: Path, limit: int, pause: float = 1.0) -> None:
@@ -47,7 +47,7 @@ class Policy:
             died += f"; checkpoint {newest} is set aside after {self._deaths} deaths in a row"
             self._deaths, self._newest, self._went_back = 1, self._newest_step(), True
         self._left -= 1
-        pause = min(self._pause * 2 ** (self._deaths - 1), LONGEST_PAUSE)
+        pause = min(self._pause * 2 ** (self._deaths - 2), LONGEST_PAUSE) if self._deaths > 1 else 0.0
         time.sleep(pause)
         return True, f"starting again from step {max(self._newest, 0)} ({self._left} restarts left): {died}"
 

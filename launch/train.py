@@ -28,7 +28,7 @@ from data_pipeline.loader import open_windows
 from data_pipeline.settings import setting
 from data_pipeline.shards import Corpus
 from data_pipeline.streams import StreamPlan
-from launch import chosen_corpus, dry_run, flags, job, program, run_directory
+from launch import chosen_corpus, compilation, dry_run, flags, job, program, run_directory
 from launch.job import JobFlags
 from launch.watchdog import Watchdog, WatchdogFlags
 
@@ -71,6 +71,7 @@ def main(argv: Sequence[str]) -> int:
     chosen, joined, watching, config, given = parse(argv)
     if not chosen.run_dir and not chosen.dry_run:
         raise ValueError("--run_dir is required: name a directory for the run, such as --run_dir=runs/mine")
+    compilation.keep()
     job.join(joined)
     try:
         return _run(chosen, watching, config, given)
