@@ -13,6 +13,7 @@ step, and restores a flipped bit in silence.  A step gets its name by one rename
 killed anywhere.
 """
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -26,14 +27,12 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from charlstm import file_manifest, mesh
 from charlstm.digest import describe, digests, named_leaves
 from charlstm.file_manifest import Damaged, StepDirectory, refuse_other_arrays
 from charlstm.types import ModelParams, TrainState
-
-# How a disk that is full, slow or gone shows: TensorStore raises ValueError, the runtime RuntimeError.
-_SAVE_ERRORS = (OSError, ValueError, RuntimeError)
 
 
 class Checkpoints:
@@ -112,13 +111,11 @@ class Checkpoints:
         }
         try:
             self.discard_after(step)
-            if mesh.is_first_process():
-                self._files.sweep()
-            writer = _start_writing(self._files.staging(step), items)
-        except _SAVE_ERRORS as error:
+            mesh.once(lambda: self._make_way(step, items))
+        except mesh.FAILURES as error:
             self._failed(step, error)
         else:
-            self._pending = self._thread.submit(self._commit, writer, meta)
+            self._pending = self._thread.submit(self._commit, _start_writing(self._files.staging(step), items), meta)
 
     def wait(self) -> None:
         """Until the last save is whole on disk, or has failed and is counted."""
@@ -144,10 +141,11 @@ class Checkpoints:
         Raises:
           ValueError: there is no such step, or no step with a whole seal, or its format is another.
         """
-        for candidate in self._candidates(step):
+        candidates = self._candidates(step)
+        for candidate in candidates:
             with contextlib.suppress(Damaged):
-                return self._files.read(candidate)
-        raise self._none_whole()
+                return self._files.read_by_all(candidate, None, mesh.gather)
+        raise self._files.none_whole(candidates)
 
     def restore(self, abstract: TrainState, *, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
         """The state that was saved, and its meta (as `read_meta`).
@@ -174,35 +172,35 @@ class Checkpoints:
         """Goes back: later steps are set aside, so that none of them is ever taken for the newest."""
         assert self._writable
         self.wait()
-        for later in self.steps():
-            if later > step:
-                self._set_aside(later, "abandoned")
+        mesh.once(lambda: self._set_aside([later for later in self.steps() if later > step], "abandoned"))
 
-    def _commit(self, writer: ocp.AsyncCheckpointer, meta: dict[str, Any]) -> None:
-        """In the background: waits for Orbax, seals, gives the step its name, removes old steps."""
-        staging = self._files.staging(meta["step"])
+    def _make_way(self, step: int, items: dict[str, Any]) -> None:
+        """Makes the directories that all processes write in."""
+        self._files.sweep()
+        for item in _named_items(items):
+            (self._files.staging(step) / item).mkdir(parents=True)
+
+    def _commit(self, written: Callable[[], None], meta: dict[str, Any]) -> None:
+        """In the background: waits until all processes have written; the first then gives the step its name."""
         try:
-            with contextlib.closing(writer):
-                writer.wait_until_finished()
-            if mesh.is_first_process():
-                file_manifest.seal(staging, meta)
-                self._files.promote(staging, meta["step"])
-        except _SAVE_ERRORS as error:
+            mesh.together(written, "saves")
+            mesh.once(lambda: self._name(meta), "saves")
+        except mesh.FAILURES as error:
             self._failed(meta["step"], error)
             return
         self.failed_saves, self.last_failure = 0, None
         if mesh.is_first_process():
             try:
-                self._remove_old()
+                self._files.remove_old(self._keep, self.best())
             except OSError as error:
                 self._log(f"old checkpoints in {self._files.path} could not be removed: {error}")
 
-    def _remove_old(self) -> None:
-        """Keeps the newest and the best.  A step without a seal is left for `restore` to judge."""
-        best = self.best()
-        for step in list(self._files.sealed())[: -self._keep]:
-            if step != best:
-                self._files.remove(step)
+    def _name(self, meta: dict[str, Any]) -> None:
+        staging = self._files.staging(meta["step"])
+        for item in staging.iterdir():
+            _handler().finalize(epath.Path(item))
+        file_manifest.seal(staging, meta)
+        self._files.promote(staging, meta["step"])
 
     def _failed(self, step: int, error: Exception) -> None:
         if mesh.is_first_process():
@@ -216,8 +214,8 @@ class Checkpoints:
 
     def _restore(self, trees: dict[str, Any], step: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
         self.wait()
-        damaged = []
-        for candidate in self._candidates(step):
+        damaged, candidates = [], self._candidates(step)
+        for candidate in candidates:
             try:
                 restored, meta = self._read(candidate, trees)
             except Damaged as damage:
@@ -226,49 +224,37 @@ class Checkpoints:
                 continue
             if damaged:
                 self._log(f"checkpoint {candidate} is the newest whole one and is used instead")
-            for other in damaged if self._writable else []:
-                self._set_aside(other, "corrupt")
+            if damaged and self._writable:
+                mesh.once(lambda: self._set_aside(damaged, "corrupt"))
             return restored, meta
         # Nothing was set aside: the same command again must refuse again, not find an empty directory and start anew.
-        raise self._none_whole()
+        raise self._files.none_whole(candidates)
 
     def _read(self, step: int, trees: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Files first, then names, shapes and types, then the arrays, then their digests.
+        """Files first, then names, shapes and types, then the arrays, then their digests; with one result on all.
 
         What Orbax raises on files that are whole goes up: out of memory, say, which proves nothing of the checkpoint.
         """
-        damage, meta = None, {}
-        try:
-            meta = self._files.read(step, trees)
-        except Damaged as found:
-            damage = found
-        # Agreed before any process enters Orbax: the barriers of one that does and one that does not would not match.
-        if mesh.any_process(damage is not None):
-            raise damage or Damaged("another process cannot read it")
+        meta = self._files.read_by_all(step, trees, mesh.gather)
         held = {name: array for name, array in meta["arrays"].items() if name.partition(".")[0] in trees}
         refuse_other_arrays(f"checkpoint {step} in {self._files.path}", held, describe(trees))
-        restored = _read_arrays(self._files.step(step), trees)
+        restored = mesh.together(lambda: _read_arrays(self._files.step(step), trees))
+        wrong = ""
         for name, digest in digests(restored).items():
             if digest != held[name]["digest"]:
-                raise Damaged(f"{name} has digest {digest}, {held[name]['digest']} was saved")
+                wrong = f"{name} has digest {digest}, {held[name]['digest']} was saved"
+        if mesh.any_process(bool(wrong)):
+            raise Damaged(wrong or "another process has read other arrays")
         return restored, meta
 
     def _candidates(self, step: int | None) -> list[int]:
         """The steps to try, in order, as the first process sees them."""
-        steps = json.loads(mesh.gather(json.dumps(self.steps()))[0])
-        if not steps:
-            raise ValueError(f"there is no checkpoint in {self._files.path}")
-        if step is not None and step not in steps:
-            there = ", ".join(map(str, steps))
-            raise ValueError(f"there is no checkpoint {step} in {self._files.path}: choose one of {there}")
-        return sorted(steps, key=lambda each: (each == step, each), reverse=True)
+        seen = mesh.together(self.steps)
+        steps, step = json.loads(mesh.gather(json.dumps([seen, step]))[0])
+        return self._files.in_order(steps, step)
 
-    def _none_whole(self) -> ValueError:
-        there = ", ".join(map(str, self.steps()))
-        return ValueError(f"no checkpoint in {self._files.path} is whole (there are {there}): remove it to start anew")
-
-    def _set_aside(self, step: int, why: str) -> None:
-        if mesh.is_first_process():
+    def _set_aside(self, steps: list[int], why: str) -> None:
+        for step in steps:
             self._log(f"checkpoint {step} was set aside as {self._files.set_aside(step, why)}")
 
 
@@ -282,34 +268,48 @@ def _named_items(trees: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {item: leaves for item, tree in trees.items() if (leaves := named_leaves(tree))}
 
 
-def _handler(items: dict[str, Any]) -> ocp.CompositeCheckpointHandler:
+def _handler() -> ocp.PyTreeCheckpointHandler:
     # Weights are noise: compression saves 8 % and takes most of the time.  OCDBT puts many arrays, and the pieces that
     # many devices hold, in few files.
-    return ocp.CompositeCheckpointHandler(
-        **{item: ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False) for item in items}
-    )
+    return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False)
 
 
-def _start_writing(directory: Path, trees: dict[str, Any]) -> ocp.AsyncCheckpointer:
-    """A new writer for each save: nothing of one that failed can be left in it."""
-    items = _named_items(trees)
-    writer = ocp.AsyncCheckpointer(_handler(items))
-    try:
-        writer.save(directory, args=ocp.args.Composite(**{item: ocp.args.PyTreeSave(items[item]) for item in items}))
-    except BaseException:
-        writer.close()
-        raise
-    return writer
+def _start_writing(directory: Path, trees: dict[str, Any]) -> Callable[[], None]:
+    """Copies what this process writes of the arrays to the host, and begins to write it in the background.
+
+    Not by Orbax's own checkpointer, whose processes meet in collectives of the devices: one whose disk fails does not
+    come to them, and the others would wait there, or take its next step for an answer.
+
+    Returns:
+      What waits until all is written, and raises what has failed.
+    """
+    writes: list[Any] = []
+    failures: list[Exception] = []
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        try:
+            for item, leaves in _named_items(trees).items():
+                saving = _handler().async_save(epath.Path(directory / item), args=ocp.args.PyTreeSave(leaves))
+                writes += loop.run_until_complete(saving) or []
+        except mesh.FAILURES as error:
+            failures.append(error)
+
+    def wait() -> None:
+        for write in writes:
+            try:
+                write.result()
+            except mesh.FAILURES as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
+
+    return wait
 
 
 def _read_arrays(directory: Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    items = _named_items(abstract)
-    args = {
-        item: ocp.args.PyTreeRestore(leaves, restore_args=ocp.checkpoint_utils.construct_restore_args(leaves))
-        for item, leaves in items.items()
-    }
-    with contextlib.closing(ocp.Checkpointer(_handler(items))) as reader:
-        found = reader.restore(directory, args=ocp.args.Composite(**args))
+    found = {}
+    for item, leaves in _named_items(abstract).items():
+        restore = ocp.args.PyTreeRestore(leaves, ocp.checkpoint_utils.construct_restore_args(leaves))
+        found[item] = _handler().restore(epath.Path(directory / item), args=restore)
     return {
         item: jax.tree.unflatten(jax.tree.structure(tree), [found[item][name] for name in named_leaves(tree)])
         for item, tree in abstract.items()

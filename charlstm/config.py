@@ -130,13 +130,16 @@ class TrainingConfig:
         1000, "Steps between evaluations of the validation split; 0: only at the end.", free=True
     )
     checkpoint_every: int = setting(1000, "Steps between checkpoints; 0: only at the end.", free=True)
+    max_failed_saves: int = setting(
+        0, "Checkpoints that may fail to be saved, one after the other, before the run stops; 0: any number.", free=True
+    )
     keep_checkpoints: int = setting(3, "Newest checkpoints kept; the best on validation is kept besides.", free=True)
 
     def __post_init__(self) -> None:
         check_choices(self)
         _check_numbers(self)
         _check_at_least(self, 1, "num_steps", "log_every", "keep_checkpoints")
-        _check_at_least(self, 0, "seed", "logical_shards", "evaluate_every", "checkpoint_every")
+        _check_at_least(self, 0, "seed", "logical_shards", "evaluate_every", "checkpoint_every", "max_failed_saves")
 
 
 @dataclasses.dataclass(frozen=True)

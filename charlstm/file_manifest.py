@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,17 @@ SEAL = "checkpoint.json"
 FORMAT = 1
 _STEP = re.compile(r"0|[1-9][0-9]*")
 _LEFTOVER = re.compile(r"(0|[1-9][0-9]*)\.(saving|removed).*")
+_WHOLE, _OTHER_FORMAT, _DAMAGED, _UNREAD = range(4)  # what a process finds of a step; the worst counts for all
 # What reading a lost or rotten file raises.  Anything else (no permission, out of handles) proves nothing of the file.
 _PROOF_OF_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
 
 
 class Damaged(Exception):
     """A checkpoint is not what was saved; the sentence says where."""
+
+
+class OtherFormat(ValueError):
+    """A checkpoint is of another version of this program, and may be whole."""
 
 
 def seal(directory: Path, meta: dict[str, Any]) -> None:
@@ -126,6 +131,19 @@ class StepDirectory:
         names = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
         return sorted(int(name) for name in names if _STEP.fullmatch(name))
 
+    def in_order(self, steps: list[int], first: int | None) -> list[int]:
+        """`steps` from the newest on, but `first` before all.  Raises ValueError where there is none, or not that."""
+        if not steps:
+            raise ValueError(f"there is no checkpoint in {self.path}")
+        if first is not None and first not in steps:
+            there = ", ".join(map(str, steps))
+            raise ValueError(f"there is no checkpoint {first} in {self.path}: choose one of {there}")
+        return sorted(steps, key=lambda each: (each == first, each), reverse=True)
+
+    def none_whole(self, steps: list[int]) -> ValueError:
+        there = ", ".join(map(str, sorted(steps)))
+        return ValueError(f"no checkpoint in {self.path} is whole (there are {there}): remove it to start anew")
+
     def sealed(self) -> dict[int, dict[str, Any]]:
         """The `meta` of every step whose seal can be read, ascending."""
         found = {}
@@ -139,17 +157,53 @@ class StepDirectory:
 
         Raises:
           Damaged: the step is not what was saved.
-          ValueError: its format is not one that this version reads.
+          OtherFormat: its format is not one that this version reads.
         """
         meta = read_meta(self.step(step)) if items is None else verify(self.step(step), items)
         if meta["format"] != FORMAT:
-            raise ValueError(
+            raise OtherFormat(
                 f"checkpoint {step} in {self.path} has format {meta['format']} and this version reads {FORMAT}: use "
                 "the version that wrote it"
             )
         if meta["step"] != step:
             raise Damaged(f"it was saved as step {meta['step']}")
         return meta
+
+    def read_by_all(
+        self, step: int, items: Collection[str] | None, gather: Callable[[str], list[str]]
+    ) -> dict[str, Any]:
+        """As `read`, by all processes of a job; where not all find one and the same step whole, it raises on all alike.
+
+        A process that went by its own finding would go on alone, or from other arrays than the rest.
+
+        Args:
+          gather: what each process says, in their order; the same list on every process.
+
+        Raises:
+          Damaged: on one process it is, or is not what it is on the others.
+          OtherFormat: on all processes it is.
+          OSError, ValueError: a process cannot read it, which proves nothing of the step; OSError on that process.
+        """
+        try:
+            meta, error = self.read(step, items), None
+            own = [_WHOLE, hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()]
+        except (Damaged, OtherFormat, OSError) as found:
+            meta, error = {}, found
+            kind = _UNREAD if isinstance(error, OSError) else _DAMAGED if isinstance(error, Damaged) else _OTHER_FORMAT
+            own = [kind, str(error)]
+        findings = [json.loads(word) for word in gather(json.dumps(own))]
+        if error is None and all(finding == own for finding in findings):
+            return meta
+        worst, words = max(findings, key=lambda finding: (finding[0], finding == own))
+        if worst == _UNREAD and isinstance(error, OSError):
+            raise error
+        if worst == _WHOLE:
+            words = "it is another one on another process"
+        elif [worst, words] != own:
+            words = f"process {findings.index([worst, words])}: {words}"
+        if worst == _UNREAD:
+            raise ValueError(words)
+        raise OtherFormat(words) if all(kind == _OTHER_FORMAT for kind, _ in findings) else Damaged(words)
 
     def promote(self, sealed: Path, step: int) -> None:
         """Gives a sealed directory its name: from here on it is step `step`, in place of one that was there."""
@@ -171,6 +225,12 @@ class StepDirectory:
         target = self._unique(step, "removed")
         os.rename(self.step(step), target)
         shutil.rmtree(target, ignore_errors=True)
+
+    def remove_old(self, keep: int, besides: int | None) -> None:
+        """Leaves the newest `keep`, and the step `besides`.  One without a seal is left for `read` to judge."""
+        for step in list(self.sealed())[:-keep]:
+            if step != besides:
+                self.remove(step)
 
     def clear_staging(self, step: int) -> None:
         """Deletes what a failed attempt to make `step` has written."""
@@ -204,7 +264,7 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         meta, files = document["meta"], document["files"]
         if content == _encode(meta, files):
             return meta, files
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Damaged(f"{SEAL} cannot be read ({type(error).__name__})") from error
     raise Damaged(f"{SEAL} was changed after it was written")
 

@@ -9,8 +9,9 @@ devices of one process are neighbours, so a process holds one run of rows.
 """
 
 import itertools
-from collections.abc import Callable
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -25,7 +26,10 @@ REPLICATED, BY_STREAM = PartitionSpec(), PartitionSpec(AXIS)
 
 # A process may verify a large checkpoint while the others wait; one that dies is noticed otherwise.
 PATIENCE_MS = 24 * 3600 * 1000
-_meetings = itertools.count()
+_meetings: dict[str, Iterator[int]] = defaultdict(itertools.count)
+# How a disk that is full, slow or gone shows: TensorStore raises ValueError, the runtime RuntimeError.
+FAILURES = (OSError, ValueError, RuntimeError)
+Result = TypeVar("Result")
 
 
 def join(coordinator: str, count: int, index: int, heartbeat_timeout: int) -> None:
@@ -104,17 +108,23 @@ def abstract(mesh: Mesh, spec: PartitionSpec, tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
-def gather(word: str) -> list[str]:
+def gather(word: str, apart: str = "main") -> list[str]:
     """What each process says, in the order of the processes: every process gets the same list, so all decide alike.
 
-    All processes must come to the same meetings in the same order.  One that died ends the others' wait by ending them.
+    All processes must come to the same meetings in the same order; a thread beside the main one names its own `apart`.
+    One that died ends the others' wait by ending them.
     """
     if jax.process_count() == 1:
         return [word]
-    client, meeting = distributed.global_state.client, f"charlstm/{next(_meetings)}"
+    client, own, place = distributed.global_state.client, jax.process_index(), f"charlstm/{apart}"
+    meeting = next(_meetings[apart])
     assert client is not None, "several processes have joined through it"
-    client.key_value_set(f"{meeting}/{jax.process_index()}", word)
-    return [client.blocking_key_value_get(f"{meeting}/{p}", PATIENCE_MS) for p in range(jax.process_count())]
+    client.key_value_set(f"{place}/{meeting}/{own}", word)
+    words = [client.blocking_key_value_get(f"{place}/{meeting}/{p}", PATIENCE_MS) for p in range(jax.process_count())]
+    # Whoever came to this meeting has read all of the one before: a long run does not fill the service's memory.
+    if meeting:
+        client.key_value_delete(f"{place}/{meeting - 1}/{own}")
+    return words
 
 
 def any_process(flag: bool) -> bool:
@@ -122,22 +132,28 @@ def any_process(flag: bool) -> bool:
     return "yes" in gather("yes" if flag else "no")
 
 
-def once(act: Callable[[], None]) -> None:
-    """Has the first process do `act`, when all have come here; all go on when it is done.
+def together(act: Callable[[], Result], apart: str = "main") -> Result:
+    """Has every process do `act`, and gives what it gave on this one, when it has succeeded on all.
 
     Raises:
-      ValueError: on the other processes, where `act` raised a ValueError or an OSError on the first.
+      ValueError, OSError, RuntimeError: what `act` raised on this process.
+      ValueError: it raised one of these on another process only.
     """
-    gather("")  # nobody reads any more what is to be written
-    if is_first_process():
-        try:
-            act()
-        except (ValueError, OSError) as error:
-            gather(str(error) or type(error).__name__)
-            raise
-    refusal = gather("")[0]
-    if refusal:
-        raise ValueError(refusal)
+    try:
+        result = act()
+    except FAILURES as error:
+        gather(str(error) or type(error).__name__, apart)
+        raise
+    for process, failure in enumerate(gather("", apart)):
+        if failure:
+            raise ValueError(f"process {process}: {failure}")
+    return result
+
+
+def once(act: Callable[[], object], apart: str = "main") -> None:
+    """Has the first process do `act`, when all have come here; all go on when it is done.  Raises as `together`."""
+    gather("", apart)  # nobody reads any more what is to be written
+    together(lambda: act() if is_first_process() else None, apart)
 
 
 def stop_agreed(step: int, asked: bool) -> bool:

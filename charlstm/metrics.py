@@ -1,12 +1,8 @@
-"""What a run says of itself: the live status line, log.txt, metrics.jsonl, and the meter that fills them."""
+"""What a run measures: sums over its steps, the lines of metrics.jsonl and the status line made of them."""
 
-import json
-import os
-import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
@@ -17,104 +13,6 @@ from charlstm.types import Metrics
 
 class Diverged(Exception):
     """A loss, a gradient, a parameter or a score is not finite; the message says at which step and in which streams."""
-
-
-class RunLog:
-    """Writes `log.txt` and `metrics.jsonl` of a run directory, and the terminal.
-
-    A `silent` log (of a process that is not the first, or of a dry run) writes nothing to the run directory.
-    """
-
-    def __init__(self, run_dir: Path, terminal: TextIO, silent: bool = False) -> None:
-        self._terminal: TextIO | None = terminal
-        self._live = terminal.isatty()
-        self._lock = threading.Lock()  # a checkpoint's thread has something to say, too
-        self._log = None if silent else open(run_dir / "log.txt", "a", encoding="utf-8")
-        self._metrics_path = None if silent else run_dir / "metrics.jsonl"
-        self._status_shown = False
-
-    def say(self, text: str) -> None:
-        """One plain line, in log.txt and on the terminal."""
-        if self._log is None:
-            return
-        with self._lock:
-            self._write(text)
-            self._show(self._wiped() + text + "\n")
-
-    def note(self, text: str) -> None:
-        """One plain line in log.txt; on a terminal it is the live line."""
-        if self._log is None:
-            return
-        with self._lock:
-            self._write(text)
-            if not self._live:
-                self._show(text + "\n")
-        self.status(text)
-
-    def status(self, text: str) -> None:
-        """The one live line at the foot of a terminal; nothing where the output is not a terminal."""
-        if self._log is None or not self._live or not text:
-            return
-        with self._lock:
-            width = self._width()
-            self._show("\r" + text[:width].ljust(width))
-            self._status_shown = True
-
-    def record(self, fields: dict[str, Any]) -> None:
-        """One line of metrics.jsonl."""
-        if self._metrics_path is not None:
-            with open(self._metrics_path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(fields) + "\n")
-
-    def rewind(self, step: int) -> None:
-        """Drops the lines of metrics.jsonl after `step`: a run that goes on from a checkpoint makes them again."""
-        if self._metrics_path is None or not self._metrics_path.exists():
-            return
-        kept = []
-        for line in self._metrics_path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, TypeError, KeyError):
-                continue  # the half line of a run that was killed while writing it, or what a failing disk left
-        beside = self._metrics_path.with_suffix(".jsonl.tmp")
-        with open(beside, "w", encoding="utf-8") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, self._metrics_path)
-
-    def close(self) -> None:
-        with self._lock:
-            self._show(self._wiped())
-            if self._log is not None:
-                self._log.close()
-
-    def _write(self, text: str) -> None:
-        print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=self._log, flush=True)
-
-    def _width(self) -> int:
-        """Columns of the live line: one less than the terminal has, so that it does not wrap."""
-        try:
-            assert self._terminal is not None
-            columns = int(os.environ.get("COLUMNS") or os.get_terminal_size(self._terminal.fileno()).columns)
-        except (OSError, ValueError):
-            columns = 0
-        return (columns or 80) - 1
-
-    def _wiped(self) -> str:
-        """What takes the live line away."""
-        shown, self._status_shown = self._status_shown, False
-        return "\r" + " " * self._width() + "\r" if shown else ""
-
-    def _show(self, text: str) -> None:
-        """Puts `text` on the terminal, while there is one: a run does not end with the window it was started in."""
-        if self._terminal is None:
-            return
-        try:
-            print(text, end="", file=self._terminal, flush=True)
-        except (OSError, ValueError):
-            self._terminal, self._live, self._status_shown = None, False, False
 
 
 class Meter:

@@ -5,7 +5,8 @@ from typing import Any
 
 from charlstm import digest
 from charlstm.config import TrainingConfig
-from charlstm.metrics import Meter, RunLog, finite_score
+from charlstm.metrics import Meter, finite_score
+from charlstm.run_log import RunLog
 from charlstm.step import TrainStep
 from charlstm.types import ModelParams, TrainState
 

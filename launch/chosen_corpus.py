@@ -7,6 +7,7 @@ from charlstm import config as config_lib
 from charlstm.config import Config
 from data_pipeline import corpora
 from data_pipeline.cutting import cut
+from data_pipeline.files import at_home
 from data_pipeline.named import NAMES
 from data_pipeline.progress import bar
 from data_pipeline.settings import CorpusSettings
@@ -51,7 +52,7 @@ def open_for(config: Config, given: list[str]) -> tuple[Corpus, Config]:
 def refuse_inside(run_dir: Path, settings: CorpusSettings) -> None:
     """Raises ValueError where the run would become a part of its own text."""
     for spec in (settings.corpus, settings.train, settings.valid, settings.test):
-        folder = Path(spec).expanduser()
+        folder = at_home(spec)
         if spec and spec not in NAMES and folder.is_dir() and run_dir.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"run_dir={run_dir} lies inside of the corpus {spec}: name one outside of it")
 

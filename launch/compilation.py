@@ -8,6 +8,7 @@ another place, and JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
 import contextlib
 import hashlib
 import platform
+import warnings
 from pathlib import Path
 
 import jax
@@ -17,13 +18,15 @@ DIRECTORY = "~/.cache/charlstm/compiled"
 
 def keep(directory: str = DIRECTORY) -> None:
     """Has JAX keep what it compiles, and take what is there; before anything is compiled."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         try:
             folder = Path(directory).expanduser() / _processor()
             folder.mkdir(parents=True, exist_ok=True)
         except (OSError, RuntimeError):  # no home, or one that cannot be written
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
+    # An entry that a full disk or a kill has left unfinished is compiled again, which takes time and nothing else.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
     # Small programs, too: a run compiles some dozens of them before its first step.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

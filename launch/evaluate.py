@@ -7,7 +7,6 @@ import dataclasses
 import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from charlstm import evaluate as evaluate_lib
@@ -15,6 +14,7 @@ from charlstm import mesh as mesh_lib
 from charlstm.config import EvaluationConfig
 from charlstm.metrics import duration
 from data_pipeline import corpora
+from data_pipeline.files import at_home
 from data_pipeline.progress import bar
 from data_pipeline.settings import check_choices, setting
 from data_pipeline.shards import open_corpus
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     (chosen, _), _ = flags.parse(argv, __doc__ or "", EvaluateFlags(), EvaluationConfig())
     if not chosen.run_dir:
         raise ValueError("--run_dir is required: name the run to evaluate")
-    run_dir = Path(chosen.run_dir).expanduser()
+    run_dir = at_home(chosen.run_dir)
     config, identity = run_directory.read(run_dir)
     # Once more: what is not given is as the run has it.
     (_, evaluation), _ = flags.parse(argv, __doc__ or "", EvaluateFlags(), config.evaluation)

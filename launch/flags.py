@@ -8,12 +8,14 @@ its ends, or with what cannot be printed, is written in double quotes, as a json
 import dataclasses
 import difflib
 import json
+import re
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from absl import flags
+
+from data_pipeline.files import at_home
 
 
 class Help(Exception):
@@ -45,10 +47,13 @@ def parse(argv: Sequence[str], description: str, *groups: Any) -> tuple[list[Any
     if {"--help", "-help", "-h", "--helpshort", "--helpfull", "-?"} & set(arguments):
         raise Help(_help(description, leaves))
     try:
-        rest = values([argv[0], *_flagfiles_first(arguments)])[1:]
+        arguments = _flagfiles_first(arguments, values)
+        if any(re.match("--?undefok(=|$)", argument) for argument in arguments):
+            raise flags.UnrecognizedFlagError("undefok")  # absl's own: unknown flags would be dropped in silence
+        rest = values([argv[0], *arguments])[1:]
     except flags.UnrecognizedFlagError as error:
-        raise ValueError(_unknown_flag(error.flagname, list(values))) from None
-    except flags.Error as error:
+        raise ValueError(_unknown_flag(" ".join(error.flagname.split()), list(values))) from None
+    except (flags.Error, ValueError) as error:
         raise ValueError(" ".join(str(error).split())) from None
     if rest:
         raise ValueError(f"unexpected argument {rest[0]!r}: every setting is a flag, --name=value")
@@ -115,25 +120,25 @@ class _Switch(flags.BooleanParser):
             raise ValueError("use true or false") from None
 
 
-def _flagfiles_first(arguments: list[str], within: tuple[str, ...] = ()) -> list[str]:
+def _flagfiles_first(arguments: list[str], values: flags.FlagValues, within: tuple[str, ...] = ()) -> list[str]:
     """`arguments` with the flags that flagfiles hold in place of the flagfiles, before all others: the last wins."""
     from_files, others = [], []
     rest = iter(arguments)
     for argument in rest:
         name, equals, value = argument.partition("=")
         if name in ("--flagfile", "-flagfile"):
-            from_files += _flags_of(value if equals else next(rest, ""), within)
+            from_files += _flags_of(value if equals else next(rest, ""), values, within)
         else:
             others.append(argument)
     return from_files + others
 
 
-def _flags_of(path: str, within: tuple[str, ...]) -> list[str]:
+def _flags_of(path: str, values: flags.FlagValues, within: tuple[str, ...]) -> list[str]:
     """The flags in the flagfile `path`, which was named in the last of the flagfiles `within`."""
     if path in within:
         raise ValueError(f"flagfile={path} reads itself: take it out of {within[-1]}")
     try:
-        lines = Path(path).expanduser().read_text("utf-8").split("\n")
+        lines = at_home(path).read_text("utf-8").split("\n")
     except OSError as error:
         raise ValueError(f"flagfile={path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -142,11 +147,13 @@ def _flags_of(path: str, within: tuple[str, ...]) -> list[str]:
     for number, line in enumerate(map(str.strip, lines), 1):
         if not line or line.startswith("#"):
             continue
-        if not line.startswith("-"):
-            raise ValueError(f"{path}, line {number}: {line!r} is not a flag: write --name=value")
         name, equals, value = line.partition("=")
+        flag = name.removeprefix("-").removeprefix("-")
+        # Without a value, a flag that is no switch would take the next line, or the next argument, for it.
+        if not flag or flag == name or not (equals or flag not in values or values[flag].boolean):
+            raise ValueError(f"{path}, line {number}: {line!r} is not a flag: write --name=value")
         found.append(name + equals + _unquoted(value, f"{path}, line {number}"))
-    return _flagfiles_first(found, (*within, path))
+    return _flagfiles_first(found, values, (*within, path))
 
 
 def _quoted(value: str) -> str:

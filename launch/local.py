@@ -24,6 +24,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
+from charlstm.run_log import Lines
+from data_pipeline.files import at_home
 from data_pipeline.settings import setting
 from launch import flags, program, restarts, train
 
@@ -74,12 +76,13 @@ class Processes:
     def _pump(self, number: int, process: "subprocess.Popen[str]") -> None:
         """Copies what a process says to the terminal and to its file."""
         assert process.stdout is not None
-        with open(self._log_dir / f"process-{number}.txt", "a", encoding="utf-8") as log:
-            for line in process.stdout:
-                sys.stderr.write(f"[{number}] {line}")
-                sys.stderr.flush()
-                log.write(line)
-                log.flush()
+        log = Lines(self._log_dir / f"process-{number}.txt")
+        for line in process.stdout:
+            sys.stderr.write(f"[{number}] {line}")
+            sys.stderr.flush()
+            log.add(line.rstrip("\n"))
+        with contextlib.suppress(OSError):  # the disk is still full
+            log.close()
 
     def send(self, number: int) -> None:
         """Sends a signal to every process that lives."""
@@ -90,9 +93,9 @@ class Processes:
     def wait(self) -> list[int]:
         """The exit statuses (-N where signal N killed), once all have ended; one that dies takes the others along."""
         deadline = None
-        while any(process.poll() is None for process in self._started):
+        while None in (statuses := [process.poll() for process in self._started]):
             time.sleep(0.05)
-            if deadline is None and any(p.returncode not in (None, *restarts.ENDED_WELL) for p in self._started):
+            if deadline is None and any(status not in (None, *restarts.ENDED_WELL) for status in statuses):
                 deadline = time.monotonic() + self._chosen.grace
             if deadline is not None and time.monotonic() > deadline:
                 self.send(signal.SIGKILL)
@@ -107,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
     of_the_run, *_ = train.parse(["train", *arguments])
     if not of_the_run.run_dir:
         raise ValueError("--run_dir is required after the --: name a directory for the run")
-    run_dir = Path(of_the_run.run_dir).expanduser()
+    run_dir = at_home(of_the_run.run_dir)
     log_dir = run_dir / "logs"
     log_dir.mkdir(parents=True, exist_ok=True)
     policy = restarts.Policy(run_dir / "checkpoints", chosen.restarts)

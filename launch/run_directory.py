@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,10 +119,11 @@ def read(run_dir: Path) -> tuple[Config, Identity]:
 def _read_identity(path: Path) -> Identity:
     try:
         tree = json.loads(path.read_text("utf-8"))
-        if not isinstance(tree, dict) or not isinstance(tree.get("corpus_fingerprint"), str):
+        fingerprint = tree.get("corpus_fingerprint") if isinstance(tree, dict) else None
+        if not isinstance(fingerprint, str) or not re.fullmatch("[0-9a-f]{64}", fingerprint):
             raise ValueError("no corpus_fingerprint")
-        return Identity(Vocabulary.from_json(tree.get("vocabulary")), tree["corpus_fingerprint"])
-    except ValueError as error:
+        return Identity(Vocabulary.from_json(tree.get("vocabulary")), fingerprint)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
 
 
@@ -173,9 +175,9 @@ def separator(config: Config, vocabulary: Vocabulary) -> int | None:
     """The id of the symbol that ends a document, where the run resets state there."""
     if config.streams.reset_state != "document":
         return None
-    text = config.streams.document_separator.encode("latin-1", "backslashreplace").decode("unicode_escape")
+    text = config.streams.document_separator.encode("latin-1", "backslashreplace")
     try:
-        return vocabulary.symbol_id(text)
+        return vocabulary.symbol_id(text.decode("unicode_escape"))
     except ValueError as error:
         raise ValueError(f"document_separator={config.streams.document_separator!r}: {error}") from None
 

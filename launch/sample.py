@@ -20,7 +20,6 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,7 @@ from charlstm import mesh as mesh_lib
 from charlstm.config import Config
 from charlstm.generate import Chunk, Sampling
 from charlstm.loss import NATS_PER_BIT
+from data_pipeline.files import at_home
 from data_pipeline.settings import check_choices, setting
 from data_pipeline.vocabulary import Vocabulary
 from launch import compilation, flags, program, run_directory
@@ -117,7 +117,7 @@ def main(argv: Sequence[str]) -> int:
     (chosen, sampling), _ = flags.parse(argv, __doc__ or "", SampleFlags(), Sampling())
     if not chosen.run_dir:
         raise ValueError("--run_dir is required: name the run to sample from")
-    run_dir = Path(chosen.run_dir).expanduser()
+    run_dir = at_home(chosen.run_dir)
     config, identity = run_directory.read(run_dir)
     vocabulary = identity.vocabulary
     prompt, stop = _prompt(chosen, vocabulary), _stop(chosen.stop, vocabulary)
@@ -158,7 +158,7 @@ def _prompt(chosen: SampleFlags, vocabulary: Vocabulary) -> np.ndarray:
     if chosen.prompt_file:
         name = "prompt_file"
         try:
-            text = Path(chosen.prompt_file).expanduser().read_bytes().decode("utf-8", "surrogateescape")
+            text = at_home(chosen.prompt_file).read_bytes().decode("utf-8", "surrogateescape")
         except OSError as error:
             raise ValueError(f"prompt_file={chosen.prompt_file} cannot be read: {error.strerror}") from None
     try:

@@ -22,7 +22,8 @@ from charlstm import trainer
 from charlstm.checkpoint import Checkpoints
 from charlstm.config import Config
 from charlstm.file_manifest import StepDirectory
-from charlstm.metrics import Diverged, Meter, RunLog, duration
+from charlstm.metrics import Diverged, Meter, duration
+from charlstm.run_log import RunLog
 from charlstm.types import ModelParams, TrainState
 from data_pipeline.loader import open_windows
 from data_pipeline.settings import setting
@@ -126,6 +127,7 @@ def _run(chosen: TrainFlags, watching: WatchdogFlags, config: Config, given: lis
             log.say(remark)
         checkpoints = Checkpoints(run_dir / "checkpoints", keep=config.training.keep_checkpoints, log=log.say)
         held.callback(checkpoints.close)
+        log.trouble = lambda: f"  NOT SAVED, {failed} times" if (failed := checkpoints.failed_saves) else ""
         return _train(run, params, checkpoints, log, watch)
 
 
@@ -146,10 +148,11 @@ def _train(run: Run, params: ModelParams | None, checkpoints: Checkpoints, log: 
     )
     watch.about = lambda: {"num_steps": last, "status": meter.status()}
     began = time.monotonic()
+    save = _Saver(run, checkpoints, meter, watch)
 
     def stopping(step: int) -> bool:
         watch.beat(step)
-        return mesh_lib.stop_agreed(step, asked_to_stop())
+        return save.given_up or mesh_lib.stop_agreed(step, asked_to_stop())
 
     with (
         _signals() as asked_to_stop,
@@ -170,7 +173,7 @@ def _train(run: Run, params: ModelParams | None, checkpoints: Checkpoints, log: 
                 train_step,
                 lambda: mesh_lib.put(mesh, mesh_lib.BY_STREAM, meter.next_of(windows)),
                 evaluate=_validation(run, meter, log, watch),
-                save=_saver(run, checkpoints, meter, watch),
+                save=save,
                 log=log,
                 meter=meter,
                 stopping=stopping,
@@ -249,18 +252,25 @@ def _in_words(score: evaluate_lib.Score) -> str:
     return words if score.bytes == score.characters else f"{words}, {score.bits_per_byte:.4f} per byte"
 
 
-def _saver(
-    run: Run, checkpoints: Checkpoints, meter: Meter, watch: Watchdog
-) -> Callable[[TrainState, float | None], None]:
-    own = run_directory.checkpoint_identity(run.config, run.identity)
+class _Saver:
+    """Makes a checkpoint of (state, validation bits per character).
 
-    def save(state: TrainState, bits_per_character: float | None) -> None:
+    Attributes:
+      given_up: --max_failed_saves have failed, on one process or on all; every process knows it at the same step.
+    """
+
+    def __init__(self, run: Run, checkpoints: Checkpoints, meter: Meter, watch: Watchdog) -> None:
+        self._checkpoints, self._meter, self._watch, self.given_up = checkpoints, meter, watch, False
+        self._own = run_directory.checkpoint_identity(run.config, run.identity)
+        self._most = run.config.training.max_failed_saves
+
+    def __call__(self, state: TrainState, bits_per_character: float | None) -> None:
         began = time.monotonic()
-        with watch.pause():
-            checkpoints.save(state, own, bits_per_character)
-        meter.pause(time.monotonic() - began)
-
-    return save
+        with self._watch.pause():
+            self._checkpoints.save(state, self._own, bits_per_character)
+            failed = self._checkpoints.failed_saves  # of this save only what failed at once; it goes on behind
+            self.given_up = bool(self._most) and mesh_lib.any_process(failed >= self._most)
+        self._meter.pause(time.monotonic() - began)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ RANKS = {
         0: ["config", "types", "keys"],
         1: ["initializers", "projection", "loss", "optimizers", "schedules", "mesh", "digest", "reduction"],
         2: ["file_manifest", "cells.lstm", "cells.gru", "cells.rnn", "cells.textbook"],
-        3: ["model", "checkpoint", "metrics"],
+        3: ["model", "checkpoint", "metrics", "run_log"],
         4: ["step", "generate"],
         5: ["evaluate"],
         6: ["trainer"],

@@ -1,13 +1,7 @@
 """What a run says of itself: sums divided once, plain lines in the log, one live line on a terminal and no other."""
 
-import fcntl
-import io
 import itertools
-import json
-import os
 import re
-import struct
-import termios
 import time
 from types import SimpleNamespace
 
@@ -15,7 +9,7 @@ import numpy as np
 import pytest
 
 from charlstm import metrics as metrics_lib
-from charlstm.metrics import Diverged, Meter, RunLog, duration
+from charlstm.metrics import Diverged, Meter, duration
 from charlstm.types import Metrics
 
 KEYS = {
@@ -23,44 +17,6 @@ KEYS = {
     "input_wait", "seconds",
 }  # fmt: skip
 BIT = float(np.log(2))
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def on_screen(written: str, columns: int) -> list[str]:
-    """The lines that a terminal of `columns` shows.  A character beyond the last column would begin a line anew."""
-    lines, column = [""], 0
-    for character in written:
-        if character == "\n":
-            lines.append("")
-            column = 0
-        elif character == "\r":
-            column = 0
-        else:
-            assert character.isprintable() and column < columns, (character, column)
-            lines[-1] = lines[-1].ljust(column)[:column] + character + lines[-1][column + 1 :]
-            column += 1
-    return [line.rstrip() for line in lines]
-
-
-@pytest.fixture(autouse=True)
-def sixty_columns(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "60")
-
-
-@pytest.fixture
-def terminal():
-    return Terminal()
-
-
-@pytest.fixture
-def log(tmp_path, terminal):
-    log = RunLog(tmp_path, terminal)
-    yield log
-    log.close()
 
 
 @pytest.fixture
@@ -239,70 +195,6 @@ def test_parameters_that_are_not_finite_after_a_sound_step_are_noticed():
         run.settle()
 
 
-# metrics.jsonl on disk.
-
-
-def lines_of(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_rewinding_drops_the_lines_after_the_step_and_half_lines_and_no_other(log, tmp_path):
-    for step in (10, 20, 20, 30, 40):
-        log.record({"step": step, "split": "train"})
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(path.read_text() + '{"step": 20, "spl')
-    log.rewind(20)
-    assert path.read_text() == "".join(f'{{"step": {step}, "split": "train"}}\n' for step in (10, 20, 20))
-    log.record({"step": 30})
-    assert [line["step"] for line in lines_of(tmp_path)] == [10, 20, 20, 30]
-    log.rewind(0)
-    assert path.read_text() == ""
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.txt", "metrics.jsonl"]
-
-
-def test_a_whole_line_that_lacks_only_its_end_is_kept_apart_from_the_next(log, tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')
-    log.rewind(2)
-    log.record({"step": 3})
-    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3]
-
-
-def test_rewinding_where_there_are_no_lines_makes_no_file(log, tmp_path):
-    log.rewind(5)
-    assert not (tmp_path / "metrics.jsonl").exists()
-
-
-def test_a_line_is_on_disk_when_it_is_recorded(log, tmp_path):
-    log.record({"step": 1, "split": "train"})
-    assert lines_of(tmp_path) == [{"step": 1, "split": "train"}]
-
-
-# log.txt and the terminal.
-
-
-@pytest.mark.parametrize("stream", [Terminal, io.StringIO], ids=["terminal", "pipe"])
-def test_log_txt_has_each_line_with_its_time_and_nothing_of_the_status_line(stream, tmp_path):
-    log = RunLog(tmp_path, stream())
-    log.say("training on 1 x cpu")
-    log.status("step 9/100")
-    log.note("step 10/100  1 € bpc")
-    log.status("step 11/100")
-    log.say("finished")
-    text = (tmp_path / "log.txt").read_text("utf-8")  # flushed: whoever watches the file sees the line
-    stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
-    assert re.fullmatch(f"{stamp}training on 1 x cpu\n{stamp}step 10/100  1 € bpc\n{stamp}finished\n", text)
-    assert not re.search(r"[^\n -~€]", text)
-    log.close()
-
-
-def test_a_second_log_of_the_same_run_goes_on_at_the_end(tmp_path):
-    for word in ("one", "two"):
-        log = RunLog(tmp_path, io.StringIO())
-        log.say(word)
-        log.close()
-    assert [line.split()[2] for line in (tmp_path / "log.txt").read_text().splitlines()] == ["one", "two"]
-
-
 def test_the_status_line_has_step_epoch_bits_speed_wait_and_the_time_left(clock):
     m = meter(num_steps=1000)
     for step in (1, 2, 3, 4):
@@ -318,82 +210,6 @@ def test_before_any_step_was_looked_at_there_is_no_status():
     assert m.status() == ""
     m.add(1, reported())
     assert m.status() == ""
-
-
-def test_the_live_line_is_one_line_that_is_overwritten(log, terminal):
-    for text in ("step 99/100  a long text", "step 100/100"):
-        log.status(text)
-    assert "\n" not in terminal.getvalue()
-    assert on_screen(terminal.getvalue(), 60) == ["step 100/100"]
-
-
-def test_the_live_line_is_cut_to_the_width_of_the_terminal_so_that_it_never_wraps(log, terminal):
-    log.status("x" * 500)
-    log.status("y" * 500)
-    # One column stays free: in the last one, some terminals begin a new line.
-    assert on_screen(terminal.getvalue(), 60) == ["y" * 59]
-
-
-def test_the_live_line_is_wiped_before_a_plain_line_and_at_the_end(log, terminal):
-    log.say("begins")
-    for text in ("x" * 25, "y" * 500, "z" * 59):
-        log.status(text)
-        log.say("saved")
-    log.status("x" * 25)
-    log.close()
-    assert on_screen(terminal.getvalue(), 60) == ["begins", "saved", "saved", "saved", ""]
-
-
-def test_a_plain_line_alone_has_no_control_characters_on_a_terminal_either(log, terminal):
-    log.say("one")
-    log.say("two")
-    log.close()
-    assert terminal.getvalue() == "one\ntwo\n"
-
-
-def test_where_there_is_a_live_line_a_note_goes_to_log_txt_alone(log, terminal, tmp_path):
-    log.status("step 10/100")
-    log.note("step 10/100")
-    assert on_screen(terminal.getvalue(), 60) == ["step 10/100"]
-    assert (tmp_path / "log.txt").read_text().endswith(" step 10/100\n")
-
-
-def test_what_is_no_terminal_gets_plain_lines_and_no_status(tmp_path):
-    pipe = io.StringIO()
-    log = RunLog(tmp_path, pipe)
-    log.status("step 1/100")
-    log.note("step 10/100")
-    log.status("step 11/100")
-    log.say("finished")
-    log.close()
-    assert pipe.getvalue() == "step 10/100\nfinished\n"
-
-
-@pytest.mark.parametrize("stream", [Terminal, io.StringIO], ids=["terminal", "pipe"])
-def test_a_silent_log_writes_nothing(stream, tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 9}\n')
-    terminal = stream()
-    log = RunLog(tmp_path, terminal, silent=True)
-    log.say("a")
-    log.note("b")
-    log.status("c")
-    log.record({"step": 1})
-    log.rewind(0)
-    log.close()
-    assert terminal.getvalue() == ""
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 9}\n'
-
-
-def test_the_width_is_that_of_the_terminal_that_shows_the_line(tmp_path, monkeypatch):
-    monkeypatch.delenv("COLUMNS")
-    reader, writer = os.openpty()
-    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 33, 0, 0))
-    with os.fdopen(writer, "w") as terminal, os.fdopen(reader, "rb", buffering=0) as other_end:
-        log = RunLog(tmp_path, terminal)
-        log.status("x" * 500)
-        assert other_end.read(1000) == b"\r" + b"x" * 32
-        log.close()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ import pytest
 
 from charlstm import digest, trainer
 from charlstm.config import TrainingConfig
-from charlstm.metrics import Diverged, Meter, RunLog
+from charlstm.metrics import Diverged, Meter
+from charlstm.run_log import RunLog
 from charlstm.trainer import due
 from charlstm.types import Metrics, TrainState
 

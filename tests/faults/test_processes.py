@@ -68,9 +68,13 @@ def test_sigterm_makes_all_processes_save_the_same_step_and_leaves_none(to, job_
     table.append(Seen(f"SIGTERM to {to}", 1, "0", "saved by all at one step"))
 
 
-@pytest.mark.parametrize("fault", [signal.SIGSTOP, signal.SIGUSR1], ids=["stopped", "alive but stuck"])
+@pytest.mark.parametrize(
+    ("fault", "process"),
+    [(signal.SIGSTOP, 1), (signal.SIGSTOP, 0), (signal.SIGUSR1, 1)],
+    ids=["stopped", "the first stopped", "alive but stuck"],
+)
 def test_a_process_that_hangs_is_named_and_the_job_started_again_ends_with_the_same_bits(
-    fault, job_flags, undisturbed, table, tmp_path
+    fault, process, job_flags, undisturbed, table, tmp_path
 ):
     (tmp_path / "sitecustomize.py").write_text(STUCK_ON_A_SIGNAL)
     run_dir = tmp_path / "run"
@@ -80,19 +84,19 @@ def test_a_process_that_hangs_is_named_and_the_job_started_again_ends_with_the_s
     cadence = ("--checkpoint_every=120", "--log_every=10")  # most likely it is a step that is disturbed
     with job(own, *job_flags, *watched, *cadence, f"--run_dir={run_dir}", python_path=tmp_path) as running:
         wait_for(has_saved(run_dir, 120))
-        os.kill(children(running.pid)[1], fault)
+        os.kill(children(running.pid)[process], fault)
         _, said = running.communicate(timeout=300)
     assert running.returncode == program.DONE, said
     hangs = re.compile(r"process (\d) hangs: a (step|pause) after step \d+ has taken \d+ s of \d+ s allowed")
     named = {int(process) for process, _ in hangs.findall(said)}
     if fault == signal.SIGSTOP:
-        assert named == {0} and "; process 1 is silent since " in said
+        assert named == {1 - process} and f"; process {process} is silent since " in said
     else:
         assert 1 in named
         stack = [line for line in said.splitlines() if line.startswith("[1]   File ")]
         assert any("sitecustomize.py" in line and line.endswith(" in stuck") for line in stack)
     assert "starting again from step " in said
     equal = last_line(run_dir)["state_digest"] == undisturbed["state_digest"]
-    name = "stopped (SIGSTOP)" if fault == signal.SIGSTOP else "alive but stuck"
+    name = f"number {process} stopped (SIGSTOP)" if fault == signal.SIGSTOP else "alive but stuck"
     table.append(Seen(f"one of 2 processes {name}", 1, str(lost(run_dir)), str(equal)))
     assert equal

@@ -1,0 +1,153 @@
+"""What a run says: log.txt, metrics.jsonl, and on a terminal one live line."""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+
+class RunLog:
+    """Writes `log.txt` and `metrics.jsonl` of a run directory, and the terminal.
+
+    A `silent` log (of a process that is not the first, or of a dry run) writes nothing to the run directory.  What a
+    full disk does not take is kept, and written when there is room again.
+
+    Attributes:
+      trouble: what stands after every line of the steps, while it is not "": that nothing can be saved, say.
+    """
+
+    def __init__(self, run_dir: Path, terminal: TextIO, silent: bool = False) -> None:
+        self._terminal: TextIO | None = terminal
+        self._live = terminal.isatty()
+        self._lock = threading.Lock()  # a checkpoint's thread has something to say, too
+        self._log = None if silent else Lines(run_dir / "log.txt")
+        self._metrics = None if silent else Lines(run_dir / "metrics.jsonl")
+        self._status_shown = False
+        self.trouble: Callable[[], str] = str
+
+    def say(self, text: str) -> None:
+        """One plain line, in log.txt and on the terminal."""
+        if self._log is None:
+            return
+        with self._lock:
+            self._write(text)
+            self._show(self._wiped() + text + "\n")
+
+    def note(self, text: str) -> None:
+        """One plain line in log.txt; on a terminal it is the live line."""
+        if self._log is None:
+            return
+        with self._lock:
+            self._write(text + self.trouble())
+            if not self._live:
+                self._show(text + self.trouble() + "\n")
+        self.status(text)
+
+    def status(self, text: str) -> None:
+        """The one live line at the foot of a terminal; nothing where the output is not a terminal."""
+        if self._log is None or not self._live or not text:
+            return
+        with self._lock:
+            width = self._width()
+            self._show("\r" + (text + self.trouble())[:width].ljust(width))
+            self._status_shown = True
+
+    def record(self, fields: dict[str, Any]) -> None:
+        """One line of metrics.jsonl."""
+        if self._metrics is not None:
+            self._metrics.add(json.dumps(fields))
+
+    def rewind(self, step: int) -> None:
+        """Drops the lines of metrics.jsonl after `step`: a run that goes on from a checkpoint makes them again."""
+        if self._metrics is None or not self._metrics.path.exists():
+            return
+        kept = []
+        for line in self._metrics.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, TypeError, KeyError):
+                continue  # the half line of a run that was killed while writing it, or what a failing disk left
+        self._metrics.replace("".join(kept))
+
+    def close(self) -> None:
+        """Raises OSError where there are lines that the disk does not take."""
+        with self._lock:
+            self._show(self._wiped())
+            for lines in (self._log, self._metrics):
+                if lines is not None:
+                    lines.close()
+
+    def _write(self, text: str) -> None:
+        assert self._log is not None
+        self._log.add(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
+
+    def _width(self) -> int:
+        """Columns of the live line: one less than the terminal has, so that it does not wrap."""
+        try:
+            assert self._terminal is not None
+            columns = int(os.environ.get("COLUMNS") or os.get_terminal_size(self._terminal.fileno()).columns)
+        except (OSError, ValueError):
+            columns = 0
+        return (columns or 80) - 1
+
+    def _wiped(self) -> str:
+        """What takes the live line away."""
+        shown, self._status_shown = self._status_shown, False
+        return "\r" + " " * self._width() + "\r" if shown else ""
+
+    def _show(self, text: str) -> None:
+        """Puts `text` on the terminal, while there is one: a run does not end with the window it was started in."""
+        if self._terminal is None:
+            return
+        try:
+            print(text, end="", file=self._terminal, flush=True)
+        except (OSError, ValueError):
+            self._terminal, self._live, self._status_shown = None, False, False
+
+
+class Lines:
+    """A file that lines are added to.  Those that the disk does not take wait for the next one that it does."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError where the file is there and cannot be written."""
+        self.path, self._waiting = path, bytearray()
+        if path.exists():
+            self._write()
+
+    def add(self, line: str) -> None:
+        self._waiting += line.encode("utf-8") + b"\n"
+        try:
+            self._write()
+        except OSError:
+            if len(self._waiting) > 2**24:
+                raise
+
+    def replace(self, text: str) -> None:
+        """Has the file hold `text` and nothing else, in one stroke."""
+        beside = self.path.with_suffix(f"{self.path.suffix}.tmp")
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, self.path)
+
+    def close(self) -> None:
+        """Raises OSError where there are lines left."""
+        if self._waiting:
+            self._write()
+
+    def _write(self) -> None:
+        """Writes what waits; of a line that only half fits, the other half goes on waiting."""
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            while self._waiting:
+                del self._waiting[: os.write(file, self._waiting)]
+        except OSError as error:
+            error.filename = os.fspath(self.path)
+            raise
+        finally:
+            os.close(file)
