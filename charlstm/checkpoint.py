@@ -66,6 +66,7 @@ class Checkpoints:
         logging.getLogger("absl").addFilter(_not_from_orbax)  # failures are told by `log`, in one line
         if writable:
             mesh.once(self._open)
+            mesh.together(self._files.require_seen)
 
     def _open(self) -> None:
         try:
@@ -278,16 +279,14 @@ def _start_writing(directory: Path, trees: dict[str, Any]) -> Callable[[], None]
     """Copies what this process writes of the arrays to the host, and begins to write it in the background.
 
     Not by Orbax's own checkpointer, whose processes meet in collectives of the devices: one whose disk fails does not
-    come to them, and the others would wait there, or take its next step for an answer.
-
-    Returns:
-      What waits until all is written, and raises what has failed.
+    come to them, and the others would wait there, or take its next step for an answer.  What is returned waits until
+    all is written, and raises what has failed.
     """
-    writes: list[Any] = []
-    failures: list[Exception] = []
+    writes, failures = list[Any](), list[Exception]()
     with contextlib.closing(asyncio.new_event_loop()) as loop:
         try:
             for item, leaves in _named_items(trees).items():
+                os.stat(directory / item)  # the first process has made it: what it does not see, it would not seal
                 saving = _handler().async_save(epath.Path(directory / item), args=ocp.args.PyTreeSave(leaves))
                 writes += loop.run_until_complete(saving) or []
         except mesh.FAILURES as error:

@@ -125,6 +125,25 @@ class TrainingConfig:
         choices=("exact", "fast"),
         free=True,  # the sum is the same but for rounding
     )
+    on_divergence: str = setting(
+        "stop",
+        "What an update that is not sound leads to (a loss, gradient or parameter that is not finite, a spike of the "
+        "loss, a poisoned row of recurrent state): stop; skip the update and zero poisoned rows; or rollback, to the "
+        "newest checkpoint, leaving out the windows read since.",
+        choices=("stop", "skip", "rollback"),
+        free=True,
+    )
+    spike_factor: float = setting(
+        0.0, "A loss of more than this many times the usual one, of some 50 updates, is a spike; 0: none is.", free=True
+    )
+    max_skips: int = setting(10, "skip: updates skipped one after the other before the run stops.", free=True)
+    max_rollbacks: int = setting(3, "rollback: how often a run goes back before it stops.", free=True)
+    check_replicas_every: int = setting(
+        0,
+        "Steps between comparisons of the devices' copies of parameters and optimizer state, which is also done before "
+        "every save; 0: never.",
+        free=True,
+    )
     log_every: int = setting(100, "Steps between lines of log.txt and metrics.jsonl.", free=True)
     evaluate_every: int = setting(
         1000, "Steps between evaluations of the validation split; 0: only at the end.", free=True
@@ -139,6 +158,9 @@ class TrainingConfig:
         check_choices(self)
         _check_numbers(self)
         _check_at_least(self, 1, "num_steps", "log_every", "keep_checkpoints")
+        _check_at_least(self, 0, "max_skips", "max_rollbacks", "check_replicas_every")
+        if self.spike_factor and not self.spike_factor > 1:
+            raise ValueError(f"spike_factor={self.spike_factor} must be more than 1, or 0 for none")
         _check_at_least(self, 0, "seed", "logical_shards", "evaluate_every", "checkpoint_every", "max_failed_saves")
 
 
@@ -233,7 +255,7 @@ def from_json(text: str, source: str) -> Config:
         known = {f.name: type(getattr(current, f.name)) for f in dataclasses.fields(current)}
         for name, value in values.items():
             if name not in known:
-                raise ValueError(f"{source}: unknown setting {section.name}.{name}")
+                raise ValueError(f"{source}: unknown setting {name!r} in section {section.name!r}")
             if type(value) is not known[name] and not (known[name] is float and type(value) is int):
                 raise ValueError(f"{source}: {section.name}.{name}={value!r} is not a {known[name].__name__}")
         try:
@@ -242,7 +264,10 @@ def from_json(text: str, source: str) -> Config:
             raise ValueError(f"{source}: {error}") from None
     if tree:
         raise ValueError(f"{source}: unknown section {next(iter(tree))!r}")
-    return Config(**sections)
+    try:
+        return Config(**sections)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
 
 
 def differences(run: Config, now: Config) -> tuple[list[str], list[str]]:

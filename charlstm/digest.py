@@ -45,7 +45,7 @@ def digests(tree: Any) -> dict[str, str]:
     leaves = named_leaves(tree)
     for name, leaf in leaves.items():
         assert isinstance(leaf, jax.Array), f"{name} is a {type(leaf)}, not a jax.Array"
-    sums = jax.device_get(_lane_sums(leaves))
+    sums = jax.device_get(_digests_at_once(leaves))
     return {name: "".join(f"{lane:08x}" for lane in sums[name]) for name in leaves}
 
 
@@ -56,9 +56,8 @@ def state_digest(tree: Any) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-@jax.jit
-def _lane_sums(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """uint32 [2] for every leaf.  One program for all, so that a mesh meets in few collectives, not one a leaf."""
+def lane_sums(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """uint32 [2] for every leaf: what its digest is made of, to be traced in a program."""
 
     def lane(words: jax.Array, seed: int) -> jax.Array:
         return jnp.sum(_mix(words ^ _positions(words.shape, seed)), dtype=jnp.uint32)
@@ -67,6 +66,10 @@ def _lane_sums(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
         name: jnp.stack([lane(words, seed) for seed in LANE_SEEDS])
         for name, words in ((name, _words(leaf)) for name, leaf in leaves.items())
     }
+
+
+# One program for all leaves, so that a mesh meets in few collectives, not one a leaf.
+_digests_at_once = jax.jit(lane_sums)
 
 
 def _words(leaf: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 SEAL = "checkpoint.json"
-FORMAT = 1
+FORMAT = 2
 _STEP = re.compile(r"0|[1-9][0-9]*")
 _LEFTOVER = re.compile(r"(0|[1-9][0-9]*)\.(saving|removed).*")
 _WHOLE, _OTHER_FORMAT, _DAMAGED, _UNREAD = range(4)  # what a process finds of a step; the worst counts for all
@@ -117,6 +117,11 @@ class StepDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    def require_seen(self) -> None:
+        """Raises ValueError on a process of a job that does not see what another one has made."""
+        if not self.path.is_dir():
+            raise ValueError(f"{self.path} is not there: name a run_dir on a file system that all processes share")
 
     def step(self, step: int) -> Path:
         """Where `step` lies."""

@@ -75,6 +75,16 @@ def describe(mesh: Mesh) -> str:
     return f"{mesh.size} x {kind} in {processes} process{'es' if processes > 1 else ''}"
 
 
+def device_name(mesh: Mesh, number: int) -> str:
+    """A device of the mesh in words, such as "device 3 (cpu:3 of process 0)"."""
+    device = mesh.devices.flat[number]
+    return f"device {number} ({device.platform}:{device.id} of process {device.process_index})"
+
+
+def number_of_processes() -> int:
+    return jax.process_count()
+
+
 def is_one_of_several() -> bool:
     """Whether the job has other processes."""
     return jax.process_count() > 1

@@ -1,28 +1,55 @@
 """What a run measures: sums over its steps, the lines of metrics.jsonl and the status line made of them."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from charlstm import mesh as mesh_lib
+from charlstm.config import TrainingConfig
 from charlstm.loss import NATS_PER_BIT
 from charlstm.types import Metrics
 
 
 class Diverged(Exception):
-    """A loss, a gradient, a parameter or a score is not finite; the message says at which step and in which streams."""
+    """An update, a score or a device's copy is not sound; the message says at which step, and in which streams.
+
+    Attributes:
+      step: after so many updates.
+      windows_at_fault: the text may have led to it, and not only the device.
+    """
+
+    def __init__(self, step: int, message: str, windows_at_fault: bool = True) -> None:
+        super().__init__(f"{message}; nothing of it was saved")
+        self.step, self.windows_at_fault = step, windows_at_fault
 
 
 class Meter:
-    """Adds up what the steps report.  Looks at a step's metrics one step late, so that the device never waits."""
+    """Adds up what the steps report.  Looks at a step's metrics one step late, so that the device never waits.
 
-    def __init__(self, batch_size: int, window: int, steps_per_epoch: int, num_steps: int) -> None:
-        self._symbols, self._epoch, self._num_steps = batch_size * window, steps_per_epoch, num_steps
+    Attributes:
+      records: the latest record of each split.
+      skipped: updates skipped by this process's life.
+      rows_reset: rows of recurrent state that were poisoned and zeroed in it.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        window: int,
+        steps_per_epoch: int,
+        settings: TrainingConfig,
+        say: Callable[[str], None],
+    ) -> None:
+        """Of a run of `settings`; `say` takes a line about what was skipped."""
+        self._symbols, self._epoch, self._num_steps = batch_size * window, steps_per_epoch, settings.num_steps
+        self._skips, self._max_skips, self._say = settings.on_divergence == "skip", settings.max_skips, say
         self._pending: tuple[int, Metrics] | None = None
         self._started = time.monotonic()
         self._latest: dict[str, Any] = {}
+        self.records: dict[str, dict[str, Any]] = {}
+        self.skipped, self.rows_reset = 0, 0
         self._reset()
 
     def _reset(self) -> None:
@@ -44,19 +71,33 @@ class Meter:
         """Looks at the metrics not yet looked at.
 
         Raises:
-          Diverged: the loss or the gradient of that step is not finite, or a parameter after it.
+          Diverged: that step is not sound, or poisoned a row of the recurrent state, and is not to be skipped, or not
+            any more.
         """
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
-        loss, norm = float(metrics.loss), float(metrics.grad_norm)
-        if not (np.isfinite(loss) and np.isfinite(norm)):
-            raise Diverged(_what_diverged(step, loss, norm, metrics))
-        if not metrics.finite_params:
-            raise Diverged(f"a parameter is not finite after step {step}; nothing of it was saved")
-        self._nats += loss
-        self._steps += 1
-        self._latest = {"step": step, "learning_rate": float(metrics.learning_rate), "grad_norm": norm}
+        if not metrics.sound or metrics.poisoned_rows:
+            self._look_at_divergence(step, metrics)
+        self._latest = {"step": step, "learning_rate": float(metrics.learning_rate), "grad_norm": None}
+        if metrics.sound:
+            self._nats += float(metrics.loss)
+            self._steps += 1
+            self._latest["grad_norm"] = float(metrics.grad_norm)
+
+    def _look_at_divergence(self, step: int, metrics: Metrics) -> None:
+        what = _what_diverged(step, metrics)
+        if not (self._skips and metrics.finite_params):
+            raise Diverged(step, what)
+        in_a_row = int(metrics.course.skipped_in_a_row)
+        if in_a_row > self._max_skips:
+            raise Diverged(step, f"{what}, after {in_a_row - 1} updates skipped one after the other (max_skips)")
+        rows = int(metrics.poisoned_rows)
+        self.skipped += not metrics.sound
+        self.rows_reset += rows
+        done = [] if metrics.sound else ["update skipped"]
+        done += [f"{rows} row{'s' if rows > 1 else ''} of the recurrent state zeroed"] if rows else []
+        self._say(f"{what}: {', '.join(done)}")
 
     def pause(self, seconds: float) -> None:
         """Leaves `seconds`, spent on evaluating or saving, out of the training speed."""
@@ -66,29 +107,35 @@ class Meter:
         """A line of metrics.jsonl for the steps since the last one."""
         self.settle()
         step = self._latest["step"]
-        record = self._record(step, "train", self._nats / max(self._steps, 1) / NATS_PER_BIT) | self._speed()
+        bits = self._nats / self._steps / NATS_PER_BIT if self._steps else None  # None: all were skipped
+        record = self._record(step, "train", bits) | self._speed()
         record |= {k: self._latest[k] for k in ("learning_rate", "grad_norm")}
+        if mesh_lib.is_one_of_several():
+            waits = mesh_lib.gather(str(record["input_wait"]))
+            record["input_wait_of_processes"] = [float(wait) for wait in waits]
+        self.records["train"] = record
         self._reset()
         return record
 
     def evaluation_record(self, step: int, split: str, bits_per_character: float, speed: float) -> dict[str, Any]:
         """A line of metrics.jsonl for an evaluation that read `speed` characters a second."""
-        return self._record(step, split, bits_per_character) | {"characters_per_second": round(speed, 1)}
+        self.records[split] = self._record(step, split, bits_per_character) | {"characters_per_second": round(speed, 1)}
+        return self.records[split]
 
     def status(self) -> str:
         """The live line, of the steps since the last record."""
-        if not self._steps:
+        steps, nats = self._steps, self._nats  # once: the watchdog's thread asks, too
+        if not steps:
             return ""
         speed = self._speed()
         step = self._latest["step"]
         left = (self._num_steps - step) * self._symbols / max(speed["characters_per_second"], 1e-9)
-        bits = self._nats / self._steps / NATS_PER_BIT
         return (
-            f"step {step}/{self._num_steps}  epoch {step / self._epoch:.2f}  {bits:.3f} bpc  "
+            f"step {step}/{self._num_steps}  epoch {step / self._epoch:.2f}  {nats / steps / NATS_PER_BIT:.3f} bpc  "
             f"{speed['characters_per_second']:,.0f} chars/s  input wait {speed['input_wait']:.0%}  ETA {duration(left)}"
         )
 
-    def _record(self, step: int, split: str, bits: float) -> dict[str, Any]:
+    def _record(self, step: int, split: str, bits: float | None) -> dict[str, Any]:
         return {
             "step": step,
             "epoch": round(step / self._epoch, 4),
@@ -113,7 +160,7 @@ def finite_score(step: int, record: dict[str, Any]) -> float:
     """The bits per character of an evaluation's record.  Raises Diverged where they are not finite."""
     score = record["bits_per_character"]
     if not np.isfinite(score):
-        raise Diverged(f"{record['split']} score={score} is not finite at step {step}; nothing of it was saved")
+        raise Diverged(step, f"{record['split']} score={score} is not finite at step {step}")
     return score
 
 
@@ -129,12 +176,19 @@ def duration(seconds: float) -> str:
     return f"{s // 86400}d{s % 86400 // 3600:02d}h"
 
 
-def _what_diverged(step: int, loss: float, norm: float, metrics: Metrics) -> str:
-    what = f"loss={loss}" if not np.isfinite(loss) else f"gradient norm={norm}"
+def _what_diverged(step: int, metrics: Metrics) -> str:
+    loss, norm = float(metrics.loss), float(metrics.grad_norm)
     bad = np.flatnonzero(~mesh_lib.fetch(metrics.finite_B))
-    if len(bad):
-        where = f"stream{'s' if len(bad) > 1 else ''} {', '.join(map(str, bad[:8]))}{', ...' if len(bad) > 8 else ''}"
-    else:
+    where = f"stream{'s' if len(bad) > 1 else ''} {', '.join(map(str, bad[:8]))}{', ...' if len(bad) > 8 else ''}"
+    if np.isfinite(loss) and np.isfinite(norm):
+        if len(bad):
+            return f"the recurrent state is not finite at step {step}, in {where}"
+        if not metrics.finite_params:
+            return f"a parameter is not finite after step {step}"
+        usual = float(metrics.course.usual_loss) / NATS_PER_BIT
+        return f"loss={loss / NATS_PER_BIT:.3f} bits is a spike at step {step}, where {usual:.3f} is usual"
+    what = f"loss={loss}" if not np.isfinite(loss) else f"gradient norm={norm}"
+    if not len(bad):
         largest = int(np.argmax(mesh_lib.fetch(metrics.loss_B)))
         where = f"no stream's own loss or state; the largest loss is stream {largest}'s"
-    return f"{what} is not finite at step {step}, in {where}; nothing of it was saved"
+    return f"{what} is not finite at step {step}, in {where}"

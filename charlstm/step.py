@@ -13,10 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
-from charlstm import keys, model, optimizers, reduction, schedules
+from charlstm import guard, keys, model, optimizers, reduction, schedules
 from charlstm import mesh as mesh_lib
 from charlstm.config import Config
 from charlstm.loss import cross_entropy
@@ -29,11 +30,13 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 def init(config: Config, vocabulary_size: int) -> TrainState:
     """The state before the first update."""
     params = model.init(config.model, vocabulary_size, keys.named(jax.random.key(config.training.seed), "init"))
+    dtype = params.b_out.dtype
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizers.make(config.optimizer).init(params),
-        recurrent_state=model.initial_state(config.model, config.streams.batch_size, params.b_out.dtype),
+        recurrent_state=model.initial_state(config.model, config.streams.batch_size, dtype),
+        course=guard.start(dtype),
     )
 
 
@@ -49,6 +52,22 @@ def place(mesh: Mesh, state: TrainState) -> TrainState:
     own = jax.tree.map(lambda a: a[rows.start : rows.stop], state.recurrent_state)
     state = state._replace(recurrent_state=own)
     return jax.tree.map(lambda spec, tree: mesh_lib.put(mesh, spec, tree), state_specs(), state, is_leaf=_is_spec)
+
+
+def gone_back(mesh: Mesh, state: TrainState, windows: int) -> TrainState:
+    """`state`, gone back to once more, and before the text `windows` windows later, to which it carries nothing over.
+
+    With 0 windows it reads again what was read, and its recurrent state stays.
+    """
+    whole, course = mesh_lib.REPLICATED, state.course
+    window, rollbacks = (np.int32(int(n) + more) for n, more in ((course.window, windows), (course.rollbacks, 1)))
+    course = course._replace(window=mesh_lib.put(mesh, whole, window), rollbacks=mesh_lib.put(mesh, whole, rollbacks))
+    carry = state.recurrent_state
+    if windows:
+        rows = mesh_lib.process_rows(mesh, jax.tree.leaves(carry)[0].shape[0])
+        zeros = jax.tree.map(lambda a: np.zeros((len(rows), *a.shape[1:]), a.dtype), carry)
+        carry = mesh_lib.put(mesh, mesh_lib.BY_STREAM, zeros)
+    return state._replace(recurrent_state=carry, course=course)
 
 
 def shards_per_device(config: Config, devices: int, fixed: bool = False) -> int:
@@ -87,31 +106,16 @@ def _divisors(count: int) -> str:
 def make(config: Config, vocabulary_size: int, mesh: Mesh, steps_per_epoch: int) -> TrainStep:
     """The compiled training step on `mesh`.  It donates the state it is given."""
     count = shards_per_device(config, mesh.size)
-    streams_per_shard = config.streams.batch_size // (mesh.size * count)
+    shard_gradient = _shard_gradient(config, config.streams.batch_size // (mesh.size * count))
     symbols = config.streams.batch_size * config.streams.window
     optimizer = optimizers.make(config.optimizer)
     schedule = schedules.make(config.optimizer, steps_per_epoch, config.training.num_steps)
-    seed_key = jax.random.key(config.training.seed)
-
-    def shard_gradient(params, step, shard, carry, batch: Batch):
-        """One logical shard: (its gradient and loss [P + 1], (nats [b], new carry))."""
-        rows_b = shard * streams_per_shard + jnp.arange(streams_per_shard, dtype=jnp.int32)
-        dropout = model.Dropout(jax.random.fold_in(keys.named(seed_key, "dropout"), step), rows_b)
-
-        def loss(params):
-            new_carry, logits_TBV = model.apply(
-                config.model, params, carry, batch.inputs.astype(jnp.int32), batch.reset, dropout
-            )
-            nats_b = cross_entropy(logits_TBV, batch.targets.astype(jnp.int32).T).sum(0)
-            return nats_b.sum(), (nats_b, new_carry)
-
-        (nats, outputs), gradient = jax.value_and_grad(loss, has_aux=True)(params)
-        return jnp.append(ravel_pytree(gradient)[0], nats), outputs
+    skips = config.training.on_divergence == "skip"
 
     def local_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         shards = jax.lax.axis_index(mesh_lib.AXIS) * count + jnp.arange(count, dtype=jnp.int32)
         by_shard = jax.tree.map(lambda a: a.reshape((count, -1, *a.shape[1:])), (state.recurrent_state, batch))
-        partial_RP, (nats_kb, carry) = reduction.subtree_sums(
+        partial_RP, (nats_kb, finite_kb, carry) = reduction.subtree_sums(
             lambda args: shard_gradient(state.params, state.step, *args), (shards, *by_shard), count
         )
         if config.training.reduction == "exact":
@@ -120,16 +124,31 @@ def make(config: Config, vocabulary_size: int, mesh: Mesh, steps_per_epoch: int)
             total_P = reduction.fast_sum(partial_RP, mesh_lib.AXIS)
         # What follows is replicated; the barrier makes it the same program whatever reduced the gradient.
         total_P = jax.lax.optimization_barrier(total_P)
-        mean_P = total_P / jnp.asarray(symbols, total_P.dtype)
-        gradient = ravel_pytree(state.params)[1](mean_P[:-1])
+        mean_P, poisoned_rows = total_P / jnp.asarray(symbols, total_P.dtype), total_P[-1].astype(jnp.int32)
+        gradient, loss = ravel_pytree(state.params)[1](mean_P[:-2]), mean_P[-2]
         norm, learning_rate = optimizers.global_norm(gradient), schedule(state.step)
         gradient = optimizers.clip(gradient, norm, config.optimizer)
         params, opt_state = optimizer.update(gradient, state.opt_state, state.params, learning_rate)
         carry = jax.tree.map(lambda a: a.reshape((-1, *a.shape[2:])), carry)
-        nats_b = nats_kb.reshape(-1)
-        finite_params = jnp.stack([jnp.isfinite(p).all() for p in jax.tree.leaves(params)]).all()
-        metrics = Metrics(mean_P[-1], nats_b, norm, learning_rate, finite_params, _finite_rows(carry, nats_b))
-        return TrainState(state.step + 1, params, opt_state, carry), metrics
+        finite_b = finite_kb.reshape(-1)
+
+        sound = guard.is_sound(config.training, loss, norm, params, state.course)
+        if skips:
+            params, opt_state = guard.either(sound, (params, opt_state), (state.params, state.opt_state))
+            carry = guard.mended(carry, finite_b)
+        course = guard.after(state.course, loss, sound, skips, poisoned_rows)
+        metrics = Metrics(
+            loss=loss,
+            loss_B=nats_kb.reshape(-1),
+            grad_norm=norm,
+            learning_rate=learning_rate,
+            sound=sound,
+            finite_params=guard.all_finite(params),
+            finite_B=finite_b,
+            poisoned_rows=poisoned_rows,
+            course=course,
+        )
+        return TrainState(state.step + 1, params, opt_state, carry, course), metrics
 
     return jax.jit(
         jax.shard_map(
@@ -145,25 +164,43 @@ def make(config: Config, vocabulary_size: int, mesh: Mesh, steps_per_epoch: int)
     )
 
 
+def _shard_gradient(config: Config, streams: int) -> Callable[..., tuple[jax.Array, Any]]:
+    """The gradient of one logical shard of `streams` streams."""
+    seed_key = jax.random.key(config.training.seed)
+
+    def gradient_of(params, step, shard, carry, batch: Batch):
+        """One logical shard: (its gradient, loss and count of poisoned rows [P + 2], (nats [b], finite [b], carry))."""
+        rows_b = shard * streams + jnp.arange(streams, dtype=jnp.int32)
+        dropout = model.Dropout(jax.random.fold_in(keys.named(seed_key, "dropout"), step), rows_b)
+
+        def loss(params):
+            new_carry, logits_TBV = model.apply(
+                config.model, params, carry, batch.inputs.astype(jnp.int32), batch.reset, dropout
+            )
+            nats_b = cross_entropy(logits_TBV, batch.targets.astype(jnp.int32).T).sum(0)
+            return nats_b.sum(), (nats_b, new_carry)
+
+        (nats, (nats_b, new_carry)), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        finite_b = guard.finite_rows(new_carry, nats_b)
+        sums = jnp.stack([nats, (~finite_b).sum(dtype=nats.dtype)])
+        return jnp.concatenate([ravel_pytree(gradient)[0], sums]), (nats_b, finite_b, new_carry)
+
+    return gradient_of
+
+
 def state_specs() -> Any:
     """What lies where: everything whole on every device, except the recurrent state, split by stream."""
     whole: Any = mesh_lib.REPLICATED
     rows: Any = mesh_lib.BY_STREAM
-    return TrainState(step=whole, params=whole, opt_state=whole, recurrent_state=rows)
+    return TrainState(step=whole, params=whole, opt_state=whole, recurrent_state=rows, course=whole)
 
 
 def metrics_specs() -> Any:
     whole: Any = mesh_lib.REPLICATED
     rows: Any = mesh_lib.BY_STREAM
-    return Metrics(loss=whole, loss_B=rows, grad_norm=whole, learning_rate=whole, finite_params=whole, finite_B=rows)
+    by_name = dict.fromkeys(Metrics._fields, whole)
+    return Metrics(**by_name | {"loss_B": rows, "finite_B": rows})
 
 
 def _is_spec(node: Any) -> bool:
     return isinstance(node, jax.sharding.PartitionSpec)
-
-
-def _finite_rows(carry: Any, nats_b: jax.Array) -> jax.Array:
-    finite_b = jnp.isfinite(nats_b)
-    for leaf in jax.tree.leaves(carry):
-        finite_b &= jnp.isfinite(leaf).all(1)
-    return finite_b

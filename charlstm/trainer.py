@@ -24,6 +24,7 @@ def train(
     *,
     evaluate: Callable[[int, ModelParams], dict[str, Any]] | None,
     save: Callable[[TrainState, float | None], None],
+    check: Callable[[int, TrainState], None],
     log: RunLog,
     meter: Meter,
     stopping: Callable[[int], bool],
@@ -34,9 +35,10 @@ def train(
       next_batch: gives the batch of step `state.step`, then the next one, and so on.
       evaluate: (step, params) -> a line of metrics.jsonl; None where there is no validation split.
       save: makes a checkpoint of (state, validation bits per character or None).
+      check: (step, state) -> None where the devices' copies are equal.
 
     Raises:
-      Diverged: a loss, a gradient, a parameter or a score is not finite; nothing of it was saved.
+      Diverged: an update, a score or a device's copy is not sound; nothing of it was saved.
     """
     step, last = int(state.step), settings.num_steps
     saved = step or None  # what is on disk already is not saved again: it would lose its score
@@ -45,6 +47,8 @@ def train(
         step += 1
         meter.add(step, metrics)
         log.status(meter.status())
+        if due(step, settings.check_replicas_every, last=0):
+            check(step, state)
         records, score = [], None
         if due(step, settings.log_every, last):
             meter.settle()

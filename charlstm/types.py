@@ -37,13 +37,25 @@ class CellState(NamedTuple):
 RecurrentState = tuple[CellState, ...]  # L layers, first to last
 
 
+class Course(NamedTuple):
+    """What a run has met on its way; replicated.  It is restored with the rest, so that it is met once."""
+
+    window: jax.Array  # int32 []: the window that every stream reads next: `step`, and those left out on going back
+    usual_loss: jax.Array  # float32 []: running mean of the losses of sound updates, nats; 0 before the first
+    skipped: jax.Array  # int32 []: updates that were skipped
+    skipped_in_a_row: jax.Array  # int32 []: those since the last that was made
+    rows_reset: jax.Array  # int32 []: rows of recurrent state that were poisoned, and zeroed
+    rollbacks: jax.Array  # int32 []: how often the run went back
+
+
 class TrainState(NamedTuple):
     """Everything that changes in training.  A checkpoint is this and nothing less."""
 
-    step: jax.Array  # int32 []: updates made, windows read
+    step: jax.Array  # int32 []: updates made, or skipped
     params: ModelParams  # replicated
     opt_state: Any  # replicated
     recurrent_state: RecurrentState  # split over devices by stream
+    course: Course  # replicated
 
 
 class Metrics(NamedTuple):
@@ -53,5 +65,8 @@ class Metrics(NamedTuple):
     loss_B: jax.Array  # float32 [B]: nats of each stream, summed over the window
     grad_norm: jax.Array  # float32 []: global norm of the gradient of `loss`, before clipping
     learning_rate: jax.Array  # float32 []
-    finite_params: jax.Array  # bool []: all parameters are finite after the update
+    sound: jax.Array  # bool []: the update is (guard.py)
+    finite_params: jax.Array  # bool []: the parameters after the step are finite, those of the update or those kept
     finite_B: jax.Array  # bool [B]: the stream's new recurrent state and its loss are finite
+    poisoned_rows: jax.Array  # int32 []: how many are not, of all B
+    course: Course  # after the step

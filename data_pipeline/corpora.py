@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from data_pipeline.files import Progress
+from data_pipeline.files import Progress, at_home
 from data_pipeline.manifest import is_prepared
 from data_pipeline.prepare import prepare
 from data_pipeline.settings import CorpusSettings
@@ -18,7 +18,7 @@ def resolve(settings: CorpusSettings, progress: Progress | None = None) -> Path:
     Raises:
       ValueError: there is no such corpus, or it cannot be prepared.
     """
-    directory = Path(settings.corpus).expanduser()
+    directory = at_home(settings.corpus)
     if not settings.train and is_prepared(directory):
         open_corpus(directory)
         return directory

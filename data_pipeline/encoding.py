@@ -17,7 +17,7 @@ import numpy as np
 
 from data_pipeline.characters import count_all, index_characters, read_characters
 from data_pipeline.cutting import Span, cut, shard_spans
-from data_pipeline.files import Progress, written_whole
+from data_pipeline.files import Progress, sealed, unsealed, written_whole
 from data_pipeline.manifest import Shard, SplitRecord
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import shard_sizes, write_shard
@@ -158,12 +158,13 @@ def write_splits(
 def _write_once(task: ShardTask) -> Shard:
     """Writes a shard and, last, a note of it: what a killed preparation left is known whole by its note."""
     note = task.directory / f"{task.file}.json"
-    if note.exists():
-        shard = Shard(**json.loads(note.read_bytes()))
+    known = unsealed(note)
+    if known is not None:
+        shard = Shard(**json.loads(known))
         sizes = shard_sizes(shard, task.vocabulary.dtype.itemsize, task.block_bytes)
         if all((task.directory / name).exists() for name in sizes):
             return shard
     shard = write_shard(task.directory, task.file, task.pieces(), task.block_bytes)
     with written_whole(note) as out:
-        out.write(canonical_json(dataclasses.asdict(shard)))
+        out.write(sealed(canonical_json(dataclasses.asdict(shard))))
     return shard

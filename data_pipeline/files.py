@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import secrets
 import threading
@@ -29,6 +30,14 @@ class Meter:
                 self._progress(self._doing, self._done, self._total)
 
 
+def at_home(path: Path | str) -> Path:
+    """`path`, where a ~ at its start stands for a home directory.  Raises ValueError where there is no such home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path} begins with the home directory of a user who has none here: name another") from None
+
+
 @contextlib.contextmanager
 def named_in_errors(path: Path) -> Iterator[None]:
     """An OSError of the block that names no file, as those of reading and writing do not, gets the name of `path`."""
@@ -53,6 +62,20 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
     finally:
         beside.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+def sealed(content: bytes) -> bytes:
+    """`content`, and a line with its sha256: what we keep for ourselves, and make again where it is not whole."""
+    return content + b"\n" + hashlib.sha256(content).hexdigest().encode() + b"\n"
+
+
+def unsealed(path: Path) -> bytes | None:
+    """The content that was `sealed` in the file `path`; None where there is none, or it is not as it was written."""
+    if not path.is_file():
+        return None
+    data = path.read_bytes()
+    content = data[: -len(sealed(b""))]
+    return content if data == sealed(content) else None
 
 
 def sync_directory(directory: Path) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 from data_pipeline.files import written_whole
 from data_pipeline.vocabulary import Vocabulary, canonical_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+IDS_VERSION = 1  # enters the fingerprint, to which runs are held: the ids are those of format 1
 NAME = "manifest.json"
 SPLITS = ("train", "valid", "test")
 BLOCK_BYTES = 16 * 1024  # of shard data under one checksum
@@ -63,25 +64,29 @@ class Manifest:
     def fingerprint(self) -> str:
         """sha256, in hex, of the canonical json of what determines the ids."""
         splits = {name: [[s.symbols, s.sha256] for s in split.shards] for name, split in self.splits.items()}
-        identity = {"format_version": FORMAT_VERSION, "vocabulary": self.vocabulary.to_json(), "splits": splits}
+        identity = {"format_version": IDS_VERSION, "vocabulary": self.vocabulary.to_json(), "splits": splits}
         return hashlib.sha256(canonical_json(identity)).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """The json object of `manifest.json`, which ends with the digest of all the rest."""
+        tree = {
+            "format": "charlstm corpus",
+            "format_version": FORMAT_VERSION,
+            "vocabulary": self.vocabulary.to_json(),
+            "dtype": self.vocabulary.dtype.name,
+            "block_bytes": self.block_bytes,
+            "splits": {name: dataclasses.asdict(split) for name, split in self.splits.items()},
+            "sources": [dataclasses.asdict(source) for source in self.sources],
+            "key": self.key,
+            "fingerprint": self.fingerprint,
+        }
+        return tree | {"sha256": hashlib.sha256(canonical_json(tree)).hexdigest()}
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Writes `manifest.json`, which makes `directory` a prepared corpus: the shards must be on disk by now."""
-    tree = {
-        "format": "charlstm corpus",
-        "format_version": FORMAT_VERSION,
-        "vocabulary": manifest.vocabulary.to_json(),
-        "dtype": manifest.vocabulary.dtype.name,
-        "block_bytes": manifest.block_bytes,
-        "splits": {name: dataclasses.asdict(split) for name, split in manifest.splits.items()},
-        "sources": [dataclasses.asdict(source) for source in manifest.sources],
-        "key": manifest.key,
-        "fingerprint": manifest.fingerprint,
-    }
     with written_whole(directory / NAME) as file:
-        file.write(json.dumps(tree, indent=1).encode("ascii") + b"\n")
+        file.write(json.dumps(manifest.to_json(), indent=1).encode("ascii") + b"\n")
 
 
 def is_prepared(directory: Path) -> bool:
@@ -105,7 +110,7 @@ def read_manifest(directory: Path) -> Manifest:
         tree = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ValueError(f"{directory} is not a prepared corpus: it has no {NAME}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete the corpus and prepare it again") from None
     try:
         return _manifest(tree)
@@ -118,8 +123,8 @@ def _manifest(tree: Any) -> Manifest:
         raise ValueError("not the manifest of a prepared corpus")
     if tree.get("format_version") != FORMAT_VERSION:
         raise ValueError(
-            f"format version {tree.get('format_version')}, and this program reads {FORMAT_VERSION}: delete the corpus "
-            "and prepare it again"
+            f"format version {tree.get('format_version')!r}, and this program reads {FORMAT_VERSION}: delete the "
+            "corpus and prepare it again"
         )
     splits = _field(tree, "splits", dict)
     manifest = Manifest(
@@ -134,14 +139,16 @@ def _manifest(tree: Any) -> Manifest:
     )
     dtype, width = _field(tree, "dtype", str), manifest.vocabulary.dtype
     if dtype != width.name:
-        raise ValueError(f"dtype {dtype}, where {manifest.vocabulary.size} symbols need {width.name}")
+        raise ValueError(f"dtype {dtype!r}, where {manifest.vocabulary.size} symbols need {width.name}")
     if manifest.block_bytes < 1 or manifest.block_bytes % width.itemsize:
         raise ValueError(f"block_bytes={manifest.block_bytes} is not a positive multiple of {width.itemsize}")
-    if _field(tree, "fingerprint", str) != manifest.fingerprint:
-        raise ValueError(
-            f"the fingerprint {tree['fingerprint']!r} is not that of the contents, {manifest.fingerprint}: the file "
-            "was changed, delete the corpus and prepare it again"
-        )
+    contents = manifest.to_json()
+    for name in ("fingerprint", "sha256"):
+        if _field(tree, name, str) != contents[name]:
+            raise ValueError(
+                f"the {name} {tree[name]!r} is not that of the contents, {contents[name]}: the file was changed, "
+                "delete the corpus and prepare it again"
+            )
     return manifest
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from data_pipeline.encoding import SMALL, parallel_map, plan, write_splits
-from data_pipeline.files import DISK_ERRORS, Meter, Progress, locked, sync_directory, written_whole
+from data_pipeline.files import DISK_ERRORS, Meter, Progress, at_home, locked, sync_directory, written_whole
 from data_pipeline.manifest import (
     BLOCK_BYTES,
     FORMAT_VERSION,
@@ -57,14 +57,14 @@ def prepare(
     Raises:
       ValueError: there is no such text, it cannot be prepared so, or `output` holds something else.
     """
-    cache = Path(settings.cache_dir).expanduser()
+    cache = at_home(settings.cache_dir)
     workers = workers or _cores()
     texts = _find_texts(settings, cache, progress)
     processes = settings.vocabulary == "characters" and sum(text.bytes for text in texts.values()) > SMALL
     files = [file for text in texts.values() for file in text.files]
     digests = hash_files(files, cache / "memo", workers, progress)
     key = _key(texts, digests, settings, [shard_bytes, block_bytes])
-    output = (output or cache / "corpora" / f"{_label(texts)}-{key[:16]}").expanduser().absolute()
+    output = at_home(output or cache / "corpora" / f"{_label(texts)}-{key[:16]}").absolute()
     if _is_done(output, key):
         return output
     for text in texts.values():
@@ -149,7 +149,7 @@ def _partial_directory(output: Path, key: str, alone: bool) -> Iterator[Path]:
     """
     partial = output.with_name(f".{output.name}.partial" if alone else f".{output.name}.{os.getpid()}.partial")
     owner = partial / "key"
-    if not (owner.is_file() and owner.read_text() == key):
+    if not (owner.is_file() and owner.read_bytes() == key.encode()):
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir()
@@ -196,7 +196,7 @@ class _Parser(argparse.ArgumentParser):
 
     def fail(self, status: int, message: str) -> NoReturn:
         wipe = "\r\033[K" if sys.stderr.isatty() else ""  # of a progress bar that was cut short
-        self.exit(status, f"{wipe}prepare: {message}\n")
+        self.exit(status, f"{wipe}prepare: {' '.join(message.split())}\n")
 
 
 def _nearest(word: str, known: Sequence[str], cutoff: float = 0.6) -> str:
@@ -265,7 +265,7 @@ def main(arguments: list[str]) -> None:
         parser.error("--input and --train are both given: leave one out")
     progress, done = bar(), []
     try:
-        output = Path(output).expanduser()
+        output = at_home(output)
         if options["corpus"] or options["train"]:
             there = is_prepared(output)
             prepare(CorpusSettings(**options), output, progress, workers=workers)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from data_pipeline.files import Meter, Progress, named_in_errors, written_whole
+from data_pipeline.files import Meter, Progress, at_home, named_in_errors, sealed, unsealed, written_whole
 from data_pipeline.manifest import has_shards, is_prepared
 from data_pipeline.vocabulary import canonical_json
 
@@ -108,7 +108,7 @@ def find_text(spec: str) -> Text:
     Raises:
       ValueError: there is no such file, nothing in it, or something that cannot be read.
     """
-    path = Path(spec).expanduser()
+    path = at_home(spec)
     if path.is_dir():
         base, paths = path, list(_walk(path))
     elif path.exists():
@@ -145,8 +145,9 @@ def hash_files(files: list[TextFile], memo: Path, workers: int, progress: Progre
     """
     stamps = [[os.fspath(file.path.resolve()), *file.stamp] for file in files]
     kept = memo / f"{hashlib.sha256(canonical_json(stamps)).hexdigest()}.json"
-    if kept.is_file():
-        return json.loads(kept.read_bytes())
+    known = unsealed(kept)
+    if known is not None:
+        return json.loads(known)
     meter = Meter(progress, "hashing", sum(file.bytes for file in files))
 
     def hash_one(file: TextFile) -> str:
@@ -160,7 +161,7 @@ def hash_files(files: list[TextFile], memo: Path, workers: int, progress: Progre
         digests = list(pool.map(hash_one, files))
     memo.mkdir(parents=True, exist_ok=True)
     with written_whole(kept) as out:
-        out.write(canonical_json(digests))
+        out.write(sealed(canonical_json(digests)))
     return digests
 
 

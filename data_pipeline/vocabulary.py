@@ -118,7 +118,7 @@ class Vocabulary:
         if not isinstance(tree, dict) or not all(isinstance(value, str) for value in tree.values()):
             raise ValueError("the vocabulary is not a json object of strings")
         if tree.keys() != ({"kind", "characters"} if tree.get("kind") == "characters" else {"kind"}):
-            raise ValueError(f"the vocabulary has the fields {', '.join(sorted(tree)) or 'none'}")
+            raise ValueError(f"the vocabulary has the fields {', '.join(map(repr, sorted(tree))) or 'none'}")
         return cls(**tree)
 
     @classmethod

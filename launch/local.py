@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import math
 import os
 import shutil
 import signal
@@ -37,7 +38,9 @@ class LocalFlags:
     processes: int = setting(2, "Processes to start.")
     devices_per_process: int = setting(0, "Simulated CPU devices of each; 0: what there is, of several GPUs one each.")
     restarts: int = setting(0, "How many times the job is started again when a process has died.")
-    grace: float = setting(30.0, "Seconds that the others have to end by themselves when one has died.")
+    grace: float = setting(
+        30.0, "Seconds that the others have to end by themselves when one has died, and that one may be stopped."
+    )
 
     def __post_init__(self) -> None:
         for name, least in (("processes", 1), ("devices_per_process", 0), ("restarts", 0), ("grace", 0)):
@@ -54,6 +57,7 @@ class Processes:
 
     def __init__(self, chosen: LocalFlags, arguments: Sequence[str], log_dir: Path) -> None:
         self._chosen, self._log_dir, self.told_to_stop = chosen, log_dir, False
+        self._stopped: dict[int, float] = {}  # since when
         coordinator = f"localhost:{_free_port()}"
         self._started = [self._start(number, coordinator, arguments) for number in range(chosen.processes)]
         self._pumps = [threading.Thread(target=self._pump, args=pair) for pair in enumerate(self._started)]
@@ -99,9 +103,23 @@ class Processes:
                 deadline = time.monotonic() + self._chosen.grace
             if deadline is not None and time.monotonic() > deadline:
                 self.send(signal.SIGKILL)
+            self._end_the_stopped()
         for pump in self._pumps:
             pump.join()
         return [process.returncode for process in self._started]
+
+    def _end_the_stopped(self) -> None:
+        """Kills what is stopped (SIGSTOP) for longer than the grace: alone, a process cannot notice that it is."""
+        for process in self._started:
+            with contextlib.suppress(ChildProcessError):
+                if os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOHANG):
+                    self._stopped[process.pid] = time.monotonic()
+                if os.waitid(os.P_PID, process.pid, os.WCONTINUED | os.WNOHANG):
+                    self._stopped.pop(process.pid, None)
+            if time.monotonic() > self._stopped.get(process.pid, math.inf) + self._chosen.grace:
+                print(f"process {self._started.index(process)} is stopped, and killed", file=sys.stderr, flush=True)
+                del self._stopped[process.pid]
+                process.kill()
 
 
 def main(argv: Sequence[str]) -> int:

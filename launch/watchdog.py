@@ -47,6 +47,7 @@ class Watchdog:
     """Watches one process, from its start until `stop`.
 
     Attributes:
+      step: the last that the run has come to the end of.
       about: what a heartbeat says of the run, besides its step; called by the watchdog's thread.
     """
 
@@ -59,7 +60,7 @@ class Watchdog:
         """
         self.about: Callable[[], dict[str, Any]] = dict
         self._chosen, self._process, self._directory = chosen, process, directory
-        self._step, self._times, self._since, self._paused = 0, deque[float](maxlen=99), time.monotonic(), True
+        self.step, self._times, self._since, self._paused = 0, deque[float](maxlen=99), time.monotonic(), True
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, args=(period,), name="watchdog", daemon=True)
         directory.mkdir(parents=True, exist_ok=True)
@@ -70,7 +71,7 @@ class Watchdog:
         now = time.monotonic()
         if not self._paused:
             self._times.append(now - self._since)
-        self._step, self._since, self._paused = step, now, False
+        self.step, self._since, self._paused = step, now, False
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -108,13 +109,13 @@ class Watchdog:
 
     def _words(self) -> dict[str, Any]:
         return {"process": self._process, "host": platform.node(), "pid": os.getpid(), "time": time.time(),
-                "step": self._step, **self.about()}  # fmt: skip
+                "step": self.step, **self.about()}  # fmt: skip
 
     def _end(self, waited: float) -> None:
         """Says what hangs, and where in the program, and ends the process: nothing of it can be saved any more."""
         what = "a pause" if self._paused else "a step"
         print(
-            f"process {self._process} hangs: {what} after step {self._step} has taken {waited:.0f} s of "
+            f"process {self._process} hangs: {what} after step {self.step} has taken {waited:.0f} s of "
             f"{self.allowed():.0f} s allowed{behind(self._directory, self._process)}; all its threads:",
             file=sys.stderr,
         )

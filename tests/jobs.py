@@ -17,7 +17,7 @@ STEPS = 240
 
 
 @contextlib.contextmanager
-def job(own: tuple[str, ...], *flags: str, python_path: Path = ROOT) -> Iterator[subprocess.Popen]:
+def job(own: tuple[str, ...], *flags: str, python_path: Path | str = ROOT) -> Iterator[subprocess.Popen]:
     """launch.local, started; killed at the end if it has not ended."""
     command = [sys.executable, "-m", "launch.local", *own, "--", *flags]
     environment = os.environ | {"PYTHONPATH": str(python_path), "XLA_FLAGS": ""}

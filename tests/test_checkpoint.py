@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from charlstm import file_manifest
 from charlstm.checkpoint import Checkpoints
-from charlstm.types import CellParams, CellState, ModelParams, TrainState
+from charlstm.types import CellParams, CellState, Course, ModelParams, TrainState
 
 IDENTITY = {"config": {"model": {"hidden_size": 16}}, "vocabulary": "0123abcd", "versions": ["0.1", None]}
 ROWS = 8  # streams; the recurrent state is split by them
@@ -39,7 +39,8 @@ def host_state(step: int, layers: int = 2) -> TrainState:
         "mean": any_bits(16, 64),
         "low": any_bits(3, 5, dtype=jnp.bfloat16),
     }
-    return TrainState(number, params(), opt_state, carry)
+    course = Course(number, any_bits(), number, number, number, number)
+    return TrainState(number, params(), opt_state, carry, course)
 
 
 def shardings(devices: int) -> TrainState:
@@ -47,7 +48,7 @@ def shardings(devices: int) -> TrainState:
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
     whole: Any = NamedSharding(mesh, PartitionSpec())
     by_row: Any = NamedSharding(mesh, PartitionSpec("data"))
-    return TrainState(whole, whole, whole, by_row)
+    return TrainState(whole, whole, whole, by_row, whole)
 
 
 def make_state(step: int, devices: int = 8, layers: int = 2) -> TrainState:
@@ -260,7 +261,7 @@ def test_another_format_is_refused_and_never_taken_for_damage(tmp_path):
     rewrite_seal(tmp_path / "2", lambda meta: meta.update(format=99))
     with Checkpoints(tmp_path, log=print) as checkpoints:
         for ask in (checkpoints.read_meta, lambda: checkpoints.restore(abstract_state())):
-            with pytest.raises(ValueError, match="format 99 and this version reads 1"):
+            with pytest.raises(ValueError, match="format 99 and this version reads 2"):
                 ask()
     assert names(tmp_path) == ["1", "2"]
 

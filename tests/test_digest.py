@@ -111,7 +111,7 @@ def test_positions_that_agree_modulo_two_to_the_32_hash_differently():
 
 def test_a_dimension_beyond_32_bits_is_refused():
     with pytest.raises(AssertionError, match="does not fit"):
-        jax.eval_shape(digest._lane_sums, {"": jax.ShapeDtypeStruct((2**32,), jnp.uint8)})
+        jax.eval_shape(digest.lane_sums, {"": jax.ShapeDtypeStruct((2**32,), jnp.uint8)})
 
 
 def test_typed_keys_count_by_their_data():

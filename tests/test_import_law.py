@@ -12,8 +12,8 @@ PACKAGES = ("charlstm", "data_pipeline", "launch")
 RANKS = {
     "charlstm": {
         0: ["config", "types", "keys"],
-        1: ["initializers", "projection", "loss", "optimizers", "schedules", "mesh", "digest", "reduction"],
-        2: ["file_manifest", "cells.lstm", "cells.gru", "cells.rnn", "cells.textbook"],
+        1: ["initializers", "projection", "loss", "optimizers", "schedules", "mesh", "digest", "reduction", "guard"],
+        2: ["file_manifest", "replicas", "cells.lstm", "cells.gru", "cells.rnn", "cells.textbook"],
         3: ["model", "checkpoint", "metrics", "run_log"],
         4: ["step", "generate"],
         5: ["evaluate"],

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from charlstm import guard
 from charlstm import metrics as metrics_lib
+from charlstm.config import TrainingConfig
 from charlstm.metrics import Diverged, Meter, duration
 from charlstm.types import Metrics
 
@@ -42,12 +44,14 @@ def reported(loss=1.0, norm=0.5, rate=0.01, streams=4, bad=(), worst=0, finite_p
     """What a step reports, in which the streams `bad` are not finite and `worst` has the largest loss."""
     finite, losses = np.ones(streams, bool), np.ones(streams, np.float32)
     finite[list(bad)], losses[worst] = False, 2
-    return Metrics(loss, losses, norm, rate, finite_params, finite)  # type: ignore[arg-type]
+    sound = finite_params and np.isfinite(getattr(loss, "value", loss)) and np.isfinite(getattr(norm, "value", norm))
+    course = guard.start(np.float32)
+    return Metrics(loss, losses, norm, rate, sound, finite_params, finite, len(bad), course)  # type: ignore[arg-type]
 
 
 def meter(num_steps=100) -> Meter:
     """Of 4 streams of 5 symbols, 8 steps an epoch."""
-    return Meter(4, 5, 8, num_steps)
+    return Meter(4, 5, 8, TrainingConfig(num_steps=num_steps), print)
 
 
 # Lines of metrics.jsonl.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from charlstm import digest, trainer
+from charlstm import digest, guard, trainer
 from charlstm.config import TrainingConfig
 from charlstm.metrics import Diverged, Meter
 from charlstm.run_log import RunLog
@@ -44,11 +44,14 @@ class Run:
         self.saved: dict[int, float | None] = {}
         self.saves: list[int] = []
         self.asked: list[int] = []
+        self.checked: list[int] = []
         self._source, self._stop_after = itertools.count(start), stop_after
         self._bad, self._what = bad, what
         self._log, self._valid = RunLog(tmp_path, terminal or io.StringIO()), valid
         seen = np.where(np.arange(LAST) < start, np.arange(LAST), -1)
-        self.first = TrainState(jnp.asarray(start, jnp.int32), jnp.asarray(seen, jnp.int32), (), ())  # type: ignore[arg-type]
+        self.first = TrainState(
+            jnp.asarray(start, jnp.int32), jnp.asarray(seen, jnp.int32), (), (), guard.start(np.float32)
+        )  # type: ignore[arg-type]
 
     def next_batch(self) -> int:
         self.batches.append(next(self._source))
@@ -62,7 +65,8 @@ class Run:
         if step + 1 == self._bad:
             figures[self._what] = np.nan
         finite = np.arange(4) != (2 if step + 1 == self._bad else -1)
-        metrics = Metrics(figures["loss"], np.ones(4), figures["norm"], 0.01, True, finite)  # type: ignore[arg-type]
+        bad, course = int(4 - finite.sum()), state.course
+        metrics = Metrics(figures["loss"], np.ones(4), figures["norm"], 0.01, not bad, True, finite, bad, course)  # type: ignore[arg-type]
         return state._replace(step=jnp.asarray(step + 1, jnp.int32), params=jnp.asarray(seen)), metrics
 
     def evaluate(self, step, params):
@@ -78,12 +82,16 @@ class Run:
         self.saves.append(step)
         self.saved[step] = score
 
+    def check(self, step, state):
+        assert step == int(state.step)
+        self.checked.append(step)
+
     def stopping(self, step) -> bool:
         self.asked.append(step)
         return step == self._stop_after
 
     def train(self) -> TrainState:
-        self.meter = Meter(2, 2, 4, LAST)
+        self.meter = Meter(2, 2, 4, self.settings, self._log.say)
         try:
             return trainer.train(
                 self.settings,
@@ -92,6 +100,7 @@ class Run:
                 self.next_batch,
                 evaluate=self.evaluate if self._valid else None,
                 save=self.save,
+                check=self.check,
                 log=self._log,
                 meter=self.meter,
                 stopping=self.stopping,
@@ -244,6 +253,12 @@ def test_whether_to_stop_is_asked_once_before_each_update(tmp_path):
     run = Run(tmp_path, start=3)  # the answer is agreed among processes, so that all must ask at the same steps
     run.train()
     assert run.asked == [*range(3, LAST)]
+
+
+def test_the_devices_copies_are_compared_at_their_steps_and_no_others(tmp_path):
+    run = Run(tmp_path, check_replicas_every=4)
+    run.train()
+    assert run.checked == [4, 8]
 
 
 # What is not finite.

@@ -203,12 +203,12 @@ def test_reading_all_of_a_large_split_does_not_make_the_process_larger(tmp_path)
     "change, complaint",
     [
         ({"format": "other"}, "not the manifest of a prepared corpus"),
-        ({"format_version": 2}, "format version 2, and this program reads 1"),
-        ({"dtype": "uint8"}, "dtype uint8, where 1001 symbols need uint16"),
+        ({"format_version": 1}, "format version 1, and this program reads 2"),
+        ({"dtype": "uint8"}, "dtype 'uint8', where 1001 symbols need uint16"),
         ({"block_bytes": 63}, "block_bytes=63 is not a positive multiple of 2"),
         ({"block_bytes": "64"}, "field 'block_bytes' is missing or not a json int"),
         ({"fingerprint": "0" * 64}, "is not that of the contents"),
-        ({"vocabulary": {"kind": "bytes"}}, "dtype uint16, where 256 symbols need uint8"),
+        ({"vocabulary": {"kind": "bytes"}}, "dtype 'uint16', where 256 symbols need uint8"),
         ({"splits": {"other": {}}}, "split 'other' is not one of train, valid, test"),
         ({"splits": {"train": {"symbols": 1, "bytes": 1, "shards": []}}}, "do not add up to its 1 symbols"),
         (

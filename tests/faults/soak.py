@@ -140,7 +140,7 @@ def _soak(folder: Path, chosen: argparse.Namespace) -> int:
         "--num_steps=100000000",
     ]  # fmt: skip
     watched = ["--step_timeout_factor=20", "--step_timeout_least=1.5", "--heartbeat_timeout=10"]
-    own = [f"--processes={chosen.processes}", "--devices_per_process=1", "--restarts=100000", "--grace=1"]
+    own = [f"--processes={chosen.processes}", "--devices_per_process=1", "--restarts=100000", "--grace=2"]
     command = [sys.executable, "-m", "launch.local", *own, "--", *flags, *watched, f"--run_dir={run_dir}"]
     environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": f"{folder}:{ROOT}"}
     random = np.random.default_rng(chosen.seed)

@@ -1,0 +1,270 @@
+"""A run from its newest checkpoint to its end: it reads, updates, looks, saves, and goes back where it diverges."""
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+from charlstm import evaluate as evaluate_lib
+from charlstm import mesh as mesh_lib
+from charlstm import replicas, trainer
+from charlstm import step as step_lib
+from charlstm.checkpoint import Checkpoints
+from charlstm.config import Config
+from charlstm.metrics import Diverged, Meter, duration
+from charlstm.run_log import RunLog
+from charlstm.types import ModelParams, TrainState
+from data_pipeline.loader import Windows, open_windows
+from data_pipeline.shards import Corpus
+from data_pipeline.streams import StreamPlan
+from launch import monitor, program, run_directory
+from launch.monitor import Monitor
+from launch.watchdog import Watchdog
+
+
+class Run(NamedTuple):
+    """What a run is: where it lives, its settings, its text, and the devices it has now."""
+
+    run_dir: Path
+    config: Config
+    identity: run_directory.Identity
+    corpus: Corpus
+    plan: StreamPlan
+    mesh: mesh_lib.Mesh
+
+    @property
+    def separator(self) -> int | None:
+        return run_directory.separator(self.config, self.corpus.vocabulary)
+
+
+class Around(NamedTuple):
+    """What stands around a run: keeps it, writes of it, watches it."""
+
+    checkpoints: Checkpoints
+    log: RunLog
+    watch: Watchdog
+    told: Monitor
+
+
+def train(run: Run, params: ModelParams | None, around: Around) -> int:
+    """Trains to --num_steps, or until it is told to stop; the exit status.
+
+    Args:
+      params: what a run without a checkpoint starts from; None: from what is drawn.
+    """
+    config, plan, last = run.config, run.plan, run.config.training.num_steps
+    checkpoints, log, watch, _ = around
+    train_step = step_lib.make(config, run.corpus.vocabulary.size, run.mesh, plan.steps_per_epoch)
+    state, _ = _newest(run, params, around)
+    mesh_lib.once(lambda: run_directory.write_config(run.run_dir, config))  # what is refused until here changes nothing
+    start = int(state.step)
+    log.rewind(start)
+    if start >= last:
+        log.say(f"finished: the run is at step {start} of {last}; --num_steps above that goes on")
+        return program.DONE
+    meter = Meter(config.streams.batch_size, config.streams.window, plan.steps_per_epoch, config.training, log.say)
+    log.say(
+        f"training on {mesh_lib.describe(run.mesh)}: step {start} of {last}, {plan.steps_per_epoch} steps an epoch, "
+        f"{config.training.logical_shards} logical shards"
+    )
+    began, save = time.monotonic(), _Saver(run, around, meter)
+    validate = _validation(run, around, meter)
+    watch.about = lambda: {"num_steps": last, "status": meter.status()}
+    around.told.values = lambda: _figures(run, around, meter, save)
+
+    with _signals() as asked_to_stop:
+
+        def stopping(step: int) -> bool:
+            watch.beat(step)
+            return save.given_up or mesh_lib.stop_agreed(step, asked_to_stop())
+
+        while True:
+            try:
+                with _windows(run, int(state.course.window)) as windows:
+                    state = trainer.train(
+                        config.training,
+                        state,
+                        train_step,
+                        lambda: mesh_lib.put(run.mesh, mesh_lib.BY_STREAM, meter.next_of(windows)),
+                        evaluate=validate,
+                        save=save,
+                        check=save.check,
+                        log=log,
+                        meter=meter,
+                        stopping=stopping,
+                    )
+                break
+            except Diverged as diverged:
+                log.say(f"{'stopped' if config.training.on_divergence == 'stop' else 'diverged'}: {diverged}")
+                with watch.pause():
+                    back = _gone_back(run, params, around, save, diverged)
+                if back is None:
+                    return program.DIVERGED
+                state = back
+        checkpoints.wait()
+    return _ending(run, around, int(state.step), began)
+
+
+def _ending(run: Run, around: Around, step: int, began: float) -> int:
+    """Says how it ended; the exit status."""
+    last, say = run.config.training.num_steps, around.log.say
+    if around.checkpoints.failed_saves:
+        left = f"the checkpoint of step {max(steps)}" if (steps := around.checkpoints.steps()) else "the beginning"
+        say(f"ended at step {step}, which could not be saved; the same command goes on from {left}")
+        return program.NOT_SAVED
+    if step < last:
+        say(f"stopped by a signal at step {step}, saved; the same command goes on")
+        return program.STOPPED
+    say(f"finished: {last} steps, {duration(time.monotonic() - began)} in this process")
+    return program.DONE
+
+
+def _windows(run: Run, start: int) -> Windows:
+    streams = run.config.streams
+    return open_windows(
+        run.corpus.splits["train"],
+        run.plan,
+        rows=mesh_lib.process_rows(run.mesh, streams.batch_size),
+        start_step=start,
+        separator=run.separator,
+        threads=streams.reader_threads,
+        read_ahead=streams.read_ahead,
+    )
+
+
+def _newest(run: Run, params: ModelParams | None, around: Around) -> tuple[TrainState, float | None]:
+    """The newest whole checkpoint of the run, and its validation score; else the state before the first update."""
+    V = run.corpus.vocabulary.size
+    if around.checkpoints.steps():
+        state, meta = around.checkpoints.restore(step_lib.abstract(run.config, V, run.mesh))
+        run_directory.require_own(meta["identity"], run.config, run.identity, run.run_dir)
+        around.log.say(f"continuing from the checkpoint of step {int(state.step)}")
+        return state, meta["bits_per_character"]
+    state = step_lib.place(run.mesh, step_lib.init(run.config, V))
+    return (state if params is None else state._replace(params=params)), None
+
+
+def _gone_back(
+    run: Run, params: ModelParams | None, around: Around, save: "_Saver", diverged: Diverged
+) -> TrainState | None:
+    """The state that a run which diverged goes on from, saved; None where it is not to go back, or not any more."""
+    training = run.config.training
+    if training.on_divergence != "rollback":
+        return None
+    around.checkpoints.wait()
+    state, score = _newest(run, params, around)
+    rollbacks = int(state.course.rollbacks) + 1
+    if rollbacks > training.max_rollbacks:
+        around.log.say(f"stopped: the run has gone back {training.max_rollbacks} times (max_rollbacks)")
+        return None
+    step, first = int(state.step), int(state.course.window)
+    left_out = diverged.step - step if diverged.windows_at_fault else 0
+    state = step_lib.gone_back(run.mesh, state, left_out)
+    words = f"; windows {first} to {first + left_out - 1} of each stream are left out" if left_out else ""
+    around.log.say(f"went back to step {step}, rollback {rollbacks} of {training.max_rollbacks}{words}")
+    around.log.rewind(step)
+    save.rollbacks += 1
+    save(state, score)
+    return state
+
+
+def _validation(run: Run, around: Around, meter: Meter) -> Callable[[int, ModelParams], dict[str, Any]] | None:
+    """(step, params) -> the line of metrics.jsonl of the validation split; None where there is none."""
+    split = run.corpus.splits.get("valid")
+    if split is None:
+        return None
+    score_split = evaluate_lib.of_split(run.config, run.corpus.vocabulary.size, split, run.mesh, run.separator)
+
+    def validate(step: int, params: ModelParams) -> dict[str, Any]:
+        around.log.status(f"step {step}: evaluating the validation split")
+        began = time.monotonic()
+        with around.watch.pause():
+            score = score_split(params)
+        seconds = time.monotonic() - began
+        meter.pause(seconds)
+        around.log.say(f"step {step}: validation {_in_words(score)}")
+        return meter.evaluation_record(step, "valid", score.bits_per_character, len(split) / seconds)
+
+    return validate
+
+
+def _in_words(score: evaluate_lib.Score) -> str:
+    words = f"{score.bits_per_character:.4f} bits per character"
+    return words if score.bytes == score.characters else f"{words}, {score.bits_per_byte:.4f} per byte"
+
+
+class _Saver:
+    """Makes a checkpoint of (state, validation bits per character), after a look at the devices' copies of it.
+
+    Attributes:
+      given_up: --max_failed_saves have failed, on one process or on all; every process knows it at the same step.
+      rollbacks: how often this process went back.
+    """
+
+    def __init__(self, run: Run, around: Around, meter: Meter) -> None:
+        self._checkpoints, self._watch, self._meter, self.given_up, self.rollbacks = (
+            around.checkpoints, around.watch, meter, False, 0
+        )  # fmt: skip
+        self._own = run_directory.checkpoint_identity(run.config, run.identity)
+        self._settings, self._differing = run.config.training, replicas.comparison(run.mesh)
+
+    def __call__(self, state: TrainState, bits_per_character: float | None) -> None:
+        began, most = time.monotonic(), self._settings.max_failed_saves
+        with self._watch.pause():
+            if self._settings.check_replicas_every:
+                self.check(int(state.step), state)
+            self._checkpoints.save(state, self._own, bits_per_character)
+            failed = self._checkpoints.failed_saves  # of this save only what failed at once; it goes on behind
+            self.given_up = bool(most) and mesh_lib.any_process(failed >= most)
+        self._meter.pause(time.monotonic() - began)
+
+    def check(self, step: int, state: TrainState) -> None:
+        """Raises Diverged where a device's copy of parameters or optimizer state is another than the rest's."""
+        words = self._differing({"params": state.params, "opt_state": state.opt_state})
+        if words:
+            raise Diverged(step, f"{words} after step {step}", windows_at_fault=False)
+
+
+def _figures(run: Run, around: Around, meter: Meter, save: "_Saver") -> dict[str, float | None]:
+    """What a monitor is told."""
+    return {
+        "step": around.watch.step,
+        **monitor.of_records(meter.records),
+        "checkpoint_age_seconds": monitor.checkpoint_age(run.run_dir / "checkpoints"),
+        "checkpoint_failures_in_a_row": around.checkpoints.failed_saves,
+        "devices": run.mesh.size,
+        "processes": mesh_lib.number_of_processes(),
+        "rollbacks_total": save.rollbacks,
+        "skipped_updates_total": meter.skipped,
+        "recurrent_state_rows_reset_total": meter.rows_reset,
+    }
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C or SIGTERM came since.  The first lets the step finish and be saved; a second Ctrl-C does not.
+
+    Of several processes, JAX catches SIGTERM and tells the others of it; Ctrl-C is then as good as SIGTERM.
+    """
+    came: list[int] = []
+    several = mesh_lib.is_one_of_several()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    numbers = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, note)
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
