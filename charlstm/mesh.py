@@ -166,14 +166,14 @@ def once(act: Callable[[], object], apart: str = "main") -> None:
     together(lambda: act() if is_first_process() else None, apart)
 
 
-def stop_agreed(step: int, asked: bool) -> bool:
-    """Whether all processes stop before the update after `step`: every process gets the same answer at the same step.
+def stop_agreed(times: int, asked: bool) -> bool:
+    """Whether all processes stop now: each is given the same answer when it asks for the same `times`-th time.
 
     Of several processes, one that got SIGTERM asks for it by that (JAX catches the signal), and `asked` does not count.
     """
     if jax.process_count() == 1:
         return asked
-    return multihost_utils.reached_preemption_sync_point(step)
+    return multihost_utils.reached_preemption_sync_point(times)
 
 
 def fetch(array: jax.Array) -> np.ndarray:

@@ -45,6 +45,7 @@ class Meter:
         """Of a run of `settings`; `say` takes a line about what was skipped."""
         self._symbols, self._epoch, self._num_steps = batch_size * window, steps_per_epoch, settings.num_steps
         self._skips, self._max_skips, self._say = settings.on_divergence == "skip", settings.max_skips, say
+        self._spike_factor = settings.spike_factor
         self._pending: tuple[int, Metrics] | None = None
         self._started = time.monotonic()
         self._latest: dict[str, Any] = {}
@@ -86,7 +87,7 @@ class Meter:
             self._latest["grad_norm"] = float(metrics.grad_norm)
 
     def _look_at_divergence(self, step: int, metrics: Metrics) -> None:
-        what = _what_diverged(step, metrics)
+        what = _what_diverged(step, metrics, self._spike_factor)
         if not (self._skips and metrics.finite_params):
             raise Diverged(step, what)
         in_a_row = int(metrics.course.skipped_in_a_row)
@@ -176,7 +177,7 @@ def duration(seconds: float) -> str:
     return f"{s // 86400}d{s % 86400 // 3600:02d}h"
 
 
-def _what_diverged(step: int, metrics: Metrics) -> str:
+def _what_diverged(step: int, metrics: Metrics, spike_factor: float) -> str:
     loss, norm = float(metrics.loss), float(metrics.grad_norm)
     bad = np.flatnonzero(~mesh_lib.fetch(metrics.finite_B))
     where = f"stream{'s' if len(bad) > 1 else ''} {', '.join(map(str, bad[:8]))}{', ...' if len(bad) > 8 else ''}"
@@ -185,8 +186,11 @@ def _what_diverged(step: int, metrics: Metrics) -> str:
             return f"the recurrent state is not finite at step {step}, in {where}"
         if not metrics.finite_params:
             return f"a parameter is not finite after step {step}"
-        usual = float(metrics.course.usual_loss) / NATS_PER_BIT
-        return f"loss={loss / NATS_PER_BIT:.3f} bits is a spike at step {step}, where {usual:.3f} is usual"
+        usual = float(metrics.course.usual_loss)
+        if spike_factor and loss > spike_factor * usual > 0:
+            bits, usual = loss / NATS_PER_BIT, usual / NATS_PER_BIT
+            return f"loss={bits:.3f} bits is a spike at step {step}, where {usual:.3f} is usual"
+        return f"a parameter would not be finite after step {step}"
     what = f"loss={loss}" if not np.isfinite(loss) else f"gradient norm={norm}"
     if not len(bad):
         largest = int(np.argmax(mesh_lib.fetch(metrics.loss_B)))

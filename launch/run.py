@@ -1,6 +1,7 @@
 """A run from its newest checkpoint to its end: it reads, updates, looks, saves, and goes back where it diverges."""
 
 import contextlib
+import itertools
 import os
 import signal
 import time
@@ -77,10 +78,11 @@ def train(run: Run, params: ModelParams | None, around: Around) -> int:
     around.told.values = lambda: _figures(run, around, meter, save)
 
     with _signals() as asked_to_stop:
+        times = itertools.count()
 
         def stopping(step: int) -> bool:
             watch.beat(step)
-            return save.given_up or mesh_lib.stop_agreed(step, asked_to_stop())
+            return save.given_up or mesh_lib.stop_agreed(next(times), asked_to_stop())
 
         while True:
             try:
@@ -106,10 +108,10 @@ def train(run: Run, params: ModelParams | None, around: Around) -> int:
                     return program.DIVERGED
                 state = back
         checkpoints.wait()
-    return _ending(run, around, int(state.step), began)
+    return _ending(run, around, int(state.step), began, save.given_up)
 
 
-def _ending(run: Run, around: Around, step: int, began: float) -> int:
+def _ending(run: Run, around: Around, step: int, began: float, given_up: bool) -> int:
     """Says how it ended; the exit status."""
     last, say = run.config.training.num_steps, around.log.say
     if around.checkpoints.failed_saves:
@@ -117,7 +119,8 @@ def _ending(run: Run, around: Around, step: int, began: float) -> int:
         say(f"ended at step {step}, which could not be saved; the same command goes on from {left}")
         return program.NOT_SAVED
     if step < last:
-        say(f"stopped by a signal at step {step}, saved; the same command goes on")
+        why = "as saves had failed (max_failed_saves)" if given_up else "by a signal"
+        say(f"stopped {why} at step {step}, saved; the same command goes on")
         return program.STOPPED
     say(f"finished: {last} steps, {duration(time.monotonic() - began)} in this process")
     return program.DONE

@@ -1,6 +1,7 @@
 """What a run says of itself: sums divided once, plain lines in the log, one live line on a terminal and no other."""
 
 import itertools
+import json
 import re
 import time
 from types import SimpleNamespace
@@ -49,9 +50,9 @@ def reported(loss=1.0, norm=0.5, rate=0.01, streams=4, bad=(), worst=0, finite_p
     return Metrics(loss, losses, norm, rate, sound, finite_params, finite, len(bad), course)  # type: ignore[arg-type]
 
 
-def meter(num_steps=100) -> Meter:
+def meter(num_steps=100, say=print, **settings) -> Meter:
     """Of 4 streams of 5 symbols, 8 steps an epoch."""
-    return Meter(4, 5, 8, TrainingConfig(num_steps=num_steps), print)
+    return Meter(4, 5, 8, TrainingConfig(num_steps=num_steps, **settings), say)
 
 
 # Lines of metrics.jsonl.
@@ -197,6 +198,60 @@ def test_parameters_that_are_not_finite_after_a_sound_step_are_noticed():
     run.add(7, reported(finite_params=False))
     with pytest.raises(Diverged, match=r"^a parameter is not finite after step 7; nothing of it was saved$"):
         run.settle()
+
+
+# Updates that are skipped.
+
+
+def unsound(in_a_row=1, **figures) -> Metrics:
+    found = reported(**figures)
+    return found._replace(sound=False, course=found.course._replace(skipped_in_a_row=in_a_row))
+
+
+def test_what_was_skipped_is_told_counted_and_left_out_of_the_mean():
+    said: list[str] = []
+    m = meter(on_divergence="skip", say=said.append)
+    m.add(1, reported(2 * BIT))
+    m.add(2, unsound(loss=np.nan, bad=(2,)))
+    m.add(3, reported(4 * BIT, bad=(0, 3)))  # an update may be sound although rows of the state are not
+    line = m.train_record()
+    assert (line["bits_per_character"], m.skipped, m.rows_reset) == (3.0, 1, 3)
+    assert said == [
+        "loss=nan is not finite at step 2, in stream 2: update skipped, 1 row of the recurrent state zeroed",
+        "the recurrent state is not finite at step 3, in streams 0, 3: 2 rows of the recurrent state zeroed",
+    ]
+
+
+def test_where_all_was_skipped_there_is_no_mean():
+    m = meter(on_divergence="skip", say=lambda line: None)
+    m.add(1, unsound(loss=np.inf))
+    line = m.train_record()
+    assert (line["step"], line["bits_per_character"], line["grad_norm"]) == (1, None, None)
+    assert json.loads(json.dumps(line, allow_nan=False)) == line and m.status() == ""
+
+
+def test_only_so_many_are_skipped_one_after_the_other():
+    m = meter(on_divergence="skip", max_skips=3, say=lambda line: None)
+    for step in (1, 2, 3, 4):
+        m.add(step, unsound(in_a_row=step, norm=np.inf))
+    with pytest.raises(Diverged, match=r"after 3 updates skipped one after the other \(max_skips\)") as caught:
+        m.settle()
+    assert caught.value.step == 4 and m.skipped == 3
+
+
+def test_poisoned_parameters_are_not_skipped():
+    m = meter(on_divergence="skip")
+    m.add(1, unsound(loss=np.nan, finite_params=False))
+    with pytest.raises(Diverged, match="loss=nan is not finite at step 1"):
+        m.settle()
+
+
+@pytest.mark.parametrize("policy", ["stop", "rollback"])
+def test_a_poisoned_row_alone_is_not_passed_over(policy):
+    m = meter(on_divergence=policy)
+    m.add(7, reported(bad=(1,)))
+    with pytest.raises(Diverged, match="the recurrent state is not finite at step 7, in stream 1; nothing of it"):
+        m.settle()
 
 
 def test_the_status_line_has_step_epoch_bits_speed_wait_and_the_time_left(clock):

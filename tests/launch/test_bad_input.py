@@ -403,6 +403,24 @@ def test_with_a_full_disk_the_run_goes_on_says_so_and_keeps_its_earlier_checkpoi
     assert last_line(run_dir)["state_digest"] == last_line(trained)["state_digest"]
 
 
+def test_a_run_that_cannot_save_stops_after_so_many_failures_and_goes_on_later(arguments, tmp_path):
+    full = """
+    while step == 25 and not (run_dir / "checkpoints" / "20").is_dir():
+        time.sleep(0.01)
+    if step == 25:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+    """
+    run_dir, longer = tmp_path / "run", ("--num_steps=100", "--max_failed_saves=2")
+    ended = disturbed(full, run_dir, *arguments, *longer)
+    assert ended.returncode == program.NOT_SAVED, ended.stderr
+    # Of a save it is known at the next one that it failed.
+    assert "ended at step 50, which could not be saved" in ended.stderr.splitlines()[-1]
+    assert steps(run_dir) == [10, 20]
+    told = [line for line in (run_dir / "log.txt").read_text().splitlines() if " step " in line and "/100 " in line]
+    assert "NOT SAVED" not in told[1] and re.search(r"  NOT SAVED, [12] times$", told[-1]), told
+    assert train.main(["train", *arguments, *longer, f"--run_dir={run_dir}"]) == program.DONE
+
+
 @pytest.mark.parametrize(
     ("optimizer", "learning_rate", "where"),
     [("sgd", "1e38", "the largest loss is stream "), ("adam", "1e37", "streams ")],
