@@ -166,6 +166,17 @@ def once(act: Callable[[], object], apart: str = "main") -> None:
     together(lambda: act() if is_first_process() else None, apart)
 
 
+def all_leave(seconds: float) -> bool:
+    """Whether all processes come here within `seconds`: what one alone refuses, the others do not know of."""
+    client = distributed.global_state.client
+    assert client is not None, "several processes have joined through it"
+    try:
+        client.wait_at_barrier("charlstm/leaving", int(1000 * seconds))
+    except RuntimeError:  # they have not
+        return False
+    return True
+
+
 def stop_agreed(times: int, asked: bool) -> bool:
     """Whether all processes stop now: each is given the same answer when it asks for the same `times`-th time.
 

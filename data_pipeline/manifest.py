@@ -25,6 +25,7 @@ class Shard:
     file: str  # name in the corpus directory; its checksums are in the same name with .crc for .ids
     symbols: int
     sha256: str  # of the whole file, in hex
+    checksums_sha256: str  # of the file of its checksums, in hex
 
     @property
     def checksums(self) -> str:
@@ -161,7 +162,8 @@ def _split(name: str, tree: dict[str, Any]) -> SplitRecord:
         # A name with a slash in it could name a file outside of the corpus.
         if not re.fullmatch(r"[A-Za-z0-9_-]+\.ids", file):
             raise ValueError(f"{file!r} is not the name of a shard")
-        shards.append(Shard(file, _field(shard, "symbols", int), _digest(shard, "sha256")))
+        digests = _digest(shard, "sha256"), _digest(shard, "checksums_sha256")
+        shards.append(Shard(file, _field(shard, "symbols", int), *digests))
     record = SplitRecord(_field(tree, "symbols", int), _field(tree, "bytes", int), tuple(shards))
     if record.symbols != sum(shard.symbols for shard in shards) or any(shard.symbols < 1 for shard in shards):
         raise ValueError(f"the shards of split {name} do not add up to its {record.symbols} symbols")

@@ -16,7 +16,7 @@ from data_pipeline.files import Progress, written_whole
 from data_pipeline.manifest import NAME, Shard, Source, SplitRecord, read_manifest
 from data_pipeline.vocabulary import Vocabulary
 
-OPEN_SHARDS = 64  # maps kept open by a split; each takes two file descriptors, and a process has often only 1024
+OPEN_SHARDS = 64  # maps kept open by a split; each takes a file descriptor, and a process has often only 1024
 Value = TypeVar("Value")
 
 
@@ -75,7 +75,7 @@ class Split:
         self.dtype = dtype
         self.bytes = record.bytes  # of the original text
         self._starts = np.cumsum([0, *(shard.symbols for shard in record.shards)])
-        self._maps: Recent[tuple[MappedFile, MappedFile]] = Recent(OPEN_SHARDS)
+        self._maps: Recent[tuple[MappedFile, bytes]] = Recent(OPEN_SHARDS)
         self._blocks: Recent[np.ndarray] = Recent(keep_blocks)
 
     def __len__(self) -> int:
@@ -116,8 +116,7 @@ class Split:
             data, checksums = self._map(number)
             start = index * self._block_bytes
             content = data.read(start, min(start + self._block_bytes, shard.symbols * self.dtype.itemsize))
-            expected = int.from_bytes(checksums.read(4 * index, 4 * index + 4), "little")
-            if zlib.crc32(content) != expected:
+            if _checksum(content) != checksums[4 * index : 4 * index + 4]:
                 raise ValueError(
                     f"{self._directory / shard.file} is damaged: the block at byte {start} does not match its "
                     "checksum; delete the corpus and prepare it again"
@@ -126,12 +125,19 @@ class Split:
             self._blocks.put((number, index), block)
         return block
 
-    def _map(self, number: int) -> tuple[MappedFile, MappedFile]:
+    def _map(self, number: int) -> tuple[MappedFile, bytes]:
+        """A shard, and its checksums: those of the manifest, from here on in memory, whatever becomes of their file."""
         maps = self._maps.get(number)
         if maps is None:
             shard = self._record.shards[number]
             sizes = shard_sizes(shard, self.dtype.itemsize, self._block_bytes)
-            data, checksums = (MappedFile(self._directory / name, size) for name, size in sizes.items())
+            data, checked = (MappedFile(self._directory / name, size) for name, size in sizes.items())
+            checksums = checked.read(0, sizes[shard.checksums])
+            if hashlib.sha256(checksums).hexdigest() != shard.checksums_sha256:
+                raise ValueError(
+                    f"{self._directory / shard.file} may be of another text: {shard.checksums} is not the file that "
+                    f"{NAME} tells of; delete the corpus and prepare it again"
+                )
             maps = data, checksums
             self._maps.put(number, maps)
         return maps
@@ -205,7 +211,7 @@ def write_shard(directory: Path, file: str, pieces: Iterable[np.ndarray], block_
             pending = bytes(content[whole:])
     if pending:
         checksums += _checksum(pending)
-    shard = Shard(file, symbols, digest.hexdigest())
+    shard = Shard(file, symbols, digest.hexdigest(), hashlib.sha256(checksums).hexdigest())
     with written_whole(directory / shard.checksums) as out:
         out.write(checksums)
     return shard

@@ -9,6 +9,8 @@ from charlstm import mesh as mesh_lib
 from data_pipeline.settings import check_choices, setting
 from launch import program
 
+ALIKE = 5.0  # seconds within which all processes end, where they end for the same reason
+
 
 @dataclasses.dataclass(frozen=True)
 class JobFlags:
@@ -48,6 +50,18 @@ def join(chosen: JobFlags) -> None:
         mesh_lib.join_cluster(chosen.heartbeat_timeout)
     elif chosen.coordinator:
         mesh_lib.join(chosen.coordinator, chosen.num_processes, chosen.process_id, chosen.heartbeat_timeout)
+
+
+def leave_alone(error: Exception) -> None:
+    """Ends this process because of what it alone has met with; returns where all end: Python's own way out is theirs.
+
+    Alone, that way would wait for the others, which wait for this process; and take them down as if it had died.
+    """
+    if mesh_lib.all_leave(ALIKE):
+        return
+    status = program.explain("launch.train", error)
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def leave(error: Exception) -> NoReturn:

@@ -73,12 +73,17 @@ def _status(name: str, main: Callable[[Sequence[str]], int]) -> int:
         out_of_memory = "out of memory" in str(error).lower() or "RESOURCE_EXHAUSTED" in str(error)
         if os.environ.get("CHARLSTM_TRACEBACK") or (isinstance(error, RuntimeError) and not out_of_memory):
             raise
-        sentence = " ".join(str(error).split())
-        if out_of_memory:
-            sentence = f"out of memory ({sentence[:120]}): lower batch_size, window, hidden_size or num_samples"
-        with contextlib.suppress(OSError):  # stderr may be a file on the full disk
-            print(f"{name}: {sentence}", file=sys.stderr)
-        return NOT_SAVED if isinstance(error, OSError) and error.errno in DISK_ERRORS else MISTAKE
+        return explain(name, error, out_of_memory)
+
+
+def explain(name: str, error: Exception, out_of_memory: bool = False) -> int:
+    """Says in one line what went wrong, and gives the exit status for it."""
+    sentence = " ".join(str(error).split())
+    if out_of_memory:
+        sentence = f"out of memory ({sentence[:120]}): lower batch_size, window, hidden_size or num_samples"
+    with contextlib.suppress(OSError):  # stderr may be a file on the full disk
+        print(f"{name}: {sentence}", file=sys.stderr)
+    return NOT_SAVED if isinstance(error, OSError) and error.errno in DISK_ERRORS else MISTAKE
 
 
 def _nowhere() -> Any:

@@ -142,7 +142,7 @@ def _windows(run: Run, start: int) -> Windows:
 def _newest(run: Run, params: ModelParams | None, around: Around) -> tuple[TrainState, float | None]:
     """The newest whole checkpoint of the run, and its validation score; else the state before the first update."""
     V = run.corpus.vocabulary.size
-    if around.checkpoints.steps():
+    if mesh_lib.any_process(bool(around.checkpoints.steps())):
         state, meta = around.checkpoints.restore(step_lib.abstract(run.config, V, run.mesh))
         run_directory.require_own(meta["identity"], run.config, run.identity, run.run_dir)
         around.log.say(f"continuing from the checkpoint of step {int(state.step)}")

@@ -55,10 +55,12 @@ def main(argv: Sequence[str]) -> int:
     job.join(joined)
     try:
         return _run(chosen, watching, telling, config, given)
-    except (ValueError, RuntimeError) as error:
-        if not (joined.has_others and mesh_lib.tells_of_a_lost_process(error)):
-            raise
-        job.leave(error)
+    except (ValueError, OSError, RuntimeError) as error:
+        if joined.has_others and mesh_lib.tells_of_a_lost_process(error):
+            job.leave(error)
+        if joined.has_others:
+            job.leave_alone(error)
+        raise
 
 
 def _run(chosen: TrainFlags, watching: WatchdogFlags, telling: MonitorFlags, config: Config, given: list[str]) -> int:
@@ -86,9 +88,9 @@ def _run(chosen: TrainFlags, watching: WatchdogFlags, telling: MonitorFlags, con
     # The run: a new one, or the one that is there.
     identity = run_directory.Identity(corpus.vocabulary, corpus.fingerprint)
     remarks: list[str] = []
-    is_there = run_directory.exists(run_dir)
+    is_there = mesh_lib.any_process(run_directory.exists(run_dir))
     if is_there:
-        config, remarks = run_directory.continued(run_dir, config, identity)
+        config, remarks = mesh_lib.together(lambda: run_directory.continued(run_dir, config, identity))
         step_lib.shards_per_device(config, mesh.size, fixed=True)
     else:
         config = config_lib.resolve(config, mesh.size)
@@ -113,7 +115,7 @@ def _run(chosen: TrainFlags, watching: WatchdogFlags, telling: MonitorFlags, con
 
 def _initial_params(run: Run, initial_checkpoint: str, say: Callable[[str], None]) -> ModelParams | None:
     """The parameters of --initial_checkpoint, for a run that has no checkpoint of its own yet."""
-    if not initial_checkpoint or StepDirectory(run.run_dir / "checkpoints").steps():
+    if not initial_checkpoint or mesh_lib.any_process(bool(StepDirectory(run.run_dir / "checkpoints").steps())):
         return None
     other = at_home(initial_checkpoint)
     step = int(other.name) if other.parent.name == "checkpoints" and other.name.isdecimal() else None

@@ -34,13 +34,15 @@ def sparse_corpus(directory, shard_count, shard_bytes):
     shards = []
     for number in range(shard_count):
         last = number == shard_count - 1
-        shard = Shard(f"train-{number:05}.ids", shard_bytes, (last_sha if last else zeros_sha).hexdigest())
+        own = checksums + (last_checksum if last else checksum)
+        digests = (last_sha if last else zeros_sha).hexdigest(), hashlib.sha256(own).hexdigest()
+        shard = Shard(f"train-{number:05}.ids", shard_bytes, *digests)
         with (directory / shard.file).open("wb") as file:
             file.truncate(shard_bytes)
             if last:
                 file.seek(-len(END), os.SEEK_END)
                 file.write(END)
-        (directory / shard.checksums).write_bytes(checksums + (last_checksum if last else checksum))
+        (directory / shard.checksums).write_bytes(own)
         shards.append(shard)
     symbols = shard_count * shard_bytes
     write_manifest(directory, Manifest(Vocabulary("bytes"), {"train": SplitRecord(symbols, symbols, tuple(shards))}))

@@ -1,8 +1,14 @@
 """The suite of faults, `make faults`: real processes killed and stopped; prints a table of what was seen."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from tests.jobs import ROOT
 
 
 class Seen(NamedTuple):
@@ -26,6 +32,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def table() -> list[Seen]:
     return _table
+
+
+@pytest.fixture(scope="session")
+def half_done(job_flags, tmp_path_factory) -> Path:
+    """A run of 160 of 240 steps, with checkpoints of 80 and 160.  To be copied, not changed."""
+    run_dir = tmp_path_factory.mktemp("half_done") / "run"
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    command = [sys.executable, "-m", "launch.train", *job_flags, "--num_steps=160", f"--run_dir={run_dir}"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
+    return run_dir
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

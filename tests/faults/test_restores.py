@@ -2,24 +2,23 @@
 
 import json
 import os
+import re
 import shutil
-import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from charlstm import file_manifest
+from launch import program
 from tests.faults import restorers
+from tests.faults.by_hand import free_port, needs_mounts, processes, seeing, statuses, whole_steps
 from tests.faults.conftest import Seen
-from tests.jobs import ROOT
+from tests.faults.restorers import flip
+from tests.jobs import ROOT, last_line
 
 FLIPS = 1000
-
-
-def free_port() -> int:
-    with socket.socket() as asked:
-        asked.bind(("localhost", 0))
-        return asked.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -32,19 +31,19 @@ def restored(tmp_path_factory) -> list[tuple[dict, dict]]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     coordinator = f"localhost:{free_port()}"
     outputs = [folder / "0.said", folder / "1.said"]
-    processes = []
+    running = []
     try:
         for process, output in enumerate(outputs):
             command = [sys.executable, "-m", "tests.faults.restorers", coordinator, str(process)]
             command += [str(folder / str(process)), str(FLIPS)]
             with open(output, "w") as out:
-                processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out))
-        statuses = [process.wait(timeout=400) for process in processes]
+                running.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out))
+        ended = statuses(running, 300)
     finally:
-        for process in processes:
+        for process in running:
             process.kill()
             process.wait()
-    assert statuses == [0, 0], [output.read_text()[-2000:] for output in outputs]
+    assert ended == [0, 0], [output.read_text()[-2000:] for output in outputs]
     lines = [
         [json.loads(line) for line in output.read_text().splitlines() if line.startswith("{")] for output in outputs
     ]
@@ -110,10 +109,93 @@ def test_what_both_see_alike_is_judged_as_by_one_process(restored):
         agree(*of(restored, case)[0])
         assert all("checkpoint 4 in " in found["said"][0] for found in of(restored, case)[0])
     for found in of(restored, "a newer format on both")[0]:
-        assert "has format 99 and this version reads 1" in found["refusal"] and found["said"] == []
+        assert (
+            f"has format 99 and this version reads {file_manifest.FORMAT}" in found["refusal"] and found["said"] == []
+        )
 
 
 def test_what_proves_nothing_of_a_checkpoint_is_never_called_damage(restored):
     for case in ("a file that cannot be read", "an error in reading the arrays"):
         for found in (found for pair in of(restored, case) for found in pair):
             assert found["said"] == [], found
+
+
+def damaged_copies(run_dir: Path, folder: Path, *steps: int) -> list[str]:
+    """A command inside of which a process sees `steps` of a run with a bit flipped in each."""
+    mounts = []
+    for step in steps:
+        place = run_dir / "checkpoints" / str(step)
+        copy = shutil.copytree(place, folder / str(step))
+        flip(next((copy / "recurrent_state").rglob("d/*")).relative_to(copy), 5)(copy)
+        mounts.append(f"mount --bind {copy} {place}")
+    return seeing(*mounts)
+
+
+@needs_mounts
+def test_a_job_of_which_one_process_sees_its_newest_checkpoint_damaged_goes_on_from_the_one_before(
+    half_done, job_flags, undisturbed, table, tmp_path
+):
+    run_dir = shutil.copytree(half_done, tmp_path / "run")
+    inside = {1: damaged_copies(run_dir, tmp_path / "other", 160)}
+    with processes([*job_flags, f"--run_dir={run_dir}"], tmp_path, inside=inside) as running:
+        ended = statuses(running)
+    said = (tmp_path / "0.txt").read_text()
+    assert ended == [program.DONE] * 2, said
+    assert re.search(r"^checkpoint 160 in \S+ is damaged: process 1: recurrent_state/\S+ was changed", said, re.M)
+    assert "checkpoint 80 is the newest whole one and is used instead" in said
+    assert re.search(r"^checkpoint 160 was set aside as 160\.corrupt-", said, re.M)
+    equal = last_line(run_dir)["state_digest"] == undisturbed["state_digest"]
+    table.append(Seen("the newest checkpoint damaged for one of 2 processes of a job", 1, "80", str(equal)))
+    assert equal and whole_steps(run_dir) == [80, 160, 240]
+
+
+@needs_mounts
+def test_a_job_of_which_one_process_sees_no_whole_checkpoint_is_refused_by_every_process_and_nothing_is_moved(
+    half_done, job_flags, table, tmp_path
+):
+    run_dir = shutil.copytree(half_done, tmp_path / "run")
+    inside = {1: damaged_copies(run_dir, tmp_path / "other", 80, 160)}
+    refused_by_all(run_dir, job_flags, tmp_path, inside, "is whole (there are 80, 160): remove it to start anew")
+    assert whole_steps(run_dir) == [80, 160]
+    table.append(Seen("all checkpoints damaged for one of 2 processes of a job", 1, "", "both refuse, status 2"))
+
+
+@needs_mounts
+@pytest.mark.parametrize("missing", ["checkpoints", ""], ids=["checkpoints", "run"])
+@pytest.mark.parametrize("blind", [0, 1])
+def test_a_job_of_which_one_process_sees_no_checkpoint_or_no_run_is_refused_by_every_process(
+    blind, missing, half_done, job_flags, table, tmp_path
+):
+    run_dir, empty = shutil.copytree(half_done, tmp_path / "run"), tmp_path / "empty"
+    empty.mkdir()
+    inside = {blind: seeing(f"mount --bind {empty} {run_dir / missing}")}
+    none, damaged = "there is no checkpoint in ", "is whole (there are 80, 160): remove it to start anew"
+    why = "is not a run: it has no config.json" if not missing else damaged if blind else none
+    refused_by_all(run_dir, job_flags, tmp_path, inside, why)
+    assert whole_steps(run_dir) == [80, 160]
+    fault = f"no {missing or 'run'} seen by process {blind} of 2 of a job"
+    table.append(Seen(fault, 1, "", "both refuse, status 2"))
+
+
+@needs_mounts
+def test_a_new_job_whose_processes_do_not_share_the_run_directory_is_refused_by_every_process(
+    job_flags, table, tmp_path
+):
+    run_dir, empty = tmp_path / "run", tmp_path / "empty"
+    run_dir.mkdir()
+    empty.mkdir()
+    inside = {1: seeing(f"mount --bind {empty} {run_dir}")}
+    refused_by_all(run_dir, job_flags, tmp_path, inside, "on a file system that all processes share")
+    table.append(Seen("a run directory that 2 processes do not share", 1, "", "both refuse, status 2"))
+
+
+def refused_by_all(run_dir: Path, flags: tuple[str, ...], said: Path, inside: dict[int, list[str]], why: str) -> None:
+    """Every process ends with status 2 and one sentence."""
+    with processes([*flags, f"--run_dir={run_dir}"], said, inside=inside) as running:
+        ended = statuses(running)
+    for process in (0, 1):
+        lines = (said / f"{process}.txt").read_text().splitlines()
+        refusals = [line for line in lines if line.startswith("launch.train: ")]
+        assert ended[process] == program.MISTAKE, lines
+        assert len(refusals) == 1 and why in refusals[0], lines
+        assert not any("Traceback" in line for line in lines)

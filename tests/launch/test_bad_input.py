@@ -15,6 +15,7 @@ from charlstm import file_manifest
 from data_pipeline.prepare import prepare
 from data_pipeline.settings import CorpusSettings
 from launch import evaluate, program, run_directory, train
+from launch import run as run_lib
 from tests.jobs import last_line
 from tests.launch.conftest import SMALL, TINY, flip, process, refusal, steps, tree
 
@@ -361,7 +362,7 @@ def test_ctrl_c_and_sigterm_finish_the_step_and_save_and_the_same_command_ends_w
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_step():
-    with train._signals() as stopping:
+    with run_lib._signals() as stopping:
         assert not stopping()
         os.kill(os.getpid(), signal.SIGINT)
         assert stopping()
