@@ -1,6 +1,8 @@
 # make train   environment, dependencies, then the main job on the embedded corpus: trains, evaluates, prints a sample
 # make test    environment, dependencies, the whole test suite
 # make faults  processes killed, stopped and stuck, a job on Slurm, for minutes; prints a table of what was seen
+# make chaos   100 jobs disturbed at random, of other processes and devices at every start; an hour or so
+# make soak    a job for two hours with a fault every minute; prints its goodput
 # make lint    style and types
 #
 # PYTHON chooses the interpreter (3.11, 3.12 or 3.13); ARGS adds flags to the training command.
@@ -12,7 +14,7 @@ RUN_DIR ?= runs/quickstart
 ARGS ?=
 PYTEST_ARGS ?= -n 2
 
-.PHONY: train test faults lint lock clean
+.PHONY: train test faults chaos soak lint lock clean
 
 train: $(VENV)/installed
 	$(BIN)/python -m launch.train --flagfile=configs/quickstart.flags --run_dir=$(RUN_DIR) $(ARGS)
@@ -24,6 +26,12 @@ test: $(VENV)/installed
 
 faults: $(VENV)/installed
 	$(BIN)/python -m pytest -m faults
+
+chaos: $(VENV)/installed
+	$(BIN)/python -m tests.faults.chaos --seeds=100
+
+soak: $(VENV)/installed
+	$(BIN)/python -m tests.faults.soak --minutes=120 --processes=1
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
-"""A job of several processes for hours, with a fault every minute and no hand laid on it.
+"""A job for hours, with a fault every minute and no hand laid on it.
 
-    python -m tests.faults.soak --minutes=120
+    python -m tests.faults.soak --minutes=120 --processes=1
 
 A line for each fault: what it was and how many seconds of training it cost.  At the end, goodput: the time that the
 updates kept would have taken undisturbed, at the median pace between faults, as a fraction of all the time that went
