@@ -70,10 +70,11 @@ def test_a_poisoned_row_of_state_costs_one_update_and_that_row_alone(value, devi
     assert after.sound and after.finite_B.all() and np.isfinite(again.recurrent_state[0].c).all()
 
 
-def test_a_nan_is_a_poisoned_row(begun):
-    _, (metrics,) = advance(SKIP, begun, [2], spoil=with_row(5, np.nan))
-    assert list(np.flatnonzero(~metrics.finite_B)) == [5] and not metrics.sound
-    assert (metrics.course.skipped, metrics.course.skipped_in_a_row, metrics.course.rows_reset) == (1, 1, 1)
+def test_what_was_skipped_and_zeroed_is_counted(begun):
+    _, found = advance(SKIP, begun, [2, beyond(SKIP, 3), 4, beyond(SKIP, 5)], spoil=with_row(5, np.nan))
+    assert list(np.flatnonzero(~found[0].finite_B)) == [5] and not found[0].sound
+    assert [m.course.skipped for m in found] == [m.course.rows_reset for m in found] == [1, 2, 2, 3]
+    assert [m.course.skipped_in_a_row for m in found] == [1, 2, 0, 1]
 
 
 def test_skipped_is_to_the_bit_as_if_that_update_had_never_been_made(begun):
