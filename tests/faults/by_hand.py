@@ -13,22 +13,14 @@ import pytest
 from charlstm.file_manifest import StepDirectory
 from tests.jobs import ROOT
 
-# A sitecustomize.py: it changes data_pipeline.loader when the program imports it.
 _SLOW_READER = """
-import importlib.abc, sys, time
-class Slowed(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name != "data_pipeline.loader":
-            return None
-        sys.meta_path.remove(self)
-        import data_pipeline.loader as loader
-        read = loader.Windows.__next__
-        def slowly(windows):
-            time.sleep({seconds})
-            return read(windows)
-        loader.Windows.__next__ = slowly
-        return loader.__spec__
-sys.meta_path.insert(0, Slowed())
+import time
+from data_pipeline.loader import Windows
+read = Windows.__next__
+def slowly(windows):
+    time.sleep({seconds})
+    return read(windows)
+Windows.__next__ = slowly
 """
 
 

@@ -37,11 +37,16 @@ class Case(NamedTuple):
     step: int | None
 
 
-def save(directory: Path, steps: range) -> None:
+def save(folder: Path) -> None:
     """The checkpoints of which each process gets a copy."""
-    with Checkpoints(directory, log=print, keep=len(steps)) as checkpoints:
-        for step in steps:
-            checkpoints.save(make_state(step, layers=LAYERS), IDENTITY, None)
+    for name, steps in (("few", STEPS), ("many", range(1, FLIPPED.stop))):
+        with Checkpoints(folder / name, log=print, keep=len(steps)) as checkpoints:
+            for step in steps:
+                checkpoints.save(make_state(step, layers=LAYERS), IDENTITY, None)
+    with Checkpoints(folder / "another", log=print) as checkpoints:
+        # Only what every process has whole is another: of what they share, they would see that it does not fit.
+        another = make_state(3, layers=LAYERS)._replace(params=make_state(1, layers=LAYERS).params)
+        checkpoints.save(another, IDENTITY, None)
 
 
 def flips(whole: Path, count: int) -> Iterator[Case]:
@@ -112,11 +117,8 @@ def named_as_newest(own: Path) -> None:
 
 def saved_twice(own: Path) -> None:
     """The newest step is whole, but it is another one: of a run that has gone another way."""
-    elsewhere = own / "elsewhere"
-    shutil.copytree(own / "1", elsewhere)
-    rewrite_seal(elsewhere, lambda meta: meta.update(step=3))
     shutil.rmtree(own / "3")
-    elsewhere.rename(own / "3")
+    shutil.copytree(own.parent / "another" / "3", own / "3")
 
 
 def newer_format(own: Path) -> None:

@@ -53,16 +53,22 @@ def training(run_dir: Path, flags: tuple[str, ...], count: int, **how) -> Iterat
         assert ended == [program.DONE] * count, (run_dir.parent / "0.txt").read_text()
 
 
-def fails_until_mended(run_dir: Path, break_it: Callable[[], object], mend: Callable[[], object]) -> None:
+def fails_until_mended(
+    run_dir: Path, running: list[subprocess.Popen], break_it: Callable[[], object], mend: Callable[[], object]
+) -> None:
     """Two saves fail, which harms none of those before; then it is mended, and the next one is made."""
+
+    def ended() -> bool:
+        return any(process.poll() is not None for process in running)
+
     break_it()
     try:
-        wait_for(lambda: len(failures(run_dir)) >= 2)
+        wait_for(lambda: len(failures(run_dir)) >= 2 or ended())
         kept = whole_steps(run_dir)
         assert kept[-1] >= 170
     finally:
         mend()
-    wait_for(lambda: max(StepDirectory(run_dir / "checkpoints").steps()) > kept[-1])
+    wait_for(lambda: max(StepDirectory(run_dir / "checkpoints").steps()) > kept[-1] or ended())
 
 
 def check(run_dir: Path, undisturbed: dict, table: list[Seen], fault: str) -> None:
@@ -83,8 +89,8 @@ def check(run_dir: Path, undisturbed: dict, table: list[Seen], fault: str) -> No
 def test_a_disk_that_is_full_costs_no_checkpoint_that_was_made_and_no_bit(run_dir, job_flags, undisturbed, table):
     checkpoints = run_dir / "checkpoints"
     with own_disk(checkpoints, "6m"):
-        with training(run_dir, job_flags, 2):
-            fails_until_mended(run_dir, lambda: fill(checkpoints), (checkpoints / "ballast").unlink)
+        with training(run_dir, job_flags, 2) as running:
+            fails_until_mended(run_dir, running, lambda: fill(checkpoints), (checkpoints / "ballast").unlink)
         check(run_dir, undisturbed, table, "disk full during saves of 2 processes")
 
 
@@ -94,9 +100,9 @@ def test_a_disk_that_becomes_read_only_costs_no_checkpoint_that_was_made_and_no_
 ):
     checkpoints = run_dir / "checkpoints"
     with own_disk(checkpoints, "6m"):
-        with training(run_dir, job_flags, 1):
+        with training(run_dir, job_flags, 1) as running:
             remount = [lambda how=how: mount("-o", f"remount,{how}", checkpoints) for how in ("ro", "rw")]
-            fails_until_mended(run_dir, *remount)
+            fails_until_mended(run_dir, running, *remount)
         check(run_dir, undisturbed, table, "disk read-only during saves")
 
 
@@ -112,7 +118,7 @@ def test_a_disk_that_fails_for_one_process_only_fails_for_all_alike_and_costs_no
             enter = ["nsenter", "--mount", f"--target={running[1].pid}"]
             subprocess.run([*enter, "mount", "-o", f"remount,bind,{how}", str(checkpoints)], check=True)
 
-        fails_until_mended(run_dir, lambda: remount("ro"), lambda: remount("rw"))
+        fails_until_mended(run_dir, running, lambda: remount("ro"), lambda: remount("rw"))
         assert all(": ValueError: process 1: " in line for line in failures(run_dir))
     check(run_dir, undisturbed, table, "disk read-only for one of 2 processes")
 
@@ -123,8 +129,9 @@ def test_a_permission_that_is_lost_costs_no_checkpoint_that_was_made_and_no_bit(
     left, run_dir, job_flags, undisturbed, table
 ):
     checkpoints = run_dir / "checkpoints"
-    with training(run_dir, job_flags, 1, inside={0: held_to_permissions()}):
-        fails_until_mended(run_dir, lambda: os.chmod(checkpoints, left), lambda: os.chmod(checkpoints, 0o700))
+    with training(run_dir, job_flags, 1, inside={0: held_to_permissions()}) as running:
+        chmod = [lambda mode=mode: os.chmod(checkpoints, mode) for mode in (left, 0o700)]
+        fails_until_mended(run_dir, running, *chmod)
         assert all("Permission denied" in line for line in failures(run_dir))
     rest = "permission to write" if left else "every permission"
     check(run_dir, undisturbed, table, f"{rest} lost during saves")

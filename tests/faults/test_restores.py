@@ -25,8 +25,7 @@ FLIPS = 1000
 def restored(tmp_path_factory) -> list[tuple[dict, dict]]:
     """Of each case of `restorers`, what the one process and the other say."""
     folder = tmp_path_factory.mktemp("restored")
-    restorers.save(folder / "0" / "few", restorers.STEPS)
-    restorers.save(folder / "0" / "many", range(1, restorers.FLIPPED.stop))
+    restorers.save(folder / "0")
     shutil.copytree(folder / "0", folder / "1")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     coordinator = f"localhost:{free_port()}"
