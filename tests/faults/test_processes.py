@@ -78,9 +78,9 @@ def test_a_process_that_hangs_is_named_and_the_job_started_again_ends_with_the_s
 ):
     (tmp_path / "sitecustomize.py").write_text(STUCK_ON_A_SIGNAL)
     run_dir = tmp_path / "run"
-    own = ("--processes=2", "--devices_per_process=1", "--restarts=3", "--grace=4")
+    own = ("--processes=2", "--devices_per_process=1", "--restarts=3", "--grace=16")  # until then it is the watchdog's
     # JAX itself would notice a stopped process after its own timeout; here it is to be the watchdog.
-    watched = ("--heartbeat_timeout=100", "--step_timeout_factor=3", "--step_timeout_least=4", "--pause_timeout=40")
+    watched = ("--heartbeat_timeout=100", "--step_timeout_factor=3", "--step_timeout_least=8", "--pause_timeout=40")
     cadence = ("--checkpoint_every=120", "--log_every=10")  # most likely it is a step that is disturbed
     with job(own, *job_flags, *watched, *cadence, f"--run_dir={run_dir}", python_path=tmp_path) as running:
         wait_for(has_saved(run_dir, 120))
@@ -99,4 +99,18 @@ def test_a_process_that_hangs_is_named_and_the_job_started_again_ends_with_the_s
     equal = last_line(run_dir)["state_digest"] == undisturbed["state_digest"]
     name = f"number {process} stopped (SIGSTOP)" if fault == signal.SIGSTOP else "alive but stuck"
     table.append(Seen(f"one of 2 processes {name}", 1, str(lost(run_dir)), str(equal)))
+    assert equal
+
+
+def test_a_process_that_is_alone_and_stopped_is_killed_and_started_again(job_flags, undisturbed, table, tmp_path):
+    run_dir = tmp_path / "run"
+    own = ("--processes=1", "--devices_per_process=1", "--restarts=1", "--grace=2")
+    with job(own, *job_flags, "--log_every=10", f"--run_dir={run_dir}") as running:
+        wait_for(has_saved(run_dir, 80))
+        os.kill(children(running.pid)[0], signal.SIGSTOP)
+        _, said = running.communicate(timeout=300)
+    assert running.returncode == program.DONE, said
+    assert "process 0 is stopped, and killed" in said and "starting again from step " in said
+    equal = last_line(run_dir)["state_digest"] == undisturbed["state_digest"]
+    table.append(Seen("the only process stopped (SIGSTOP)", 1, str(lost(run_dir)), str(equal)))
     assert equal
