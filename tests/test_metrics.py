@@ -47,7 +47,7 @@ def reported(loss=1.0, norm=0.5, rate=0.01, streams=4, bad=(), worst=0, finite_p
     finite[list(bad)], losses[worst] = False, 2
     sound = finite_params and np.isfinite(getattr(loss, "value", loss)) and np.isfinite(getattr(norm, "value", norm))
     course = guard.start(np.float32)
-    return Metrics(loss, losses, norm, rate, sound, finite_params, finite, len(bad), course)  # type: ignore[arg-type]
+    return Metrics(loss, losses, norm, rate, sound, finite_params, finite, len(bad), course)
 
 
 def meter(num_steps=100, say=print, **settings) -> Meter:

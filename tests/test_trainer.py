@@ -51,7 +51,7 @@ class Run:
         seen = np.where(np.arange(LAST) < start, np.arange(LAST), -1)
         self.first = TrainState(
             jnp.asarray(start, jnp.int32), jnp.asarray(seen, jnp.int32), (), (), guard.start(np.float32)
-        )  # type: ignore[arg-type]
+        )
 
     def next_batch(self) -> int:
         self.batches.append(next(self._source))
@@ -66,7 +66,7 @@ class Run:
             figures[self._what] = np.nan
         finite = np.arange(4) != (2 if step + 1 == self._bad else -1)
         bad, course = int(4 - finite.sum()), state.course
-        metrics = Metrics(figures["loss"], np.ones(4), figures["norm"], 0.01, not bad, True, finite, bad, course)  # type: ignore[arg-type]
+        metrics = Metrics(figures["loss"], np.ones(4), figures["norm"], 0.01, not bad, True, finite, bad, course)
         return state._replace(step=jnp.asarray(step + 1, jnp.int32), params=jnp.asarray(seen)), metrics
 
     def evaluate(self, step, params):

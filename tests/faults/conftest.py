@@ -47,7 +47,7 @@ def half_done(job_flags, tmp_path_factory) -> Path:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not _table:
         return
-    rows = [Seen("fault", "times", "lost updates", "final bits equal"), *_table]  # type: ignore[arg-type]
+    rows = [Seen("fault", "times", "lost updates", "final bits equal"), *_table]
     widths = [max(len(str(row[column])) for row in rows) for column in range(len(Seen._fields))]
     terminalreporter.section("faults")
     for row in rows:

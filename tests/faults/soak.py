@@ -30,6 +30,7 @@ import numpy as np
 from charlstm.file_manifest import StepDirectory
 from launch import program
 from tests.faults import disturbances
+from tests.faults.by_hand import slow_reader
 from tests.jobs import ROOT
 
 FAULTS = (
@@ -44,15 +45,6 @@ FAULTS = (
     disturbances.start_another,
 )
 LOG_EVERY = 10
-SLOW_TEXT = """
-import time
-from data_pipeline.loader import Windows
-read = Windows.__next__
-def slowly(windows):
-    time.sleep(0.02)
-    return read(windows)
-Windows.__next__ = slowly
-"""
 
 
 class Job:
@@ -130,7 +122,7 @@ def small_disk(place: Path) -> Iterator[None]:
 
 
 def _soak(folder: Path, chosen: argparse.Namespace) -> int:
-    (folder / "sitecustomize.py").write_text(SLOW_TEXT)
+    slowed = slow_reader(folder / "slowed", 0.02)
     (folder / "text.txt").write_text("".join(f"line {n * n} of a text\n" for n in range(3000)))
     run_dir = folder / "disk" / "run"
     faults = [fault for fault in FAULTS if fault != disturbances.fill_the_disk or run_dir.parent.is_mount()]
@@ -142,7 +134,7 @@ def _soak(folder: Path, chosen: argparse.Namespace) -> int:
     watched = ["--step_timeout_factor=20", "--step_timeout_least=1.5", "--heartbeat_timeout=10"]
     own = [f"--processes={chosen.processes}", "--devices_per_process=1", "--restarts=100000", "--grace=2"]
     command = [sys.executable, "-m", "launch.local", *own, "--", *flags, *watched, f"--run_dir={run_dir}"]
-    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": f"{folder}:{ROOT}"}
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": f"{slowed}:{ROOT}"}
     random = np.random.default_rng(chosen.seed)
     job = Job(command, environment)
     atexit.register(job.kill)
