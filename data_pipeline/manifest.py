@@ -113,20 +113,17 @@ def read_manifest(directory: Path) -> Manifest:
         raise ValueError(f"{directory} is not a prepared corpus: it has no {NAME}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete the corpus and prepare it again") from None
+    if not isinstance(tree, dict) or tree.get("format") != "charlstm corpus":
+        raise ValueError(f"{path}: not the manifest of a prepared corpus")
     try:
         return _manifest(tree)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {error}: delete the corpus and prepare it again") from None
 
 
-def _manifest(tree: Any) -> Manifest:
-    if not isinstance(tree, dict) or tree.get("format") != "charlstm corpus":
-        raise ValueError("not the manifest of a prepared corpus")
+def _manifest(tree: dict[str, Any]) -> Manifest:
     if tree.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"format version {tree.get('format_version')!r}, and this program reads {FORMAT_VERSION}: delete the "
-            "corpus and prepare it again"
-        )
+        raise ValueError(f"format version {tree.get('format_version')!r}, and this program reads {FORMAT_VERSION}")
     splits = _field(tree, "splits", dict)
     manifest = Manifest(
         vocabulary=Vocabulary.from_json(_field(tree, "vocabulary", dict)),
@@ -147,8 +144,7 @@ def _manifest(tree: Any) -> Manifest:
     for name in ("fingerprint", "sha256"):
         if _field(tree, name, str) != contents[name]:
             raise ValueError(
-                f"the {name} {tree[name]!r} is not that of the contents, {contents[name]}: the file was changed, "
-                "delete the corpus and prepare it again"
+                f"the {name} {tree[name]!r} is not that of the contents, {contents[name]}, the file was changed"
             )
     return manifest
 
