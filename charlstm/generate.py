@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from charlstm import keys, model
-from charlstm.config import ModelConfig
+from charlstm.model_config import ModelConfig
 from charlstm.types import ModelParams, RecurrentState
 from data_pipeline.settings import setting
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from charlstm.config import TrainingConfig
+from charlstm.training_config import TrainingConfig
 from charlstm.types import Course
 
 Tree = Any  # of arrays

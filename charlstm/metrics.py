@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from charlstm import mesh as mesh_lib
-from charlstm.config import TrainingConfig
 from charlstm.loss import NATS_PER_BIT
+from charlstm.training_config import TrainingConfig
 from charlstm.types import Metrics
 
 

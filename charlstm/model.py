@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from charlstm import initializers, keys
 from charlstm.cells import gru, lstm, rnn
-from charlstm.config import ModelConfig
+from charlstm.model_config import ModelConfig
 from charlstm.projection import dense, lookup
 from charlstm.types import ModelParams, RecurrentState
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from charlstm.config import OptimizerConfig
+from charlstm.training_config import OptimizerConfig
 
 Tree = Any  # of arrays: the parameters, or what has their structure
 

@@ -25,7 +25,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from charlstm.config import OptimizerConfig
+from charlstm.training_config import OptimizerConfig
 
 Schedule = Callable[[jax.Array], jax.Array]
 

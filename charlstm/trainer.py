@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 from charlstm import digest
-from charlstm.config import TrainingConfig
 from charlstm.metrics import Meter, finite_score
 from charlstm.run_log import RunLog
 from charlstm.step import TrainStep
+from charlstm.training_config import TrainingConfig
 from charlstm.types import ModelParams, TrainState
 
 

@@ -7,6 +7,9 @@ setting is written down once.
 import dataclasses
 from typing import Any
 
+# What steps, sizes and rates are on the device: int32 and float32.
+LARGEST_INT, LARGEST_FLOAT = 2**31 - 1, 3.4e38
+
 
 def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), free: bool = False) -> Any:
     """A dataclass field with its help text.
@@ -26,6 +29,25 @@ def check_choices(settings: Any) -> None:
         choices, value = field.metadata.get("choices"), getattr(settings, field.name)
         if choices and value not in choices:
             raise ValueError(f"{field.name}={value!r} is not one of {', '.join(choices)}")
+
+
+def check_numbers(settings: Any) -> None:
+    """Raises ValueError where a number of the dataclass `settings` is one that no computation can take."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:  # not a number is not, either
+            raise ValueError(f"{field.name}={value} is not a finite float32")
+        if isinstance(value, int) and abs(value) > LARGEST_INT:
+            raise ValueError(f"{field.name}={value} must be at most {LARGEST_INT}")
+
+
+def check_at_least(settings: Any, least: int, *names: str) -> None:
+    """Raises ValueError where one of the settings `names` is less than `least`."""
+    for name in names:
+        value = getattr(settings, name)
+        if value < least:
+            words = f"at least {least}" if least else "0 or more"
+            raise ValueError(f"{name}={value} must be {words}")
 
 
 @dataclasses.dataclass(frozen=True)

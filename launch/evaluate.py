@@ -11,8 +11,8 @@ from typing import Any
 
 from charlstm import evaluate as evaluate_lib
 from charlstm import mesh as mesh_lib
-from charlstm.config import EvaluationConfig
 from charlstm.metrics import duration
+from charlstm.training_config import EvaluationConfig
 from data_pipeline import corpora
 from data_pipeline.files import at_home
 from data_pipeline.progress import bar

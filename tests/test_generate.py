@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from charlstm import model
-from charlstm.config import ModelConfig
 from charlstm.generate import Sampling, choose, generate
+from charlstm.model_config import ModelConfig
 
 V = 11
 CONFIG = ModelConfig(hidden_size=12, initializer="normal", init_scale=0.7)

@@ -11,8 +11,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("charlstm", "data_pipeline", "launch")
 RANKS = {
     "charlstm": {
-        0: ["config", "types", "keys"],
-        1: ["initializers", "projection", "loss", "optimizers", "schedules", "mesh", "digest", "reduction", "guard"],
+        0: ["model_config", "training_config", "types", "keys"],
+        1: [
+            *("config", "initializers", "projection", "loss", "optimizers", "schedules", "mesh", "digest", "reduction"),
+            "guard",
+        ],
         2: ["file_manifest", "replicas", "cells.lstm", "cells.gru", "cells.rnn", "cells.textbook"],
         3: ["model", "checkpoint", "metrics", "run_log"],
         4: ["step", "generate"],

@@ -11,8 +11,8 @@ import pytest
 
 from charlstm import guard
 from charlstm import metrics as metrics_lib
-from charlstm.config import TrainingConfig
 from charlstm.metrics import Diverged, Meter, duration
+from charlstm.training_config import TrainingConfig
 from charlstm.types import Metrics
 
 KEYS = {

@@ -7,8 +7,8 @@ import pytest
 
 from charlstm import keys, model
 from charlstm.cells import textbook
-from charlstm.config import ModelConfig
 from charlstm.loss import cross_entropy
+from charlstm.model_config import ModelConfig
 from charlstm.projection import dense, lookup
 
 V, B, T, H = 9, 4, 12, 6

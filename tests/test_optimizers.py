@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from charlstm import optimizers
-from charlstm.config import OptimizerConfig
+from charlstm.training_config import OptimizerConfig
 from charlstm.types import CellParams, ModelParams
 
 NUM_UPDATES = 100

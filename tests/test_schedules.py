@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from charlstm import schedules
-from charlstm.config import OptimizerConfig
+from charlstm.training_config import OptimizerConfig
 
 SCHEDULES = ("constant", "linear", "cosine", "exponential", "step")
 TURN = 2**24  # float32 cannot tell TURN and TURN + 1 apart

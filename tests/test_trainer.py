@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from charlstm import digest, guard, trainer
-from charlstm.config import TrainingConfig
 from charlstm.metrics import Diverged, Meter
 from charlstm.run_log import RunLog
 from charlstm.trainer import due
+from charlstm.training_config import TrainingConfig
 from charlstm.types import Metrics, TrainState
 
 LAST = 11

@@ -1,0 +1,45 @@
+"""Frozen settings of the recurrent language model."""
+
+import dataclasses
+
+from data_pipeline.settings import check_at_least, check_choices, check_numbers, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The recurrent language model."""
+
+    cell: str = setting("lstm", "The recurrent cell.", choices=("lstm", "gru", "rnn"))
+    num_layers: int = setting(2, "L: recurrent layers.")
+    hidden_size: int = setting(256, "H: hidden units of each layer.")
+    embedding_size: int = setting(0, "E: width of the symbol embedding; 0 feeds one-hot symbols, as char-rnn does.")
+    tie_embeddings: bool = setting(False, "The soft-max uses the embedding's own weights (needs E = H).")
+    skip: bool = setting(False, "The sum of all layers' outputs feeds the soft-max, not the last layer's alone.")
+    dropout: float = setting(0.0, "Dropout between layers and before the soft-max; masks are constant over a window.")
+    forget_bias: float = setting(1.0, "Initial bias of the LSTM's forget gate.")
+    initializer: str = setting(
+        "pytorch",
+        "Weights at the start: pytorch (uniform +-1/sqrt(H)), uniform (+-init_scale), normal (deviation init_scale), "
+        "glorot, or orthogonal (recurrent weights; the others glorot).",
+        choices=("pytorch", "uniform", "normal", "glorot", "orthogonal"),
+    )
+    init_scale: float = setting(0.08, "Scale of --initializer=uniform and normal.")
+    compute_dtype: str = setting(
+        "float32",
+        "Type of the matrix products' operands; master parameters, recurrent state and soft-max stay float32.",
+        choices=("float32", "bfloat16"),
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_numbers(self)
+        check_at_least(self, 1, "num_layers", "hidden_size")
+        check_at_least(self, 0, "init_scale")
+        if self.embedding_size < 0:
+            raise ValueError(f"embedding_size={self.embedding_size} must be 0 (one-hot) or more")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and less than 1")
+        if self.tie_embeddings and self.embedding_size != self.hidden_size:
+            raise ValueError(
+                f"tie_embeddings needs embedding_size={self.embedding_size} to equal hidden_size={self.hidden_size}"
+            )
