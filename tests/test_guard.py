@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from charlstm import mesh as mesh_lib
-from charlstm import replicas, step
+from charlstm import guard, replicas, step
+from charlstm.training_config import TrainingConfig
 from tests.test_step import V, assert_equal_bits, batch, compiled, make_config
 
 
@@ -119,6 +120,15 @@ def test_every_device_count_skips_alike():
     state, metrics = spoiled(8)
     for devices in (4, 1):
         assert_equal_bits((state, metrics), spoiled(devices))
+
+
+@pytest.mark.parametrize("spoiled", ["loss", "norm", "params"])
+def test_an_update_is_sound_where_loss_norm_and_new_parameters_are_finite_and_only_there(spoiled):
+    good = {"loss": jnp.float32(2.0), "norm": jnp.float32(1.0), "params": {"w": jnp.ones((2, 3))}}
+    course = guard.start(jnp.float32)
+    assert guard.is_sound(TrainingConfig(), **good, course=course)
+    bad = good | {spoiled: jax.tree.map(lambda leaf: leaf * jnp.inf, good[spoiled])}
+    assert not guard.is_sound(TrainingConfig(), **bad, course=course)
 
 
 def test_a_spike_is_a_loss_of_more_than_so_many_times_the_usual_one():
