@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from charlstm import mesh as mesh_lib
 from charlstm import guard, replicas, step
+from charlstm import mesh as mesh_lib
 from charlstm.training_config import TrainingConfig
 from tests.test_step import V, assert_equal_bits, batch, compiled, make_config
 
