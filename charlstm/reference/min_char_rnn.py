@@ -1,6 +1,6 @@
 """A character language model in its smallest form: one plain recurrent layer, one stream of text, NumPy alone.
 
-    python charlstm/reference/min_char_rnn.py [FILE]        (without FILE it reads itself)
+    python -m charlstm.reference.min_char_rnn --corpus=FILE --num_steps=10000        (without --corpus it reads itself)
 
     h_t = tanh(w_x[x_t] + h_{t-1} w_h + b_h)          row x_t of w_x is the product of w_x with a one-hot x_t
     p_t = softmax(h_t w_out + b_out)
@@ -13,7 +13,8 @@ before the soft-max and da_t for that before the tanh:
     da_t = (dz_t w_out^T + da_{t+1} w_h^T) * (1 - h_t^2)
 
 and each weight's gradient is the sum over t of (what went in)^T (what came back).  Windows of T symbols follow one
-another; h is carried from one to the next, gradients are not.  The update is Adagrad (Duchi et al. 2011).
+another; h is carried from one to the next, gradients are not.  The update is Adagrad (Duchi et al. 2011).  It is the
+algorithm of Karpathy's min-char-rnn (2015).
 
 Letters: T symbols in a window, V symbols in the vocabulary, H hidden width.
 """
@@ -82,32 +83,35 @@ def adagrad(params: Params, gradients: Params, squares: Params, learning_rate: f
 
 
 def sample(params: Params, rng: np.random.Generator, x: int, length: int) -> list[int]:
-    """`length` symbols, each drawn from the prediction after the ones before it; `x` is read first."""
+    """`length` symbols, each drawn from the prediction after the ones before it; `x` is read first.
+
+    With standard Gumbel noise added to its logarithms, the largest of the probabilities is a draw from them.
+    """
     ids, h_H = [x], np.zeros(len(params["b_h"]))
     for _ in range(length):
         h_TH, p_TV = forward(params, np.array(ids[-1:]), h_H)
-        ids.append(int(rng.choice(p_TV.shape[1], p=p_TV[0])))
+        ids.append(int(np.argmax(np.log(p_TV[0]) + rng.gumbel(size=p_TV.shape[1]))))
         h_H = h_TH[-1]
     return ids[1:]
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Trains a plain recurrent network on the characters of a text.")
-    parser.add_argument("file", nargs="?", default=__file__, help="UTF-8 text; default: this program")
-    parser.add_argument("--steps", type=int, default=10000, help="updates (%(default)s)")
+    parser.add_argument("--corpus", default=__file__, help="a UTF-8 text; default: this program")
+    parser.add_argument("--num_steps", type=int, default=10000, help="updates (%(default)s)")
     parser.add_argument("--hidden_size", type=int, default=100, help="H (%(default)s)")
     parser.add_argument("--window", type=int, default=25, help="T (%(default)s)")
     parser.add_argument("--learning_rate", type=float, default=0.05, help="of Adagrad (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same run (%(default)s)")
     options = parser.parse_args(argv)
-    if min(options.steps, options.hidden_size, options.window) < 1 or options.seed < 0:
-        parser.error("--steps, --hidden_size and --window must be 1 or more, --seed 0 or more")
+    if min(options.num_steps, options.hidden_size, options.window) < 1 or options.seed < 0:
+        parser.error("--num_steps, --hidden_size and --window must be 1 or more, --seed 0 or more")
     try:
-        text, T = Path(options.file).read_text(encoding="utf-8"), options.window
+        text, T = Path(options.corpus).read_text(encoding="utf-8"), options.window
     except (OSError, UnicodeDecodeError) as error:
-        parser.error(f"{options.file}: {error}")
+        parser.error(f"{options.corpus}: {error}")
     if len(text) <= T:
-        parser.error(f"{options.file} has {len(text)} characters, too few for --window={T}: give a longer text")
+        parser.error(f"{options.corpus} has {len(text)} characters, too few for --window={T}: give a longer text")
 
     symbols = sorted(set(text))
     id_of = {symbol: x for x, symbol in enumerate(symbols)}
@@ -116,17 +120,17 @@ def main(argv: list[str]) -> None:
     params = initialize(rng, V=len(symbols), H=options.hidden_size)
     squares = {name: np.zeros_like(p) for name, p in params.items()}
     start, seen = len(ids), []  # as if at the end of the text: the first window begins it
-    for step in range(options.steps):
+    for step in range(options.num_steps):
         if start + T >= len(ids):
             start, h_H = 0, np.zeros(options.hidden_size)
         loss, gradients, h_H = loss_and_gradients(params, ids[start : start + T], ids[start + 1 : start + T + 1], h_H)
         adagrad(params, gradients, squares, options.learning_rate)
         start += T
         seen.append(loss / T / np.log(2))
-        if (step + 1) % max(1, options.steps // 10) == 0:
+        if (step + 1) % max(1, options.num_steps // 10) == 0:
             print(f"step {step + 1}  {np.mean(seen):.3f} bits per character", flush=True)
+            print("".join(symbols[x] for x in sample(params, rng, ids[0], length=200)), flush=True)
             seen = []
-    print("".join(symbols[x] for x in sample(params, rng, ids[0], length=300)))
 
 
 if __name__ == "__main__":

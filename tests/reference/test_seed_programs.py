@@ -14,13 +14,13 @@ import pytest
 from charlstm.reference import min_char_rnn, numpy_lstm
 
 FOLDER = Path(min_char_rnn.__file__).parent
-PROGRAMS = ("min_char_rnn.py", "numpy_lstm.py")
-V, H, B, T, LAYERS = 6, 5, 3, 7, 3
+PROGRAMS = ("min_char_rnn", "numpy_lstm")
+V, H, B, T = 6, 5, 3, 7
 
 
 def run(program: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, str(FOLDER / program), *arguments],
+        [sys.executable, str(FOLDER / f"{program}.py"), *arguments],
         capture_output=True,
         text=True,
         env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
@@ -61,72 +61,70 @@ def test_gradients_of_the_plain_network_are_those_of_finite_differences():
 
 def lstm_problem():
     rng = np.random.default_rng(1)
-    params = numpy_lstm.initialize(rng, V, H, LAYERS)
-    params = {name: p + 0.5 * rng.normal(size=p.shape) for name, p in params.items()}
+    lstm = numpy_lstm.Lstm(rng, V, H)
+    for weight in lstm.weights.values():
+        weight += 0.5 * rng.normal(size=weight.shape)
     x_TB, y_TB = rng.integers(V, size=(2, T, B))
-    state = [(rng.normal(size=(B, H)), rng.normal(size=(B, H))) for _ in range(LAYERS)]
-    return params, x_TB, y_TB, state
+    return lstm, x_TB, y_TB, (rng.normal(size=(B, H)), rng.normal(size=(B, H)))
 
 
-def test_gradients_of_the_deep_lstm_are_those_of_finite_differences():
-    params, x_TB, y_TB, state = lstm_problem()
-    _, gradients, _ = numpy_lstm.loss_and_gradients(params, x_TB, y_TB, state)
+def test_gradients_of_the_lstm_are_those_of_finite_differences():
+    lstm, x_TB, y_TB, state = lstm_problem()
+    gradients = lstm.backward(y_TB, lstm.forward(x_TB, state)[2])
     assert_gradients_match_differences(
-        lambda: numpy_lstm.loss_and_gradients(params, x_TB, y_TB, state)[0], params, gradients
+        lambda: numpy_lstm.mean_loss(lstm.forward(x_TB, state)[0], y_TB), lstm.weights, gradients
     )
 
 
-def textbook_loss(params, x_TB, y_TB, state):
-    """The deep LSTM again, one symbol and one gate at a time, for autodiff."""
-    state, total = list(state), 0.0
+def textbook_loss(w, x_TB, y_TB, state):
+    """The LSTM again, one symbol and one gate at a time, for autodiff."""
+    (h, c), total = state, 0.0
     for x_B, y_B in zip(x_TB, y_TB, strict=True):
-        u = jax.nn.one_hot(x_B, V, dtype=jnp.float64)
-        for layer, (h, c) in enumerate(state):
-            a = u @ params[f"w_x{layer}"] + h @ params[f"w_h{layer}"] + params[f"b{layer}"][None]
-            a_i, a_f, a_g, a_o = jnp.split(a, 4, axis=1)
-            c = jax.nn.sigmoid(a_f) * c + jax.nn.sigmoid(a_i) * jnp.tanh(a_g)
-            u = jax.nn.sigmoid(a_o) * jnp.tanh(c)
-            state[layer] = (u, c)
-        log_p = jax.nn.log_softmax(u @ params["w_out"] + params["b_out"][None])
+        a = jax.nn.one_hot(x_B, V, dtype=jnp.float64) @ w["w_x"] + h @ w["w_h"] + w["b"][None]
+        a_i, a_f, a_g, a_o = jnp.split(a, 4, axis=1)
+        c = jax.nn.sigmoid(a_f) * c + jax.nn.sigmoid(a_i) * jnp.tanh(a_g)
+        h = jax.nn.sigmoid(a_o) * jnp.tanh(c)
+        log_p = jax.nn.log_softmax(h @ w["w_out"] + w["b_out"][None])
         total -= jnp.take_along_axis(log_p, y_B[:, None], axis=1).sum()
-    return total / y_TB.size, state
+    return total / y_TB.size, (h, c)
 
 
-def test_the_deep_lstm_and_its_gradients_equal_autodiff_of_the_textbook_equations():
-    params, x_TB, y_TB, state = lstm_problem()
-    loss, gradients, next_state = numpy_lstm.loss_and_gradients(params, x_TB, y_TB, state)
+def test_the_lstm_and_its_gradients_equal_autodiff_of_the_textbook_equations():
+    lstm, x_TB, y_TB, state = lstm_problem()
+    p_TBV, next_state, tape = lstm.forward(x_TB, state)
+    gradients = lstm.backward(y_TB, tape)
     with jax.enable_x64(True):
         (expected_loss, expected_state), expected = jax.jit(jax.value_and_grad(textbook_loss, has_aux=True))(
-            jax.tree.map(jnp.asarray, params), x_TB, y_TB, jax.tree.map(jnp.asarray, state)
+            jax.tree.map(jnp.asarray, lstm.weights), x_TB, y_TB, jax.tree.map(jnp.asarray, state)
         )
-    np.testing.assert_allclose(loss, expected_loss, rtol=1e-12)
-    for name in params:
-        np.testing.assert_allclose(gradients[name], expected[name], rtol=1e-10, atol=1e-13, err_msg=name)
-    for ours, theirs in zip(jax.tree.leaves(next_state), jax.tree.leaves(expected_state), strict=True):
+    np.testing.assert_allclose(numpy_lstm.mean_loss(p_TBV, y_TB), expected_loss, rtol=1e-12)
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(gradient, expected[name], rtol=1e-10, atol=1e-13, err_msg=name)
+    for ours, theirs in zip(next_state, expected_state, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-12)
 
 
-def test_a_long_window_of_the_deep_lstm_equals_short_ones_with_carried_state():
-    params, x_TB, y_TB, state = lstm_problem()
-    whole, _, last = numpy_lstm.loss_and_gradients(params, x_TB, y_TB, state)
-    first, _, middle = numpy_lstm.loss_and_gradients(params, x_TB[:3], y_TB[:3], state)
-    second, _, end = numpy_lstm.loss_and_gradients(params, x_TB[3:], y_TB[3:], middle)
-    np.testing.assert_allclose(T * whole, 3 * first + (T - 3) * second, rtol=1e-12)
-    for a, b in zip(jax.tree.leaves(last), jax.tree.leaves(end), strict=True):
+def test_a_long_window_of_the_lstm_equals_short_ones_with_carried_state():
+    lstm, x_TB, _, state = lstm_problem()
+    whole_TBV, last, _ = lstm.forward(x_TB, state)
+    first_TBV, middle, _ = lstm.forward(x_TB[:3], state)
+    second_TBV, end, _ = lstm.forward(x_TB[3:], middle)
+    np.testing.assert_allclose(whole_TBV, np.concatenate([first_TBV, second_TBV]), rtol=1e-12)
+    for a, b in zip(last, end, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
     "program, options",
     [
-        ("min_char_rnn.py", ["--steps=800", "--hidden_size=32"]),
-        ("numpy_lstm.py", ["--steps=300", "--hidden_size=24", "--batch_size=4", "--window=20"]),
+        ("min_char_rnn", ["--num_steps=800", "--hidden_size=32"]),
+        ("numpy_lstm", ["--num_steps=300", "--hidden_size=24", "--batch_size=4", "--window=20"]),
     ],
 )
 def test_the_loss_of_a_periodic_text_falls_to_nothing_and_the_sample_repeats_it(program, options, tmp_path):
     text = tmp_path / "periodic.txt"
     text.write_text("the cat sat. " * 300, encoding="utf-8")
-    first, again, other = (run(program, str(text), f"--seed={seed}", *options) for seed in (0, 0, 1))
+    first, again, other = (run(program, f"--corpus={text}", f"--seed={seed}", *options) for seed in (0, 0, 1))
     assert first.returncode == 0, first.stderr
     bits = losses(first.stdout)
     assert len(bits) == 10
@@ -136,28 +134,28 @@ def test_the_loss_of_a_periodic_text_falls_to_nothing_and_the_sample_repeats_it(
     assert losses(other.stdout) != bits, "the seed has no effect"
 
 
-@pytest.mark.parametrize("program, steps", [("min_char_rnn.py", 1500), ("numpy_lstm.py", 150)])
-def test_without_a_file_a_program_learns_its_own_text(program, steps):
-    done = run(program, f"--steps={steps}")
+@pytest.mark.parametrize("program, steps", [("min_char_rnn", 1500), ("numpy_lstm", 150)])
+def test_without_a_corpus_a_program_learns_its_own_text(program, steps):
+    done = run(program, f"--num_steps={steps}")
     assert done.returncode == 0, done.stderr
     bits = losses(done.stdout)
     assert len(bits) == 10 and bits[-1] < bits[0] - 0.5, bits
 
 
 def test_check_compares_gradients_and_says_how_well():
-    done = run("numpy_lstm.py", "--check")
+    done = run("numpy_lstm", "--check")
     assert done.returncode == 0, done.stdout + done.stderr
     assert float(re.search(r"worst error of a gradient: (\S+)", done.stdout)[1]) < 1e-7
 
 
 def test_check_fails_on_a_wrong_gradient(monkeypatch, capsys):
-    right = numpy_lstm.layer_backward
+    right = numpy_lstm.Lstm.backward
 
-    def wrong(params, layer, dh_TBH, tape):
-        dx_TBD, gradients = right(params, layer, dh_TBH, tape)
-        return dx_TBD, gradients | {"w_h1": gradients["w_h1"] * 1.001} if layer == 1 else gradients
+    def wrong(self, y_TB, tape):
+        gradients = right(self, y_TB, tape)
+        return gradients | {"w_h": gradients["w_h"] * 1.001}
 
-    monkeypatch.setattr(numpy_lstm, "layer_backward", wrong)
+    monkeypatch.setattr(numpy_lstm.Lstm, "backward", wrong)
     assert numpy_lstm.main(["--check"]) == 1
     assert "worst error of a gradient" in capsys.readouterr().out
 
@@ -168,9 +166,9 @@ def test_a_mistake_is_told_without_a_traceback(program, tmp_path):
     short.write_text("abc", encoding="utf-8")
     binary.write_bytes(b"\xff" * 1000)
     for arguments, complaint in (
-        (["no_such_file.txt"], "no_such_file.txt"),
-        ([str(short)], "has 3 characters"),
-        ([str(binary)], "can't decode byte 0xff"),
+        (["--corpus=no_such_file.txt"], "no_such_file.txt"),
+        ([f"--corpus={short}"], "has 3 characters"),
+        ([f"--corpus={binary}"], "can't decode byte 0xff"),
         (["--hidden_size=0"], "must be 1 or more"),
     ):
         done = run(program, *arguments)
