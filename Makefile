@@ -3,9 +3,11 @@
 # make faults  processes killed, stopped and stuck, a job on Slurm, for minutes; prints a table of what was seen
 # make chaos   100 jobs disturbed at random, of other processes and devices at every start; an hour or so
 # make soak    a job for two hours with a fault every minute; prints its goodput
+# make bench   speed, memory and scaling beside PyTorch, flax and dm-haiku, in an environment of its own; hours
 # make lint    style and types
 #
-# PYTHON chooses the interpreter (3.11, 3.12 or 3.13); ARGS adds flags to the training command.
+# PYTHON chooses the interpreter (3.11, 3.12 or 3.13); ARGS adds flags to the training command, BENCH_ARGS=--quick to
+# the benchmarks.  TORCH is the requirement of PyTorch: the plain one brings CUDA, gigabytes of it.
 
 PYTHON ?= python3
 VENV := .venv
@@ -13,8 +15,11 @@ BIN := $(VENV)/bin
 RUN_DIR ?= runs/quickstart
 ARGS ?=
 PYTEST_ARGS ?= -n 2
+TORCH ?= torch
+BENCH_ARGS ?=
+BENCHMARKS := train_step sampling end_to_end input scaling
 
-.PHONY: train test faults chaos soak lint lock clean
+.PHONY: train test faults chaos soak bench lint lock clean
 
 train: $(VENV)/installed
 	$(BIN)/python -m launch.train --flagfile=configs/quickstart.flags --run_dir=$(RUN_DIR) $(ARGS)
@@ -33,6 +38,9 @@ chaos: $(VENV)/installed
 soak: $(VENV)/installed
 	$(BIN)/python -m tests.faults.soak --minutes=120 --processes=1
 
+bench: .venv-bench/installed
+	set -e; for benchmark in $(BENCHMARKS); do .venv-bench/bin/python -m benchmarks.$$benchmark $(BENCH_ARGS); done
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,9 +53,14 @@ $(VENV)/installed: requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	touch $@
 
+.venv-bench/installed: requirements.lock pyproject.toml
+	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock '$(TORCH)' -e '.[bench]'
+	touch $@
+
 lock:
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile --universal --python-version 3.11 --extra dev --no-annotate --no-header --upgrade pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-bench

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("charlstm", "data_pipeline", "launch")
+PACKAGES = ("charlstm", "data_pipeline", "launch", "benchmarks")
 RANKS = {
     "charlstm": {
         0: ["model_config", "training_config", "types", "keys"],
@@ -48,6 +48,8 @@ def module_name(path: Path) -> str:
 
 
 MODULES = [module_name(path) for path in files()]
+# The peers may not be installed.
+OURS = [name for name in MODULES if not name.startswith("benchmarks.peers.")]
 
 
 def imports(path: Path) -> set[str]:
@@ -80,7 +82,8 @@ def test_a_file_imports_lower_ranks_only(path):
     package = module.partition(".")[0]
     for imported in imports(path):
         other = imported.partition(".")[0]
-        assert other != "launch" or package == "launch", f"{module} imports {imported}: launch is imported by nothing"
+        users = {"launch": ("launch", "benchmarks"), "benchmarks": ("benchmarks",)}.get(other, PACKAGES)
+        assert package in users, f"{module} imports {imported}: {other} is imported by nothing below it"
         if package == other and package in RANKS:
             assert rank(imported) < rank(module), f"{module} imports {imported} of the same rank or above"
         if package == "data_pipeline":
@@ -91,7 +94,7 @@ def test_a_file_imports_lower_ranks_only(path):
 
 def test_every_module_has_a_rank():
     unranked = [m for m, path in zip(MODULES, files(), strict=True) if path.name != "__init__.py" and rank(m) is None]
-    assert [m for m in unranked if not m.startswith("launch.")] == []
+    assert [m for m in unranked if not m.startswith(("launch.", "benchmarks."))] == []
     ranked = {f"{package}.{name}" for package, ranks in RANKS.items() for names in ranks.values() for name in names}
     assert ranked <= set(MODULES), "a rank is given to a module that is gone"
 
@@ -103,9 +106,10 @@ def test_every_module_has_a_rank():
         ("grain", {"data_pipeline.loader"}),
         ("absl.flags", {"launch.flags"}),
         ("absl", {"launch.flags"}),
-        ("flax", set()),
-        ("optax", set()),
-        ("torch", set()),
+        ("flax", {"benchmarks.peers.autodiff"}),
+        ("optax", {"benchmarks.peers.autodiff"}),
+        ("torch", {"benchmarks.peers.pytorch"}),
+        ("haiku", {"benchmarks.peers.autodiff"}),
     ],
 )
 def test_a_library_is_imported_where_it_is_licensed_and_nowhere_else(library, licensed):
@@ -140,7 +144,7 @@ def test_importing_starts_no_backend_parses_no_flag_and_changes_no_environment()
         "import os, sys, importlib\n"
         "import absl.flags, jax, orbax.checkpoint  # these may do as they like\n"
         "before = dict(os.environ)\n"
-        f"for name in {MODULES!r}: importlib.import_module(name)\n"
+        f"for name in {OURS!r}: importlib.import_module(name)\n"
         "assert dict(os.environ) == before, 'the environment changed'\n"
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge.backends_are_initialized(), 'a backend was started'\n"

@@ -1,0 +1,53 @@
+"""This project's training step as `launch.train` makes it."""
+
+import jax
+import numpy as np
+
+from benchmarks.peers.recipe import CLIP, LEARNING_RATE
+from benchmarks.shapes import Shape, windows
+from benchmarks.worker import Contestant
+from charlstm import config as config_lib
+from charlstm import mesh as mesh_lib
+from charlstm import step as step_lib
+from charlstm.config import Config
+from data_pipeline.batch import Batch
+
+
+def config_of(shape: Shape, **changes: object) -> Config:
+    """The settings of a run of this shape; zeros that mean the obvious number are filled in by `resolve`."""
+    return config_lib.replace(
+        Config(), batch_size=shape.B, window=shape.T, cell=shape.cell, hidden_size=shape.H, num_layers=shape.L,
+        embedding_size=shape.E, compute_dtype=shape.dtype, clip_norm=CLIP, learning_rate=LEARNING_RATE, **changes,
+    )  # fmt: skip
+
+
+def training(shape: dict, **changes: object) -> Contestant:
+    """An update on all the devices there are, from a batch in the host's memory."""
+    sizes = Shape(**shape)
+    mesh = mesh_lib.make()
+    config = config_lib.resolve(config_of(sizes, **changes), mesh.size)
+    train_step = step_lib.make(config, sizes.V, mesh, 1000)
+    state = step_lib.place(mesh, step_lib.init(config, sizes.V))
+    text, reset = windows(sizes), np.zeros((sizes.B, sizes.T), bool)
+
+    def update() -> None:
+        nonlocal state
+        ids = next(text)
+        batch = mesh_lib.put(mesh, mesh_lib.BY_STREAM, Batch(ids[:, :-1], ids[:, 1:], reset))
+        state, metrics = train_step(state, batch)
+        jax.block_until_ready((state, metrics))
+
+    return Contestant(update, device_memory(mesh), mesh_lib.describe(mesh))
+
+
+def device_memory(mesh: mesh_lib.Mesh):
+    """Tells the peak of the first device's own memory; None where that is the host's."""
+    device = mesh.devices.flat[0]
+    return (lambda: device.memory_stats()["peak_bytes_in_use"]) if device.memory_stats() else None
+
+
+def matrix_product(size: int, dtype: str) -> Contestant:
+    """One product of two matrices of `size`: what a machine can do at best."""
+    a, b = (jax.random.normal(jax.random.key(n), (size, size)).astype(dtype) for n in range(2))
+    product = jax.jit(lambda a, b: a @ b)
+    return Contestant(lambda: product(a, b).block_until_ready())

@@ -1,0 +1,78 @@
+"""PyTorch's own layers (oneDNN on a CPU, cuDNN on a GPU) with its Adam."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.peers.recipe import CLIP, LEARNING_RATE
+from benchmarks.shapes import Shape, windows
+from benchmarks.worker import Contestant
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+torch.set_float32_matmul_precision("high")  # TF32 on a GPU that has it, as JAX's default is
+
+
+class LanguageModel(torch.nn.Module):
+    """Embedding, stack, logits; the layers are PyTorch's fastest."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        layer = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn": torch.nn.RNN}[shape.cell]
+        self.embedding = torch.nn.Embedding(shape.V, shape.E)
+        self.stack = layer(shape.E, shape.H, num_layers=shape.L)
+        self.out = torch.nn.Linear(shape.H, shape.V)
+
+    def forward(self, ids_TB, state):
+        h_TBH, state = self.stack(self.embedding(ids_TB), state)
+        return self.out(h_TBH), state
+
+
+class Trainer:
+    """A model, its optimizer, and the recurrent state carried from window to window."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.model = LanguageModel(shape).to(DEVICE)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), LEARNING_RATE)
+        self._state: Any = None
+        self._bfloat16 = shape.dtype == "bfloat16"
+
+    def update(self, ids: np.ndarray) -> float:
+        """An update from a window [B, T + 1]; its loss."""
+        ids_TB = torch.from_numpy(ids.T.astype(np.int64)).to(DEVICE)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self._bfloat16):
+            logits_TBV, state = self.model(ids_TB[:-1], self._state)
+        loss = torch.nn.functional.cross_entropy(logits_TBV.float().flatten(0, 1), ids_TB[1:].flatten())
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        self.optimizer.step()
+        self._state = tuple(s.detach() for s in state) if isinstance(state, tuple) else state.detach()
+        return loss.item()
+
+
+def training(shape: dict) -> Contestant:
+    """An update, from a batch in the host's memory."""
+    sizes = Shape(**shape)
+    trainer, text = Trainer(sizes), windows(sizes)
+    return Contestant(lambda: trainer.update(next(text)), _device_memory(), _device())
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} threads"
+
+
+def _device_memory():
+    return torch.cuda.max_memory_allocated if DEVICE.type == "cuda" else None
+
+
+def matrix_product(size: int, dtype: str) -> Contestant:
+    """As ours: the better of the two is the machine's rate."""
+    a, b = (torch.randn(size, size, dtype=getattr(torch, dtype), device=DEVICE) for _ in range(2))
+
+    def multiply() -> None:
+        a @ b
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    return Contestant(multiply)

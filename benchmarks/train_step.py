@@ -1,0 +1,103 @@
+"""A full update (embedding, stack, soft-max, clipping, Adam): ours beside PyTorch, flax, dm-haiku and autodiff.
+
+    python -m benchmarks.train_step [--quick] [--shapes=1,2] [--rounds=7]
+
+Every contestant is a process of its own.  It first runs in each of a few environments (allocator settings, and for
+ours a simulated device for every core) and keeps the fastest; then all take turns, and a figure is the median over the
+rounds, a ratio the median of the rounds' ratios, each with its quartiles.  The machine's rate of matrix products is
+measured in the same rounds, as the better of what JAX and PyTorch reach.  Memory is what an update holds at most beyond
+the libraries themselves.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+from statistics import median
+
+from benchmarks import rows as rows_lib
+from benchmarks.rows import Rows
+from benchmarks.shapes import LARGE, QUICK, SHAPES, Shape
+from benchmarks.workers import ENVIRONMENTS, Worker, fastest
+
+PEERS = {
+    "ours": "benchmarks.peers.ours.training",
+    "PyTorch": "benchmarks.peers.pytorch.training",
+    "flax": "benchmarks.peers.autodiff.flax",
+    "haiku": "benchmarks.peers.autodiff.haiku",
+    "textbook twin": "benchmarks.peers.autodiff.twin",
+}
+RATES = ("benchmarks.peers.ours.matrix_product", "benchmarks.peers.pytorch.matrix_product")
+HEATS = 3
+ON_GPU = {"plain": {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}}  # the contestants share it
+
+
+def has_gpu() -> bool:
+    return Path("/dev/nvidia0").exists()
+
+
+def shapes_of(numbers: str, gpu: bool) -> list[Shape]:
+    """Those with these numbers, from 1 on; also GRU and RNN at the second, and bfloat16 where it counts."""
+    chosen = []
+    for number in map(int, numbers.split(",")):
+        shape = (*SHAPES, LARGE)[number - 1]
+        chosen.append(shape)
+        if number == 2:
+            chosen += [dataclasses.replace(shape, cell=cell) for cell in ("gru", "rnn")]
+        if number == (5 if gpu else 2):
+            chosen.append(dataclasses.replace(shape, dtype="bfloat16"))
+    return chosen
+
+
+def run(rows: Rows, quick: bool, shapes: str, rounds: int) -> None:
+    gpu = has_gpu()
+    for shape in [QUICK] if quick else shapes_of(shapes or ("1,2,3,4,5" if gpu else "1,2,3,4"), gpu):
+        compare(rows, shape, 2 if quick else rounds, gpu, quick)
+
+
+def compare(rows: Rows, shape: Shape, rounds: int, gpu: bool, quick: bool) -> None:
+    """Adds a row for each contestant at this shape."""
+    environments = ON_GPU if gpu else {"plain": {}} if quick else ENVIRONMENTS
+    matches = {name: (maker, shape) for name, maker in PEERS.items()}
+    if shape.dtype == "bfloat16":
+        matches = {name: matches[name] for name in ("ours", "PyTorch")}
+        matches["ours in float32"] = PEERS["ours"], dataclasses.replace(shape, dtype="float32")
+    workers: dict[str, Worker] = {}
+    settings = {}
+    for name, (maker, own_shape) in matches.items():
+        own = environments if quick or gpu or not name.startswith("ours") else environments | per_core()
+        settings[name], workers[name] = fastest(maker, {"shape": dataclasses.asdict(own_shape)}, own, HEATS)
+    size = 256 if quick else 8192 if gpu else 2048
+    for maker in RATES:
+        workers[maker] = Worker(maker, {"size": size, "dtype": shape.dtype}, environments["plain"])
+    seconds = rows_lib.alternate({name: worker.seconds for name, worker in workers.items()}, rounds)
+    rate = max(2 * size**3 / median(seconds[maker]) for maker in RATES)
+    for name in matches:
+        memory = workers[name].memory
+        speed = rows_lib.spread([shape.symbols / s for s in seconds[name]])
+        ratio = rows_lib.ratios(seconds["ours"], seconds[name])
+        rows.add(
+            shape=str(shape),
+            contestant=name,
+            environment=settings[name],
+            device=workers[name].device,
+            characters_per_second=speed.median,
+            quartiles=speed.quartiles,
+            milliseconds=1000 * shape.symbols / speed.median,
+            ours_is_faster_by=ratio.median,
+            ratio_quartiles=ratio.quartiles,
+            of_matrix_rate=shape.flops * speed.median / shape.symbols / rate,
+            gigaflops=rate / 1e9,
+            megabytes=memory and round(memory / 1e6, 1),
+        )
+    for worker in workers.values():
+        worker.close()
+
+
+def per_core() -> dict[str, dict[str, str]]:
+    """The environments with a simulated device for every core: each computes the gradient of its own streams."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={os.cpu_count()}"
+    return {f"{name}, a device a core": env | {"XLA_FLAGS": flags} for name, env in ENVIRONMENTS.items()}
+
+
+if __name__ == "__main__":
+    rows_lib.main("train_step", run, shapes="", rounds=7)

@@ -1,0 +1,84 @@
+"""Contestants in processes of their own, each with its own environment, timed in turn through pipes."""
+
+import json
+import os
+import subprocess
+import sys
+from statistics import median
+from typing import Any
+
+from benchmarks.rows import alternate
+
+TURN = 0.5  # seconds that a turn takes at least
+
+# glibc gives large blocks back to the system when they are freed, and the next step's temporaries are page-faulted
+# anew.  Kept, and of huge pages, they cost less.  Peers gain by it as well: each is given both, and keeps the better.
+KEPT_PAGES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
+ENVIRONMENTS: dict[str, dict[str, str]] = {"plain": {}, "huge pages": {"GLIBC_TUNABLES": KEPT_PAGES}}
+
+
+class Worker:
+    """A process that has made a contestant, warmed it up, and waits to be told how often to run it.
+
+    Attributes:
+      device: where the contestant runs, in words.
+    """
+
+    def __init__(self, maker: str, arguments: dict[str, Any], environment: dict[str, str]) -> None:
+        """Of the function `maker`, such as "benchmarks.peers.pytorch.training", called with `arguments`.
+
+        Raises:
+          RuntimeError: the process has died; why stands on its stderr, which is ours.
+        """
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.worker", maker, json.dumps(arguments)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | environment,
+        )  # fmt: skip
+        self._maker = maker
+        made = self._answer()
+        self.device, self._runs = made["device"], max(1, round(TURN / made["seconds"]))
+
+    def seconds(self) -> float:
+        """Seconds of one run, over a turn of as many as fill it."""
+        return self.ask(self._runs)["seconds"]
+
+    @property
+    def memory(self) -> int | None:
+        """Most bytes that it held since it was warm, beyond what its imports take; None if that is not told."""
+        return self.ask(0)["memory"]
+
+    def ask(self, runs: int) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{runs}\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self._maker} has died with status {self._process.wait()}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()  # which ends it
+        self._process.wait()
+        self._process.stdout.close()
+
+
+def fastest(
+    maker: str, arguments: dict[str, Any], environments: dict[str, dict[str, str]], rounds: int
+) -> tuple[str, Worker]:
+    """The contestant in the one of `environments` in which it is fastest, and the name of that.
+
+    They take `rounds` turns alternately, and their medians count.  The others are ended.
+    """
+    workers = {name: Worker(maker, arguments, environment) for name, environment in environments.items()}
+    name = next(iter(workers))
+    if len(workers) > 1:
+        seconds = alternate({name: worker.seconds for name, worker in workers.items()}, rounds)
+        name = min(seconds, key=lambda name: median(seconds[name]))
+    for other in workers.keys() - {name}:
+        workers[other].close()
+    return name, workers[name]
