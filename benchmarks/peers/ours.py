@@ -12,6 +12,9 @@ from charlstm import mesh as mesh_lib
 from charlstm import step as step_lib
 from charlstm.config import Config
 from data_pipeline.batch import Batch
+from data_pipeline.loader import open_windows
+from data_pipeline.shards import open_corpus
+from data_pipeline.streams import StreamPlan
 
 
 def config_of(shape: Shape, **changes: object) -> Config:
@@ -65,3 +68,14 @@ def sampling(shape: dict, samples: int, length: int) -> Contestant:
             pass
 
     return Contestant(write, device=mesh_lib.describe(mesh_lib.make()))
+
+
+def reading(shape: dict, corpus: str) -> Contestant:
+    """A window of every stream, from a prepared corpus, read ahead as `launch.train` does."""
+    sizes, streams = Shape(**shape), Config().streams
+    split = open_corpus(corpus).splits["train"]
+    plan = StreamPlan(len(split), sizes.B, sizes.T, reset_probability=streams.reset_probability)
+    windows = open_windows(
+        split, plan, rows=range(sizes.B), threads=streams.reader_threads, read_ahead=streams.read_ahead
+    )
+    return Contestant(lambda: next(windows))
