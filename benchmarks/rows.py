@@ -3,20 +3,24 @@
 import argparse
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median, quantiles
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+Key = TypeVar("Key")
+Given = TypeVar("Given")
 
 
 class Rows:
-    """The rows of one benchmark."""
+    """The rows of one benchmark; where they are `measured`, with the machine's load average beside them."""
 
-    def __init__(self, benchmark: str) -> None:
-        self._benchmark, self._rows = benchmark, list[dict[str, Any]]()
+    def __init__(self, benchmark: str, measured: bool = True) -> None:
+        self._benchmark, self._measured, self._rows = benchmark, measured, list[dict[str, Any]]()
 
     def add(self, **fields: Any) -> None:
-        """Prints a row, with the machine's load average of the last minute beside it."""
-        row = {"benchmark": self._benchmark, **fields, "load": round(os.getloadavg()[0], 1)}
+        """Prints a row."""
+        load = {"load": round(os.getloadavg()[0], 1)} if self._measured else {}  # of the last minute
+        row = {"benchmark": self._benchmark, **fields, **load}
         print(json.dumps(row), flush=True)
         self._rows.append(row)
 
@@ -56,9 +60,9 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
     return spread([their / our for our, their in zip(ours, theirs, strict=True)])
 
 
-def alternate(timed: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def alternate(timed: Mapping[Key, Callable[[], Given]], rounds: int) -> dict[Key, list[Given]]:
     """Calls all of `timed` in turn, A B C A B C, in `rounds` rounds: what they gave, by name."""
-    given: dict[str, list[float]] = {name: [] for name in timed}
+    given: dict[Key, list[Given]] = {name: [] for name in timed}
     for _ in range(rounds):
         for name, call in timed.items():
             given[name].append(call())

@@ -11,13 +11,13 @@ the libraries themselves.
 
 import dataclasses
 import os
-from pathlib import Path
 from statistics import median
 
 from benchmarks import rows as rows_lib
+from benchmarks import workers as workers_lib
 from benchmarks.rows import Rows
 from benchmarks.shapes import LARGE, QUICK, SHAPES, Shape
-from benchmarks.workers import ENVIRONMENTS, Worker, fastest
+from benchmarks.workers import Worker
 
 PEERS = {
     "ours": "benchmarks.peers.ours.training",
@@ -27,12 +27,6 @@ PEERS = {
     "textbook twin": "benchmarks.peers.autodiff.twin",
 }
 RATES = ("benchmarks.peers.ours.matrix_product", "benchmarks.peers.pytorch.matrix_product")
-HEATS = 3
-ON_GPU = {"plain": {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}}  # the contestants share it
-
-
-def has_gpu() -> bool:
-    return Path("/dev/nvidia0").exists()
 
 
 def shapes_of(numbers: str, gpu: bool) -> list[Shape]:
@@ -49,14 +43,14 @@ def shapes_of(numbers: str, gpu: bool) -> list[Shape]:
 
 
 def run(rows: Rows, quick: bool, shapes: str, rounds: int) -> None:
-    gpu = has_gpu()
+    gpu = workers_lib.has_gpu()
     for shape in [QUICK] if quick else shapes_of(shapes or ("1,2,3,4,5" if gpu else "1,2,3,4"), gpu):
         compare(rows, shape, 2 if quick else rounds, gpu, quick)
 
 
 def compare(rows: Rows, shape: Shape, rounds: int, gpu: bool, quick: bool) -> None:
     """Adds a row for each contestant at this shape."""
-    environments = ON_GPU if gpu else {"plain": {}} if quick else ENVIRONMENTS
+    choice = workers_lib.environments(quick)
     matches = {name: (maker, shape) for name, maker in PEERS.items()}
     if shape.dtype == "bfloat16":
         matches = {name: matches[name] for name in ("ours", "PyTorch")}
@@ -64,11 +58,11 @@ def compare(rows: Rows, shape: Shape, rounds: int, gpu: bool, quick: bool) -> No
     workers: dict[str, Worker] = {}
     settings = {}
     for name, (maker, own_shape) in matches.items():
-        own = environments if quick or gpu or not name.startswith("ours") else environments | per_core()
-        settings[name], workers[name] = fastest(maker, {"shape": dataclasses.asdict(own_shape)}, own, HEATS)
+        own = choice | per_core(choice) if name.startswith("ours") and not (quick or gpu) else choice
+        settings[name], workers[name] = workers_lib.fastest(maker, {"shape": dataclasses.asdict(own_shape)}, own)
     size = 256 if quick else 8192 if gpu else 2048
     for maker in RATES:
-        workers[maker] = Worker(maker, {"size": size, "dtype": shape.dtype}, environments["plain"])
+        workers[maker] = Worker(maker, {"size": size, "dtype": shape.dtype}, choice["plain"])
     seconds = rows_lib.alternate({name: worker.seconds for name, worker in workers.items()}, rounds)
     rate = max(2 * size**3 / median(seconds[maker]) for maker in RATES)
     for name in matches:
@@ -93,10 +87,10 @@ def compare(rows: Rows, shape: Shape, rounds: int, gpu: bool, quick: bool) -> No
         worker.close()
 
 
-def per_core() -> dict[str, dict[str, str]]:
-    """The environments with a simulated device for every core: each computes the gradient of its own streams."""
+def per_core(choice: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    """The environments of `choice` with a simulated device for every core, which computes its own streams' gradient."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={os.cpu_count()}"
-    return {f"{name}, a device a core": env | {"XLA_FLAGS": flags} for name, env in ENVIRONMENTS.items()}
+    return {f"{name}, a device a core": env | {"XLA_FLAGS": flags} for name, env in choice.items()}
 
 
 if __name__ == "__main__":

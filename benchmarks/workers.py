@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -14,7 +15,18 @@ TURN = 0.5  # seconds that a turn takes at least
 # glibc gives large blocks back to the system when they are freed, and the next step's temporaries are page-faulted
 # anew.  Kept, and of huge pages, they cost less.  Peers gain by it as well: each is given both, and keeps the better.
 KEPT_PAGES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
-ENVIRONMENTS: dict[str, dict[str, str]] = {"plain": {}, "huge pages": {"GLIBC_TUNABLES": KEPT_PAGES}}
+HEATS = 3  # turns of a contestant in each environment, before it keeps one
+
+
+def has_gpu() -> bool:
+    return Path("/dev/nvidia0").exists()
+
+
+def environments(quick: bool) -> dict[str, dict[str, str]]:
+    """Allocator settings to try; on a GPU none, and several processes must share its memory."""
+    if has_gpu():
+        return {"plain": {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}}
+    return {"plain": {}} if quick else {"plain": {}, "huge pages": {"GLIBC_TUNABLES": KEPT_PAGES}}
 
 
 class Worker:
@@ -67,17 +79,15 @@ class Worker:
         self._process.stdout.close()
 
 
-def fastest(
-    maker: str, arguments: dict[str, Any], environments: dict[str, dict[str, str]], rounds: int
-) -> tuple[str, Worker]:
-    """The contestant in the one of `environments` in which it is fastest, and the name of that.
+def fastest(maker: str, arguments: dict[str, Any], choice: dict[str, dict[str, str]]) -> tuple[str, Worker]:
+    """The contestant in the environment, of those in `choice`, in which it is fastest; and the name of that.
 
-    They take `rounds` turns alternately, and their medians count.  The others are ended.
+    They take turns alternately, and their medians count.  The others are ended.
     """
-    workers = {name: Worker(maker, arguments, environment) for name, environment in environments.items()}
+    workers = {name: Worker(maker, arguments, environment) for name, environment in choice.items()}
     name = next(iter(workers))
     if len(workers) > 1:
-        seconds = alternate({name: worker.seconds for name, worker in workers.items()}, rounds)
+        seconds = alternate({name: worker.seconds for name, worker in workers.items()}, HEATS)
         name = min(seconds, key=lambda name: median(seconds[name]))
     for other in workers.keys() - {name}:
         workers[other].close()

@@ -103,12 +103,12 @@ def test_every_module_has_a_rank():
     ("library", "licensed"),
     [
         ("orbax", {"charlstm.checkpoint"}),
-        ("grain", {"data_pipeline.loader"}),
+        ("grain", {"data_pipeline.loader", "benchmarks.sparse_corpus"}),
         ("absl.flags", {"launch.flags"}),
         ("absl", {"launch.flags"}),
         ("flax", {"benchmarks.peers.autodiff"}),
         ("optax", {"benchmarks.peers.autodiff"}),
-        ("torch", {"benchmarks.peers.pytorch"}),
+        ("torch", {"benchmarks.peers.pytorch", "benchmarks.peers.pytorch_train"}),
         ("haiku", {"benchmarks.peers.autodiff"}),
     ],
 )

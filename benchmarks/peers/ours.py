@@ -7,10 +7,14 @@ from benchmarks.peers.recipe import CLIP, LEARNING_RATE
 from benchmarks.shapes import Shape, windows
 from benchmarks.worker import Contestant
 from charlstm import config as config_lib
+from charlstm import generate, model
 from charlstm import mesh as mesh_lib
 from charlstm import step as step_lib
 from charlstm.config import Config
 from data_pipeline.batch import Batch
+from data_pipeline.loader import open_windows
+from data_pipeline.shards import open_corpus
+from data_pipeline.streams import StreamPlan
 
 
 def config_of(shape: Shape, **changes: object) -> Config:
@@ -51,3 +55,27 @@ def matrix_product(size: int, dtype: str) -> Contestant:
     a, b = (jax.random.normal(jax.random.key(n), (size, size)).astype(dtype) for n in range(2))
     product = jax.jit(lambda a, b: a @ b)
     return Contestant(lambda: product(a, b).block_until_ready())
+
+
+def sampling(shape: dict, samples: int, length: int) -> Contestant:
+    """`length` symbols of each of `samples` texts, at temperature 1, as `launch.sample` makes them."""
+    sizes = Shape(**shape)
+    config, prompt = config_of(sizes).model, np.zeros(1, np.int32)
+    params, how = model.init(config, sizes.V, jax.random.key(0)), generate.Sampling()
+
+    def write() -> None:
+        for _ in generate.generate(config, params, prompt, how, rows=samples, length=length, seed=0):
+            pass
+
+    return Contestant(write, device=mesh_lib.describe(mesh_lib.make()))
+
+
+def reading(shape: dict, corpus: str) -> Contestant:
+    """A window of every stream, from a prepared corpus, read ahead as `launch.train` does."""
+    sizes, streams = Shape(**shape), Config().streams
+    split = open_corpus(corpus).splits["train"]
+    plan = StreamPlan(len(split), sizes.B, sizes.T, reset_probability=streams.reset_probability)
+    windows = open_windows(
+        split, plan, rows=range(sizes.B), threads=streams.reader_threads, read_ahead=streams.read_ahead
+    )
+    return Contestant(lambda: next(windows))

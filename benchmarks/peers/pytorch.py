@@ -76,3 +76,33 @@ def matrix_product(size: int, dtype: str) -> Contestant:
             torch.cuda.synchronize()
 
     return Contestant(multiply)
+
+
+def sampling(shape: dict, samples: int, length: int) -> Contestant:
+    """`length` symbols of each of `samples` texts, at temperature 1, by the loop that one writes."""
+    sizes = Shape(**shape)
+    model = LanguageModel(sizes).to(DEVICE).eval()
+
+    @torch.inference_mode()
+    def write() -> torch.Tensor:
+        ids_1B, state, made = torch.zeros(1, samples, dtype=torch.int64, device=DEVICE), None, []
+        for _ in range(length):
+            logits_1BV, state = model(ids_1B, state)
+            ids_1B = torch.multinomial(logits_1BV[0].softmax(1), 1).T
+            made.append(ids_1B)
+        return torch.cat(made).cpu()
+
+    return Contestant(write, device=_device())
+
+
+def reading(shape: dict, length: int) -> Contestant:
+    """Reading all the weights once, `length` times: what one symbol after the other cannot do without."""
+    model = LanguageModel(Shape(**shape)).to(DEVICE)
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    def read() -> None:
+        for _ in range(length):
+            total = weights.sum()
+        total.item()
+
+    return Contestant(read, device=_device())

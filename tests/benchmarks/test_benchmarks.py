@@ -1,5 +1,6 @@
 """The quick form of every benchmark gives its rows."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -7,6 +8,8 @@ import sys
 
 import pytest
 
+from benchmarks import collectives
+from benchmarks.shapes import QUICK
 from tests.conftest import ROOT
 
 
@@ -39,3 +42,63 @@ def test_a_train_step_is_timed_beside_its_peers(peers):
         low, high = row["ratio_quartiles"]
         assert 0 < low <= row["ours_is_faster_by"] <= high
     assert rows[0]["ours_is_faster_by"] == 1
+
+
+def test_sampling_is_timed_beside_pytorch_and_the_reading_of_the_weights(peers):
+    rows = quick("sampling")
+    assert [(row["samples"], row["contestant"]) for row in rows] == [
+        (samples, name) for samples in (1, 64) for name in ("ours", "PyTorch", "the weights read")
+    ]
+    assert all(row["characters_per_second"] > 0 for row in rows)
+
+
+def test_launch_train_is_timed_beside_a_script(peers):
+    rows = quick("end_to_end")
+    speed, start, stall = (
+        [row for row in rows if key in row] for key in ("input_wait", "seconds_to_first_step", "stall_seconds")
+    )
+    assert [row["contestant"] for row in speed] == ["ours", "PyTorch"]
+    assert 0 <= speed[0]["input_wait"] < 1 and speed[1]["input_wait"] is None
+    assert [row["contestant"] for row in start] == ["ours, cache empty", "ours, cache warm", "PyTorch"]
+    assert all(row["seconds_to_first_step"] > 0.1 for row in start)
+    assert [row["contestant"] for row in stall] == ["ours", "PyTorch"] and all(r["seconds_held_up"] >= 0 for r in stall)
+
+
+def test_what_a_step_communicates_is_counted():
+    # In this process, which has 8 simulated devices already.
+    shape = dataclasses.replace(QUICK, L=1, T=2)
+    one, fast, exact = (collectives.of_step(shape, n, how) for n, how in ((1, "exact"), (4, "fast"), (4, "exact")))
+    assert one == {"collectives": {}, "collectives_in_loops": 0, "bytes": 0}
+    assert fast["collectives"] == {"all-reduce": 1} and exact["collectives"] == {"all-to-all": 1, "all-gather": 1}
+    # The gradient, its loss and its count of poisoned rows; whole numbers of them for every device, twice.
+    assert fast["bytes"] == 4 * (shape.parameters + 2)
+    piece = -(-(shape.parameters + 2) // 4)
+    assert exact["bytes"] == 4 * (4 * piece + 4 * piece)
+    assert fast["collectives_in_loops"] == exact["collectives_in_loops"] == 0
+
+
+def test_the_pipeline_is_timed_beside_training_and_corpora_are_opened(peers):
+    feed, *opened = quick("input")
+    assert feed["windows_per_second"] > 0 and feed["faster_than_eaten_by"] > 0
+    assert [(row["corpus"], row["at"]) for row in opened] == [
+        (corpus, at) for at in ("start", "resume") for corpus in ("1 MB", "1 GB")
+    ]
+    for row in opened:
+        assert 0 < row["seconds"] < 60 and row["megabytes_on_disk"] < 2
+        assert abs(row["megabytes_beyond_1_MB"]) < 50
+
+
+def test_devices_and_processes_are_timed(peers):
+    rows = quick("scaling")
+    devices, processes = [row for row in rows if "devices" in row], [row for row in rows if "processes" in row]
+    assert [(row["devices"], row["reduction"]) for row in devices] == [
+        (n, how) for n in (1, 2) for how in ("exact", "fast")
+    ]
+    assert [row["collectives"] for row in devices] == [
+        {},
+        {"all-reduce": 1},
+        {"all-to-all": 1, "all-gather": 1},
+        {"all-reduce": 1},
+    ]
+    assert all(row["milliseconds"] > 0 and row["serial_milliseconds"] > 0 for row in devices)
+    assert [row["processes"] for row in processes] == [1, 2]

@@ -1,0 +1,49 @@
+"""Text made by one model, 1 sample and 64 side by side: ours beside a PyTorch loop, and beside reading the weights.
+
+    python -m benchmarks.sampling [--quick] [--shapes=1,2,3] [--rounds=7]
+
+Every symbol depends on the one before it, so for one sample the weights must be read once for each: what that alone
+takes is measured in the same rounds, and bounds the speed of any program on this machine.
+"""
+
+from dataclasses import asdict
+
+from benchmarks import rows as rows_lib
+from benchmarks.rows import Rows
+from benchmarks.shapes import QUICK, SHAPES
+from benchmarks.workers import Worker, environments, fastest
+
+PEERS = {"ours": "benchmarks.peers.ours.sampling", "PyTorch": "benchmarks.peers.pytorch.sampling"}
+LENGTH = 256
+
+
+def run(rows: Rows, quick: bool, shapes: str, rounds: int) -> None:
+    """Adds a row for each contestant at each shape and number of samples."""
+    for shape in [QUICK] if quick else [SHAPES[int(number) - 1] for number in shapes.split(",")]:
+        for samples in (1, 64):
+            workers, settings = {}, {"the weights read": "plain"}
+            for name, maker in PEERS.items():
+                arguments = {"shape": asdict(shape), "samples": samples, "length": LENGTH}
+                settings[name], workers[name] = fastest(maker, arguments, environments(quick))
+            arguments = {"shape": asdict(shape), "length": LENGTH}
+            workers["the weights read"] = Worker("benchmarks.peers.pytorch.reading", arguments, {})
+            seconds = rows_lib.alternate({n: w.seconds for n, w in workers.items()}, 2 if quick else rounds)
+            for name, worker in workers.items():
+                speed = rows_lib.spread([samples * LENGTH / s for s in seconds[name]])
+                ratio = rows_lib.ratios(seconds["ours"], seconds[name])
+                rows.add(
+                    shape=str(shape),
+                    samples=samples,
+                    contestant=name,
+                    environment=settings[name],
+                    device=worker.device,
+                    characters_per_second=speed.median,
+                    quartiles=speed.quartiles,
+                    ours_is_faster_by=ratio.median,
+                    ratio_quartiles=ratio.quartiles,
+                )
+                worker.close()
+
+
+if __name__ == "__main__":
+    rows_lib.main("sampling", run, shapes="1,2,3", rounds=7)
