@@ -1,6 +1,5 @@
 """The quick form of every benchmark gives its rows."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -8,8 +7,6 @@ import sys
 
 import pytest
 
-from benchmarks import collectives
-from benchmarks.shapes import QUICK
 from tests.conftest import ROOT
 
 
@@ -62,19 +59,6 @@ def test_launch_train_is_timed_beside_a_script(peers):
     assert [row["contestant"] for row in start] == ["ours, cache empty", "ours, cache warm", "PyTorch"]
     assert all(row["seconds_to_first_step"] > 0.1 for row in start)
     assert [row["contestant"] for row in stall] == ["ours", "PyTorch"] and all(r["seconds_held_up"] >= 0 for r in stall)
-
-
-def test_what_a_step_communicates_is_counted():
-    # In this process, which has 8 simulated devices already.
-    shape = dataclasses.replace(QUICK, L=1, T=2)
-    one, fast, exact = (collectives.of_step(shape, n, how) for n, how in ((1, "exact"), (4, "fast"), (4, "exact")))
-    assert one == {"collectives": {}, "collectives_in_loops": 0, "bytes": 0}
-    assert fast["collectives"] == {"all-reduce": 1} and exact["collectives"] == {"all-to-all": 1, "all-gather": 1}
-    # The gradient, its loss and its count of poisoned rows; whole numbers of them for every device, twice.
-    assert fast["bytes"] == 4 * (shape.parameters + 2)
-    piece = -(-(shape.parameters + 2) // 4)
-    assert exact["bytes"] == 4 * (4 * piece + 4 * piece)
-    assert fast["collectives_in_loops"] == exact["collectives_in_loops"] == 0
 
 
 def test_the_pipeline_is_timed_beside_training_and_corpora_are_opened(peers):
