@@ -52,8 +52,8 @@ def initial_state(batch: int, hidden_size: int, dtype: jax.typing.DTypeLike = jn
     return CellState(h=jnp.zeros((batch, hidden_size), dtype), c=None)
 
 
-def step(params: CellParams, state: CellState, x_BD: jax.Array) -> tuple[CellState, jax.Array]:
-    """One symbol of every stream, straight from the equations: (the new state, h_BH)."""
+def step(params: CellParams, state: CellState, x_BD: jax.Array, variant: str = "") -> tuple[CellState, jax.Array]:
+    """One symbol of every stream, straight from the equations: (the new state, h_BH).  There is one variant."""
     z_r, z_u, z_n = jnp.split(x_BD @ params.w_x + params.b_x[None], GATES, axis=1)
     q_r, q_u, q_n = jnp.split(state.h @ params.w_h + params.b_h[None], GATES, axis=1)
     r, u = jax.nn.sigmoid(z_r + q_r), jax.nn.sigmoid(z_u + q_u)
@@ -62,7 +62,7 @@ def step(params: CellParams, state: CellState, x_BD: jax.Array) -> tuple[CellSta
     return CellState(h, None), h
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def recurrence(
     w_h: jax.Array,
     b_h: jax.Array,
@@ -70,6 +70,7 @@ def recurrence(
     z_TBG: jax.Array,
     reset_TB: jax.Array,
     compute_dtype: jax.typing.DTypeLike,
+    variant: str = "",
 ) -> tuple[CellState, jax.Array]:
     """A window of every stream, given its projection: what `step` gives symbol by symbol, with a reverse pass by hand.
 
@@ -79,14 +80,15 @@ def recurrence(
       z_TBG: x W_x + b_x.
       reset_TB: bool; where True, the stream's state is zero before the symbol is read.
       compute_dtype: of the operands of products with w_h, and of the outputs; static.
+      variant: there is one.
 
     Returns:
       The state after the window, and h_TBH.
     """
-    return _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype)[0]
+    return _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant)[0]
 
 
-def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype):
+def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant):
     dtype = state.h.dtype
     w_HG, b_BG = w_h.astype(compute_dtype), b_h.astype(dtype)[None]
 
@@ -108,7 +110,7 @@ def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype):
     return (CellState(h, None), h_TBH.astype(compute_dtype)), residuals
 
 
-def _reverse(compute_dtype, residuals, cotangents):
+def _reverse(compute_dtype, variant, residuals, cotangents):
     w_h, b_h, h_first, h_TBH, gates, reset_TB, z_like = residuals
     dfinal, dh_TBH = cotangents
     dtype = h_first.dtype

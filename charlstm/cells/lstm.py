@@ -1,7 +1,9 @@
 """The LSTM, the equations of PyTorch's nn.LSTM, and its reverse pass derived by hand.
 
 Source: Hochreiter and Schmidhuber, Long Short-Term Memory, Neural Computation 9(8), 1997; the forget gate is that of
-Gers, Schmidhuber and Cummins, Learning to Forget, Neural Computation 12(10), 2000.
+Gers, Schmidhuber and Cummins, Learning to Forget, Neural Computation 12(10), 2000.  Its variants are "plain" and
+"capped", whose input gate lets in no more than was forgotten, as in Melis, Kočiský and Blunsom, Mogrifier LSTM, ICLR
+2020 (arXiv:1909.01792).
 
 Forward, symbol by symbol.  h⁻ and c⁻ are the state before the symbol, σ the logistic function, products of vectors are
 element by element; the gates lie along G = 4H in the order i f g o:
@@ -10,7 +12,7 @@ element by element; the gates lie along G = 4H in the order i f g o:
     a = z + h⁻ W_h + b_h
     i, f, o = σ(a_i), σ(a_f), σ(a_o)
     g = tanh(a_g)
-    c = f c⁻ + i g
+    c = f c⁻ + i g                   capped: c = f c⁻ + k g with k = min(i, 1 - f)
     h = o tanh(c)
 
 Reverse, from the last symbol to the first.  dv is the gradient of the loss by v.  dh is the sum of what comes from
@@ -23,6 +25,12 @@ above (this symbol's output) and from the right (the next symbol's dh⁻); dc fr
     da_o = dh tanh(c) o (1 - o)
     dh⁻  = da W_hᵀ
     dc⁻  = dc f
+
+capped, where i > 1 - f, so that k = 1 - f (elsewhere k = i, as above):
+
+    da_i = 0
+    da_f = dc (c⁻ - g) f (1 - f)
+    da_g = dc k (1 - g²)
 
 and, once the window is done, dz = da, dW_h = Σ h⁻ᵀ da, db_h = Σ da, the sums over all symbols of all streams.  Where a
 stream is reset, h⁻ = c⁻ = 0, and dh⁻ and dc⁻ go nowhere.
@@ -40,14 +48,20 @@ GATES = 4  # i f g o
 
 
 def init(
-    key: jax.Array, input_width: int, hidden_size: int, initializer: str, scale: float, forget_bias: float
+    key: jax.Array,
+    input_width: int,
+    hidden_size: int,
+    initializer: str,
+    scale: float,
+    forget_bias: float,
+    blocks: int = GATES,
 ) -> CellParams:
     """Parameters of one layer, float32; `initializer` and `scale` as in `charlstm.initializers`.
 
     The forget gate's slice of b_x is `forget_bias`, as char-rnn and Jozefowicz, Zaremba and Sutskever (ICML 2015) set
     it; its slice of b_h stays as drawn: zero, but under "pytorch" and "uniform".
     """
-    params = initializers.layer(initializer, key, input_width, hidden_size, GATES, scale=scale)
+    params = initializers.layer(initializer, key, input_width, hidden_size, blocks, scale=scale)
     return params._replace(b_x=params.b_x.at[hidden_size : 2 * hidden_size].set(forget_bias))
 
 
@@ -56,18 +70,23 @@ def initial_state(batch: int, hidden_size: int, dtype: jax.typing.DTypeLike = jn
     return CellState(h=jnp.zeros((batch, hidden_size), dtype), c=jnp.zeros((batch, hidden_size), dtype))
 
 
-def step(params: CellParams, state: CellState, x_BD: jax.Array) -> tuple[CellState, jax.Array]:
+def step(params: CellParams, state: CellState, x_BD: jax.Array, variant: str = "plain") -> tuple[CellState, jax.Array]:
     """One symbol of every stream, straight from the equations: (the new state, h_BH)."""
-    assert state.c is not None
     a_BG = x_BD @ params.w_x + params.b_x[None] + state.h @ params.w_h + params.b_h[None]
+    return after(a_BG, state, variant)
+
+
+def after(a_BG: jax.Array, state: CellState, variant: str) -> tuple[CellState, jax.Array]:
+    """What follows from the gates' sums a: (the new state, h_BH)."""
+    assert state.c is not None
     a_i, a_f, a_g, a_o = jnp.split(a_BG, GATES, axis=1)
     i, f, g, o = jax.nn.sigmoid(a_i), jax.nn.sigmoid(a_f), jnp.tanh(a_g), jax.nn.sigmoid(a_o)
-    c = f * state.c + i * g
+    c = f * state.c + (jnp.minimum(i, 1 - f) if variant == "capped" else i) * g
     h = o * jnp.tanh(c)
     return CellState(h, c), h
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def recurrence(
     w_h: jax.Array,
     b_h: jax.Array,
@@ -75,6 +94,7 @@ def recurrence(
     z_TBG: jax.Array,
     reset_TB: jax.Array,
     compute_dtype: jax.typing.DTypeLike,
+    variant: str = "plain",
 ) -> tuple[CellState, jax.Array]:
     """A window of every stream, given its projection: what `step` gives symbol by symbol, with a reverse pass by hand.
 
@@ -84,14 +104,15 @@ def recurrence(
       z_TBG: x W_x + b_x.
       reset_TB: bool; where True, the stream's state is zero before the symbol is read.
       compute_dtype: of the operands of products with w_h, and of the outputs; static.
+      variant: "plain" or "capped"; static.
 
     Returns:
       The state after the window, and h_TBH.
     """
-    return _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype)[0]
+    return _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant)[0]
 
 
-def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype):
+def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant):
     dtype = state.h.dtype
     w_HG, b_BG = w_h.astype(compute_dtype), b_h.astype(dtype)[None]
 
@@ -102,7 +123,7 @@ def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype):
         a_BG = z_BG.astype(dtype) + b_BG + jnp.dot(h_prev.astype(compute_dtype), w_HG, preferred_element_type=dtype)
         a_i, a_f, a_g, a_o = jnp.split(a_BG, GATES, axis=1)
         i, f, g, o = jax.nn.sigmoid(a_i), jax.nn.sigmoid(a_f), jnp.tanh(a_g), jax.nn.sigmoid(a_o)
-        c = f * c_prev + i * g
+        c = f * c_prev + (jnp.minimum(i, 1 - f) if variant == "capped" else i) * g
         h = o * jnp.tanh(c)
         return CellState(h, c), (h.astype(compute_dtype), (c_prev, i, f, g, o))
 
@@ -111,7 +132,7 @@ def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype):
     return (final, h_TBH), (w_h, b_h, state.h, h_TBH, gates, reset_TB, z_TBG[:0])
 
 
-def _reverse(compute_dtype, residuals, cotangents):
+def _reverse(compute_dtype, variant, residuals, cotangents):
     w_h, b_h, h_first, h_TBH, gates, reset_TB, z_like = residuals
     dfinal, dh_TBH = cotangents
     dtype = h_first.dtype
@@ -120,11 +141,15 @@ def _reverse(compute_dtype, residuals, cotangents):
     def unread(dstate, symbol):
         dh_above, (c_prev, i, f, g, o), reset_B = symbol
         dh = dh_above.astype(dtype) + dstate.h
-        tanh_c = jnp.tanh(f * c_prev + i * g)
+        k = jnp.minimum(i, 1 - f) if variant == "capped" else i
+        tanh_c = jnp.tanh(f * c_prev + k * g)
         dc = dstate.c + dh * o * (1 - tanh_c * tanh_c)
         da_i = dc * g * i * (1 - i)
         da_f = dc * c_prev * f * (1 - f)
-        da_g = dc * i * (1 - g * g)
+        da_g = dc * k * (1 - g * g)
+        if variant == "capped":
+            at_the_cap = i > 1 - f
+            da_i, da_f = jnp.where(at_the_cap, 0, da_i), jnp.where(at_the_cap, dc * (c_prev - g) * f * (1 - f), da_f)
         da_o = dh * tanh_c * o * (1 - o)
         da_BG = jnp.concatenate([da_i, da_f, da_g, da_o], axis=1)
         dh_prev = jnp.einsum("bg,hg->bh", da_BG.astype(compute_dtype), w_HG, preferred_element_type=dtype)
