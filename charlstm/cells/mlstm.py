@@ -9,7 +9,7 @@ element by element.  The window's projection z has a part for the gates, z_a, in
 factor, z_m; the recurrent weights W_h = [W_hm, W_mh] are those of the gates and those of the factor, which has no bias:
 
     z = x W_x + (b_x, 0)             G = 5H: z_a, z_m; one product for all the window's symbols
-    q = h⁻ W_mh
+    q = s W_mh                       s = h⁻, or with state dropout h⁻ times the stream's mask
     m = z_m q
     a = z_a + m W_hm + b_h
     i, f, o = σ(a_i), σ(a_f), σ(a_o)
@@ -23,9 +23,9 @@ Reverse, from the last symbol to the first.  dv is the gradient of the loss by v
     dm   = da W_hmᵀ
     dz_m = dm q
     dq   = dm z_m
-    dh⁻  = dq W_mhᵀ
+    ds   = dq W_mhᵀ                  dh⁻ = ds, or times the mask
 
-and, once the window is done, dz = (da, dz_m), dW_hm = Σ mᵀ da, dW_mh = Σ h⁻ᵀ dq, db_h = Σ da, the sums over all symbols
+and, once the window is done, dz = (da, dz_m), dW_hm = Σ mᵀ da, dW_mh = Σ sᵀ dq, db_h = Σ da, the sums over all symbols
 of all streams.  Where a stream is reset, h⁻ = c⁻ = 0, and dh⁻ and dc⁻ go nowhere.
 """
 
@@ -49,12 +49,26 @@ def init(
     return params._replace(b_x=params.b_x[: GATES * hidden_size], b_h=params.b_h[: GATES * hidden_size])
 
 
-def step(params: CellParams, state: CellState, x_BD: jax.Array, variant: str = "plain") -> tuple[CellState, jax.Array]:
+def step(
+    params: CellParams, state: CellState, x_BD: jax.Array, variant: str = "plain", mask_BH: jax.Array | None = None
+) -> tuple[CellState, jax.Array]:
     """One symbol of every stream, straight from the equations: (the new state, h_BH)."""
-    G = params.b_x.shape[0]
-    m = (x_BD @ params.w_x[:, G:]) * (state.h @ params.w_h[:, G:])
-    a_BG = x_BD @ params.w_x[:, :G] + params.b_x[None] + m @ params.w_h[:, :G] + params.b_h[None]
-    return lstm.after(a_BG, state, variant)
+    return advance(params, state, x_BD @ params.w_x + input_bias(params)[None], variant, mask_BH)
+
+
+def input_bias(params: CellParams) -> jax.Array:
+    """(b_x, 0), what is added to x W_x."""
+    factor = params.b_x.shape[0] // GATES
+    return jnp.concatenate([params.b_x, jnp.zeros(factor, params.b_x.dtype)])
+
+
+def advance(
+    params: CellParams, state: CellState, z_BG: jax.Array, variant: str = "plain", mask_BH: jax.Array | None = None
+) -> tuple[CellState, jax.Array]:
+    """`step`, given the symbol's projection."""
+    seen, G = state.h if mask_BH is None else state.h * mask_BH, params.b_h.shape[0]
+    m_BH = z_BG[:, G:] * (seen @ params.w_h[:, G:])
+    return lstm.after(z_BG[:, :G] + m_BH @ params.w_h[:, :G] + params.b_h[None], state, variant)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -66,6 +80,7 @@ def recurrence(
     reset_TB: jax.Array,
     compute_dtype: jax.typing.DTypeLike,
     variant: str = "plain",
+    mask_BH: jax.Array | None = None,
 ) -> tuple[CellState, jax.Array]:
     """A window of every stream, given its projection: what `step` gives symbol by symbol, with a reverse pass by hand.
 
@@ -76,14 +91,15 @@ def recurrence(
       reset_TB: bool; where True, the stream's state is zero before the symbol is read.
       compute_dtype: of the operands of products with w_h, and of the outputs; static.
       variant: "plain" or "capped"; static.
+      mask_BH: what the products with w_h see of the state is this times h⁻ (state dropout); None for h⁻ itself.
 
     Returns:
       The state after the window, and h_TBH.
     """
-    return _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant)[0]
+    return _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH)[0]
 
 
-def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant):
+def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
     dtype, G = state.h.dtype, b_h.shape[0]
     w_hm, w_mh = w_h[:, :G].astype(compute_dtype), w_h[:, G:].astype(compute_dtype)
     b_BG = b_h.astype(dtype)[None]
@@ -93,7 +109,8 @@ def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant):
         z_a, z_m = z_BG[:, :G].astype(dtype), z_BG[:, G:].astype(dtype)
         # A choice, not a product with 0: a NaN in the state of a stream that is reset must not survive.
         h_prev, c_prev = (jnp.where(reset_B[:, None], 0, s_BH) for s_BH in state)
-        q = jnp.dot(h_prev.astype(compute_dtype), w_mh, preferred_element_type=dtype)
+        seen = h_prev if mask_BH is None else h_prev * mask_BH
+        q = jnp.dot(seen.astype(compute_dtype), w_mh, preferred_element_type=dtype)
         m = (z_m * q).astype(compute_dtype)
         a_BG = z_a + b_BG + jnp.dot(m, w_hm, preferred_element_type=dtype)
         a_i, a_f, a_g, a_o = jnp.split(a_BG, GATES, axis=1)
@@ -103,11 +120,11 @@ def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant):
         return CellState(h, c), (h.astype(compute_dtype), (c_prev, i, f, g, o), q)
 
     final, (h_TBH, gates, q_TBH) = jax.lax.scan(read, state, (z_TBG, reset_TB))
-    return (final, h_TBH), (w_h, b_h, state.h, h_TBH, gates, q_TBH, z_TBG[:, :, G:], reset_TB)
+    return (final, h_TBH), (w_h, b_h, state.h, h_TBH, gates, q_TBH, z_TBG[:, :, G:], reset_TB, mask_BH)
 
 
 def _reverse(compute_dtype, variant, residuals, cotangents):
-    w_h, b_h, h_first, h_TBH, gates, q_TBH, z_m_TBH, reset_TB = residuals
+    w_h, b_h, h_first, h_TBH, gates, q_TBH, z_m_TBH, reset_TB, mask_BH = residuals
     dfinal, dh_TBH = cotangents
     dtype, G = h_first.dtype, b_h.shape[0]
     w_hm, w_mh = w_h[:, :G].astype(compute_dtype), w_h[:, G:].astype(compute_dtype)
@@ -129,6 +146,7 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
         dm = jnp.einsum("bg,hg->bh", da_BG.astype(compute_dtype), w_hm, preferred_element_type=dtype)
         dq = dm * z_m.astype(dtype)
         dh_prev = jnp.einsum("bq,hq->bh", dq.astype(compute_dtype), w_mh, preferred_element_type=dtype)
+        dh_prev = dh_prev if mask_BH is None else dh_prev * mask_BH
         dstate = CellState(*(jnp.where(reset_B[:, None], 0, ds) for ds in (dh_prev, dc * f)))
         dz_BG = jnp.concatenate([da_BG, dm * q], axis=1)
         return dstate, (dz_BG.astype(z_m_TBH.dtype), dq.astype(z_m_TBH.dtype))
@@ -136,16 +154,17 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
     dfirst, (dz_TBG, dq_TBH) = jax.lax.scan(unread, dfinal, (dh_TBH, gates, q_TBH, z_m_TBH, reset_TB), reverse=True)
     h_prev_TBH = jnp.concatenate([h_first[None].astype(compute_dtype), h_TBH[:-1]])
     h_prev_TBH = jnp.where(reset_TB[:, :, None], 0, h_prev_TBH)
+    seen_TBH = h_prev_TBH if mask_BH is None else (h_prev_TBH.astype(dtype) * mask_BH[None]).astype(compute_dtype)
     m_TBH, da_TBG = (z_m_TBH.astype(dtype) * q_TBH).astype(compute_dtype), dz_TBG[:, :, :G]
     dw_h = jnp.concatenate(
         [
             jnp.einsum("tbh,tbg->hg", v.astype(compute_dtype), dv.astype(compute_dtype), preferred_element_type=dtype)
-            for v, dv in ((m_TBH, da_TBG), (h_prev_TBH, dq_TBH))
+            for v, dv in ((m_TBH, da_TBG), (seen_TBH, dq_TBH))
         ],
         axis=1,
     )
     db_h = da_TBG.sum((0, 1), dtype=dtype)
-    return dw_h.astype(w_h.dtype), db_h.astype(b_h.dtype), dfirst, dz_TBG, None
+    return dw_h.astype(w_h.dtype), db_h.astype(b_h.dtype), dfirst, dz_TBG, None, None
 
 
 recurrence.defvjp(_forward, _reverse)

@@ -13,6 +13,9 @@ from jax.sharding import PartitionSpec
 from charlstm.cells import gru, lstm, mlstm, rnn, textbook
 from charlstm.types import CellParams, CellState
 
+T, B, D, H = 7, 4, 3, 5
+MASK_BH = np.random.default_rng(5).choice([0.0, 1.25], (B, H))
+
 
 def variant(cell: ModuleType, name: str) -> ModuleType:
     """The cell with one of its variants in place of the first."""
@@ -22,14 +25,27 @@ def variant(cell: ModuleType, name: str) -> ModuleType:
     return chosen
 
 
+def masked(cell: ModuleType) -> ModuleType:
+    """The cell with state dropout."""
+    chosen = ModuleType(cell.__name__)
+    of_it = {name: partial(getattr(cell, name), mask_BH=MASK_BH) for name in ("step", "recurrence")}
+    chosen.__dict__.update(vars(cell) | of_it)
+    return chosen
+
+
 CELLS = pytest.mark.parametrize("cell", [lstm, gru, rnn, mlstm], ids=["lstm", "gru", "rnn", "mlstm"])
 EQUATIONS = pytest.mark.parametrize(
     "cell",
-    [lstm, gru, rnn, mlstm, variant(rnn, "relu"), variant(lstm, "capped"), variant(mlstm, "capped")],
-    ids=["lstm", "gru", "rnn", "mlstm", "rnn relu", "lstm capped", "mlstm capped"],
+    [
+        *(lstm, gru, rnn, mlstm, variant(rnn, "relu"), variant(lstm, "capped"), variant(mlstm, "capped")),
+        *(masked(cell) for cell in (lstm, gru, rnn, mlstm)),
+    ],
+    ids=[
+        *("lstm", "gru", "rnn", "mlstm", "rnn relu", "lstm capped", "mlstm capped"),
+        *("lstm masked", "gru masked", "rnn masked", "mlstm masked"),
+    ],
 )
 RESETS = pytest.mark.parametrize("resets", [False, True], ids=["no_resets", "random_resets"])
-T, B, D, H = 7, 4, 3, 5
 
 
 @pytest.fixture
@@ -66,7 +82,7 @@ def problem(cell: ModuleType, dtype: Any = np.float32, *, resets: bool = False, 
 
 
 def project(params, x_TBD):
-    b_x = jnp.pad(params.b_x, (0, params.w_x.shape[1] - params.b_x.shape[0]))
+    b_x = params.b_x if params.b_x.shape[0] == params.w_x.shape[1] else mlstm.input_bias(params)
     return jnp.einsum("tbd,dg->tbg", x_TBD, params.w_x) + b_x[None, None]
 
 
