@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from charlstm import initializers, keys
-from charlstm.cells import gru, lstm, rnn
+from charlstm.cells import gru, lstm, mlstm, rnn
 from charlstm.model_config import ModelConfig
 from charlstm.projection import dense, lookup
 from charlstm.types import ModelParams, RecurrentState
 
-CELLS: dict[str, ModuleType] = {"lstm": lstm, "gru": gru, "rnn": rnn}
+CELLS: dict[str, ModuleType] = {"lstm": lstm, "gru": gru, "rnn": rnn, "mlstm": mlstm}
 
 
 class Dropout(NamedTuple):
@@ -82,11 +82,11 @@ def apply(
     x_TBD: jax.Array | None = None if params.embedding is None else lookup(params.embedding, inputs_TB).astype(dtype)
     new_state, outputs = [], []
     for layer, (p, layer_state) in enumerate(zip(params.cells, state, strict=True)):
-        if x_TBD is None:
-            z_TBG = lookup(p.w_x, inputs_TB) + p.b_x[None, None, :]
-        else:
-            z_TBG = dense(x_TBD, p.w_x, p.b_x, dtype)
-        layer_state, h_TBH = cell.recurrence(p.w_h, p.b_h, layer_state, z_TBG.astype(dtype), reset_TB, dtype)
+        b_x = jnp.pad(p.b_x, (0, p.w_x.shape[1] - p.b_x.shape[0]))  # the mLSTM's factor has no bias
+        z_TBG = lookup(p.w_x, inputs_TB) + b_x[None, None, :] if x_TBD is None else dense(x_TBD, p.w_x, b_x, dtype)
+        layer_state, h_TBH = cell.recurrence(
+            p.w_h, p.b_h, layer_state, z_TBG.astype(dtype), reset_TB, dtype, _variant(config)
+        )
         x_TBD = _drop(h_TBH, config, dropout, f"dropout.{layer}")
         new_state.append(layer_state)
         outputs.append(x_TBD)
@@ -97,6 +97,16 @@ def apply(
         assert params.embedding is not None, "tied weights are the embedding's"
         w_HV = params.embedding.T
     return tuple(new_state), dense(top_TBH, w_HV, params.b_out, dtype)
+
+
+def _variant(config: ModelConfig) -> str:
+    """Of the cell's equations."""
+    match config.cell:
+        case "rnn":
+            return config.nonlinearity
+        case "lstm" | "mlstm":
+            return "capped" if config.cap_input_gate else "plain"
+    return ""
 
 
 def _compute_dtype(config: ModelConfig, params: ModelParams) -> jnp.dtype:

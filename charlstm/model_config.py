@@ -9,7 +9,11 @@ from data_pipeline.settings import check_at_least, check_choices, check_numbers,
 class ModelConfig:
     """The recurrent language model."""
 
-    cell: str = setting("lstm", "The recurrent cell.", choices=("lstm", "gru", "rnn"))
+    cell: str = setting("lstm", "The recurrent cell.", choices=("lstm", "gru", "rnn", "mlstm"))
+    nonlinearity: str = setting("tanh", "rnn: tanh or relu.", choices=("tanh", "relu"))
+    cap_input_gate: bool = setting(
+        False, "lstm, mlstm: the input gate is at most 1 minus the forget gate, which bounds the cell state."
+    )
     num_layers: int = setting(2, "L: recurrent layers.")
     hidden_size: int = setting(256, "H: hidden units of each layer.")
     embedding_size: int = setting(0, "E: width of the symbol embedding; 0 feeds one-hot symbols, as char-rnn does.")
@@ -39,6 +43,10 @@ class ModelConfig:
             raise ValueError(f"embedding_size={self.embedding_size} must be 0 (one-hot) or more")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and less than 1")
+        if self.nonlinearity != "tanh" and self.cell != "rnn":
+            raise ValueError(f"nonlinearity={self.nonlinearity} is one of cell=rnn, and this is cell={self.cell}")
+        if self.cap_input_gate and self.cell not in ("lstm", "mlstm"):
+            raise ValueError(f"cap_input_gate needs an input gate, and cell={self.cell} has none: use lstm or mlstm")
         if self.tie_embeddings and self.embedding_size != self.hidden_size:
             raise ValueError(
                 f"tie_embeddings needs embedding_size={self.embedding_size} to equal hidden_size={self.hidden_size}"

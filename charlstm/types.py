@@ -12,7 +12,7 @@ import jax
 class CellParams(NamedTuple):
     """Parameters of one recurrent layer.  The gates lie side by side along G, in the order the cell's file gives."""
 
-    w_x: jax.Array  # [D, G] input to gates
+    w_x: jax.Array  # [D, G] input to gates; of the mLSTM [D, 5H], to gates and factor, as w_h
     w_h: jax.Array  # [H, G] previous hidden state to gates
     b_x: jax.Array  # [G]
     b_h: jax.Array  # [G] added on the recurrent side, as in PyTorch and char-rnn
@@ -31,7 +31,7 @@ class CellState(NamedTuple):
     """What a layer carries from symbol to symbol, float32 whatever the compute dtype (float64 when asked)."""
 
     h: jax.Array  # [B, H] hidden state
-    c: jax.Array | None  # [B, H] cell state of an LSTM; None for the GRU and the plain RNN
+    c: jax.Array | None  # [B, H] cell state of an LSTM or mLSTM; None for the GRU and the plain RNN
 
 
 RecurrentState = tuple[CellState, ...]  # L layers, first to last

@@ -58,7 +58,7 @@ def test_the_figure_does_not_depend_on_batch_size_devices_or_window():
         assert score(make(**changes), devices).bits_per_character == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn", "mlstm"])
 def test_one_piece_is_the_plain_forward_pass_over_the_whole_split(cell):
     config, text = make(piece=10**6, cell=cell), Text()
     ids = text.ids.astype(np.int32)[None]

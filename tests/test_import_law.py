@@ -17,12 +17,13 @@ RANKS = {
             "guard",
         ],
         2: ["file_manifest", "replicas", "cells.lstm", "cells.gru", "cells.rnn", "cells.textbook"],
-        3: ["model", "checkpoint", "metrics", "run_log"],
-        4: ["step", "generate"],
-        5: ["evaluate"],
-        6: ["trainer"],
+        3: ["cells.mlstm", "checkpoint", "metrics", "run_log"],
+        4: ["model"],
+        5: ["step", "generate"],
+        6: ["evaluate"],
+        7: ["trainer"],
         # The seed programs stand alone.
-        7: ["reference.min_char_rnn", "reference.numpy_lstm"],
+        8: ["reference.min_char_rnn", "reference.numpy_lstm"],
     },
     "data_pipeline": {
         0: ["settings", "batch", "files", "vocabulary"],

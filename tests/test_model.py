@@ -41,7 +41,7 @@ def slow_apply(config, params, state, inputs_BT, reset_BT):
     return tuple(new), top @ (params.embedding.T if params.w_out is None else params.w_out) + params.b_out[None, None]
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn", "mlstm"])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -94,7 +94,7 @@ def test_projections_and_loss_equal_their_plain_twins_in_float64():
                 np.testing.assert_allclose(a, b_, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn", "mlstm"])
 def test_a_long_window_equals_short_windows_with_carried_state(cell):
     config = make(cell=cell)
     inputs, _, reset = window()
@@ -110,7 +110,7 @@ def test_a_long_window_equals_short_windows_with_carried_state(cell):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn", "mlstm"])
 def test_resetting_one_stream_leaves_the_others_bit_identical(cell):
     config = make(cell=cell)
     inputs, _, _ = window()

@@ -56,7 +56,7 @@ def assert_equal_bits(one, other):
         assert (a.dtype, a.shape, np.asarray(a).tobytes()) == (b.dtype, b.shape, np.asarray(b).tobytes())
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn", "mlstm"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_any_number_of_devices_that_divides_the_shards_gives_the_same_bits(cell, dtype):
     config = make_config(cell=cell, compute_dtype=dtype)
@@ -93,7 +93,7 @@ def test_the_fast_reduction_takes_a_count_that_does_not_divide_the_shards():
 @pytest.mark.parametrize(
     ("reduction", "expected"), [("fast", {"all-reduce": 1}), ("exact", {"all-to-all": 1, "all-gather": 1})]
 )
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn", "mlstm"])
 def test_the_gradient_is_reduced_once_an_update_and_never_in_a_loop(cell, reduction, expected):
     config = make_config(cell=cell, reduction=reduction, embedding_size=6)
     mesh = mesh_lib.make(jax.devices()[:4])

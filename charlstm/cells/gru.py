@@ -8,7 +8,7 @@ by element; the gates lie along G = 3H in the order r u n (PyTorch writes z for 
 projection):
 
     z = x W_x + b_x                  the window's projection, one product for all its symbols
-    q = h⁻ W_h + b_h
+    q = s W_h + b_h                  s = h⁻, or with state dropout h⁻ times the stream's mask
     r, u = σ(z_r + q_r), σ(z_u + q_u)
     n = tanh(z_n + r q_n)
     h = (1 - u) n + u h⁻
@@ -20,9 +20,10 @@ above (this symbol's output) and from the right (the next symbol's dh⁻):
     dz_u = dh (h⁻ - n) u (1 - u)
     dz_r = dz_n q_n r (1 - r)
     dq   = dz_r, dz_u, dz_n r
-    dh⁻  = dh u + dq W_hᵀ
+    ds   = dq W_hᵀ
+    dh⁻  = dh u + ds                 with state dropout: dh u + ds times the mask
 
-and, once the window is done, dW_h = Σ h⁻ᵀ dq, db_h = Σ dq, the sums over all symbols of all streams.  Where a stream is
+and, once the window is done, dW_h = Σ sᵀ dq, db_h = Σ dq, the sums over all symbols of all streams.  Where a stream is
 reset, h⁻ = 0, and dh⁻ goes nowhere.
 """
 
@@ -52,17 +53,27 @@ def initial_state(batch: int, hidden_size: int, dtype: jax.typing.DTypeLike = jn
     return CellState(h=jnp.zeros((batch, hidden_size), dtype), c=None)
 
 
-def step(params: CellParams, state: CellState, x_BD: jax.Array) -> tuple[CellState, jax.Array]:
-    """One symbol of every stream, straight from the equations: (the new state, h_BH)."""
-    z_r, z_u, z_n = jnp.split(x_BD @ params.w_x + params.b_x[None], GATES, axis=1)
-    q_r, q_u, q_n = jnp.split(state.h @ params.w_h + params.b_h[None], GATES, axis=1)
+def step(
+    params: CellParams, state: CellState, x_BD: jax.Array, variant: str = "", mask_BH: jax.Array | None = None
+) -> tuple[CellState, jax.Array]:
+    """One symbol of every stream, straight from the equations: (the new state, h_BH).  There is one variant."""
+    return advance(params, state, x_BD @ params.w_x + params.b_x[None], variant, mask_BH)
+
+
+def advance(
+    params: CellParams, state: CellState, z_BG: jax.Array, variant: str = "", mask_BH: jax.Array | None = None
+) -> tuple[CellState, jax.Array]:
+    """`step`, given the symbol's projection."""
+    seen = state.h if mask_BH is None else state.h * mask_BH
+    z_r, z_u, z_n = jnp.split(z_BG, GATES, axis=1)
+    q_r, q_u, q_n = jnp.split(seen @ params.w_h + params.b_h[None], GATES, axis=1)
     r, u = jax.nn.sigmoid(z_r + q_r), jax.nn.sigmoid(z_u + q_u)
     n = jnp.tanh(z_n + r * q_n)
     h = (1 - u) * n + u * state.h
     return CellState(h, None), h
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def recurrence(
     w_h: jax.Array,
     b_h: jax.Array,
@@ -70,6 +81,8 @@ def recurrence(
     z_TBG: jax.Array,
     reset_TB: jax.Array,
     compute_dtype: jax.typing.DTypeLike,
+    variant: str = "",
+    mask_BH: jax.Array | None = None,
 ) -> tuple[CellState, jax.Array]:
     """A window of every stream, given its projection: what `step` gives symbol by symbol, with a reverse pass by hand.
 
@@ -79,14 +92,16 @@ def recurrence(
       z_TBG: x W_x + b_x.
       reset_TB: bool; where True, the stream's state is zero before the symbol is read.
       compute_dtype: of the operands of products with w_h, and of the outputs; static.
+      variant: there is one.
+      mask_BH: what the products with w_h see of the state is this times h⁻ (state dropout); None for h⁻ itself.
 
     Returns:
       The state after the window, and h_TBH.
     """
-    return _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype)[0]
+    return _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH)[0]
 
 
-def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype):
+def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
     dtype = state.h.dtype
     w_HG, b_BG = w_h.astype(compute_dtype), b_h.astype(dtype)[None]
 
@@ -94,7 +109,8 @@ def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype):
         z_BG, reset_B = symbol
         # A choice, not a product with 0: a NaN in the state of a stream that is reset must not survive.
         h_prev = jnp.where(reset_B[:, None], 0, h)
-        q_BG = jnp.dot(h_prev.astype(compute_dtype), w_HG, preferred_element_type=dtype) + b_BG
+        seen = h_prev if mask_BH is None else h_prev * mask_BH
+        q_BG = jnp.dot(seen.astype(compute_dtype), w_HG, preferred_element_type=dtype) + b_BG
         z_r, z_u, z_n = jnp.split(z_BG.astype(dtype), GATES, axis=1)
         q_r, q_u, q_n = jnp.split(q_BG, GATES, axis=1)
         r, u = jax.nn.sigmoid(z_r + q_r), jax.nn.sigmoid(z_u + q_u)
@@ -104,12 +120,12 @@ def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype):
 
     h, (h_TBH, gates) = jax.lax.scan(read, state.h, (z_TBG, reset_TB))
     # Of z only the dtype is wanted later; an empty slice carries it, so that the window's projection need not be kept.
-    residuals = (w_h, b_h, state.h, h_TBH, gates, reset_TB, z_TBG[:0])
+    residuals = (w_h, b_h, state.h, h_TBH, gates, reset_TB, z_TBG[:0], mask_BH)
     return (CellState(h, None), h_TBH.astype(compute_dtype)), residuals
 
 
-def _reverse(compute_dtype, residuals, cotangents):
-    w_h, b_h, h_first, h_TBH, gates, reset_TB, z_like = residuals
+def _reverse(compute_dtype, variant, residuals, cotangents):
+    w_h, b_h, h_first, h_TBH, gates, reset_TB, z_like, mask_BH = residuals
     dfinal, dh_TBH = cotangents
     dtype = h_first.dtype
     w_HG = w_h.astype(compute_dtype)
@@ -122,15 +138,16 @@ def _reverse(compute_dtype, residuals, cotangents):
         dz_u = dh * (h_prev - n) * u * (1 - u)
         dz_r = dz_n * q_n * r * (1 - r)
         dq_BG = jnp.concatenate([dz_r, dz_u, dz_n * r], axis=1)
-        dh_prev = dh * u + jnp.einsum("bg,hg->bh", dq_BG.astype(compute_dtype), w_HG, preferred_element_type=dtype)
+        dseen = jnp.einsum("bg,hg->bh", dq_BG.astype(compute_dtype), w_HG, preferred_element_type=dtype)
+        dh_prev = dh * u + (dseen if mask_BH is None else dseen * mask_BH)
         return jnp.where(reset_B[:, None], 0, dh_prev), (dq_BG.astype(z_like.dtype), dz_n.astype(z_like.dtype))
 
     dh_first, (dq_TBG, dz_n) = jax.lax.scan(unread, dfinal.h, (dh_TBH, h_prev_TBH, gates, reset_TB), reverse=True)
-    h_prev_TBH = h_prev_TBH.astype(compute_dtype)
-    dw_h = jnp.einsum("tbh,tbg->hg", h_prev_TBH, dq_TBG.astype(compute_dtype), preferred_element_type=dtype)
+    seen_TBH = (h_prev_TBH if mask_BH is None else h_prev_TBH * mask_BH[None]).astype(compute_dtype)
+    dw_h = jnp.einsum("tbh,tbg->hg", seen_TBH, dq_TBG.astype(compute_dtype), preferred_element_type=dtype)
     db_h = dq_TBG.sum((0, 1), dtype=dtype)
     dz_TBG = jnp.concatenate([dq_TBG[:, :, : 2 * w_h.shape[0]], dz_n], axis=2)
-    return dw_h.astype(w_h.dtype), db_h.astype(b_h.dtype), CellState(dh_first, None), dz_TBG, None
+    return dw_h.astype(w_h.dtype), db_h.astype(b_h.dtype), CellState(dh_first, None), dz_TBG, None, None
 
 
 recurrence.defvjp(_forward, _reverse)

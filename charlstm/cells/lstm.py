@@ -1,16 +1,18 @@
 """The LSTM, the equations of PyTorch's nn.LSTM, and its reverse pass derived by hand.
 
 Source: Hochreiter and Schmidhuber, Long Short-Term Memory, Neural Computation 9(8), 1997; the forget gate is that of
-Gers, Schmidhuber and Cummins, Learning to Forget, Neural Computation 12(10), 2000.
+Gers, Schmidhuber and Cummins, Learning to Forget, Neural Computation 12(10), 2000.  Its variants are "plain" and
+"capped", whose input gate lets in no more than was forgotten, as in Melis, Kočiský and Blunsom, Mogrifier LSTM, ICLR
+2020 (arXiv:1909.01792).
 
 Forward, symbol by symbol.  h⁻ and c⁻ are the state before the symbol, σ the logistic function, products of vectors are
 element by element; the gates lie along G = 4H in the order i f g o:
 
     z = x W_x + b_x                  the window's projection, one product for all its symbols
-    a = z + h⁻ W_h + b_h
+    a = z + s W_h + b_h              s = h⁻, or with state dropout h⁻ times the stream's mask
     i, f, o = σ(a_i), σ(a_f), σ(a_o)
     g = tanh(a_g)
-    c = f c⁻ + i g
+    c = f c⁻ + i g                   capped: c = f c⁻ + k g with k = min(i, 1 - f)
     h = o tanh(c)
 
 Reverse, from the last symbol to the first.  dv is the gradient of the loss by v.  dh is the sum of what comes from
@@ -21,10 +23,16 @@ above (this symbol's output) and from the right (the next symbol's dh⁻); dc fr
     da_f = dc c⁻ f (1 - f)
     da_g = dc i (1 - g²)
     da_o = dh tanh(c) o (1 - o)
-    dh⁻  = da W_hᵀ
+    ds   = da W_hᵀ                   dh⁻ = ds, or times the mask
     dc⁻  = dc f
 
-and, once the window is done, dz = da, dW_h = Σ h⁻ᵀ da, db_h = Σ da, the sums over all symbols of all streams.  Where a
+capped, where i > 1 - f, so that k = 1 - f (elsewhere k = i, as above):
+
+    da_i = 0
+    da_f = dc (c⁻ - g) f (1 - f)
+    da_g = dc k (1 - g²)
+
+and, once the window is done, dz = da, dW_h = Σ sᵀ da, db_h = Σ da, the sums over all symbols of all streams.  Where a
 stream is reset, h⁻ = c⁻ = 0, and dh⁻ and dc⁻ go nowhere.
 """
 
@@ -40,14 +48,20 @@ GATES = 4  # i f g o
 
 
 def init(
-    key: jax.Array, input_width: int, hidden_size: int, initializer: str, scale: float, forget_bias: float
+    key: jax.Array,
+    input_width: int,
+    hidden_size: int,
+    initializer: str,
+    scale: float,
+    forget_bias: float,
+    blocks: int = GATES,
 ) -> CellParams:
     """Parameters of one layer, float32; `initializer` and `scale` as in `charlstm.initializers`.
 
     The forget gate's slice of b_x is `forget_bias`, as char-rnn and Jozefowicz, Zaremba and Sutskever (ICML 2015) set
     it; its slice of b_h stays as drawn: zero, but under "pytorch" and "uniform".
     """
-    params = initializers.layer(initializer, key, input_width, hidden_size, GATES, scale=scale)
+    params = initializers.layer(initializer, key, input_width, hidden_size, blocks, scale=scale)
     return params._replace(b_x=params.b_x.at[hidden_size : 2 * hidden_size].set(forget_bias))
 
 
@@ -56,18 +70,32 @@ def initial_state(batch: int, hidden_size: int, dtype: jax.typing.DTypeLike = jn
     return CellState(h=jnp.zeros((batch, hidden_size), dtype), c=jnp.zeros((batch, hidden_size), dtype))
 
 
-def step(params: CellParams, state: CellState, x_BD: jax.Array) -> tuple[CellState, jax.Array]:
+def step(
+    params: CellParams, state: CellState, x_BD: jax.Array, variant: str = "plain", mask_BH: jax.Array | None = None
+) -> tuple[CellState, jax.Array]:
     """One symbol of every stream, straight from the equations: (the new state, h_BH)."""
+    return advance(params, state, x_BD @ params.w_x + params.b_x[None], variant, mask_BH)
+
+
+def advance(
+    params: CellParams, state: CellState, z_BG: jax.Array, variant: str = "plain", mask_BH: jax.Array | None = None
+) -> tuple[CellState, jax.Array]:
+    """`step`, given the symbol's projection."""
+    seen = state.h if mask_BH is None else state.h * mask_BH
+    return after(z_BG + seen @ params.w_h + params.b_h[None], state, variant)
+
+
+def after(a_BG: jax.Array, state: CellState, variant: str) -> tuple[CellState, jax.Array]:
+    """What follows from the gates' sums a: (the new state, h_BH)."""
     assert state.c is not None
-    a_BG = x_BD @ params.w_x + params.b_x[None] + state.h @ params.w_h + params.b_h[None]
     a_i, a_f, a_g, a_o = jnp.split(a_BG, GATES, axis=1)
     i, f, g, o = jax.nn.sigmoid(a_i), jax.nn.sigmoid(a_f), jnp.tanh(a_g), jax.nn.sigmoid(a_o)
-    c = f * state.c + i * g
+    c = f * state.c + (jnp.minimum(i, 1 - f) if variant == "capped" else i) * g
     h = o * jnp.tanh(c)
     return CellState(h, c), h
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def recurrence(
     w_h: jax.Array,
     b_h: jax.Array,
@@ -75,6 +103,8 @@ def recurrence(
     z_TBG: jax.Array,
     reset_TB: jax.Array,
     compute_dtype: jax.typing.DTypeLike,
+    variant: str = "plain",
+    mask_BH: jax.Array | None = None,
 ) -> tuple[CellState, jax.Array]:
     """A window of every stream, given its projection: what `step` gives symbol by symbol, with a reverse pass by hand.
 
@@ -84,14 +114,16 @@ def recurrence(
       z_TBG: x W_x + b_x.
       reset_TB: bool; where True, the stream's state is zero before the symbol is read.
       compute_dtype: of the operands of products with w_h, and of the outputs; static.
+      variant: "plain" or "capped"; static.
+      mask_BH: what the products with w_h see of the state is this times h⁻ (state dropout); None for h⁻ itself.
 
     Returns:
       The state after the window, and h_TBH.
     """
-    return _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype)[0]
+    return _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH)[0]
 
 
-def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype):
+def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
     dtype = state.h.dtype
     w_HG, b_BG = w_h.astype(compute_dtype), b_h.astype(dtype)[None]
 
@@ -99,20 +131,21 @@ def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype):
         z_BG, reset_B = symbol
         # A choice, not a product with 0: a NaN in the state of a stream that is reset must not survive.
         h_prev, c_prev = (jnp.where(reset_B[:, None], 0, s_BH) for s_BH in state)
-        a_BG = z_BG.astype(dtype) + b_BG + jnp.dot(h_prev.astype(compute_dtype), w_HG, preferred_element_type=dtype)
+        seen = h_prev if mask_BH is None else h_prev * mask_BH
+        a_BG = z_BG.astype(dtype) + b_BG + jnp.dot(seen.astype(compute_dtype), w_HG, preferred_element_type=dtype)
         a_i, a_f, a_g, a_o = jnp.split(a_BG, GATES, axis=1)
         i, f, g, o = jax.nn.sigmoid(a_i), jax.nn.sigmoid(a_f), jnp.tanh(a_g), jax.nn.sigmoid(a_o)
-        c = f * c_prev + i * g
+        c = f * c_prev + (jnp.minimum(i, 1 - f) if variant == "capped" else i) * g
         h = o * jnp.tanh(c)
         return CellState(h, c), (h.astype(compute_dtype), (c_prev, i, f, g, o))
 
     final, (h_TBH, gates) = jax.lax.scan(read, state, (z_TBG, reset_TB))
     # Of z only the dtype is wanted later; an empty slice carries it, so that the window's projection need not be kept.
-    return (final, h_TBH), (w_h, b_h, state.h, h_TBH, gates, reset_TB, z_TBG[:0])
+    return (final, h_TBH), (w_h, b_h, state.h, h_TBH, gates, reset_TB, z_TBG[:0], mask_BH)
 
 
-def _reverse(compute_dtype, residuals, cotangents):
-    w_h, b_h, h_first, h_TBH, gates, reset_TB, z_like = residuals
+def _reverse(compute_dtype, variant, residuals, cotangents):
+    w_h, b_h, h_first, h_TBH, gates, reset_TB, z_like, mask_BH = residuals
     dfinal, dh_TBH = cotangents
     dtype = h_first.dtype
     w_HG = w_h.astype(compute_dtype)
@@ -120,23 +153,29 @@ def _reverse(compute_dtype, residuals, cotangents):
     def unread(dstate, symbol):
         dh_above, (c_prev, i, f, g, o), reset_B = symbol
         dh = dh_above.astype(dtype) + dstate.h
-        tanh_c = jnp.tanh(f * c_prev + i * g)
+        k = jnp.minimum(i, 1 - f) if variant == "capped" else i
+        tanh_c = jnp.tanh(f * c_prev + k * g)
         dc = dstate.c + dh * o * (1 - tanh_c * tanh_c)
         da_i = dc * g * i * (1 - i)
         da_f = dc * c_prev * f * (1 - f)
-        da_g = dc * i * (1 - g * g)
+        da_g = dc * k * (1 - g * g)
+        if variant == "capped":
+            at_the_cap = i > 1 - f
+            da_i, da_f = jnp.where(at_the_cap, 0, da_i), jnp.where(at_the_cap, dc * (c_prev - g) * f * (1 - f), da_f)
         da_o = dh * tanh_c * o * (1 - o)
         da_BG = jnp.concatenate([da_i, da_f, da_g, da_o], axis=1)
         dh_prev = jnp.einsum("bg,hg->bh", da_BG.astype(compute_dtype), w_HG, preferred_element_type=dtype)
+        dh_prev = dh_prev if mask_BH is None else dh_prev * mask_BH
         dstate = CellState(*(jnp.where(reset_B[:, None], 0, ds) for ds in (dh_prev, dc * f)))
         return dstate, da_BG.astype(z_like.dtype)
 
     dfirst, da_TBG = jax.lax.scan(unread, dfinal, (dh_TBH, gates, reset_TB), reverse=True)
     h_prev_TBH = jnp.concatenate([h_first[None].astype(compute_dtype), h_TBH[:-1]])
     h_prev_TBH = jnp.where(reset_TB[:, :, None], 0, h_prev_TBH)
-    dw_h = jnp.einsum("tbh,tbg->hg", h_prev_TBH, da_TBG.astype(compute_dtype), preferred_element_type=dtype)
+    seen_TBH = h_prev_TBH if mask_BH is None else (h_prev_TBH.astype(dtype) * mask_BH[None]).astype(compute_dtype)
+    dw_h = jnp.einsum("tbh,tbg->hg", seen_TBH, da_TBG.astype(compute_dtype), preferred_element_type=dtype)
     db_h = da_TBG.sum((0, 1), dtype=dtype)
-    return dw_h.astype(w_h.dtype), db_h.astype(b_h.dtype), dfirst, da_TBG, None
+    return dw_h.astype(w_h.dtype), db_h.astype(b_h.dtype), dfirst, da_TBG, None, None
 
 
 recurrence.defvjp(_forward, _reverse)

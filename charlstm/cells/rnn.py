@@ -1,20 +1,21 @@
-"""The plain recurrent cell, the equations of PyTorch's nn.RNN with tanh, and its reverse pass derived by hand.
+"""The plain recurrent cell, the equations of PyTorch's nn.RNN, and its reverse pass derived by hand.
 
-Source: Elman, Finding Structure in Time, Cognitive Science 14(2), 1990; Karpathy's min-char-rnn is this cell.
+Source: Elman, Finding Structure in Time, Cognitive Science 14(2), 1990; Karpathy's min-char-rnn is this cell.  Its
+variants are "tanh" and "relu"; rectified units are those of Le, Jaitly and Hinton, 2015 (arXiv:1504.00941).
 
 Forward, symbol by symbol.  h⁻ is the state before the symbol; G = H:
 
     z = x W_x + b_x                  the window's projection, one product for all its symbols
-    a = z + h⁻ W_h + b_h
-    h = tanh(a)
+    a = z + s W_h + b_h              s = h⁻, or with state dropout h⁻ times the stream's mask
+    h = tanh(a)                      relu: h = max(a, 0)
 
 Reverse, from the last symbol to the first.  dv is the gradient of the loss by v.  dh is the sum of what comes from
 above (this symbol's output) and from the right (the next symbol's dh⁻); products of vectors are element by element:
 
-    da  = dh (1 - h²)
-    dh⁻ = da W_hᵀ
+    da  = dh (1 - h²)                relu: da = dh where h > 0, else 0
+    ds  = da W_hᵀ                    dh⁻ = ds, or times the mask
 
-and, once the window is done, dz = da, dW_h = Σ h⁻ᵀ da, db_h = Σ da, the sums over all symbols of all streams.  Where a
+and, once the window is done, dz = da, dW_h = Σ sᵀ da, db_h = Σ da, the sums over all symbols of all streams.  Where a
 stream is reset, h⁻ = 0, and dh⁻ goes nowhere.
 """
 
@@ -44,13 +45,24 @@ def initial_state(batch: int, hidden_size: int, dtype: jax.typing.DTypeLike = jn
     return CellState(h=jnp.zeros((batch, hidden_size), dtype), c=None)
 
 
-def step(params: CellParams, state: CellState, x_BD: jax.Array) -> tuple[CellState, jax.Array]:
+def step(
+    params: CellParams, state: CellState, x_BD: jax.Array, variant: str = "tanh", mask_BH: jax.Array | None = None
+) -> tuple[CellState, jax.Array]:
     """One symbol of every stream, straight from the equations: (the new state, h_BH)."""
-    h = jnp.tanh(x_BD @ params.w_x + params.b_x[None] + state.h @ params.w_h + params.b_h[None])
+    return advance(params, state, x_BD @ params.w_x + params.b_x[None], variant, mask_BH)
+
+
+def advance(
+    params: CellParams, state: CellState, z_BH: jax.Array, variant: str = "tanh", mask_BH: jax.Array | None = None
+) -> tuple[CellState, jax.Array]:
+    """`step`, given the symbol's projection."""
+    seen = state.h if mask_BH is None else state.h * mask_BH
+    a_BH = z_BH + seen @ params.w_h + params.b_h[None]
+    h = jax.nn.relu(a_BH) if variant == "relu" else jnp.tanh(a_BH)
     return CellState(h, None), h
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def recurrence(
     w_h: jax.Array,
     b_h: jax.Array,
@@ -58,6 +70,8 @@ def recurrence(
     z_TBG: jax.Array,
     reset_TB: jax.Array,
     compute_dtype: jax.typing.DTypeLike,
+    variant: str = "tanh",
+    mask_BH: jax.Array | None = None,
 ) -> tuple[CellState, jax.Array]:
     """A window of every stream, given its projection: what `step` gives symbol by symbol, with a reverse pass by hand.
 
@@ -67,14 +81,16 @@ def recurrence(
       z_TBG: x W_x + b_x.
       reset_TB: bool; where True, the stream's state is zero before the symbol is read.
       compute_dtype: of the operands of products with w_h, and of the outputs; static.
+      variant: "tanh" or "relu"; static.
+      mask_BH: what the products with w_h see of the state is this times h⁻ (state dropout); None for h⁻ itself.
 
     Returns:
       The state after the window, and h_TBH.
     """
-    return _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype)[0]
+    return _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH)[0]
 
 
-def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype):
+def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
     dtype = state.h.dtype
     w_HH, b_BH = w_h.astype(compute_dtype), b_h.astype(dtype)[None]
 
@@ -82,18 +98,19 @@ def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype):
         z_BH, reset_B = symbol
         # A choice, not a product with 0: a NaN in the state of a stream that is reset must not survive.
         h_prev = jnp.where(reset_B[:, None], 0, h)
-        a_BH = z_BH.astype(dtype) + b_BH + jnp.dot(h_prev.astype(compute_dtype), w_HH, preferred_element_type=dtype)
-        h = jnp.tanh(a_BH)
+        seen = h_prev if mask_BH is None else h_prev * mask_BH
+        a_BH = z_BH.astype(dtype) + b_BH + jnp.dot(seen.astype(compute_dtype), w_HH, preferred_element_type=dtype)
+        h = jax.nn.relu(a_BH) if variant == "relu" else jnp.tanh(a_BH)
         return h, h
 
     h, h_TBH = jax.lax.scan(read, state.h, (z_TBG, reset_TB))
     # Of z only the dtype is wanted later; an empty slice carries it, so that the window's projection need not be kept.
-    residuals = (w_h, b_h, state.h, h_TBH, reset_TB, z_TBG[:0])
+    residuals = (w_h, b_h, state.h, h_TBH, reset_TB, z_TBG[:0], mask_BH)
     return (CellState(h, None), h_TBH.astype(compute_dtype)), residuals
 
 
-def _reverse(compute_dtype, residuals, cotangents):
-    w_h, b_h, h_first, h_TBH, reset_TB, z_like = residuals
+def _reverse(compute_dtype, variant, residuals, cotangents):
+    w_h, b_h, h_first, h_TBH, reset_TB, z_like, mask_BH = residuals
     dfinal, dh_TBH = cotangents
     dtype = h_first.dtype
     w_HH = w_h.astype(compute_dtype)
@@ -101,16 +118,17 @@ def _reverse(compute_dtype, residuals, cotangents):
     def unread(dh_right, symbol):
         dh_above, h, reset_B = symbol
         dh = dh_above.astype(dtype) + dh_right
-        da_BH = dh * (1 - h * h)
+        da_BH = jnp.where(h > 0, dh, 0) if variant == "relu" else dh * (1 - h * h)
         dh_prev = jnp.einsum("bg,hg->bh", da_BH.astype(compute_dtype), w_HH, preferred_element_type=dtype)
+        dh_prev = dh_prev if mask_BH is None else dh_prev * mask_BH
         return jnp.where(reset_B[:, None], 0, dh_prev), da_BH.astype(z_like.dtype)
 
     dh_first, da_TBH = jax.lax.scan(unread, dfinal.h, (dh_TBH, h_TBH, reset_TB), reverse=True)
     h_prev_TBH = jnp.where(reset_TB[:, :, None], 0, jnp.concatenate([h_first[None], h_TBH[:-1]]))
-    h_prev_TBH = h_prev_TBH.astype(compute_dtype)
-    dw_h = jnp.einsum("tbh,tbg->hg", h_prev_TBH, da_TBH.astype(compute_dtype), preferred_element_type=dtype)
+    seen_TBH = (h_prev_TBH if mask_BH is None else h_prev_TBH * mask_BH[None]).astype(compute_dtype)
+    dw_h = jnp.einsum("tbh,tbg->hg", seen_TBH, da_TBH.astype(compute_dtype), preferred_element_type=dtype)
     db_h = da_TBH.sum((0, 1), dtype=dtype)
-    return dw_h.astype(w_h.dtype), db_h.astype(b_h.dtype), CellState(dh_first, None), da_TBH, None
+    return dw_h.astype(w_h.dtype), db_h.astype(b_h.dtype), CellState(dh_first, None), da_TBH, None, None
 
 
 recurrence.defvjp(_forward, _reverse)

@@ -25,10 +25,15 @@ def parameters(read) -> tuple[CellParams, ...]:
     )
 
 
-@pytest.mark.parametrize(("cell", "name"), [(lstm, "LSTM"), (gru, "GRU"), (rnn, "RNN")], ids=["lstm", "gru", "rnn"])
-def test_a_deep_network_equals_pytorchs_in_value_and_every_gradient(cell, name):
+@pytest.mark.parametrize(
+    ("cell", "name", "options"),
+    [(lstm, "LSTM", {}), (gru, "GRU", {}), (rnn, "RNN", {}), (rnn, "RNN", {"nonlinearity": "relu"})],
+    ids=["lstm", "gru", "rnn", "rnn relu"],
+)
+def test_a_deep_network_equals_pytorchs_in_value_and_every_gradient(cell, name, options):
     torch.manual_seed(0)
-    net = getattr(torch.nn, name)(D, H, num_layers=L).double()
+    net = getattr(torch.nn, name)(D, H, num_layers=L, **options).double()
+    variant = [options["nonlinearity"]] if options else []
     x = torch.randn(T, B, D, dtype=torch.float64, requires_grad=True)
     first = [torch.randn(L, B, H, dtype=torch.float64, requires_grad=True) for _ in range(2 if cell is lstm else 1)]
     h, last = net(x, tuple(first) if cell is lstm else first[0])
@@ -40,7 +45,7 @@ def test_a_deep_network_equals_pytorchs_in_value_and_every_gradient(cell, name):
         finals, reset_TB = [], jnp.zeros((T, B), bool)
         for layer, state in zip(params, states, strict=True):
             z_TBG = jnp.einsum("tbd,dg->tbg", x_TBD, layer.w_x) + layer.b_x[None, None]
-            final, x_TBD = cell.recurrence(layer.w_h, layer.b_h, state, z_TBG, reset_TB, z_TBG.dtype)
+            final, x_TBD = cell.recurrence(layer.w_h, layer.b_h, state, z_TBG, reset_TB, z_TBG.dtype, *variant)
             finals.append(final)
         return x_TBD, tuple(finals)
 

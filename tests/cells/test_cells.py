@@ -10,12 +10,42 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from charlstm.cells import gru, lstm, rnn, textbook
+from charlstm.cells import gru, lstm, mlstm, rnn, textbook
 from charlstm.types import CellParams, CellState
 
-CELLS = pytest.mark.parametrize("cell", [lstm, gru, rnn], ids=["lstm", "gru", "rnn"])
-RESETS = pytest.mark.parametrize("resets", [False, True], ids=["no_resets", "random_resets"])
 T, B, D, H = 7, 4, 3, 5
+MASK_BH = np.random.default_rng(5).choice([0.0, 1.25], (B, H))
+
+
+def variant(cell: ModuleType, name: str) -> ModuleType:
+    """The cell with one of its variants in place of the first."""
+    chosen = ModuleType(cell.__name__)
+    of_it = {"step": partial(cell.step, variant=name), "recurrence": partial(cell.recurrence, variant=name)}
+    chosen.__dict__.update(vars(cell) | of_it)
+    return chosen
+
+
+def masked(cell: ModuleType) -> ModuleType:
+    """The cell with state dropout."""
+    chosen = ModuleType(cell.__name__)
+    of_it = {name: partial(getattr(cell, name), mask_BH=MASK_BH) for name in ("step", "recurrence")}
+    chosen.__dict__.update(vars(cell) | of_it)
+    return chosen
+
+
+CELLS = pytest.mark.parametrize("cell", [lstm, gru, rnn, mlstm], ids=["lstm", "gru", "rnn", "mlstm"])
+EQUATIONS = pytest.mark.parametrize(
+    "cell",
+    [
+        *(lstm, gru, rnn, mlstm, variant(rnn, "relu"), variant(lstm, "capped"), variant(mlstm, "capped")),
+        *(masked(cell) for cell in (lstm, gru, rnn, mlstm)),
+    ],
+    ids=[
+        *("lstm", "gru", "rnn", "mlstm", "rnn relu", "lstm capped", "mlstm capped"),
+        *("lstm masked", "gru masked", "rnn masked", "mlstm masked"),
+    ],
+)
+RESETS = pytest.mark.parametrize("resets", [False, True], ids=["no_resets", "random_resets"])
 
 
 @pytest.fixture
@@ -44,15 +74,16 @@ def problem(cell: ModuleType, dtype: Any = np.float32, *, resets: bool = False, 
     def draw_state():
         return jax.tree.map(lambda s_BH: draw(*s_BH.shape), cell.initial_state(B, H, dtype))
 
-    width = cell.GATES * H
-    params = CellParams(draw(D, width), draw(H, width), draw(width), draw(width))
+    shapes = jax.eval_shape(lambda: cell.init(jax.random.key(0), D, H, "normal", 1.0, 0.0))
+    params = CellParams(*(draw(*leaf.shape) for leaf in shapes))
     reset_TB = jnp.asarray(rng.random((symbols, B)) < (0.3 if resets else 0.0))
     assert reset_TB.any() == resets
     return Problem(params, draw_state(), draw(symbols, B, D), reset_TB, draw_state(), draw(symbols, B, H))
 
 
 def project(params, x_TBD):
-    return jnp.einsum("tbd,dg->tbg", x_TBD, params.w_x) + params.b_x[None, None]
+    b_x = params.b_x if params.b_x.shape[0] == params.w_x.shape[1] else mlstm.input_bias(params)
+    return jnp.einsum("tbd,dg->tbg", x_TBD, params.w_x) + b_x[None, None]
 
 
 def fast(cell, params, state, x_TBD, reset_TB):
@@ -74,7 +105,7 @@ def assert_close(got, expected, tolerance):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=jax.tree_util.keystr(path))
 
 
-@CELLS
+@EQUATIONS
 @RESETS
 def test_the_fast_recurrence_equals_its_textbook_twin_in_value_and_every_gradient(cell, resets, float64):
     p = problem(cell, float64, resets=resets)
@@ -192,7 +223,7 @@ def equations(jaxpr, in_scan=False):
 def weight_shaped(window, cell, p):
     """Of the program of all the gradients: (products shaped like w_h outside scans, inside, scan carries so shaped)."""
     width = cell.GATES * H
-    shapes = {(H, width), (width, H)}
+    shapes = {(H, width), (width, H), p.params.w_h.shape} | ({(H, H)} if cell is mlstm else set())
     outside = inside = carried = 0
     for equation, in_scan in equations(jax.make_jaxpr(lambda p: run(window, cell, p))(p).jaxpr):
         if equation.primitive.name == "dot_general" and equation.outvars[0].aval.shape in shapes:
@@ -205,8 +236,9 @@ def weight_shaped(window, cell, p):
 @CELLS
 def test_the_gradient_of_the_recurrent_weights_is_one_product_after_the_loop(cell):
     p = problem(cell)
-    assert weight_shaped(fast, cell, p) == (1, 0, 0)
-    assert weight_shaped(textbook.unroll, cell, p)[1:] == (1, 1), "the search finds what autodiff does in the loop"
+    matrices = 2 if cell is mlstm else 1
+    assert weight_shaped(fast, cell, p) == (matrices, 0, 0)
+    assert weight_shaped(textbook.unroll, cell, p)[1:] == (matrices, 1), "autodiff does it in the loop"
 
 
 @CELLS
@@ -269,19 +301,39 @@ def test_the_grus_gates_are_reset_update_candidate():
     np.testing.assert_allclose(gru.step(recalling, p.state, p.x_TBD[0])[1], jnp.full((B, H), np.tanh(3)), atol=1e-6)
 
 
+def test_the_mlstm_is_an_lstm_that_sees_the_factor_in_place_of_the_state(float64):
+    p = problem(mlstm, float64)
+    params, G = p.params, 4 * H
+    m_BH = (p.x_TBD[0] @ params.w_x[:, G:]) * (p.state.h @ params.w_h[:, G:])
+    gates = CellParams(params.w_x[:, :G], params.w_h[:, :G], params.b_x, params.b_h)
+    expected = lstm.step(gates, p.state._replace(h=m_BH), p.x_TBD[0])
+    assert_close(mlstm.step(params, p.state, p.x_TBD[0]), expected, 1e-12)
+
+
+def test_a_capped_cell_lets_in_no_more_than_was_forgotten():
+    p = problem(lstm)
+    full = saturated(lstm, i=1, f=1, g=1, o=1)
+    np.testing.assert_allclose(lstm.step(full, p.state, p.x_TBD[0], "capped")[0].c, p.state.c, atol=1e-6)
+    np.testing.assert_allclose(lstm.step(full, p.state, p.x_TBD[0])[0].c, p.state.c + 1, atol=1e-6)
+    empty = saturated(lstm, i=1, f=-1, g=1, o=1)
+    np.testing.assert_allclose(lstm.step(empty, p.state, p.x_TBD[0], "capped")[0].c, jnp.ones((B, H)), atol=1e-6)
+
+
 @CELLS
 def test_a_layer_starts_float32_with_its_gates_side_by_side_and_its_state_at_zero(cell):
     params = cell.init(jax.random.key(0), D, H, "orthogonal", 0.08, 1.5)
-    width = cell.GATES * H
-    assert [w.shape for w in params] == [(D, width), (H, width), (width,), (width,)]
+    width, factor = cell.GATES * H, H if cell is mlstm else 0
+    assert [w.shape for w in params] == [(D, width + factor), (H, width + factor), (width,), (width,)]
     assert all(w.dtype == jnp.float32 for w in params)
-    forget = slice(H, 2 * H) if cell is lstm else slice(0, 0)
+    for block in jnp.split(params.w_h, params.w_h.shape[1] // H, axis=1):
+        np.testing.assert_allclose(block.T @ block, np.eye(H), atol=1e-5)
+    forget = slice(H, 2 * H) if cell in (lstm, mlstm) else slice(0, 0)
     expected = np.zeros(width, np.float32)
     expected[forget] = 1.5
     np.testing.assert_array_equal(params.b_x, expected)
     np.testing.assert_array_equal(params.b_h, jnp.zeros(width))
     state = cell.initial_state(B, H)
-    assert (state.c is not None) == (cell is lstm)
+    assert (state.c is not None) == (cell in (lstm, mlstm))
     for s_BH in jax.tree.leaves(state):
         np.testing.assert_array_equal(s_BH, np.zeros((B, H), np.float32))
 

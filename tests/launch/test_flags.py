@@ -96,6 +96,11 @@ OTHER = {
     "burn_in": 5,
     "evaluation_batch_size": 8,
 }
+# Those that do not go with the cell above, each with what it needs.
+APART: tuple[dict[str, object], ...] = (
+    {"nonlinearity": "relu", "cell": "rnn"},
+    {"cap_input_gate": True, "cell": "mlstm"},
+)
 
 
 def parse(*arguments: str) -> tuple[TrainFlags, Config, list[str]]:
@@ -140,11 +145,13 @@ def trained(folder, arguments) -> Path:
 
 
 def test_every_setting_of_the_config_is_a_flag_and_reaches_it():
-    assert OTHER.keys() == values(Config()).keys()
-    assert not [name for name, value in values(Config()).items() if OTHER[name] == value]
-    _, config, given_ = parse(*(f"--{name}={flags._text(value)}" for name, value in OTHER.items()))
-    assert values(config) == OTHER
-    assert len(given_) == len(OTHER)
+    default = values(Config())
+    assert {name for group in (OTHER, *APART) for name in group} == default.keys()
+    for group in (OTHER, *APART):
+        assert not [name for name, value in group.items() if default[name] == value]
+        _, config, given_ = parse(*(f"--{name}={flags._text(value)}" for name, value in group.items()))
+        assert values(config) == default | group
+        assert len(given_) == len(group)
     assert parse()[1:] == (Config(), [])
 
 
@@ -166,7 +173,7 @@ def test_help_has_every_flag_once_in_sections_with_its_default(module, flag):
             title = (type(getattr(Config(), section.name)).__doc__ or "").splitlines()[0]
             assert text.count(f"\n\n{title}\n\n") == 1
         assert "--learning_rate=0.002 " in text and "--rotate_streams=true " in text
-        assert "One of lstm, gru, rnn." in text
+        assert "One of lstm, gru, rnn, mlstm." in text
 
 
 def test_the_program_prints_its_help_and_exits_with_0():
@@ -246,7 +253,7 @@ def test_config_json_is_read_as_it_was_written():
         (lambda tree: tree | {"model": {"hidden_size": "3"}}, "model.hidden_size='3' is not a int"),
         (lambda tree: tree | {"model": {"hidden_size": True}}, "model.hidden_size=True is not a int"),
         (lambda tree: tree | {"model": {"skip": 1}}, "model.skip=1 is not a bool"),
-        (lambda tree: tree | {"model": {"cell": "lstn"}}, "cell='lstn' is not one of lstm, gru, rnn"),
+        (lambda tree: tree | {"model": {"cell": "lstn"}}, "cell='lstn' is not one of lstm, gru, rnn, mlstm"),
         (lambda tree: tree | {"optimizer": {"learning_rate": float("nan")}}, "learning_rate=nan is not a finite"),
         (lambda tree: tree | {"training": {"num_steps": 10**400}}, "must be at most 2147483647"),
     ],
