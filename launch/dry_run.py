@@ -1,5 +1,6 @@
-"""What a run would take: sizes, memory, traffic, and an ETA from three timed steps.  Changes nothing."""
+"""What a run would take: sizes, arithmetic, memory, traffic, and an ETA from timed steps.  Changes nothing."""
 
+import json
 import os
 import time
 
@@ -9,6 +10,7 @@ from jax.sharding import Mesh
 
 from charlstm import config as config_lib
 from charlstm import mesh as mesh_lib
+from charlstm import model
 from charlstm import step as step_lib
 from charlstm.config import Config
 from charlstm.metrics import duration
@@ -16,25 +18,34 @@ from data_pipeline.batch import Batch
 from data_pipeline.shards import Corpus
 from data_pipeline.streams import StreamPlan
 
-TIMED_STEPS = 3
+TIMED_STEPS = 3  # at least, and for
+TIMED_SECONDS = 1.0
 PATIENCE = 60.0  # seconds; where three whole steps would take longer, short windows are timed instead
 SHORT_WINDOW = 8
+RATE = 1e13  # products and sums in a second, of which the arithmetic is told in hours: those of one fast GPU, about
 
 
-def report(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh) -> None:
-    """Prints the table.  Raises ValueError as the run itself would."""
+def report(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, form: str = "text") -> None:
+    """Prints the table, or with the form "json" one line of its numbers.  Raises ValueError as the run itself would."""
     shards = step_lib.shards_per_device(config, mesh.size)
     V, symbols = corpus.vocabulary.size, config.streams.batch_size * config.streams.window
     state = jax.eval_shape(lambda: step_lib.init(config, V))
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    memory = _memory(config, V, plan, mesh)
+    parameters, arithmetic = count_parameters(config, V), flops(config, V)
     seconds, how = _seconds_a_step(config, corpus, plan, mesh)
-    left = config.training.num_steps * seconds
+    if form == "json":
+        print(json.dumps({"parameters": parameters, "flops_per_step": arithmetic, "seconds_per_step": seconds}))
+        return
+    memory = _memory(config, V, plan, mesh)
+    left, whole = config.training.num_steps * seconds, config.training.num_steps * arithmetic
     rows = [
         ("devices", mesh_lib.describe(mesh)),
         ("corpus", f"{corpus.directory.name}: {plan.symbols:,} training symbols, vocabulary of {V}"),
         ("parameters", f"{parameters:,}"),
         ("state", in_bytes(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)))),
+        (
+            "arithmetic",
+            f"{arithmetic:.2g} FLOP an update, {whole:.2g} in all: {duration(whole / RATE)} at {RATE:.0e} a second",
+        ),
         ("memory per device", memory),
         ("bytes per all-reduce", f"{in_bytes(4 * (parameters + 1))}, once a step ({config.training.reduction})"),
         ("logical shards", f"{config.training.logical_shards}, {shards} a device"),
@@ -46,6 +57,22 @@ def report(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh) -> None
     ]
     for name, value in rows:
         print(f"{name:<22}{value}")
+
+
+def count_parameters(config: Config, vocabulary_size: int) -> int:
+    params = jax.eval_shape(lambda: model.init(config.model, vocabulary_size, jax.random.key(0)))
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def flops(config: Config, vocabulary_size: int) -> float:
+    """Products and sums of one update, about: 6 a symbol and parameter, 2 forwards and 4 in reverse.
+
+    An embedding is looked up and has none.  Source: Kaplan et al. 2020, arXiv:2001.08361, section 2.1.
+    """
+    settings = config.model
+    looked_up = 0 if settings.tie_embeddings else vocabulary_size * settings.embedding_size
+    symbols = config.streams.batch_size * config.streams.window
+    return 6.0 * (count_parameters(config, vocabulary_size) - looked_up) * symbols
 
 
 def _memory(config: Config, V: int, plan: StreamPlan, mesh: Mesh) -> str:
@@ -64,30 +91,40 @@ def _memory(config: Config, V: int, plan: StreamPlan, mesh: Mesh) -> str:
 
 
 def _seconds_a_step(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh) -> tuple[float, str]:
-    """Three steps timed: of whole windows, or, where that takes too long here, of short ones scaled up."""
+    """A few steps timed: of whole windows, or, where that takes too long here, of short ones scaled up."""
     T = config.streams.window
     if T > SHORT_WINDOW:
-        scaled = _timed(config_lib.replace(config, window=SHORT_WINDOW), corpus, plan, mesh, 1) * T / SHORT_WINDOW
+        short = config_lib.replace(config, window=SHORT_WINDOW)
+        scaled = _median(_timed(short, corpus, plan, mesh, 1)) * T / SHORT_WINDOW
         if scaled * (TIMED_STEPS + 1) > PATIENCE:
-            short = _timed(config_lib.replace(config, window=SHORT_WINDOW), corpus, plan, mesh, TIMED_STEPS)
-            return short * T / SHORT_WINDOW, f"{TIMED_STEPS} steps of {SHORT_WINDOW} symbols timed, scaled to {T}"
-    return _timed(config, corpus, plan, mesh, TIMED_STEPS), f"{TIMED_STEPS} steps timed"
+            times = _timed(short, corpus, plan, mesh, TIMED_STEPS)
+            return _median(
+                times
+            ) * T / SHORT_WINDOW, f"{len(times)} steps of {SHORT_WINDOW} symbols timed, scaled to {T}"
+    times = _timed(config, corpus, plan, mesh, TIMED_STEPS, TIMED_SECONDS)
+    return _median(times), f"{len(times)} steps timed"
 
 
-def _timed(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, steps: int) -> float:
-    """Median seconds of a step, compilation left out."""
+def _timed(
+    config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, steps: int, at_least: float = 0.0
+) -> list[float]:
+    """Seconds of each of so many steps, and of more until `at_least` seconds are full; compilation left out."""
     V, rows = corpus.vocabulary.size, mesh_lib.process_rows(mesh, config.streams.batch_size)
     train_step = step_lib.make(config, V, mesh, plan.steps_per_epoch)
     state = step_lib.place(mesh, step_lib.init(config, V))
     own = plan.read(corpus.splits["train"], 0, rows)
     batch = mesh_lib.put(mesh, mesh_lib.BY_STREAM, Batch(*(a[:, : config.streams.window] for a in own)))
-    times = []
-    for _ in range(steps + 1):
+    times: list[float] = []
+    while len(times) < 1 + steps or mesh_lib.any_process(sum(times[1:]) < at_least):  # clocks differ
         began = time.monotonic()
         state, metrics = train_step(state, batch)
         jax.block_until_ready((state, metrics))
         times.append(time.monotonic() - began)
-    return float(np.median(times[1:]))
+    return times[1:]
+
+
+def _median(times: list[float]) -> float:
+    return float(np.median(times))
 
 
 def require_memory(config: Config, vocabulary_size: int) -> None:

@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 from charlstm.run_log import Lines
 from data_pipeline.files import at_home
@@ -74,7 +75,7 @@ class Processes:
             text=True,
             errors="replace",
             start_new_session=True,  # Ctrl-C comes to this process alone, which passes it on
-            preexec_fn=functools.partial(_die_with, os.getpid()),
+            preexec_fn=functools.partial(die_with, os.getpid()),
         )
 
     def _pump(self, number: int, process: "subprocess.Popen[str]") -> None:
@@ -134,7 +135,7 @@ def main(argv: Sequence[str]) -> int:
     policy = restarts.Policy(run_dir / "checkpoints", chosen.restarts)
     while True:
         processes = Processes(chosen, arguments, log_dir)
-        with _passed_on(processes):
+        with passed_on(processes):
             statuses = processes.wait()
         again, sentence = policy.after(statuses, processes.told_to_stop)
         print(sentence, file=sys.stderr, flush=True)
@@ -169,7 +170,7 @@ def _free_port() -> int:
         return free.getsockname()[1]
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """In a child: is killed when `parent`, this program, dies, however that happens (Linux only)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -177,8 +178,16 @@ def _die_with(parent: int) -> None:
         os._exit(program.LOST)
 
 
+class Started(Protocol):
+    """What was started, and can be told to stop."""
+
+    told_to_stop: bool
+
+    def send(self, number: int) -> None: ...
+
+
 @contextlib.contextmanager
-def _passed_on(processes: Processes) -> Iterator[None]:
+def passed_on(processes: Started) -> Iterator[None]:
     """Ctrl-C and SIGTERM go to all processes, as SIGTERM; a second Ctrl-C kills them."""
 
     def pass_on(number: int, frame: FrameType | None) -> None:

@@ -17,7 +17,7 @@ from charlstm.file_manifest import StepDirectory
 from charlstm.run_log import RunLog
 from charlstm.types import ModelParams
 from data_pipeline.files import at_home
-from data_pipeline.settings import setting
+from data_pipeline.settings import check_choices, setting
 from data_pipeline.streams import StreamPlan
 from launch import chosen_corpus, compilation, dry_run, flags, job, monitor, program, run_directory
 from launch import run as run_lib
@@ -35,7 +35,15 @@ class TrainFlags:
     initial_checkpoint: str = setting(
         "", "A run directory (or its checkpoints/STEP) whose parameters a new run starts from; nothing else is taken."
     )
-    dry_run: bool = setting(False, "Print sizes, memory, traffic and an ETA from three timed steps; change nothing.")
+    dry_run: bool = setting(
+        False, "Print sizes, arithmetic, memory, traffic and an ETA from timed steps; change nothing."
+    )
+    dry_run_format: str = setting(
+        "text", "dry_run: a table, or one line of json for another program.", choices=("text", "json")
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
 
 def parse(argv: Sequence[str]) -> tuple[TrainFlags, JobFlags, WatchdogFlags, MonitorFlags, Config, list[str]]:
@@ -82,7 +90,7 @@ def _run(chosen: TrainFlags, watching: WatchdogFlags, telling: MonitorFlags, con
     run_directory.separator(config, corpus.vocabulary)
     dry_run.require_memory(config, corpus.vocabulary.size)
     if chosen.dry_run:
-        dry_run.report(config_lib.resolve(config, mesh.size), corpus, plan, mesh)
+        dry_run.report(config_lib.resolve(config, mesh.size), corpus, plan, mesh, chosen.dry_run_format)
         return program.DONE
 
     # The run: a new one, or the one that is there.

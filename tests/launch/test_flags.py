@@ -20,7 +20,7 @@ from charlstm.config import Config
 from charlstm.mesh import make as make_mesh
 from data_pipeline.prepare import prepare
 from data_pipeline.settings import CorpusSettings
-from launch import evaluate, flags, program, run_directory, sample, train
+from launch import evaluate, flags, program, run_directory, sample, train, tune
 from launch.job import JobFlags
 from launch.monitor import MonitorFlags
 from launch.train import TrainFlags
@@ -156,7 +156,7 @@ def test_every_setting_of_the_config_is_a_flag_and_reaches_it():
 
 
 @pytest.mark.parametrize("flag", ["--help", "--helpshort", "-h"])
-@pytest.mark.parametrize("module", [train, evaluate, sample], ids=["train", "evaluate", "sample"])
+@pytest.mark.parametrize("module", [train, evaluate, sample, tune], ids=["train", "evaluate", "sample", "tune"])
 def test_help_has_every_flag_once_in_sections_with_its_default(module, flag):
     with pytest.raises(flags.Help) as caught:
         module.main(["program", "--run_dir=x", flag])
@@ -212,7 +212,7 @@ def test_every_config_file_parses_and_says_how_it_is_run(path):
     _, config, given_ = parse(f"--flagfile={path}")
     assert config != Config() and len(given_) >= 5
     assert f"python -m launch.train --flagfile=configs/{path.name}" in path.read_text()
-    assert "# Expected: " in path.read_text()
+    assert re.search("^# (Expected: |Reached here:)", path.read_text(), re.MULTILINE)
 
 
 def test_there_are_config_files():
@@ -406,9 +406,11 @@ def test_a_dry_run_prints_its_table_and_makes_no_run(arguments, capsys, tmp_path
     table = dict(re.split(r"  +", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
     model = 256 * 4 + (4 + 8) * 32 + 2 * 32 + 8 * 256 + 256  # embedding, cell, biases, soft-max
     assert table["parameters"] == f"{model:,}"
+    arithmetic = 6 * (model - 256 * 4) * 16 * 16  # the embedding is looked up
+    assert table["arithmetic"] == f"{arithmetic:.2g} FLOP an update, {2 * arithmetic:.2g} in all: 0s at 1e+13 a second"
     assert table["bytes per all-reduce"].startswith(f"{4 * (model + 1) / 1000:.1f} KB, once a step")
     assert table["steps per epoch"] == "27" and table["steps"].startswith("2 (0.07 epochs)")
     assert re.fullmatch(r"[\d.]+ [KM]B \(.*temporaries\)", table["memory per device"])
-    assert re.fullmatch(r"[\d.e-]+ s, [\d,]+ characters/s \(3 steps timed\)", table["time per step"])
+    assert re.fullmatch(r"[\d.e-]+ s, [\d,]+ characters/s \(\d+ steps timed\)", table["time per step"])
     assert "ETA" in table and table["logical shards"] == "8, 1 a device"
     assert not list(tmp_path.iterdir())

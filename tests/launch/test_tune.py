@@ -1,0 +1,257 @@
+"""Studies: what is drawn, who runs it, what is stopped early, and what is left when a worker dies."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from charlstm import config as config_lib
+from charlstm.config import Config
+from launch import dry_run, evaluate, program, run_directory, search_space, trials, tune
+from tests.conftest import ROOT
+from tests.jobs import alive, children, wait_for
+from tests.launch.conftest import SMALL, TINY, refusal
+
+STAND_IN = ROOT / "tests" / "launch" / "stand_in.py"
+SPACE = """
+[learning_rate]
+low = 1e-4
+high = 0.4
+log = true
+
+[batch_size]
+choices = [8, 16]
+"""
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture
+def command(tmp_path, folder) -> list[str]:
+    """Of a study in `tmp_path / "study"` of runs of 40 updates."""
+    space = write(tmp_path / "space.toml", SPACE)
+    return [
+        "tune", TINY, *SMALL, "--num_steps=44", f"--corpus={folder / 'text.txt'}", f"--cache_dir={folder / 'cache'}",
+        f"--space={space}", f"--study_dir={tmp_path / 'study'}",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def stand_in(monkeypatch) -> None:
+    monkeypatch.setattr(trials, "TRAIN", (sys.executable, str(STAND_IN)))
+    monkeypatch.setattr(trials, "LOOK_EVERY", 0.01)
+
+
+@contextlib.contextmanager
+def worker(command: list[str], **environment: str) -> Iterator[subprocess.Popen]:
+    """A worker in a process of its own, whose trials are of the stand-in."""
+    program_text = (
+        "from launch import program, trials, tune\n"
+        f"trials.TRAIN, trials.LOOK_EVERY = ({sys.executable!r}, {str(STAND_IN)!r}), 0.05\n"
+        "program.run('launch.tune', tune.main)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program_text, *command[1:]], cwd=ROOT, env=os.environ | environment,
+        stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def study_of(tmp_path: Path) -> list:
+    return tune.opened(tmp_path / "study").trials
+
+
+def states(tmp_path: Path) -> list[str]:
+    return [trial.state.name for trial in study_of(tmp_path)]
+
+
+def starts(tmp_path: Path, number: int) -> list[str]:
+    path = trials.run_dir(tmp_path / "study", number) / "starts.txt"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+# The space.
+
+
+class Fixed:
+    """In place of an Optuna trial: draws what it is given."""
+
+    def __init__(self, **values):
+        self.suggest_float = self.suggest_int = lambda name, low, high, log: values[name]
+        self.suggest_categorical = lambda name, choices: values[name]
+
+
+def test_a_width_is_fitted_so_that_one_more_unit_would_be_too_many_parameters(tmp_path):
+    text = "[num_layers]\nchoices = [1, 2]\n[learning_rate]\nlow = 1e-3\nhigh = 1\n"
+    text += "[hidden_size]\nparameters = 240_321\n"
+    space = search_space.read(str(write(tmp_path / "s.toml", text)), Config())
+    values = search_space.values_of(Fixed(num_layers=2, learning_rate=0.0123456), space, Config(), 65)
+    assert values == {"num_layers": 2, "learning_rate": 0.01235, "hidden_size": 128}  # as char-rnn's
+    for layers in (1, 2):
+        values = search_space.values_of(Fixed(num_layers=layers, learning_rate=0.1), space, Config(), 65)
+        config = config_lib.replace(Config(), **values)
+        wider = config_lib.replace(config, hidden_size=values["hidden_size"] + 1)
+        assert dry_run.count_parameters(config, 65) <= 240_321 < dry_run.count_parameters(wider, 65)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (
+            "[learning_rat]\nlow = 1\nhigh = 2",
+            "learning_rat is not a setting of the streams, the model or",
+        ),
+        ("[vocabulary]\nchoices = ['bytes']", "vocabulary is not a setting of the streams"),
+        ("[learning_rate]\nlow = 2\nhigh = 1", "low=2.0 to high=1.0: low must be less"),
+        ("[learning_rate]\nlow = 0\nhigh = 1\nlog = true", "low must be less, and above 0"),
+        ("[cell]\nlow = 1\nhigh = 2", "not of the form low and high"),
+        ("[batch_size]\nchoices = [8, 'many']", "batch_size: 'many' is not a int"),
+        ("[batch_size]\nparameters = 8", "no setting to search"),
+        ("learning_rate = ", "is not a TOML file"),
+        ("", "has no setting to search"),
+    ],
+)
+def test_a_space_that_is_none_is_refused_in_one_sentence(text, sentence, command, tmp_path):
+    write(tmp_path / "space.toml", text)
+    assert sentence in refusal(tune.main, *command[1:])
+    assert not (tmp_path / "study").exists()
+
+
+# Trials.
+
+
+def test_a_trial_is_a_run_like_any_other_and_the_first_has_the_flags_own_values(command, tmp_path, capsys):
+    assert tune.main([*command, "--trials=1"]) == program.DONE
+    run_dir = trials.run_dir(tmp_path / "study", 0)
+    config, _ = run_directory.read(run_dir)
+    assert (config.optimizer.learning_rate, config.streams.batch_size, config.training.num_steps) == (0.01, 16, 40)
+    (trial,) = study_of(tmp_path)
+    assert sorted(trial.intermediate_values) == list(range(1, 11))
+    capsys.readouterr()
+    assert evaluate.main(["evaluate", f"--run_dir={run_dir}", "--split=valid", "--format=json"]) == program.DONE
+    scored = json.loads(capsys.readouterr().out)
+    assert scored["bits_per_character"] == pytest.approx(trial.value, abs=1e-6)
+    assert trial.user_attrs["seconds"] > 0
+    assert trial.user_attrs["parameters"] == 256 * 4 + (4 + 8) * 32 + 2 * 32 + 8 * 256 + 256
+
+
+def test_bad_trials_are_stopped_early_and_the_report_names_the_best(command, tmp_path, stand_in, capsys, monkeypatch):
+    monkeypatch.setenv("STAND_IN_SPOILS", "yes")
+    assert tune.main([*command, "--trials=12"]) == program.DONE
+    told = capsys.readouterr().out
+    ended = study_of(tmp_path)
+    spoiled = [trial for trial in ended if trial.number >= 4 and trial.params["batch_size"] == 8]
+    finished = [trial for trial in ended if trial.state.name == "COMPLETE"]
+    assert spoiled and {(trial.state.name, max(trial.intermediate_values)) for trial in spoiled} == {("PRUNED", 2)}
+    assert {max(trial.intermediate_values) for trial in finished} == {10}
+    best = min(finished, key=lambda trial: trial.value)
+    assert f"12 trials: {len(finished)} finished, {12 - len(finished)} stopped early, 0 failed" in told
+    rows = [line.split() for line in told.splitlines()[2:12]]
+    assert rows[0][:2] == [str(best.number), f"{best.value:.4f}"]
+    assert [float(row[1]) for row in rows] == sorted(float(row[1]) for row in rows)
+    assert re.search(r"^importance: .*learning_rate \d+%", told, re.MULTILINE)
+    assert f"--flagfile={trials.run_dir(tmp_path / 'study', best.number)}/flags.txt" in told
+    # Each trial draws anew.
+    assert len({trial.params["learning_rate"] for trial in ended}) == 12
+
+
+def test_every_trial_makes_as_many_updates_as_its_seconds_allow(command, tmp_path, stand_in):
+    assert tune.main([*command, "--trials=1", "--seconds_per_trial=26"]) == program.DONE
+    assert "--num_steps=100 --evaluate_every=10 " in starts(tmp_path, 0)[0]  # of a quarter of a second each
+
+
+def test_a_trial_that_diverges_counts_as_bad_and_one_that_is_refused_ends_the_worker(command, tmp_path, stand_in):
+    write(tmp_path / "space.toml", SPACE.replace("1e-4", "0.6").replace("0.4", "0.7"))
+    assert tune.main([*command, "--trials=2"]) == program.DONE
+    assert states(tmp_path) == ["PRUNED", "PRUNED"]
+    write(tmp_path / "space.toml", SPACE.replace("1e-4", "0.95").replace("0.4", "0.99"))
+    other = [*command[1:], f"--study_dir={tmp_path / 'other'}"]
+    assert refusal(tune.main, *other) == "launch.train refuses trial 0: a mistake"
+
+
+# Workers.
+
+
+def test_two_workers_share_a_study_and_no_trial_is_run_twice_or_drawn_alike(command, tmp_path, stand_in, monkeypatch):
+    monkeypatch.setenv("STAND_IN_PAUSE", "0.05")
+    with worker([*command, "--trials=8"]) as other:
+        wait_for(lambda: starts(tmp_path, 0))
+        assert tune.main([*command, "--trials=8"]) == program.DONE
+        stderr = other.communicate(timeout=60)[1]
+    assert other.returncode == program.DONE, stderr
+    assert set(states(tmp_path)) <= {"COMPLETE", "PRUNED"} and len(states(tmp_path)) == 8
+    assert [len(starts(tmp_path, number)) for number in range(8)] == [1] * 8
+    assert len({trial.params["learning_rate"] for trial in study_of(tmp_path)}) == 8
+    assert 2 <= len(re.findall(r"trial \d+: {", stderr)) <= 6, "one of them did next to nothing"
+
+
+def test_a_trial_whose_worker_was_killed_goes_on_with_the_same_settings(command, tmp_path, stand_in):
+    metrics = trials.run_dir(tmp_path / "study", 0) / "metrics.jsonl"
+    with worker([*command, "--trials=2"], STAND_IN_PAUSE="0.3") as process:
+        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 4)
+        (child,) = children(process.pid)
+    wait_for(lambda: not alive(child))
+    assert states(tmp_path) == ["RUNNING"]
+    assert_goes_on(command, tmp_path)
+
+
+def test_a_signal_stops_the_trial_and_the_same_command_goes_on_with_it(command, tmp_path, stand_in, monkeypatch):
+    metrics = trials.run_dir(tmp_path / "study", 0) / "metrics.jsonl"
+
+    def stop():
+        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 4)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as slow:
+        slow.setenv("STAND_IN_PAUSE", "0.1")
+        stopper = threading.Thread(target=stop)
+        stopper.start()
+        assert tune.main([*command, "--trials=2"]) == program.STOPPED
+        stopper.join()
+    assert states(tmp_path) == ["RUNNING"]
+    assert_goes_on(command, tmp_path)
+
+
+def assert_goes_on(command: list[str], tmp_path: Path) -> None:
+    """With the one trial that was cut short, and another one."""
+    assert tune.main([*command, "--trials=2"]) == program.DONE
+    assert states(tmp_path) == ["COMPLETE", "COMPLETE"]
+    before, after = (start.partition(" ")[2] for start in starts(tmp_path, 0))
+    assert before == after, "it went on with other settings"
+    lines = (trials.run_dir(tmp_path / "study", 0) / "metrics.jsonl").read_text().count("\n")
+    assert lines == 20, "it began anew"
+    assert len(starts(tmp_path, 1)) == 1
+
+
+def test_a_study_is_held_to_its_terms_and_a_longer_one_goes_on(command, tmp_path, stand_in):
+    assert tune.main([*command, "--trials=1"]) == program.DONE
+    assert "was begun with another flags: give its own" in refusal(tune.main, *command[1:], "--hidden_size=9")
+    assert "another seconds_per_trial: give" in refusal(tune.main, *command[1:], "--seconds_per_trial=9")
+    assert tune.main([*command, "--trials=2"]) == program.DONE
+    write(tmp_path / "space.toml", SPACE.replace("16", "32"))
+    assert "another space: give its own, or another study_dir" in refusal(tune.main, *command[1:])
+    assert len(states(tmp_path)) == 2
+
+
+def test_without_optuna_one_line_says_how_to_have_it(command, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert refusal(tune.main, *command[1:]).endswith("not installed: pip install 'charlstm[tune]'")
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_space_and_a_place_are_required(command):
+    assert "--space and --study_dir are required" in refusal(tune.main, *command[1:-1])
