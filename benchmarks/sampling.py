@@ -29,18 +29,13 @@ def run(rows: Rows, quick: bool, shapes: str, rounds: int) -> None:
             workers["the weights read"] = Worker("benchmarks.peers.pytorch.reading", arguments, {})
             seconds = rows_lib.alternate({n: w.seconds for n, w in workers.items()}, 2 if quick else rounds)
             for name, worker in workers.items():
-                speed = rows_lib.spread([samples * LENGTH / s for s in seconds[name]])
-                ratio = rows_lib.ratios(seconds["ours"], seconds[name])
                 rows.add(
                     shape=str(shape),
                     samples=samples,
                     contestant=name,
                     environment=settings[name],
                     device=worker.device,
-                    characters_per_second=speed.median,
-                    quartiles=speed.quartiles,
-                    ours_is_faster_by=ratio.median,
-                    ratio_quartiles=ratio.quartiles,
+                    **rows_lib.compared(samples * LENGTH, seconds[name], seconds["ours"]),
                 )
                 worker.close()
 
