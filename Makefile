@@ -7,7 +7,8 @@
 # make lint    style and types
 #
 # PYTHON chooses the interpreter (3.11, 3.12 or 3.13); ARGS adds flags to the training command, BENCH_ARGS=--quick to
-# the benchmarks.  TORCH is the requirement of PyTorch: the plain one brings CUDA, gigabytes of it.
+# the benchmarks.  TORCH is the requirement of PyTorch: the plain one brings CUDA, gigabytes of it.  On a GPU, JAX needs
+# BENCH_EXTRAS=bench,cuda13 (or cuda12).
 
 PYTHON ?= python3
 VENV := .venv
@@ -17,6 +18,7 @@ ARGS ?=
 PYTEST_ARGS ?= -n 2
 TORCH ?= torch
 BENCH_ARGS ?=
+BENCH_EXTRAS ?= bench
 BENCHMARKS := train_step sampling end_to_end input scaling
 
 .PHONY: train test faults chaos soak bench lint lock clean
@@ -55,7 +57,7 @@ $(VENV)/installed: requirements.lock
 
 .venv-bench/installed: requirements.lock pyproject.toml
 	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock '$(TORCH)' -e '.[bench]'
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock '$(TORCH)' -e '.[$(BENCH_EXTRAS)]'
 	touch $@
 
 lock:

@@ -126,18 +126,13 @@ def compare_speed(
     seconds = {key: [seconds_a_step(lines) for lines in runs] for key, runs in found.items()}
     best = {name: min((s for n, s in timed if n == name), key=lambda s: median(seconds[name, s])) for name in programs}
     for (name, setting), own in seconds.items():
-        speed = rows_lib.spread([shape.symbols / s for s in own])
-        ratio = rows_lib.ratios(seconds["ours", best["ours"]], own)
         waits = [line["input_wait"] for lines in found[name, setting] for line in lines[1:]] if name == "ours" else []
         rows.add(
             shape=str(shape),
             contestant=name,
             environment=setting + (", the better" if setting == best[name] else ""),
             steps=steps,
-            characters_per_second=speed.median,
-            quartiles=speed.quartiles,
-            ours_is_faster_by=ratio.median,
-            ratio_quartiles=ratio.quartiles,
+            **rows_lib.compared(shape.symbols, own, seconds["ours", best["ours"]]),
             input_wait=mean(waits) if waits else None,
         )
 

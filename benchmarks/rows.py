@@ -60,6 +60,17 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
     return spread([their / our for our, their in zip(ours, theirs, strict=True)])
 
 
+def compared(symbols: int, seconds: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
+    """The fields of a contestant that makes `symbols` in `seconds`, of every round, and how it compares with ours."""
+    speed, ratio = spread([symbols / s for s in seconds]), ratios(ours, seconds)
+    return {
+        "characters_per_second": speed.median,
+        "quartiles": speed.quartiles,
+        "ours_is_faster_by": ratio.median,
+        "ratio_quartiles": ratio.quartiles,
+    }
+
+
 def alternate(timed: Mapping[Key, Callable[[], Given]], rounds: int) -> dict[Key, list[Given]]:
     """Calls all of `timed` in turn, A B C A B C, in `rounds` rounds: what they gave, by name."""
     given: dict[Key, list[Given]] = {name: [] for name in timed}

@@ -14,33 +14,29 @@ from benchmarks.shapes import QUICK, SHAPES
 from benchmarks.workers import Worker, environments, fastest
 
 PEERS = {"ours": "benchmarks.peers.ours.sampling", "PyTorch": "benchmarks.peers.pytorch.sampling"}
-LENGTH = 256
+LENGTH, QUICK_LENGTH = 256, 32  # symbols of a sample
 
 
 def run(rows: Rows, quick: bool, shapes: str, rounds: int) -> None:
     """Adds a row for each contestant at each shape and number of samples."""
+    length = QUICK_LENGTH if quick else LENGTH
     for shape in [QUICK] if quick else [SHAPES[int(number) - 1] for number in shapes.split(",")]:
         for samples in (1, 64):
             workers, settings = {}, {"the weights read": "plain"}
             for name, maker in PEERS.items():
-                arguments = {"shape": asdict(shape), "samples": samples, "length": LENGTH}
+                arguments = {"shape": asdict(shape), "samples": samples, "length": length}
                 settings[name], workers[name] = fastest(maker, arguments, environments(quick))
-            arguments = {"shape": asdict(shape), "length": LENGTH}
+            arguments = {"shape": asdict(shape), "length": length}
             workers["the weights read"] = Worker("benchmarks.peers.pytorch.reading", arguments, {})
             seconds = rows_lib.alternate({n: w.seconds for n, w in workers.items()}, 2 if quick else rounds)
             for name, worker in workers.items():
-                speed = rows_lib.spread([samples * LENGTH / s for s in seconds[name]])
-                ratio = rows_lib.ratios(seconds["ours"], seconds[name])
                 rows.add(
                     shape=str(shape),
                     samples=samples,
                     contestant=name,
                     environment=settings[name],
                     device=worker.device,
-                    characters_per_second=speed.median,
-                    quartiles=speed.quartiles,
-                    ours_is_faster_by=ratio.median,
-                    ratio_quartiles=ratio.quartiles,
+                    **rows_lib.compared(samples * length, seconds[name], seconds["ours"]),
                 )
                 worker.close()
 

@@ -66,20 +66,15 @@ def compare(rows: Rows, shape: Shape, rounds: int, gpu: bool, quick: bool) -> No
     seconds = rows_lib.alternate({name: worker.seconds for name, worker in workers.items()}, rounds)
     rate = max(2 * size**3 / median(seconds[maker]) for maker in RATES)
     for name in matches:
-        memory = workers[name].memory
-        speed = rows_lib.spread([shape.symbols / s for s in seconds[name]])
-        ratio = rows_lib.ratios(seconds["ours"], seconds[name])
+        memory, typical = workers[name].memory, median(seconds[name])
         rows.add(
             shape=str(shape),
             contestant=name,
             environment=settings[name],
             device=workers[name].device,
-            characters_per_second=speed.median,
-            quartiles=speed.quartiles,
-            milliseconds=1000 * shape.symbols / speed.median,
-            ours_is_faster_by=ratio.median,
-            ratio_quartiles=ratio.quartiles,
-            of_matrix_rate=shape.flops * speed.median / shape.symbols / rate,
+            **rows_lib.compared(shape.symbols, seconds[name], seconds["ours"]),
+            milliseconds=1000 * typical,
+            of_matrix_rate=shape.flops / typical / rate,
             gigaflops=rate / 1e9,
             megabytes=memory and round(memory / 1e6, 1),
         )
