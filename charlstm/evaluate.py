@@ -1,7 +1,7 @@
 """The score of a model on a held-out split: every symbol once, with carried state, training untouched."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -54,37 +54,67 @@ def of_split(
 
     Every symbol is scored once: symbols 1 .. N-1 by the model, and symbol 0, which nothing precedes, by log2(V) bits.
     """
+    evaluate = at_temperatures(config, vocabulary_size, split, mesh, separator)
+    return lambda params: evaluate(params)[0]
+
+
+def at_temperatures(
+    config: Config,
+    vocabulary_size: int,
+    split: Split,
+    mesh: Mesh,
+    separator: int | None = None,
+    temperatures: Sequence[float] = (1.0,),
+) -> Callable[[ModelParams], list[Score]]:
+    """As `of_split`, a score for each soft-max temperature, all from the same logits."""
     settings, pieces = config.evaluation, -(-len(split) // config.evaluation.piece)
     rows = -(-min(settings.evaluation_batch_size, pieces) // mesh.size) * mesh.size  # a multiple of the devices
     plan = PiecePlan(len(split), settings.piece, settings.burn_in, rows, config.streams.window)
-    own_rows, window = mesh_lib.process_rows(mesh, rows), make_window(config, mesh)
+    own_rows, window = mesh_lib.process_rows(mesh, rows), make_window(config, mesh, temperatures)
 
-    def evaluate(params: ModelParams) -> Score:
+    def evaluate(params: ModelParams) -> list[Score]:
         carry = model.initial_state(config.model, len(own_rows), params.b_out.dtype)
         carry = mesh_lib.put(mesh, mesh_lib.BY_STREAM, carry)
-        total, late = 0.0, None
+        total_K, late = np.zeros(len(temperatures)), None
         for batch in read_pieces(split, plan, own_rows, separator):
             carry, nats = window(params, carry, *mesh_lib.put(mesh, mesh_lib.BY_STREAM, batch))
-            total += 0.0 if late is None else _sum(late)  # one window late, so that the device never waits
+            total_K += 0 if late is None else _sum(late)  # one window late, so that the device never waits
             late = nats
         assert late is not None
-        return Score((total + _sum(late)) / NATS_PER_BIT + math.log2(vocabulary_size), len(split), split.bytes)
+        return scores(total_K + _sum(late), vocabulary_size, split)
 
     return evaluate
 
 
-def _sum(nats_B: jax.Array) -> float:
+def scores(nats_K: np.ndarray, vocabulary_size: int, split: Split) -> list[Score]:
+    """Of sums over symbols 1 .. N-1 of `split`."""
+    bits_K = nats_K / NATS_PER_BIT + math.log2(vocabulary_size)
+    return [Score(bits, len(split), split.bytes) for bits in bits_K.tolist()]
+
+
+def _sum(nats_BK: jax.Array) -> np.ndarray:
     """In float64: a figure must not depend on how many rows are summed."""
-    return float(mesh_lib.fetch(nats_B).sum(dtype=np.float64))
+    return mesh_lib.fetch(nats_BK).sum(0, dtype=np.float64)
 
 
-def make_window(config: Config, mesh: Mesh) -> Callable[..., tuple[RecurrentState, jax.Array]]:
-    """The compiled (params, carry, batch, scored [B, T]) -> (carry, nats [B] summed over the scored symbols)."""
+def nats_at(temperatures: Sequence[float], logits_TBV: jax.Array, targets_TB: jax.Array) -> jax.Array:
+    """Cross-entropy with the soft-max of logits / temperature, `[K, T, B]` nats for K temperatures."""
+    # One after the other, so that the memory does not grow with K.
+    return jax.lax.map(
+        lambda temperature: cross_entropy(logits_TBV / temperature, targets_TB),
+        jnp.asarray(temperatures, logits_TBV.dtype),
+    )
+
+
+def make_window(
+    config: Config, mesh: Mesh, temperatures: Sequence[float] = (1.0,)
+) -> Callable[..., tuple[RecurrentState, jax.Array]]:
+    """The compiled (params, carry, batch, scored [B, T]) -> (carry, nats [B, K] summed over the scored symbols)."""
 
     def local_window(params: ModelParams, carry: RecurrentState, batch: Batch, scored_bT: jax.Array) -> Any:
         carry, logits_TbV = model.apply(config.model, params, carry, batch.inputs, batch.reset)
-        nats_Tb = cross_entropy(logits_TbV, batch.targets.T)
-        return carry, jnp.where(scored_bT.T, nats_Tb, 0).sum(0)
+        nats_KTb = nats_at(temperatures, logits_TbV, batch.targets.T)
+        return carry, jnp.where(scored_bT.T[None], nats_KTb, 0).sum(1).T
 
     whole, by_row = mesh_lib.REPLICATED, mesh_lib.BY_STREAM
     return jax.jit(

@@ -21,7 +21,7 @@ RANKS = {
         4: ["model"],
         5: ["step", "generate"],
         6: ["evaluate"],
-        7: ["trainer"],
+        7: ["trainer", "dynamic"],
         # The seed programs stand alone.
         8: ["reference.min_char_rnn", "reference.numpy_lstm"],
     },

@@ -1,5 +1,6 @@
 """The evaluating program on run directories made here: what stdout has, of which checkpoint, and the same each time."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -19,6 +20,7 @@ from charlstm import mesh as mesh_lib
 from charlstm import step as step_lib
 from charlstm.checkpoint import Checkpoints
 from charlstm.config import Config
+from charlstm.dynamic import Adaptation
 from charlstm.loss import cross_entropy
 from data_pipeline.corpora import resolve
 from data_pipeline.shards import open_corpus
@@ -189,6 +191,7 @@ def test_evaluating_changes_nothing_in_the_run(json_of, characters_run):
 
     before = tree()
     json_of(characters_run, "--piece=50", "--evaluation_batch_size=3")
+    json_of(characters_run, "--dynamic", "--search_temperature", "--dynamic_batches=1")
     assert tree() == before
 
 
@@ -217,6 +220,81 @@ def test_a_split_that_the_corpus_has_not_is_refused_with_those_that_it_has(tmp_p
     run_dir = make_run(tmp_path, {1: None}, valid_fraction=0.0)
     with pytest.raises(ValueError, match=r"has no valid split, only train, test$"):
         evaluate.main(["evaluate", f"--run_dir={run_dir}", "--split=valid"])
+    with pytest.raises(ValueError, match=r"has no valid split, only train, test$"):
+        evaluate.main(["evaluate", f"--run_dir={run_dir}", "--search_temperature"])
+
+
+# Dynamic evaluation, and the soft-max temperature.
+
+DYNAMIC = ("--dynamic", "--dynamic_batches=1")
+
+
+def test_a_dynamic_score_is_the_static_one_of_one_piece_where_nothing_is_learned(json_of, characters_run):
+    still, expected = (*DYNAMIC, "--dynamic_learning_rate=0", "--dynamic_decay=0"), json_of(characters_run)
+    found = json_of(characters_run, *still)
+    assert found.keys() == KEYS | {field.name for field in dataclasses.fields(Adaptation)}
+    assert found["dynamic_learning_rate"] == 0
+    for name in ("bits_per_character", "bits_per_byte"):
+        assert found[name] == pytest.approx(expected[name], abs=1e-6)
+
+
+def test_a_dynamic_score_is_another_one_and_the_same_on_one_device_and_on_two(json_of, characters_run, monkeypatch):
+    make_mesh, found = mesh_lib.make, []
+    for count in (1, 2):
+        monkeypatch.setattr(mesh_lib, "make", lambda devices=None, n=count: make_mesh(devices or jax.devices()[:n]))
+        found.append(json_of(characters_run, *DYNAMIC)["bits_per_character"])
+    assert found[0] == found[1] != pytest.approx(json_of(characters_run)["bits_per_character"], abs=1e-4)
+
+
+@pytest.mark.parametrize("more", [(), DYNAMIC], ids=["static", "dynamic"])
+def test_the_temperature_is_that_of_validation_whatever_split_is_scored(
+    more, json_of, run, characters_run, monkeypatch
+):
+    monkeypatch.setattr(evaluate, "TEMPERATURES", (0.5, 2.0, 1.0))  # the model is random, and much too bold
+    test, valid, plain = (
+        json_of(characters_run, *flags, *more)
+        for flags in (("--search_temperature",), ("--search_temperature", "--split=valid"), ("--split=valid",))
+    )
+    assert test["temperature"] == valid["temperature"] == 2
+    assert valid["bits_per_character"] == pytest.approx(plain["bits_per_character"], abs=1e-6)
+    assert valid["bits_per_character_at_temperature"] < valid["bits_per_character"]
+    assert test["bits_per_byte_at_temperature"] < test["bits_per_character_at_temperature"]
+    for found, where in ((test, "the validation split"), (valid, "this very split")):
+        name = f"{found['split']}{', dynamic' if more else ''}"
+        _, line = run(characters_run, "--search_temperature", f"--split={found['split']}", *more).splitlines()
+        assert line == (
+            f"{name}: {found['bits_per_character_at_temperature']:.4f} bits per character "
+            f"({found['bits_per_byte_at_temperature']:.4f} per byte) at temperature {found['temperature']:.3f}, "
+            f"the best on {where}"
+        )
+
+
+def test_a_temperature_that_is_the_last_of_those_tried_is_said_to_be(run, characters_run, monkeypatch):
+    monkeypatch.setattr(evaluate, "TEMPERATURES", (0.5, 1.0, 1.01))
+    out = run(characters_run, "--search_temperature", "--split=valid")
+    assert out.endswith("at temperature 1.010, the best on this very split and the last one tried\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--dynamic", "--piece=10"), "piece=10 has no part in a dynamic score, of one stream: leave it out"),
+        (("--dynamic_window=9",), "dynamic_window=9 has no part in a static score: give --dynamic as well"),
+    ],
+)
+def test_a_flag_that_has_no_part_in_the_score_is_refused(arguments, sentence, characters_run):
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        evaluate.main(["evaluate", f"--run_dir={characters_run}", *arguments])
+
+
+def test_the_time_left_is_told_from_when_all_is_compiled_once_a_minute(monkeypatch, capsys):
+    done = [(0.0, 0), (100.0, 10), (110.0, 20), (150.0, 60), (175.0, 85), (190.0, 100)]
+    seconds = iter([0.0, *(when for when, _ in done)])
+    monkeypatch.setattr(evaluate.time, "monotonic", lambda: next(seconds))
+    progress = evaluate._progress("reading")
+    for _, much in done:
+        progress(much, 100)
+    assert capsys.readouterr().err == "reading: 10 of 100\nreading, 15s left: 85 of 100\n"
 
 
 # The program as a process.
