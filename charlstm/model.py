@@ -1,14 +1,16 @@
 """The language model: symbols -> embedding -> L recurrent layers -> logits of the next symbol.
 
-    x_0 = one-hot(symbol) or embedding[symbol]
-    h_l = recurrence_l(dropout(x_l) W_x + b_x)        x_{l+1} = h_l
-    logits = dropout(h_L) W_out + b_out               with skip: the sum of all h_l in place of h_L
+    x_1 = one-hot(symbol) or embedding[symbol]        x_{l+1} = h_l
+    h_l = recurrence_l(x_l W_x + b_x)
+    features = h_L, or with skip the sum of all h_l
+    logits = features W_out + b_out                   W_out is the embedding's transpose where it is tied
 
-Dropout is between layers and before the soft-max, and its masks are constant over a window (Gal & Ghahramani 2016).
+In training every x_l, the features, the embedding's rows and the recurrent weights may be dropped (noise.py). What a
+layer adds to the features with skip is not dropped on its way to the next (Melis et al. 2018); the soft-max, where it
+is tied, uses all rows of the embedding (Merity et al. 2018).
 """
 
 from types import ModuleType
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +18,11 @@ import jax.numpy as jnp
 from charlstm import initializers, keys
 from charlstm.cells import gru, lstm, mlstm, rnn
 from charlstm.model_config import ModelConfig
+from charlstm.noise import Noise, drop, drop_rows, drop_symbols, drop_weights
 from charlstm.projection import dense, lookup
 from charlstm.types import ModelParams, RecurrentState
 
 CELLS: dict[str, ModuleType] = {"lstm": lstm, "gru": gru, "rnn": rnn, "mlstm": mlstm}
-
-
-class Dropout(NamedTuple):
-    """What the masks of one window depend on: nothing of where they are computed."""
-
-    key: jax.Array  # of the seed and the step
-    rows_B: jax.Array  # int32: each row's number in the global batch
 
 
 def init(config: ModelConfig, vocabulary_size: int, key: jax.Array) -> ModelParams:
@@ -64,7 +60,7 @@ def apply(
     state: RecurrentState,
     inputs_BT: jax.Array,
     reset_BT: jax.Array,
-    dropout: Dropout | None = None,
+    noise: Noise | None = None,
 ) -> tuple[RecurrentState, jax.Array]:
     """Runs a window through the model.
 
@@ -72,31 +68,61 @@ def apply(
       state: carried from the window before.
       inputs_BT: symbol ids.
       reset_BT: bool; where True, the stream's state is zeroed before symbol t is read.
-      dropout: what the masks depend on; None, or config.dropout = 0, for none.
+      noise: what the masks depend on; None for none.
 
     Returns:
       The state after the window, and the logits of the symbol after each input, `[T, B, V]`, in the parameters' dtype.
     """
+    state, features_TBH = features(config, params, state, inputs_BT, reset_BT, noise)
+    return state, logits(config, params, drop_features(config, features_TBH, noise))
+
+
+def features(
+    config: ModelConfig,
+    params: ModelParams,
+    state: RecurrentState,
+    inputs_BT: jax.Array,
+    reset_BT: jax.Array,
+    noise: Noise | None = None,
+) -> tuple[RecurrentState, jax.Array]:
+    """The state after a window, and what the soft-max sees, `[T, B, H]` in the compute dtype; arguments of `apply`."""
     inputs_TB, reset_TB = inputs_BT.T, reset_BT.T
-    cell, dtype = CELLS[config.cell], _compute_dtype(config, params)
-    x_TBD: jax.Array | None = None if params.embedding is None else lookup(params.embedding, inputs_TB).astype(dtype)
+    cell, dtype, each_symbol = CELLS[config.cell], _compute_dtype(config, params), config.dropout_mask == "symbol"
+    x_TBD: jax.Array | None = None
+    if params.embedding is not None:
+        table_VE = drop_rows(params.embedding, noise, config.embedding_dropout, "embedding_dropout")
+        x_TBD = lookup(table_VE, inputs_TB).astype(dtype)
     new_state, outputs = [], []
     for layer, (p, layer_state) in enumerate(zip(params.cells, state, strict=True)):
+        which = "between_dropout" if layer else "input_dropout"
+        drawn_for = (noise, getattr(config, which), f"{which}.{layer}", each_symbol)
         b_x = jnp.pad(p.b_x, (0, p.w_x.shape[1] - p.b_x.shape[0]))  # the mLSTM's factor has no bias
-        z_TBG = lookup(p.w_x, inputs_TB) + b_x[None, None, :] if x_TBD is None else dense(x_TBD, p.w_x, b_x, dtype)
-        layer_state, h_TBH = cell.recurrence(
-            p.w_h, p.b_h, layer_state, z_TBG.astype(dtype), reset_TB, dtype, _variant(config)
+        if x_TBD is None:
+            z_TBG = drop_symbols(lookup(p.w_x, inputs_TB), inputs_TB, p.w_x.shape[0], *drawn_for) + b_x[None, None, :]
+        else:
+            z_TBG = dense(drop(x_TBD, *drawn_for), p.w_x, b_x, dtype)
+        w_h = drop_weights(p.w_h, noise, config.weight_drop, f"weight_drop.{layer}")
+        layer_state, x_TBD = cell.recurrence(
+            w_h, p.b_h, layer_state, z_TBG.astype(dtype), reset_TB, dtype, _variant(config)
         )
-        x_TBD = _drop(h_TBH, config, dropout, f"dropout.{layer}")
         new_state.append(layer_state)
         outputs.append(x_TBD)
-    top_TBH = sum(outputs[1:], outputs[0]) if config.skip else outputs[-1]
+    return tuple(new_state), sum(outputs[1:], outputs[0]) if config.skip else outputs[-1]
+
+
+def drop_features(config: ModelConfig, features_TBH: jax.Array, noise: Noise | None) -> jax.Array:
+    """Output dropout."""
+    return drop(features_TBH, noise, config.output_dropout, "output_dropout", config.dropout_mask == "symbol")
+
+
+def logits(config: ModelConfig, params: ModelParams, features_TBH: jax.Array) -> jax.Array:
+    """The logits of the next symbol, `[T, B, V]`, in the parameters' dtype."""
     if params.w_out is not None:
         w_HV = params.w_out
     else:
         assert params.embedding is not None, "tied weights are the embedding's"
         w_HV = params.embedding.T
-    return tuple(new_state), dense(top_TBH, w_HV, params.b_out, dtype)
+    return dense(features_TBH, w_HV, params.b_out, _compute_dtype(config, params))
 
 
 def _variant(config: ModelConfig) -> str:
@@ -112,13 +138,3 @@ def _variant(config: ModelConfig) -> str:
 def _compute_dtype(config: ModelConfig, params: ModelParams) -> jnp.dtype:
     # float32 means "as the parameters": float64 parameters, in tests, are computed in float64.
     return jnp.dtype(jnp.bfloat16) if config.compute_dtype == "bfloat16" else params.b_out.dtype
-
-
-def _drop(h_TBH: jax.Array, config: ModelConfig, dropout: Dropout | None, name: str) -> jax.Array:
-    """Zeroes a fraction of the units for the whole window and scales the others up."""
-    if dropout is None or not config.dropout:
-        return h_TBH
-    keep, key, width = 1 - config.dropout, keys.named(dropout.key, name), h_TBH.shape[2]
-    mask_BH = jax.vmap(lambda row: jax.random.bernoulli(jax.random.fold_in(key, row), keep, (width,)))(dropout.rows_B)
-    scale_BH = mask_BH.astype(h_TBH.dtype) / jnp.asarray(keep, h_TBH.dtype)
-    return h_TBH * scale_BH[None, :, :]

@@ -19,7 +19,19 @@ class ModelConfig:
     embedding_size: int = setting(0, "E: width of the symbol embedding; 0 feeds one-hot symbols, as char-rnn does.")
     tie_embeddings: bool = setting(False, "The soft-max uses the embedding's own weights (needs E = H).")
     skip: bool = setting(False, "The sum of all layers' outputs feeds the soft-max, not the last layer's alone.")
-    dropout: float = setting(0.0, "Dropout between layers and before the soft-max; masks are constant over a window.")
+    input_dropout: float = setting(0.0, "Dropout of the first layer's input, embedded or one-hot.")
+    between_dropout: float = setting(0.0, "Dropout of every other layer's input.")
+    output_dropout: float = setting(0.0, "Dropout before the soft-max; with skip, of the sum.")
+    dropout_mask: str = setting(
+        "window",
+        "What one mask of input, between and output dropout is drawn for: window (locked, variational dropout) or "
+        "symbol.",
+        choices=("window", "symbol"),
+    )
+    embedding_dropout: float = setting(
+        0.0, "Symbols whose embedding is zeroed for a window, the same for all streams; a tied soft-max keeps them."
+    )
+    weight_drop: float = setting(0.0, "Dropout of the recurrent weights, one mask for a window and all its streams.")
     forget_bias: float = setting(1.0, "Initial bias of the LSTM's forget gate.")
     initializer: str = setting(
         "pytorch",
@@ -41,8 +53,14 @@ class ModelConfig:
         check_at_least(self, 0, "init_scale")
         if self.embedding_size < 0:
             raise ValueError(f"embedding_size={self.embedding_size} must be 0 (one-hot) or more")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be at least 0 and less than 1")
+        for name in ("input_dropout", "between_dropout", "output_dropout", "embedding_dropout", "weight_drop"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
+        if self.embedding_dropout and not self.embedding_size:
+            raise ValueError(
+                f"embedding_dropout={self.embedding_dropout} needs an embedding, and embedding_size=0 has none: use "
+                "input_dropout, which drops whole symbols of one-hot input"
+            )
         if self.nonlinearity != "tanh" and self.cell != "rnn":
             raise ValueError(f"nonlinearity={self.nonlinearity} is one of cell=rnn, and this is cell={self.cell}")
         if self.cap_input_gate and self.cell not in ("lstm", "mlstm"):

@@ -1,7 +1,8 @@
 """The update rules, as pairs of pure functions, and the clipping that goes before them.
 
-In all of them g is the gradient, p the parameter, r the learning rate, e `epsilon`; every operation is element by
-element, and made alike on every device, so that the parameters stay equal everywhere without being exchanged.
+In all of them p is the parameter, g its clipped gradient plus l2 p, r the learning rate, e `epsilon`; every operation
+is element by element, and made alike on every device, so that the parameters stay equal everywhere without being
+exchanged.
 
     sgd       v = momentum v + g                            p = p - r v                      Polyak 1964
     adagrad   s = s + g^2                                   p = p - r g / (sqrt(s) + e)      Duchi et al. 2011, fig. 1
@@ -14,7 +15,8 @@ element, and made alike on every device, so that the parameters stay equal every
 
 v, s and m start at 0.  The epsilon stands outside the root, in all four: rmsprop is therefore that of Torch and
 char-rnn (`optim.rmsprop`), and adagrad that of PyTorch, not min-char-rnn's sqrt(s + e).  The decay of adamw is scaled
-by the learning rate and takes every parameter, biases too, as PyTorch's does.
+by the learning rate and takes every parameter, biases too, as PyTorch's does.  So does l2, which is PyTorch's
+`weight_decay` of all but its AdamW: the gradient of l2 |p|^2 / 2, which clipping does not see.
 """
 
 import math
@@ -55,7 +57,7 @@ class AdamState(NamedTuple):
 
 
 def make(config: OptimizerConfig) -> Optimizer:
-    """The optimizer that `config.optimizer` names.
+    """The optimizer that `config.optimizer` names, with its coupled L2.
 
     State and new parameters have the dtype of the parameters (float32 in training); gradients and the learning rate,
     a scalar array, must come in that dtype too.
@@ -63,6 +65,17 @@ def make(config: OptimizerConfig) -> Optimizer:
     Raises:
       ValueError: epsilon is not positive: a parameter that never had a gradient would become 0 / 0.
     """
+    rule = _rule(config)
+    if not config.l2:
+        return rule
+
+    def update(grads, state, params, learning_rate):
+        return rule.update(jax.tree.map(lambda g, p: g + config.l2 * p, grads, params), state, params, learning_rate)
+
+    return Optimizer(rule.init, update)
+
+
+def _rule(config: OptimizerConfig) -> Optimizer:
     if config.optimizer == "sgd":
         return _sgd(config.momentum)
     if not config.epsilon > 0:

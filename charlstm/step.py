@@ -20,7 +20,8 @@ from jax.sharding import Mesh
 from charlstm import guard, keys, model, optimizers, reduction, schedules
 from charlstm import mesh as mesh_lib
 from charlstm.config import Config
-from charlstm.loss import cross_entropy
+from charlstm.loss import activation_penalties, cross_entropy
+from charlstm.noise import Noise
 from charlstm.types import Metrics, TrainState
 from data_pipeline.batch import Batch
 
@@ -171,18 +172,21 @@ def _shard_gradient(config: Config, streams: int) -> Callable[..., tuple[jax.Arr
     def gradient_of(params, step, shard, carry, batch: Batch):
         """One logical shard: (its gradient, loss and count of poisoned rows [P + 2], (nats [b], finite [b], carry))."""
         rows_b = shard * streams + jnp.arange(streams, dtype=jnp.int32)
-        dropout = model.Dropout(jax.random.fold_in(keys.named(seed_key, "dropout"), step), rows_b)
+        noise = Noise(jax.random.fold_in(keys.named(seed_key, "noise"), step), rows_b)
 
         def loss(params):
-            new_carry, logits_TBV = model.apply(
-                config.model, params, carry, batch.inputs.astype(jnp.int32), batch.reset, dropout
-            )
-            nats_b = cross_entropy(logits_TBV, batch.targets.astype(jnp.int32).T).sum(0)
-            return nats_b.sum(), (nats_b, new_carry)
+            inputs_bT, reset_bT = batch.inputs.astype(jnp.int32), batch.reset
+            new_carry, features_TbH = model.features(config.model, params, carry, inputs_bT, reset_bT, noise)
+            dropped_TbH = model.drop_features(config.model, features_TbH, noise)
+            logits_TbV = model.logits(config.model, params, dropped_TbH)
+            nats_b = cross_entropy(logits_TbV, batch.targets.astype(jnp.int32).T).sum(0)
+            penalties = activation_penalties(config.optimizer, features_TbH, dropped_TbH, reset_bT.T)
+            return nats_b.sum() + penalties, (nats_b, new_carry)
 
-        (nats, (nats_b, new_carry)), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        gradient, (nats_b, new_carry) = jax.grad(loss, has_aux=True)(params)
         finite_b = guard.finite_rows(new_carry, nats_b)
-        sums = jnp.stack([nats, (~finite_b).sum(dtype=nats.dtype)])
+        # The penalties are in the gradient and not in what is reported.
+        sums = jnp.stack([nats_b.sum(), (~finite_b).sum(dtype=nats_b.dtype)])
         return jnp.concatenate([ravel_pytree(gradient)[0], sums]), (nats_b, finite_b, new_carry)
 
     return gradient_of

@@ -17,6 +17,16 @@ class OptimizerConfig:
     beta2: float = setting(0.999, "adam, adamw: decay of the mean squared gradient.")
     epsilon: float = setting(1e-8, "adagrad, rmsprop, adam, adamw: added to the root in the denominator.")
     weight_decay: float = setting(0.01, "adamw: decoupled weight decay, scaled by the learning rate.")
+    l2: float = setting(
+        0.0,
+        "Coupled L2: this times the parameter is added to its gradient, once that is clipped (PyTorch's weight_decay).",
+    )
+    activation_penalty: float = setting(
+        0.0, "AR, of AWD-LSTM: this times the mean square of what the soft-max sees, dropped, is added to the loss."
+    )
+    activation_change_penalty: float = setting(
+        0.0, "TAR, of AWD-LSTM: the same of its change from one symbol to the next, before it is dropped."
+    )
     schedule: str = setting(
         "constant",
         "Learning rate over time: constant; linear or cosine (to final_fraction at decay_steps); exponential (times "
@@ -35,6 +45,7 @@ class OptimizerConfig:
         check_choices(self)
         check_numbers(self)
         check_at_least(self, 0, "learning_rate", "weight_decay", "final_fraction", "clip_norm", "clip_value")
+        check_at_least(self, 0, "l2", "activation_penalty", "activation_change_penalty")
         check_at_least(self, 0, "warmup_steps", "decay_steps", "decay_start_epoch")
         if not self.epsilon > 0 and self.optimizer != "sgd":
             raise ValueError(f"epsilon={self.epsilon} must be more than 0 for optimizer={self.optimizer}: use 1e-8")

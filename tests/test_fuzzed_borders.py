@@ -187,7 +187,7 @@ WRONG = [
     *("--", "-", "--=3", "word", "--help", "--a\u2028b=1", "--a\fb", "--hiden_size=3", "--undefok=hiden_size"),
     *("--corpus", "--seed", "--nocorpus", "--noskip=true", '--noskip="a\\nb"', '--cell="a\\nb"', '--corpus="'),
     *(
-        "--dropout=nan",
+        "--input_dropout=nan",
         "--init_scale=1e999",
         "--flagfile=~no-such-user/x",
         '--flagfile="a\\nb"',

@@ -1,11 +1,11 @@
-"""The model: its fast paths equal their twins, windows join, rows are independent, dropout is by row and name."""
+"""The model: its fast paths equal their twins, windows join, rows are independent."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from charlstm import keys, model
+from charlstm import model
 from charlstm.cells import textbook
 from charlstm.loss import cross_entropy
 from charlstm.model_config import ModelConfig
@@ -124,53 +124,6 @@ def test_resetting_one_stream_leaves_the_others_bit_identical(cell):
     np.testing.assert_array_equal(np.asarray(plain)[:, others], np.asarray(logits)[:, others])
     np.testing.assert_array_equal(np.asarray(plain)[:5, 2], np.asarray(logits)[:5, 2])
     assert (np.asarray(plain)[5:, 2] != np.asarray(logits)[5:, 2]).any(1).all()
-
-
-def test_dropout_depends_on_the_key_the_name_and_the_global_row_alone():
-    config = make(dropout=0.5)
-    ones = jnp.ones((T, B, 64))
-
-    def drop(rows, name="dropout.0", step=3):
-        key = jax.random.fold_in(keys.named(jax.random.key(0), "dropout"), step)
-        dropout = model.Dropout(key, jnp.asarray(rows, jnp.int32))
-        return np.asarray(model._drop(ones[:, : len(rows)], config, dropout, name))
-
-    whole = drop([0, 1, 2, 3])
-    np.testing.assert_array_equal(np.concatenate([drop([0, 1]), drop([2, 3])], 1), whole)
-    assert (whole == whole[:1]).all(), "the mask is constant over the window"
-    assert set(np.unique(whole)) == {0.0, 2.0}
-    assert abs(whole.mean() - 1) < 0.2
-    rows = [tuple(whole[0, b]) for b in range(B)]
-    assert len({*rows, tuple(drop([0], "dropout.1")[0, 0]), tuple(drop([0], step=4)[0, 0])}) == B + 2
-
-
-def test_every_layer_has_a_mask_of_its_own(monkeypatch):
-    config, masks, drop = make(dropout=0.5, hidden_size=64), [], model._drop
-
-    def spy(h_TBH, *rest):
-        dropped = drop(h_TBH, *rest)
-        masks.append(np.asarray(dropped[0] != 0))
-        return dropped
-
-    monkeypatch.setattr(model, "_drop", spy)
-    inputs, _, reset = window()
-    params, state = model.init(config, V, jax.random.key(0)), model.initial_state(config, B)
-    model.apply(config, params, state, inputs, reset, model.Dropout(jax.random.key(5), jnp.arange(B, dtype=jnp.int32)))
-    assert len(masks) == config.num_layers and (masks[0] != masks[1]).any()
-
-
-def test_dropout_is_between_layers_and_before_the_soft_max_and_nowhere_without_a_key():
-    config = make(dropout=0.5, hidden_size=64)
-    inputs, _, reset = window()
-    params, state = model.init(config, V, jax.random.key(0)), model.initial_state(config, B)
-    dropout = model.Dropout(jax.random.key(5), jnp.arange(B, dtype=jnp.int32))
-    plain_state, plain = model.apply(config, params, state, inputs, reset)
-    dropped_state, dropped = model.apply(config, params, state, inputs, reset, dropout)
-    np.testing.assert_array_equal(plain_state[0].h, dropped_state[0].h)  # nothing before the first layer
-    assert (np.asarray(plain_state[1].h) != np.asarray(dropped_state[1].h)).any()
-    assert (np.asarray(plain) != np.asarray(dropped)).any()
-    same = make(dropout=0.0, hidden_size=64)
-    np.testing.assert_array_equal(plain, model.apply(same, params, state, inputs, reset, dropout)[1])
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_state_logits_and_gradients_in_float32():

@@ -33,6 +33,8 @@ CASES = {
         lambda r: optax.adam(r, b1=0.6, b2=0.97, eps=0.03),
     ),
     "adamw": (dict(optimizer="adamw", weight_decay=0.1), lambda r: optax.adamw(r, weight_decay=0.1)),
+    "adam, l2": (dict(optimizer="adam", l2=0.1), lambda r: optax.chain(optax.add_decayed_weights(0.1), optax.adam(r))),
+    "sgd, l2": (dict(optimizer="sgd", l2=0.1), lambda r: optax.chain(optax.add_decayed_weights(0.1), optax.sgd(r))),
 }
 NAMES = ("sgd", "adagrad", "rmsprop", "adam", "adamw")
 
@@ -83,6 +85,33 @@ def test_a_hundred_updates_equal_those_of_optax_in_float64(case, dtype, toleranc
             assert a.dtype == dtype
             np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(np.asarray(b)).max())
             assert np.abs(np.asarray(b) - np.asarray(before)).max() > 0.01, "nothing moved: the comparison says nothing"
+
+
+def test_clipping_and_adam_with_l2_equal_pytorchs_clip_grad_norm_and_adam_with_weight_decay():
+    torch = pytest.importorskip("torch")
+    config = OptimizerConfig(optimizer="adam", l2=0.05, clip_norm=0.25)
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        params = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in (("w", (3, 4)), ("b", (4,)))}
+        theirs = {name: torch.tensor(np.array(p), requires_grad=True) for name, p in params.items()}
+        adam = torch.optim.Adam(theirs.values(), lr=0.01, weight_decay=0.05)
+        optimizer = optimizers.make(config)
+        state = optimizer.init(params)
+
+        @jax.jit
+        def update(grads, state, params):
+            clipped = optimizers.clip(grads, optimizers.global_norm(grads), config)
+            return optimizer.update(clipped, state, params, jnp.asarray(0.01))
+
+        for scale in (0.01, 1.0, 100.0) * 3:  # clipped or not
+            grads = {name: jnp.asarray(scale * rng.normal(size=p.shape)) for name, p in params.items()}
+            for name, p in theirs.items():
+                p.grad = torch.tensor(np.array(grads[name]))
+            torch.nn.utils.clip_grad_norm_(theirs.values(), 0.25)
+            adam.step()
+            params, state = update(grads, state, params)
+        for name, p in params.items():
+            np.testing.assert_allclose(p, theirs[name].detach().numpy(), rtol=1e-5)  # theirs divides by norm + 1e-6
 
 
 def test_the_epsilon_of_adagrad_is_added_to_the_root():

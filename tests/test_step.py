@@ -17,12 +17,14 @@ from charlstm.loss import cross_entropy
 from data_pipeline.batch import Batch
 
 V = 11
+QUIET = dict.fromkeys(("input_dropout", "between_dropout", "output_dropout", "weight_drop"), 0.0)
 
 
 def make_config(**changes) -> Config:
     small = {
         "batch_size": 16, "window": 7, "hidden_size": 12, "num_layers": 2, "logical_shards": 8, "decay_steps": 10,
-        "dropout": 0.25, "clip_norm": 0.5,
+        "input_dropout": 0.1, "between_dropout": 0.25, "output_dropout": 0.25, "weight_drop": 0.2, "clip_norm": 0.5,
+        "activation_penalty": 0.1, "activation_change_penalty": 0.1, "l2": 1e-4,
     }  # fmt: skip
     return config_lib.replace(Config(), **(small | changes))
 
@@ -108,16 +110,19 @@ def test_the_gradient_is_reduced_once_an_update_and_never_in_a_loop(cell, reduct
 
 @pytest.mark.parametrize("reduction", ["exact", "fast"])
 def test_the_update_is_that_of_the_mean_loss_over_all_symbols_by_plain_autodiff(reduction):
-    config = make_config(optimizer="sgd", learning_rate=0.5, clip_norm=0.0, dropout=0.0, reduction=reduction)
+    config = make_config(**QUIET, optimizer="sgd", learning_rate=0.5, clip_norm=0.0, l2=0.0, reduction=reduction)
     rows = batch(config, 0)
     start = jax.tree.map(np.asarray, step.init(config, V))
 
     def mean_loss(params):
         state = model.initial_state(config.model, 16)
-        _, logits = model.apply(config.model, params, state, rows.inputs.astype(np.int32), rows.reset)
-        return cross_entropy(logits, rows.targets.astype(np.int32).T).mean()
+        _, h_TBH = model.features(config.model, params, state, rows.inputs.astype(np.int32), rows.reset)
+        logits = model.logits(config.model, params, h_TBH)
+        loss = cross_entropy(logits, rows.targets.astype(np.int32).T).mean()
+        change_TBH = (h_TBH[1:] - h_TBH[:-1]) * ~rows.reset.T[1:, :, None]
+        return loss + 0.1 * (h_TBH**2).mean() + 0.1 * (change_TBH**2).mean(), loss
 
-    loss, gradient = jax.jit(jax.value_and_grad(mean_loss))(start.params)
+    (_, loss), gradient = jax.jit(jax.value_and_grad(mean_loss, has_aux=True))(start.params)
     state, metrics = run(config, [4], steps=1)
     np.testing.assert_allclose(metrics[0].loss, loss, rtol=1e-6)
     for p, g, new in zip(*map(jax.tree.leaves, (start.params, gradient, state.params)), strict=True):
@@ -167,7 +172,7 @@ def test_counts_that_do_not_divide_are_refused_with_both_numbers_and_the_remedy(
 
 
 def test_a_stream_that_is_not_finite_is_named_by_its_row():
-    config = make_config(dropout=0.0)
+    config = make_config(**QUIET)
     mesh = mesh_lib.make()
     start = step.init(config, V)
     poisoned = start.recurrent_state[1].h.at[5, 3].set(jnp.nan)
