@@ -119,7 +119,7 @@ def test_the_update_is_that_of_the_mean_loss_over_all_symbols_by_plain_autodiff(
         _, h_TBH = model.features(config.model, params, state, rows.inputs.astype(np.int32), rows.reset)
         logits = model.logits(config.model, params, h_TBH)
         loss = cross_entropy(logits, rows.targets.astype(np.int32).T).mean()
-        change_TBH = (h_TBH[1:] - h_TBH[:-1]) * ~rows.reset.T[1:, :, None]
+        change_TBH = jnp.where(rows.reset.T[1:, :, None], 0, h_TBH[1:] - h_TBH[:-1])
         return loss + 0.1 * (h_TBH**2).mean() + 0.1 * (change_TBH**2).mean(), loss
 
     (_, loss), gradient = jax.jit(jax.value_and_grad(mean_loss, has_aux=True))(start.params)
