@@ -133,7 +133,7 @@ def twin(config, params, state, inputs_BT, reset_BT, source):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"skip": True, "cell": "gru"},
+        {"skip": True, "cell": "mlstm"},
         {"embedding_size": H, "embedding_dropout": 0.5, "tie_embeddings": True, "num_layers": 3},
     ],
     ids=["one-hot, skip", "tied"],
