@@ -7,9 +7,10 @@ import pytest
 
 from charlstm import model
 from charlstm.cells import textbook
-from charlstm.loss import cross_entropy
+from charlstm.loss import activation_penalties, cross_entropy
 from charlstm.model_config import ModelConfig
 from charlstm.projection import dense, lookup
+from charlstm.training_config import OptimizerConfig
 
 V, B, T, H = 9, 4, 12, 6
 
@@ -75,6 +76,21 @@ def test_the_model_equals_its_textbook_twin_in_float64_in_value_and_gradient(cel
         np.testing.assert_allclose(one, other, rtol=1e-12)
         for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-10, rtol=1e-10)
+
+
+def test_the_penalties_of_activations_are_of_the_dropped_and_their_changes_of_the_undropped():
+    random = np.random.default_rng(0)
+    settings = OptimizerConfig(activation_penalty=2.0, activation_change_penalty=3.0)
+    h, dropped = random.normal(size=(2, T, B, H))
+    reset_TB = np.zeros((T, B), bool)
+    reset_TB[5, 1] = True
+    squares = [(h[t, b] - h[t - 1, b]) ** 2 for t in range(1, T) for b in range(B) if (t, b) != (5, 1)]
+    mean = 2 * (dropped**2).mean() + 3 * np.sum(squares) / ((T - 1) * B * H)
+    with jax.enable_x64(True):
+        total = activation_penalties(settings, jnp.asarray(h), jnp.asarray(dropped), jnp.asarray(reset_TB))
+        np.testing.assert_allclose(total / (T * B), mean, rtol=1e-12)
+        one = activation_penalties(settings, *(jnp.asarray(a[:1]) for a in (h, dropped, reset_TB)))
+        np.testing.assert_allclose(one / B, 2 * (dropped[0] ** 2).mean(), rtol=1e-12)
 
 
 def test_projections_and_loss_equal_their_plain_twins_in_float64():
