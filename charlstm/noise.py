@@ -1,13 +1,13 @@
-"""Noise that regularises, the same for all symbols of a window: each mask is drawn for its purpose, by name.
+"""Noise that regularises: masks drawn for a window, each for its purpose, by name.
 
 A mask m holds 0 with probability `rate`, else 1 / (1 - rate), so that its mean is 1 and what has no noise needs no
 scaling: evaluation and sampling give none, and rate 0 is no noise to the bit.
 
-    drop            x_t <- m x_t         m [width] of each stream: locked dropout        Gal & Ghahramani 2016
-                    x_t <- m_t x_t       m_t [width] of each stream and symbol           Zaremba et al. 2014
+    drop            x_t <- m x_t      m [width] of each stream: locked dropout       Gal & Ghahramani 2016
+                    x_t <- m_t x_t    m_t [width] of each stream and symbol          Zaremba et al. 2014
     drop_symbols    the same of one-hot x_t: a stream does not see the symbols that its m drops
-    drop_rows       E_v <- m_v E_v       m [V]: no stream sees what it drops        Merity et al. 2018
-    drop_weights    W <- m W             m of each weight, for all streams   Wan et al. 2013; Merity et al. 2018
+    drop_rows       E_v <- m_v E_v    m [V]: no stream sees the symbols it drops     Merity et al. 2018
+    drop_weights    W <- m W          m of each weight, for all streams              Wan et al. 2013, Merity et al. 2018
 
 Gal and Ghahramani, A Theoretically Grounded Application of Dropout in Recurrent Neural Networks; Zaremba, Sutskever and
 Vinyals, Recurrent Neural Network Regularization (arXiv:1409.2329); Wan et al., Regularization of Neural Networks using
