@@ -41,8 +41,7 @@ def after(settings: OptimizerConfig, average: Any, progress: Progress, params: M
         weight = (1 - settings.ema_decay) / bias_correction(settings.ema_decay, n)
     else:
         weight = 1 / n
-    # Not (1 - w) a + w p: the rounding of 1 - w, the same at every update, would shrink or swell the average.  And
-    # where all the weight is the newest's, a + (p - a) would round.
+    # Where all the weight is the newest's, a + (p - a) would round.
     average = jax.tree.map(lambda a, p: jnp.where(weight < 1, a + weight * (p - a), p), average, params)
     return average, progress._replace(averaged=count)
 

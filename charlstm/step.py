@@ -117,15 +117,20 @@ def _divisors(count: int) -> str:
 
 
 def make(config: Config, vocabulary_size: int, mesh: Mesh, steps_per_epoch: int) -> TrainStep:
-    """The compiled training step on `mesh`.  It donates the state it is given."""
+    """The training step on `mesh`, compiled for each length of a window that it meets.  It donates the state.
+
+    Where a window's length is not --window, the learning rate is scaled by their ratio (Merity et al. 2018,
+    arXiv:1803.08240): its loss is a mean all the same.
+    """
     count = shards_per_device(config, mesh.size)
     shard_gradient = _shard_gradient(config, config.streams.batch_size // (mesh.size * count))
-    symbols = config.streams.batch_size * config.streams.window
     optimizer = optimizers.make(config.optimizer)
     schedule = schedules.make(config.optimizer, steps_per_epoch, config.training.num_steps)
     skips = config.training.on_divergence == "skip"
 
     def local_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        T = batch.inputs.shape[1]
+        symbols = config.streams.batch_size * T
         shards = jax.lax.axis_index(mesh_lib.AXIS) * count + jnp.arange(count, dtype=jnp.int32)
         by_shard = jax.tree.map(lambda a: a.reshape((count, -1, *a.shape[1:])), (state.recurrent_state, batch))
         partial_RP, (nats_kb, finite_kb, carry) = reduction.subtree_sums(
@@ -139,7 +144,8 @@ def make(config: Config, vocabulary_size: int, mesh: Mesh, steps_per_epoch: int)
         total_P = jax.lax.optimization_barrier(total_P)
         mean_P, poisoned_rows = total_P / jnp.asarray(symbols, total_P.dtype), total_P[-1].astype(jnp.int32)
         gradient, loss = ravel_pytree(state.params)[1](mean_P[:-2]), mean_P[-2]
-        norm, learning_rate = optimizers.global_norm(gradient), schedule(state.step, state.progress)
+        norm = optimizers.global_norm(gradient)
+        learning_rate = schedule(state.step, state.progress) * (T / config.streams.window)
         gradient = optimizers.clip(gradient, norm, config.optimizer)
         params, opt_state = optimizer.update(gradient, state.opt_state, state.params, learning_rate)
         average, told = averaging.after(config.optimizer, state.average, state.progress, params)
@@ -162,6 +168,7 @@ def make(config: Config, vocabulary_size: int, mesh: Mesh, steps_per_epoch: int)
             finite_B=finite_b,
             poisoned_rows=poisoned_rows,
             course=course,
+            symbols=jnp.asarray(symbols, jnp.int32),
         )
         return TrainState(state.step + 1, params, opt_state, carry, course, told, average), metrics
 

@@ -82,3 +82,4 @@ class Metrics(NamedTuple):
     finite_B: jax.Array  # bool [B]: the stream's new recurrent state and its loss are finite
     poisoned_rows: jax.Array  # int32 []: how many are not, of all B
     course: Course  # after the step
+    symbols: jax.Array  # int32 []: that `loss` is the mean of

@@ -18,7 +18,8 @@ from charlstm.checkpoint import Checkpoints
 from charlstm.config import Config
 from charlstm.metrics import Diverged, Meter, duration
 from charlstm.run_log import RunLog
-from charlstm.types import ModelParams, TrainState
+from charlstm.types import Metrics, ModelParams, TrainState
+from data_pipeline.batch import Batch
 from data_pipeline.loader import Windows, open_windows
 from data_pipeline.shards import Corpus
 from data_pipeline.streams import StreamPlan
@@ -59,7 +60,7 @@ def train(run: Run, params: ModelParams | None, around: Around) -> int:
     """
     config, plan, last = run.config, run.plan, run.config.training.num_steps
     checkpoints, log, watch, _ = around
-    train_step = step_lib.make(config, run.corpus.vocabulary.size, run.mesh, plan.steps_per_epoch)
+    train_step = _step(run, watch)
     state, _ = _newest(run, params, around)
     mesh_lib.once(lambda: run_directory.write_config(run.run_dir, config))  # what is refused until here changes nothing
     start = int(state.step)
@@ -67,7 +68,7 @@ def train(run: Run, params: ModelParams | None, around: Around) -> int:
     if start >= last:
         log.say(f"finished: the run is at step {start} of {last}; --num_steps above that goes on")
         return program.DONE
-    meter = Meter(config.streams.batch_size, config.streams.window, plan.steps_per_epoch, config.training, log.say)
+    meter = Meter(plan.steps_per_epoch, config.training, log.say)
     log.say(
         f"training on {mesh_lib.describe(run.mesh)}: step {start} of {last}, {plan.steps_per_epoch} steps an epoch, "
         f"{config.training.logical_shards} logical shards"
@@ -127,6 +128,20 @@ def _ending(run: Run, around: Around, step: int, began: float, given_up: bool) -
         return program.STOPPED
     say(f"finished: {last} steps, {duration(time.monotonic() - began)} in this process")
     return program.DONE
+
+
+def _step(run: Run, watch: Watchdog) -> step_lib.TrainStep:
+    """The training step.  It is compiled for each length of a window that it meets, which is no step to `watch`."""
+    train_step = step_lib.make(run.config, run.corpus.vocabulary.size, run.mesh, run.plan.steps_per_epoch)
+    met = set[int]()
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        length = batch.inputs.shape[1]
+        with contextlib.nullcontext() if length in met else watch.pause():
+            met.add(length)
+            return train_step(state, batch)
+
+    return step
 
 
 def _windows(run: Run, start: int) -> Windows:

@@ -86,6 +86,8 @@ def _run(chosen: TrainFlags, watching: WatchdogFlags, telling: MonitorFlags, con
         config.training.seed,
         config.streams.rotate_streams,
         config.streams.reset_probability,
+        config.streams.window_deviation,
+        config.streams.short_window_probability,
     )
     if (flag := config.optimizer.goes_by_validation) and "valid" not in corpus.splits:
         raise ValueError(f"{flag} goes by validation scores, and {corpus.directory} has no valid split: give one")

@@ -76,18 +76,6 @@ def test_asgd_is_the_parameters_until_it_begins_and_then_the_mean_of_those_evalu
             assert_close(found[n - 1], jax.tree.map(lambda *p: np.mean(p, axis=0), *updates[TURN - 1 : n]))
 
 
-def test_ema_forgets_nothing_by_rounding_in_float32():
-    """Of a constant it is that constant, after as many updates as would let a weight of 1 - w drift by 5 %."""
-    settings = OptimizerConfig(average="ema", ema_decay=0.9999)
-    params = ModelParams(None, (), None, jnp.full((3,), np.float32(0.1)))
-    (average, _), _ = jax.lax.scan(
-        lambda carry, _: (averaging.after(settings, *carry, params), None),
-        (averaging.start(settings, params), progress.start()),
-        length=200_000,
-    )
-    np.testing.assert_array_equal(average.b_out, params.b_out)
-
-
 EMA, ASGD = (
     make_config(on_divergence="skip", embedding_size=5, average=average, average_patience=0, ema_decay=0.9)
     for average in ("ema", "asgd")

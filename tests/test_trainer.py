@@ -68,7 +68,7 @@ class Run:
             figures[self._what] = np.nan
         finite = np.arange(4) != (2 if step + 1 == self._bad else -1)
         bad, course = int(4 - finite.sum()), state.course
-        metrics = Metrics(figures["loss"], np.ones(4), figures["norm"], 0.01, not bad, True, finite, bad, course)
+        metrics = Metrics(figures["loss"], np.ones(4), figures["norm"], 0.01, not bad, True, finite, bad, course, 4)
         return state._replace(step=jnp.asarray(step + 1, jnp.int32), params=jnp.asarray(seen)), metrics
 
     def evaluate(self, step, params):
@@ -98,7 +98,7 @@ class Run:
         return step == self._stop_after
 
     def train(self) -> TrainState:
-        self.meter = Meter(2, 2, 4, self.settings, self._log.say)
+        self.meter = Meter(4, self.settings, self._log.say)
         try:
             return trainer.train(
                 self.settings,
