@@ -96,7 +96,7 @@ def test_killed_before_and_after_each_turn_and_at_its_evaluation_it_ends_with_th
     go, straight
 ):
     drop, turn = turns(straight)
-    deaths = [(Meter, "add", drop - 1, 4), (run._Saver, "__call__", turn, 2), (Meter, "add", turn + 2, 1)]
+    deaths = [(Meter, "add", drop - 1, 2), (run._Saver, "__call__", turn, 2), (Meter, "add", turn + 2, 8)]
     for number, (owner, method, at, devices) in enumerate(deaths):
         name = f"killed {number}"
         go(name, 8, (owner, method, at))
