@@ -42,8 +42,8 @@ class StreamPlan:
     of Merity et al. 2018 (arXiv:1803.08240) in few enough values that a program can be compiled for each, with borders
     that are found without adding lengths up.
 
-    An epoch has as many windows, W, as surely fit: s(W) <= N // B, and so no input is read twice in it.  Those that are
-    left out, N - B W T, fewer than B T, where all windows are equal, are others in another epoch with `rotate`.
+    An epoch has as many windows, W, as surely fit: s(W) <= N // B, and so no input is read twice in it.  The inputs
+    that it leaves out (fewer than B T where all windows are equal) are others in another epoch with `rotate`.
 
     Raises:
       ValueError: the split is shorter than one window of every stream.

@@ -16,9 +16,9 @@ from tests.test_step import assert_equal_bits
 
 # So fast that the score soon goes up and down.
 FLAGS = (
-    "--evaluate_every=3", "--log_every=1", "--checkpoint_every=5", "--keep_checkpoints=40", "--logical_shards=8",
-    "--learning_rate=0.6", "--schedule=plateau", "--plateau_patience=1", "--decay_rate=0.9", "--average=asgd",
-    "--average_patience=2", "--dropout=0", "--evaluation_batch_size=5", "--short_window_probability=0.4",
+    "--evaluate_every=2", "--log_every=1", "--checkpoint_every=5", "--keep_checkpoints=40", "--logical_shards=2",
+    "--learning_rate=1", "--schedule=plateau", "--plateau_patience=1", "--decay_rate=0.9", "--average=asgd",
+    "--average_patience=2", "--evaluation_batch_size=5", "--short_window_probability=0.4",
 )  # fmt: skip
 
 
@@ -30,7 +30,7 @@ class Killed(BaseException):
 def go(arguments, folder):
     """Trains `name` on some of the devices; where told to, it dies just before it does something at a step."""
 
-    def go(name, devices=8, dies=None, *flags):
+    def go(name, devices=2, dies=None, *flags):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
                 mesh_lib, "make", lambda given=None, make=mesh_lib.make: make(given or jax.devices()[:devices])
@@ -84,7 +84,7 @@ def test_the_rate_drops_and_averaging_begins_at_exactly_the_evaluations_that_the
     assert drop < turn < 37, "nothing would be seen of what comes after"
     rates = {step: line["learning_rate"] for step, line in records(straight, "train").items()}
     for step, rate in rates.items():  # a window has 16 symbols, or half of them at half the rate
-        assert rate in (pytest.approx(full := 0.6 if step <= drop else 0.54), pytest.approx(full / 2))
+        assert rate in (pytest.approx(full := 1 if step <= drop else 0.9), pytest.approx(full / 2))
     log = (straight / "log.txt").read_text()
     assert re.findall(r"step (\d+): evaluation \d+, (\d) without gain: from here on (\S+ \S+)", log) == [
         (str(drop), "1", "the learning"),
@@ -96,10 +96,10 @@ def test_killed_before_and_after_each_turn_and_at_its_evaluation_it_ends_with_th
     go, straight
 ):
     drop, turn = turns(straight)
-    deaths = [(Meter, "add", drop - 1, 2), (run._Saver, "__call__", turn, 2), (Meter, "add", turn + 2, 8)]
+    deaths = [(Meter, "add", drop - 1, 1), (run._Saver, "__call__", turn, 1), (Meter, "add", turn + 2, 2)]
     for number, (owner, method, at, devices) in enumerate(deaths):
         name = f"killed {number}"
-        go(name, 8, (owner, method, at))
+        go(name, 2, (owner, method, at))
         assert max(map(int, (p.name for p in (straight.parent / name / "checkpoints").iterdir()))) < at
         ended = records(go(name, devices), "valid")
         assert ended[40]["state_digest"] == records(straight, "valid")[40]["state_digest"]
@@ -109,7 +109,7 @@ def test_killed_before_and_after_each_turn_and_at_its_evaluation_it_ends_with_th
 
 
 def test_a_run_that_is_made_longer_is_told_what_one_of_that_length_is_told(go, straight):
-    go("longer", 8, None, f"--num_steps={turns(straight)[1] - 1}")
+    go("longer", 2, None, f"--num_steps={turns(straight)[1] - 1}")
     assert records(go("longer"), "valid")[40]["state_digest"] == records(straight, "valid")[40]["state_digest"]
 
 
