@@ -135,6 +135,8 @@ def test_the_average_is_what_is_validated_evaluated_and_sampled(straight, capsys
 
 
 def test_without_a_validation_split_it_is_refused(arguments, tmp_path):
-    sentence = refusal(train.main, *arguments, *FLAGS, "--valid_fraction=0", f"--run_dir={tmp_path / 'run'}")
+    sentence = refusal(
+        train.main, *arguments, *FLAGS, "--logical_shards=8", "--valid_fraction=0", f"--run_dir={tmp_path / 'run'}"
+    )
     assert sentence.startswith("schedule=plateau goes by validation scores, and ") and "has no valid split" in sentence
     assert not (tmp_path / "run").exists()
