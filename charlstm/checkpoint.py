@@ -1,8 +1,7 @@
 """Checkpoints that cannot lie: what `restore` returns is, bit for bit, what `save` was given, or it is refused.
 
     checkpoints/<step>/checkpoint.json     the seal: identity, metric, digest of each array, sha256 of each file
-                       params/...          the arrays as Orbax writes them
-                       opt_state/...  recurrent_state/...
+                       params/...  opt_state/...  and all the rest: the arrays as Orbax writes them
                 <step>.saving...           not finished; finished or deleted when a writer opens the directory again
                 <step>.corrupt-*           failed verification; kept, never read
                 <step>.abandoned-*         later than the step that the run went back to; kept, never read
@@ -164,10 +163,12 @@ class Checkpoints:
         number = jax.device_put(np.asarray(meta["step"], abstract.step.dtype), abstract.step.sharding)
         return abstract._replace(step=number, **trees), meta
 
-    def restore_params(self, abstract: ModelParams, *, step: int | None = None) -> tuple[ModelParams, dict[str, Any]]:
-        """As `restore`, of the parameters alone; the files of the rest are not read."""
-        trees, meta = self._restore({"params": abstract}, step)
-        return trees["params"], meta
+    def restore_params(
+        self, abstract: ModelParams, *, step: int | None = None, item: str = "params"
+    ) -> tuple[ModelParams, dict[str, Any]]:
+        """As `restore`, of one `item` alone, the params or their average; the files of the rest are not read."""
+        trees, meta = self._restore({item: abstract}, step)
+        return trees[item], meta
 
     def discard_after(self, step: int) -> None:
         """Goes back: later steps are set aside, so that none of them is ever taken for the newest."""

@@ -8,6 +8,9 @@ from charlstm.model_config import ModelConfig
 from charlstm.training_config import EvaluationConfig, OptimizerConfig, TrainingConfig
 from data_pipeline.settings import CorpusSettings, StreamSettings, check_numbers
 
+# Settings that say when the validation split is scored, and to which figure, to the last bit.
+SCORING = ("evaluate_every", "piece", "burn_in", "evaluation_batch_size")
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -23,6 +26,9 @@ class Config:
     def __post_init__(self) -> None:
         check_numbers(self.corpus)
         check_numbers(self.streams)
+        flag = self.optimizer.goes_by_validation
+        if flag and not self.training.evaluate_every:
+            raise ValueError(f"{flag} goes by validation scores, and with evaluate_every=0 there are none: use 400")
 
 
 def flatten(config: Config) -> dict[str, tuple[str, dataclasses.Field]]:
@@ -100,12 +106,13 @@ def from_json(text: str, source: str) -> Config:
 def differences(run: Config, now: Config) -> tuple[list[str], list[str]]:
     """What `now` would change of a run made with `run`: (forbidden, free), each a list of "name: old -> new".
 
-    A zero that `resolve` fills in is no difference.
+    A zero that `resolve` fills in is no difference.  Where a run goes by validation, what makes the scores is not free.
     """
+    held = SCORING if run.optimizer.goes_by_validation else ()
     forbidden: list[str] = []
     free: list[str] = []
     for name, (section, field) in flatten(run).items():
         old, new = getattr(getattr(run, section), name), getattr(getattr(now, section), name)
         if old != new and not (name in ("logical_shards", "decay_steps") and new == 0):
-            (free if field.metadata["free"] else forbidden).append(f"{name}: {old} -> {new}")
+            (free if field.metadata["free"] and name not in held else forbidden).append(f"{name}: {old} -> {new}")
     return forbidden, free

@@ -48,13 +48,15 @@ class Score(NamedTuple):
 
 
 def of_split(
-    config: Config, vocabulary_size: int, split: Split, mesh: Mesh, separator: int | None = None
+    config: Config, vocabulary_size: int, split: Split, mesh: Mesh, separator: int | None = None, shards: int = 1
 ) -> Callable[[ModelParams], Score]:
     """A function params -> score of the whole of `split`, on all devices of `mesh`.
 
     Every symbol is scored once: symbols 1 .. N-1 by the model, and symbol 0, which nothing precedes, by log2(V) bits.
+    A device takes its rows in `shards` parts, one after the other, each at one shape: the score has the same bits on
+    any number of devices whose product with `shards` is the same.
     """
-    evaluate = at_temperatures(config, vocabulary_size, split, mesh, separator)
+    evaluate = at_temperatures(config, vocabulary_size, split, mesh, separator, shards=shards)
     return lambda params: evaluate(params)[0]
 
 
@@ -65,12 +67,14 @@ def at_temperatures(
     mesh: Mesh,
     separator: int | None = None,
     temperatures: Sequence[float] = (1.0,),
+    shards: int = 1,
 ) -> Callable[[ModelParams], list[Score]]:
     """As `of_split`, a score for each soft-max temperature, all from the same logits."""
     settings, pieces = config.evaluation, -(-len(split) // config.evaluation.piece)
-    rows = -(-min(settings.evaluation_batch_size, pieces) // mesh.size) * mesh.size  # a multiple of the devices
+    parts = mesh.size * shards
+    rows = -(-min(settings.evaluation_batch_size, pieces) // parts) * parts
     plan = PiecePlan(len(split), settings.piece, settings.burn_in, rows, config.streams.window)
-    own_rows, window = mesh_lib.process_rows(mesh, rows), make_window(config, mesh, temperatures)
+    own_rows, window = mesh_lib.process_rows(mesh, rows), make_window(config, mesh, temperatures, shards)
 
     def evaluate(params: ModelParams) -> list[Score]:
         carry = model.initial_state(config.model, len(own_rows), params.b_out.dtype)
@@ -107,11 +111,16 @@ def nats_at(temperatures: Sequence[float], logits_TBV: jax.Array, targets_TB: ja
 
 
 def make_window(
-    config: Config, mesh: Mesh, temperatures: Sequence[float] = (1.0,)
+    config: Config, mesh: Mesh, temperatures: Sequence[float] = (1.0,), shards: int = 1
 ) -> Callable[..., tuple[RecurrentState, jax.Array]]:
     """The compiled (params, carry, batch, scored [B, T]) -> (carry, nats [B, K] summed over the scored symbols)."""
 
-    def local_window(params: ModelParams, carry: RecurrentState, batch: Batch, scored_bT: jax.Array) -> Any:
+    def local_window(params: ModelParams, *rows: Any) -> Any:
+        by_shard = jax.tree.map(lambda a: a.reshape((shards, -1, *a.shape[1:])), rows)
+        found = jax.lax.map(lambda part: shard_window(params, *part), by_shard)
+        return jax.tree.map(lambda a: a.reshape((-1, *a.shape[2:])), found)
+
+    def shard_window(params: ModelParams, carry: RecurrentState, batch: Batch, scored_bT: jax.Array) -> Any:
         carry, logits_TbV = model.apply(config.model, params, carry, batch.inputs, batch.reset)
         nats_KTb = nats_at(temperatures, logits_TbV, batch.targets.T)
         return carry, jnp.where(scored_bT.T[None], nats_KTb, 0).sum(1).T

@@ -36,14 +36,12 @@ class Meter:
 
     def __init__(
         self,
-        batch_size: int,
-        window: int,
         steps_per_epoch: int,
         settings: TrainingConfig,
         say: Callable[[str], None],
     ) -> None:
         """Of a run of `settings`; `say` takes a line about what was skipped."""
-        self._symbols, self._epoch, self._num_steps = batch_size * window, steps_per_epoch, settings.num_steps
+        self._epoch, self._num_steps = steps_per_epoch, settings.num_steps
         self._skips, self._max_skips, self._say = settings.on_divergence == "skip", settings.max_skips, say
         self._spike_factor = settings.spike_factor
         self._pending: tuple[int, Metrics] | None = None
@@ -54,7 +52,7 @@ class Meter:
         self._reset()
 
     def _reset(self) -> None:
-        self._nats, self._steps, self._waited, self._since = 0.0, 0, 0.0, time.monotonic()
+        self._nats, self._symbols, self._steps, self._waited, self._since = 0.0, 0, 0, 0.0, time.monotonic()
 
     def next_of(self, windows: Iterator[Any]) -> Any:
         """The next batch, the time waited for it counted as input wait."""
@@ -82,7 +80,8 @@ class Meter:
             self._look_at_divergence(step, metrics)
         self._latest = {"step": step, "learning_rate": float(metrics.learning_rate), "grad_norm": None}
         if metrics.sound:
-            self._nats += float(metrics.loss)
+            self._nats += float(metrics.loss) * int(metrics.symbols)
+            self._symbols += int(metrics.symbols)
             self._steps += 1
             self._latest["grad_norm"] = float(metrics.grad_norm)
 
@@ -108,7 +107,7 @@ class Meter:
         """A line of metrics.jsonl for the steps since the last one."""
         self.settle()
         step = self._latest["step"]
-        bits = self._nats / self._steps / NATS_PER_BIT if self._steps else None  # None: all were skipped
+        bits = self._nats / self._symbols / NATS_PER_BIT if self._steps else None  # None: all were skipped
         record = self._record(step, "train", bits) | self._speed()
         record |= {k: self._latest[k] for k in ("learning_rate", "grad_norm")}
         if mesh_lib.is_one_of_several():
@@ -125,14 +124,14 @@ class Meter:
 
     def status(self) -> str:
         """The live line, of the steps since the last record."""
-        steps, nats = self._steps, self._nats  # once: the watchdog's thread asks, too
-        if not steps:
+        steps, nats, symbols = self._steps, self._nats, self._symbols  # once: the watchdog's thread asks, too
+        if not (steps and symbols):
             return ""
         speed = self._speed()
         step = self._latest["step"]
-        left = (self._num_steps - step) * self._symbols / max(speed["characters_per_second"], 1e-9)
+        left = (self._num_steps - step) * symbols / steps / max(speed["characters_per_second"], 1e-9)
         return (
-            f"step {step}/{self._num_steps}  epoch {step / self._epoch:.2f}  {nats / steps / NATS_PER_BIT:.3f} bpc  "
+            f"step {step}/{self._num_steps}  epoch {step / self._epoch:.2f}  {nats / symbols / NATS_PER_BIT:.3f} bpc  "
             f"{speed['characters_per_second']:,.0f} chars/s  input wait {speed['input_wait']:.0%}  ETA {duration(left)}"
         )
 
@@ -152,7 +151,7 @@ class Meter:
     def _speed(self) -> dict[str, float]:
         elapsed = max(time.monotonic() - self._since, 1e-9)
         return {
-            "characters_per_second": round(self._steps * self._symbols / elapsed, 1),
+            "characters_per_second": round(self._symbols / elapsed, 1),
             "input_wait": round(self._waited / elapsed, 4),
         }
 

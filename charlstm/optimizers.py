@@ -162,8 +162,8 @@ def _adam(beta1: float, beta2: float, epsilon: float, weight_decay: float) -> Op
         n = updates.astype(learning_rate.dtype)
         mean = jax.tree.map(lambda g, m: beta1 * m + (1 - beta1) * g, grads, state.mean)
         mean_square = jax.tree.map(lambda g, s: beta2 * s + (1 - beta2) * (g * g), grads, state.mean_square)
-        correction1 = _bias_correction(beta1, n)
-        correction2 = _bias_correction(beta2, n)
+        correction1 = bias_correction(beta1, n)
+        correction2 = bias_correction(beta2, n)
 
         def descend(p, m, s):
             u = (m / correction1) / (jnp.sqrt(s / correction2) + epsilon)
@@ -174,6 +174,6 @@ def _adam(beta1: float, beta2: float, epsilon: float, weight_decay: float) -> Op
     return Optimizer(init, update)
 
 
-def _bias_correction(beta: float, n: jax.Array) -> jax.Array:
+def bias_correction(beta: float, n: jax.Array) -> jax.Array:
     """1 - beta^n.  Subtracted as written, float32 would keep only three or four digits of it at beta = .9999."""
     return -jnp.expm1(n * math.log(beta)) if beta else jnp.ones_like(n)

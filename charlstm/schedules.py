@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step number.
+"""The learning rate as a pure function of the step number, and of what validation has said.
 
 With r = learning_rate, f = final_fraction, d = decay_rate, N = decay_steps (num_steps where that is 0) and
 W = warmup_steps, the rate of step t (t = 0 is the first update) is
@@ -11,6 +11,7 @@ W = warmup_steps, the rate of step t (t = 0 is the first update) is
                                                  Loshchilov & Hutter 2017, eq. 5
     exponential  d^max(0, epoch + 1 - decay_start_epoch)       epoch = t // steps_per_epoch
     step         d^(t // N)
+    plateau      d once validation no longer improves, and 1 before (progress.py); Melis et al. 2018, section 4
 
 So every clock is the run's own step number, as its log shows it, warm-up included: linear and cosine leave the full
 rate when warm-up ends and reach f at step N whatever the warm-up, and stay there.  exponential is char-rnn's: with
@@ -26,8 +27,9 @@ import jax
 import jax.numpy as jnp
 
 from charlstm.training_config import OptimizerConfig
+from charlstm.types import Progress
 
-Schedule = Callable[[jax.Array], jax.Array]
+Schedule = Callable[[jax.Array, Progress], jax.Array]
 
 LAST_STEP = 2**31 - 1  # of an int32
 
@@ -41,7 +43,7 @@ def make(config: OptimizerConfig, steps_per_epoch: int, num_steps: int) -> Sched
       num_steps: updates of the whole run; stands in for decay_steps=0.
 
     Returns:
-      A pure function, jittable, from the step (int32 []) to the learning rate (float32 []).
+      A pure function, jittable, from the step (int32 []) and the progress to the learning rate (float32 []).
 
     Raises:
       ValueError: decay_rate is not positive, under a schedule that uses it.
@@ -50,8 +52,8 @@ def make(config: OptimizerConfig, steps_per_epoch: int, num_steps: int) -> Sched
     decay = _decay(config, min(steps_per_epoch, LAST_STEP), min(config.decay_steps or num_steps, LAST_STEP))
     warmup_steps = min(config.warmup_steps, LAST_STEP)
 
-    def learning_rate(step: jax.Array) -> jax.Array:
-        rate = jnp.float32(config.learning_rate) * decay(step)
+    def learning_rate(step: jax.Array, progress: Progress) -> jax.Array:
+        rate = jnp.float32(config.learning_rate) * decay(step, progress)
         if warmup_steps:
             # minimum first: step + 1 must not wrap round at the last int32.
             rate *= (jnp.minimum(step, warmup_steps - 1) + 1).astype(jnp.float32) / warmup_steps
@@ -61,7 +63,7 @@ def make(config: OptimizerConfig, steps_per_epoch: int, num_steps: int) -> Sched
 
 
 def _decay(config: OptimizerConfig, steps_per_epoch: int, decay_steps: int) -> Schedule:
-    """The last factor of the rate: from the step to a float32 that is 1 at the full rate."""
+    """The last factor of the rate: a float32 that is 1 at the full rate."""
     final = config.final_fraction
     span = max(1, decay_steps - config.warmup_steps)  # a run may end within its warm-up
 
@@ -75,14 +77,16 @@ def _decay(config: OptimizerConfig, steps_per_epoch: int, decay_steps: int) -> S
         return jnp.exp(times.astype(jnp.float32) * math.log(config.decay_rate))
 
     if config.schedule == "constant":
-        return lambda step: jnp.ones((), jnp.float32)
+        return lambda step, _: jnp.ones((), jnp.float32)
     if config.schedule == "linear":
-        return lambda step: between(to_go(step))
+        return lambda step, _: between(to_go(step))
     if config.schedule == "cosine":
-        return lambda step: between(jnp.square(jnp.sin(math.pi / 2 * to_go(step))))
+        return lambda step, _: between(jnp.square(jnp.sin(math.pi / 2 * to_go(step))))
     if not config.decay_rate > 0:
         raise ValueError(f"decay_rate={config.decay_rate} must be more than 0 for schedule={config.schedule}: use .97")
     if config.schedule == "exponential":
-        return lambda step: decayed(jnp.maximum(0, step // steps_per_epoch + 1 - config.decay_start_epoch))
+        return lambda step, _: decayed(jnp.maximum(0, step // steps_per_epoch + 1 - config.decay_start_epoch))
+    if config.schedule == "plateau":
+        return lambda _, progress: decayed(progress.dropped)
     assert config.schedule == "step", f"schedule={config.schedule!r} is a choice of OptimizerConfig without a formula"
-    return lambda step: decayed(step // decay_steps)
+    return lambda step, _: decayed(step // decay_steps)

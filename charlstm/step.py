@@ -17,12 +17,12 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
-from charlstm import guard, keys, model, optimizers, reduction, schedules
+from charlstm import averaging, guard, keys, model, optimizers, progress, reduction, schedules
 from charlstm import mesh as mesh_lib
 from charlstm.config import Config
 from charlstm.loss import activation_penalties, cross_entropy
 from charlstm.noise import Noise
-from charlstm.types import Metrics, TrainState
+from charlstm.types import Metrics, ModelParams, TrainState
 from data_pipeline.batch import Batch
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -38,6 +38,8 @@ def init(config: Config, vocabulary_size: int) -> TrainState:
         opt_state=optimizers.make(config.optimizer).init(params),
         recurrent_state=model.initial_state(config.model, config.streams.batch_size, dtype),
         course=guard.start(dtype),
+        progress=progress.start(),
+        average=averaging.start(config.optimizer, params),
     )
 
 
@@ -53,6 +55,17 @@ def place(mesh: Mesh, state: TrainState) -> TrainState:
     own = jax.tree.map(lambda a: a[rows.start : rows.stop], state.recurrent_state)
     state = state._replace(recurrent_state=own)
     return jax.tree.map(lambda spec, tree: mesh_lib.put(mesh, spec, tree), state_specs(), state, is_leaf=_is_spec)
+
+
+def started_from(config: Config, state: TrainState, params: ModelParams) -> TrainState:
+    """`state`, before the first update, with other parameters."""
+    return state._replace(params=params, average=averaging.start(config.optimizer, params))
+
+
+def heard(config: Config, mesh: Mesh, state: TrainState, score: float) -> TrainState:
+    """`state` when validation has said `score`, bits per character: what every process agrees on."""
+    told = progress.heard(config.optimizer, jax.tree.map(np.asarray, state.progress), score)
+    return state._replace(progress=mesh_lib.put(mesh, mesh_lib.REPLICATED, told))
 
 
 def gone_back(mesh: Mesh, state: TrainState, windows: int) -> TrainState:
@@ -105,15 +118,20 @@ def _divisors(count: int) -> str:
 
 
 def make(config: Config, vocabulary_size: int, mesh: Mesh, steps_per_epoch: int) -> TrainStep:
-    """The compiled training step on `mesh`.  It donates the state it is given."""
+    """The training step on `mesh`, compiled for each length of a window that it meets.  It donates the state.
+
+    Where a window's length is not --window, the learning rate is scaled by their ratio (Merity et al. 2018,
+    arXiv:1803.08240): its loss is a mean all the same.
+    """
     count = shards_per_device(config, mesh.size)
     shard_gradient = _shard_gradient(config, config.streams.batch_size // (mesh.size * count))
-    symbols = config.streams.batch_size * config.streams.window
     optimizer = optimizers.make(config.optimizer)
     schedule = schedules.make(config.optimizer, steps_per_epoch, config.training.num_steps)
     skips = config.training.on_divergence == "skip"
 
     def local_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        T = batch.inputs.shape[1]
+        symbols = config.streams.batch_size * T
         shards = jax.lax.axis_index(mesh_lib.AXIS) * count + jnp.arange(count, dtype=jnp.int32)
         by_shard = jax.tree.map(lambda a: a.reshape((count, -1, *a.shape[1:])), (state.recurrent_state, batch))
         partial_RP, (nats_kb, finite_kb, carry) = reduction.subtree_sums(
@@ -127,15 +145,18 @@ def make(config: Config, vocabulary_size: int, mesh: Mesh, steps_per_epoch: int)
         total_P = jax.lax.optimization_barrier(total_P)
         mean_P, poisoned_rows = total_P / jnp.asarray(symbols, total_P.dtype), total_P[-1].astype(jnp.int32)
         gradient, loss = ravel_pytree(state.params)[1](mean_P[:-2]), mean_P[-2]
-        norm, learning_rate = optimizers.global_norm(gradient), schedule(state.step)
+        norm = optimizers.global_norm(gradient)
+        learning_rate = schedule(state.step, state.progress) * (T / config.streams.window)
         gradient = optimizers.clip(gradient, norm, config.optimizer)
         params, opt_state = optimizer.update(gradient, state.opt_state, state.params, learning_rate)
+        average, told = averaging.after(config.optimizer, state.average, state.progress, params)
         carry = jax.tree.map(lambda a: a.reshape((-1, *a.shape[2:])), carry)
         finite_b = finite_kb.reshape(-1)
 
         sound = guard.is_sound(config.training, loss, norm, params, state.course)
         if skips:
-            params, opt_state = guard.either(sound, (params, opt_state), (state.params, state.opt_state))
+            old = state.params, state.opt_state, state.average, state.progress
+            params, opt_state, average, told = guard.either(sound, (params, opt_state, average, told), old)
             carry = guard.mended(carry, finite_b)
         course = guard.after(state.course, loss, sound, skips, poisoned_rows)
         metrics = Metrics(
@@ -148,8 +169,9 @@ def make(config: Config, vocabulary_size: int, mesh: Mesh, steps_per_epoch: int)
             finite_B=finite_b,
             poisoned_rows=poisoned_rows,
             course=course,
+            symbols=jnp.asarray(symbols, jnp.int32),
         )
-        return TrainState(state.step + 1, params, opt_state, carry, course), metrics
+        return TrainState(state.step + 1, params, opt_state, carry, course, told, average), metrics
 
     return jax.jit(
         jax.shard_map(
@@ -196,7 +218,7 @@ def state_specs() -> Any:
     """What lies where: everything whole on every device, except the recurrent state, split by stream."""
     whole: Any = mesh_lib.REPLICATED
     rows: Any = mesh_lib.BY_STREAM
-    return TrainState(step=whole, params=whole, opt_state=whole, recurrent_state=rows, course=whole)
+    return TrainState(whole, whole, whole, recurrent_state=rows, course=whole, progress=whole, average=whole)
 
 
 def metrics_specs() -> Any:

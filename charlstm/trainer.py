@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from charlstm import digest
+from charlstm import averaging, digest
 from charlstm.metrics import Meter, finite_score
 from charlstm.run_log import RunLog
 from charlstm.step import TrainStep
@@ -23,6 +23,7 @@ def train(
     next_batch: Callable[[], Any],
     *,
     evaluate: Callable[[int, ModelParams], dict[str, Any]] | None,
+    heard: Callable[[TrainState, float], TrainState],
     save: Callable[[TrainState, float | None], None],
     check: Callable[[int, TrainState], None],
     log: RunLog,
@@ -33,7 +34,8 @@ def train(
 
     Args:
       next_batch: gives the batch of step `state.step`, then the next one, and so on.
-      evaluate: (step, params) -> a line of metrics.jsonl; None where there is no validation split.
+      evaluate: (step, params or their average) -> a line of metrics.jsonl; None where there is no validation split.
+      heard: (state, validation bits per character) -> the state that training goes on from.
       save: makes a checkpoint of (state, validation bits per character or None).
       check: (step, state) -> None where the devices' copies are equal.
 
@@ -56,8 +58,10 @@ def train(
             records.append(meter.train_record())
         if evaluate and due(step, settings.evaluate_every, last):
             meter.settle()
-            records.append(evaluate(step, state.params))
+            records.append(evaluate(step, averaging.to_evaluate(state)))
             score = finite_score(step, records[-1])
+            if due(step, settings.evaluate_every, last=0):  # at any other last step, a longer run is told nothing
+                state = heard(state, score)
         if records and step == last:
             records[-1]["state_digest"] = digest.state_digest(state)
         for record in records:

@@ -30,14 +30,27 @@ class OptimizerConfig:
     schedule: str = setting(
         "constant",
         "Learning rate over time: constant; linear or cosine (to final_fraction at decay_steps); exponential (times "
-        "decay_rate each epoch from decay_start_epoch on, char-rnn's); step (times decay_rate each decay_steps).",
-        choices=("constant", "linear", "cosine", "exponential", "step"),
+        "decay_rate each epoch from decay_start_epoch on, char-rnn's); step (times decay_rate each decay_steps); "
+        "plateau (times decay_rate, once, when validation no longer improves).",
+        choices=("constant", "linear", "cosine", "exponential", "step", "plateau"),
     )
     warmup_steps: int = setting(0, "Steps of linear warm-up from 0, before any schedule.")
     decay_steps: int = setting(0, "linear, cosine: where the decay ends; step: its period; 0 means num_steps.")
-    decay_rate: float = setting(0.97, "exponential, step: factor of one decay.")
+    decay_rate: float = setting(0.97, "exponential, step, plateau: factor of one decay.")
     decay_start_epoch: int = setting(10, "exponential: epochs at the full rate; the first decay follows them.")
     final_fraction: float = setting(0.0, "linear, cosine: learning rate at the end, as a fraction of learning_rate.")
+    plateau_patience: int = setting(13, "plateau: evaluations without gain after which the rate drops.")
+    plateau_latest: int = setting(0, "plateau: the evaluation after which it drops in any case; 0: none.")
+    average: str = setting(
+        "none",
+        "An average of the parameters, which is then what is evaluated and sampled: none; ema (exponential); asgd (the "
+        "mean of all since validation stopped improving).",
+        choices=("none", "ema", "asgd"),
+    )
+    ema_decay: float = setting(0.999, "ema: weight of the average so far at each update; 0: only the newest counts.")
+    average_patience: int = setting(
+        10, "asgd: evaluations without gain after which the average begins; 0: it begins with the first update."
+    )
     clip_norm: float = setting(0.0, "Scale the gradient down to this global norm; 0: off.  Done before clip_value.")
     clip_value: float = setting(0.0, "Clip each element of the gradient to +-this; 0: off.")
 
@@ -49,11 +62,25 @@ class OptimizerConfig:
         check_at_least(self, 0, "warmup_steps", "decay_steps", "decay_start_epoch")
         if not self.epsilon > 0 and self.optimizer != "sgd":
             raise ValueError(f"epsilon={self.epsilon} must be more than 0 for optimizer={self.optimizer}: use 1e-8")
-        if not self.decay_rate > 0 and self.schedule in ("exponential", "step"):
+        check_at_least(self, 1, "plateau_patience")
+        check_at_least(self, 0, "plateau_latest", "average_patience")
+        if not self.decay_rate > 0 and self.schedule in ("exponential", "step", "plateau"):
             raise ValueError(f"decay_rate={self.decay_rate} must be more than 0 for schedule={self.schedule}: use .97")
-        for name in ("momentum", "rms_decay", "beta1", "beta2"):
+        for name in ("momentum", "rms_decay", "beta1", "beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
+
+    @property
+    def evaluated(self) -> str:
+        """What is evaluated, by its name in the state: "average" where one is kept, else "params"."""
+        return "params" if self.average == "none" else "average"
+
+    @property
+    def goes_by_validation(self) -> str:
+        """The flag for which scores of the validation split enter the mathematics; "" where they do not."""
+        if self.schedule == "plateau":
+            return "schedule=plateau"
+        return "average=asgd" if self.average == "asgd" and self.average_patience else ""
 
 
 @dataclasses.dataclass(frozen=True)

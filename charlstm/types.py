@@ -48,6 +48,16 @@ class Course(NamedTuple):
     rollbacks: jax.Array  # int32 []: how often the run went back
 
 
+class Progress(NamedTuple):
+    """What validation has said to a run that goes by it, and what came of it; replicated (progress.py)."""
+
+    evaluations: jax.Array  # int32 []: scores heard
+    best: jax.Array  # float32 []: the lowest of them, bits per character; inf before the first
+    without_gain: jax.Array  # int32 []: how many came after the lowest
+    dropped: jax.Array  # bool []: --schedule=plateau has lowered the rate
+    averaged: jax.Array  # int32 []: parameters that the average is of; 0 until it begins (averaging.py)
+
+
 class TrainState(NamedTuple):
     """Everything that changes in training.  A checkpoint is this and nothing less."""
 
@@ -56,6 +66,8 @@ class TrainState(NamedTuple):
     opt_state: Any  # replicated
     recurrent_state: RecurrentState  # split over devices by stream
     course: Course  # replicated
+    progress: Progress  # replicated
+    average: ModelParams | tuple[()]  # of the parameters, replicated; () where none is kept
 
 
 class Metrics(NamedTuple):
@@ -70,3 +82,4 @@ class Metrics(NamedTuple):
     finite_B: jax.Array  # bool [B]: the stream's new recurrent state and its loss are finite
     poisoned_rows: jax.Array  # int32 []: how many are not, of all B
     course: Course  # after the step
+    symbols: jax.Array  # int32 []: that `loss` is the mean of

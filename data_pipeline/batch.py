@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 
 class Batch(NamedTuple):
-    """One window of every stream: arrays `[B, T]`, or this process's rows of them.
+    """One window of every stream: arrays `[B, T]`, or this process's rows of them; T is the window's own length.
 
     Target `[b, t]` is the symbol that follows input `[b, t]` in the text, and input `[b, 0]` of a window is target
     `[b, T-1]` of the window before, wherever the stream goes on.

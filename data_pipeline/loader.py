@@ -34,14 +34,15 @@ class WindowSource:
         return sys.maxsize  # epochs without end; no length could be larger
 
     def __getitem__(self, step: int) -> Batch:
-        """The window of `step`: arrays [rows, T] of their own."""
-        window = step % self._plan.steps_per_epoch % self._run_windows
-        run = self._run(step - window)
-        start = window * self._plan.window
-        return Batch(*(np.copy(array[:, start : start + self._plan.window]) for array in run))
+        """The window of `step`: arrays [rows, its length] of their own."""
+        epoch, window = divmod(step, self._plan.steps_per_epoch)
+        first = window - window % self._run_windows
+        run = self._run(step - window % self._run_windows)
+        begin, start, stop = (self._plan.start(epoch, w) for w in (first, window, window + 1))
+        return Batch(*(np.copy(array[:, start - begin : stop - begin]) for array in run))
 
     def _run(self, first: int) -> Batch:
-        """The run that begins with step `first`: arrays [rows, K * T], the last of an epoch shorter."""
+        """The run that begins with step `first`: arrays [rows, symbols], the last of an epoch shorter."""
         with self._lock:  # held while reading, so that two threads never read the same run
             if first not in self._runs:
                 left = self._plan.steps_per_epoch - first % self._plan.steps_per_epoch

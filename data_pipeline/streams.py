@@ -1,11 +1,12 @@
 """Which symbols each stream reads at each step: a formula of (seed, step, stream) and nothing else.
 
 The split is read as a circle of N symbols.  B reading heads, the streams, stand evenly spaced on it and move on by one
-window of T symbols a step; after W = N // (B * T) steps, one epoch, they jump to new places.  So a batch is a pure
+window of about T symbols a step; after W steps, one epoch, they jump to new places.  So a batch is a pure
 function of the step number: resuming takes one integer and the same time at any step of a corpus of any size, and what
 stream b reads does not depend on how many processes or devices share the B streams.
 """
 
+import bisect
 import dataclasses
 import hashlib
 from typing import Protocol
@@ -30,9 +31,19 @@ class Symbols(Protocol):
 class StreamPlan:
     """The places of B streams in a split of N symbols, at every step.
 
-    With e, w = divmod(step, W), stream b reads inputs [p, p + T) and targets [p + 1, p + T + 1), all modulo N, from
-    p = offset(e) + b * N // B + w * T.  As N // B is at least W * T, no input is read twice in an epoch; exactly
-    N - B * W * T inputs, fewer than B * T, are left out, and with `rotate` they are others in another epoch.
+    With e, w = divmod(step, W) and p = offset(e) + b * N // B, stream b reads inputs [p + s(w), p + s(w + 1)) and the
+    targets that follow them one by one, all modulo N, where
+
+        s(w) = w T - (T - T // 2) floor(w q + u) + k D,        q = short_probability, D = deviation
+
+    u is uniform in [0, 1) in each epoch, so that windows of half the length come at equal distances, with frequency q.
+    k is the number of heads of two coins at each border between windows, less one (0 at the ends of an epoch).  A
+    window's length is thus T or T // 2, and D times a binomial number of mean 0 and variance 1 more: the normal lengths
+    of Merity et al. 2018 (arXiv:1803.08240) in few enough values that a program can be compiled for each, with borders
+    that are found without adding lengths up.
+
+    An epoch has as many windows, W, as surely fit: s(W) <= N // B, and so no input is read twice in it.  The inputs
+    that it leaves out (fewer than B T where all windows are equal) are others in another epoch with `rotate`.
 
     Raises:
       ValueError: the split is shorter than one window of every stream.
@@ -44,9 +55,12 @@ class StreamPlan:
     seed: int = 0
     rotate: bool = True  # every epoch begins at another seeded offset
     reset_probability: float = 0.0  # of zeroing a stream's state before a window
+    deviation: int = 0  # D: standard deviation of a window's length, symbols
+    short_probability: float = 0.0  # q: part of the windows that have half the length
 
     def __post_init__(self) -> None:
         assert self.batch_size > 0 and self.window > 0, self
+        assert 2 * self.deviation < (self.window // 2 if self.short_probability else self.window), self
         if self.symbols < self.batch_size * self.window:
             raise ValueError(
                 f"training split of {self.symbols} symbols is too short for batch_size={self.batch_size} windows of "
@@ -57,7 +71,24 @@ class StreamPlan:
     @property
     def steps_per_epoch(self) -> int:
         """W: windows of a stream in an epoch."""
-        return self.symbols // (self.batch_size * self.window)
+        column = self.symbols // self.batch_size
+        most = column // (self.window // 2 if self.short_probability else self.window)
+        return bisect.bisect_right(range(most + 1), column, key=lambda window: self._border(window, 0)) - 1
+
+    def _border(self, window: int, phase: int) -> int:
+        """w T - (T - T // 2) floor(w q + u), with q and u = `phase` in units of 2^-32: exact at any step."""
+        short = window * round(self.short_probability * 2**32) + phase >> 32
+        return window * self.window - (self.window - self.window // 2) * short
+
+    def start(self, epoch: int, window: int) -> int:
+        """s(w): symbols that each stream has read in `epoch` before window w, of 0 to W."""
+        phase = int(self._random_words(b"short windows", epoch, 1)[0]) >> 32 if self.short_probability else 0
+        border = self._border(window, phase)
+        if self.deviation and 0 < window < self.steps_per_epoch:
+            step = epoch * self.steps_per_epoch + window
+            coins = int(self._random_words(b"window length", step, 1)[0]) & 3
+            border += self.deviation * (coins.bit_count() - 1)
+        return border
 
     def offset(self, epoch: int) -> int:
         """Where stream 0 begins in `epoch`: uniform in [0, N), or 0 without `rotate`.
@@ -88,7 +119,7 @@ class StreamPlan:
     def positions(self, step: int, rows: range) -> list[int]:
         """Where in the split, in [0, N), the window of each stream of `rows` begins at `step`."""
         epoch, window = divmod(step, self.steps_per_epoch)
-        first = self.offset(epoch) + window * self.window
+        first = self.offset(epoch) + self.start(epoch, window)
         return [(first + b * self.symbols // self.batch_size) % self.symbols for b in rows]
 
     def read(self, split: Symbols, step: int, rows: range, *, windows: int = 1, separator: int | None = None) -> Batch:
@@ -103,13 +134,15 @@ class StreamPlan:
             predicts the first symbol of the next document; the document before it has predicted the separator.
 
         Returns:
-          Arrays [R, K * T]; ids in the split's dtype.  `reset` is True at the first symbol of an epoch, at the first
-          symbol of the split (what lies before it on the circle is unrelated text), at each separator, and before a
-          window that `resets` draws.
+          Arrays [R, symbols of the windows]; ids in the split's dtype.  `reset` is True at the first symbol of an
+          epoch, at the first symbol of the split (what lies before it on the circle is unrelated text), at each
+          separator, and before a window that `resets` draws.
         """
         assert len(split) == self.symbols, (len(split), self)
-        assert step >= 0 and 0 < windows <= self.steps_per_epoch - step % self.steps_per_epoch, (step, windows)
-        length = windows * self.window
+        epoch, first = divmod(step, self.steps_per_epoch)
+        assert step >= 0 and 0 < windows <= self.steps_per_epoch - first, (step, windows)
+        starts = [self.start(epoch, first + window) for window in range(windows + 1)]
+        length = starts[-1] - starts[0]
         ids = np.empty((len(rows), length + 1), split.dtype)
         reset = np.zeros((len(rows), length), bool)
         for row, start in enumerate(self.positions(step, rows)):
@@ -117,10 +150,10 @@ class StreamPlan:
             seam = (self.symbols - start) % self.symbols  # how far ahead the circle closes
             reset[row, seam : seam + 1] = True  # an empty slice where that lies beyond this reading
         inputs, targets = ids[:, :-1], ids[:, 1:]
-        if step % self.steps_per_epoch == 0:
+        if first == 0:
             reset[:, 0] = True
         for window in range(windows):
-            reset[:, window * self.window] |= self.resets(step + window, rows)
+            reset[:, starts[window] - starts[0]] |= self.resets(step + window, rows)
         if separator is not None:
             reset |= inputs == separator
         return Batch(inputs, targets, reset)

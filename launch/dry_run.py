@@ -1,5 +1,6 @@
 """What a run would take: sizes, arithmetic, memory, traffic, and an ETA from timed steps.  Changes nothing."""
 
+import dataclasses
 import json
 import os
 import time
@@ -31,7 +32,9 @@ def report(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, form: s
     V, symbols = corpus.vocabulary.size, config.streams.batch_size * config.streams.window
     state = jax.eval_shape(lambda: step_lib.init(config, V))
     parameters, arithmetic = count_parameters(config, V), flops(config, V)
-    seconds, how = _seconds_a_step(config, corpus, plan, mesh)
+    even = config_lib.replace(config, window_deviation=0, short_window_probability=0.0)  # windows of a usual length
+    even_plan = dataclasses.replace(plan, deviation=0, short_probability=0.0)
+    seconds, how = _seconds_a_step(even, corpus, even_plan, mesh)
     if form == "json":
         print(json.dumps({"parameters": parameters, "flops_per_step": arithmetic, "seconds_per_step": seconds}))
         return
@@ -78,7 +81,7 @@ def flops(config: Config, vocabulary_size: int) -> float:
 def _memory(config: Config, V: int, plan: StreamPlan, mesh: Mesh) -> str:
     """Of the compiled step: state, batch and temporaries, as XLA lays them out."""
     train_step = step_lib.make(config, V, mesh, plan.steps_per_epoch)
-    shape = (config.streams.batch_size, config.streams.window)
+    shape = (config.streams.batch_size, config.streams.longest_window)
     ids = jax.ShapeDtypeStruct(shape, np.uint8)
     batch = Batch(ids, ids, jax.ShapeDtypeStruct(shape, np.bool_))
     state = step_lib.abstract(config, V, mesh)

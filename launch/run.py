@@ -18,7 +18,8 @@ from charlstm.checkpoint import Checkpoints
 from charlstm.config import Config
 from charlstm.metrics import Diverged, Meter, duration
 from charlstm.run_log import RunLog
-from charlstm.types import ModelParams, TrainState
+from charlstm.types import Metrics, ModelParams, TrainState
+from data_pipeline.batch import Batch
 from data_pipeline.loader import Windows, open_windows
 from data_pipeline.shards import Corpus
 from data_pipeline.streams import StreamPlan
@@ -59,7 +60,7 @@ def train(run: Run, params: ModelParams | None, around: Around) -> int:
     """
     config, plan, last = run.config, run.plan, run.config.training.num_steps
     checkpoints, log, watch, _ = around
-    train_step = step_lib.make(config, run.corpus.vocabulary.size, run.mesh, plan.steps_per_epoch)
+    train_step = _step(run, watch)
     state, _ = _newest(run, params, around)
     mesh_lib.once(lambda: run_directory.write_config(run.run_dir, config))  # what is refused until here changes nothing
     start = int(state.step)
@@ -67,13 +68,15 @@ def train(run: Run, params: ModelParams | None, around: Around) -> int:
     if start >= last:
         log.say(f"finished: the run is at step {start} of {last}; --num_steps above that goes on")
         return program.DONE
-    meter = Meter(config.streams.batch_size, config.streams.window, plan.steps_per_epoch, config.training, log.say)
+    meter = Meter(plan.steps_per_epoch, config.training, log.say)
     log.say(
         f"training on {mesh_lib.describe(run.mesh)}: step {start} of {last}, {plan.steps_per_epoch} steps an epoch, "
         f"{config.training.logical_shards} logical shards"
     )
     began, save = time.monotonic(), _Saver(run, around, meter)
     validate = _validation(run, around, meter)
+    if config.optimizer.evaluated == "average":
+        log.say(f"what is evaluated is the average of the parameters (average={config.optimizer.average})")
     watch.about = lambda: {"num_steps": last, "status": meter.status()}
     around.told.values = lambda: _figures(run, around, meter, save)
 
@@ -93,6 +96,7 @@ def train(run: Run, params: ModelParams | None, around: Around) -> int:
                         train_step,
                         lambda: mesh_lib.put(run.mesh, mesh_lib.BY_STREAM, meter.next_of(windows)),
                         evaluate=validate,
+                        heard=lambda state, score: _heard(run, log, state, score),
                         save=save,
                         check=save.check,
                         log=log,
@@ -126,6 +130,20 @@ def _ending(run: Run, around: Around, step: int, began: float, given_up: bool) -
     return program.DONE
 
 
+def _step(run: Run, watch: Watchdog) -> step_lib.TrainStep:
+    """The training step.  It is compiled for each length of a window that it meets, which is no step to `watch`."""
+    train_step = step_lib.make(run.config, run.corpus.vocabulary.size, run.mesh, run.plan.steps_per_epoch)
+    met = set[int]()
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        length = batch.inputs.shape[1]
+        with contextlib.nullcontext() if length in met else watch.pause():
+            met.add(length)
+            return train_step(state, batch)
+
+    return step
+
+
 def _windows(run: Run, start: int) -> Windows:
     streams = run.config.streams
     return open_windows(
@@ -148,7 +166,7 @@ def _newest(run: Run, params: ModelParams | None, around: Around) -> tuple[Train
         around.log.say(f"continuing from the checkpoint of step {int(state.step)}")
         return state, meta["bits_per_character"]
     state = step_lib.place(run.mesh, step_lib.init(run.config, V))
-    return (state if params is None else state._replace(params=params)), None
+    return (state if params is None else step_lib.started_from(run.config, state, params)), None
 
 
 def _gone_back(
@@ -180,7 +198,9 @@ def _validation(run: Run, around: Around, meter: Meter) -> Callable[[int, ModelP
     split = run.corpus.splits.get("valid")
     if split is None:
         return None
-    score_split = evaluate_lib.of_split(run.config, run.corpus.vocabulary.size, split, run.mesh, run.separator)
+    # What training goes by has the same bits on any number of devices.
+    shards = step_lib.shards_per_device(run.config, run.mesh.size) if run.config.optimizer.goes_by_validation else 1
+    score_split = evaluate_lib.of_split(run.config, run.corpus.vocabulary.size, split, run.mesh, run.separator, shards)
 
     def validate(step: int, params: ModelParams) -> dict[str, Any]:
         around.log.status(f"step {step}: evaluating the validation split")
@@ -193,6 +213,21 @@ def _validation(run: Run, around: Around, meter: Meter) -> Callable[[int, ModelP
         return meter.evaluation_record(step, "valid", score.bits_per_character, len(split) / seconds)
 
     return validate
+
+
+def _heard(run: Run, log: RunLog, state: TrainState, score: float) -> TrainState:
+    """The state when validation has said `score`, where the run goes by it; says what comes of it."""
+    optimizer, before = run.config.optimizer, state.progress
+    if not optimizer.goes_by_validation:
+        return state
+    state = step_lib.heard(run.config, run.mesh, state, score)
+    now = state.progress
+    where = f"step {int(state.step)}: evaluation {int(now.evaluations)}, {int(now.without_gain)} without gain:"
+    if now.dropped and not before.dropped:
+        log.say(f"{where} from here on the learning rate is times {optimizer.decay_rate:g}")
+    if now.averaged and not before.averaged:
+        log.say(f"{where} from here on the parameters are averaged")
+    return state
 
 
 def _in_words(score: evaluate_lib.Score) -> str:
@@ -226,8 +261,8 @@ class _Saver:
         self._meter.pause(time.monotonic() - began)
 
     def check(self, step: int, state: TrainState) -> None:
-        """Raises Diverged where a device's copy of parameters or optimizer state is another than the rest's."""
-        words = self._differing({"params": state.params, "opt_state": state.opt_state})
+        """Raises Diverged where a device's copy of what is whole on every device is another than the rest's."""
+        words = self._differing(state._replace(recurrent_state=())._asdict())
         if words:
             raise Diverged(step, f"{words} after step {step}", windows_at_fault=False)
 

@@ -21,6 +21,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from charlstm import config as config_lib
+from charlstm import mesh as mesh_lib
 from charlstm import step as step_lib
 from charlstm.checkpoint import Checkpoints
 from charlstm.config import Config
@@ -185,7 +186,7 @@ def separator(config: Config, vocabulary: Vocabulary) -> int | None:
 def restore_params(
     run_dir: Path, config: Config, identity: Identity, mesh: Mesh, which: str
 ) -> tuple[ModelParams, int]:
-    """Parameters of a run, on every device of `mesh`, and the step they are of.
+    """Parameters of a run (their average, where it keeps one, saying so), on every device of `mesh`, and their step.
 
     Args:
       which: "best" on validation (the newest where none was validated), "latest", or a step in digits.
@@ -200,8 +201,10 @@ def restore_params(
         run_dir / "checkpoints", writable=False, log=lambda line: print(line, file=sys.stderr)
     ) as checkpoints:
         step = checkpoints.best() if which == "best" else None if which == "latest" else int(which)
-        params, meta = checkpoints.restore_params(abstract, step=step)
+        params, meta = checkpoints.restore_params(abstract, step=step, item=config.optimizer.evaluated)
     require_own(meta["identity"], config, identity, run_dir)
+    if config.optimizer.evaluated == "average" and mesh_lib.is_first_process():
+        print(f"{run_dir}: the average of the parameters (average={config.optimizer.average})", file=sys.stderr)
     return params, meta["step"]
 
 

@@ -86,7 +86,11 @@ def _run(chosen: TrainFlags, watching: WatchdogFlags, telling: MonitorFlags, con
         config.training.seed,
         config.streams.rotate_streams,
         config.streams.reset_probability,
+        config.streams.window_deviation,
+        config.streams.short_window_probability,
     )
+    if (flag := config.optimizer.goes_by_validation) and "valid" not in corpus.splits:
+        raise ValueError(f"{flag} goes by validation scores, and {corpus.directory} has no valid split: give one")
     run_directory.separator(config, corpus.vocabulary)
     dry_run.require_memory(config, corpus.vocabulary.size)
     if chosen.dry_run:
@@ -128,7 +132,7 @@ def _initial_params(run: Run, initial_checkpoint: str, say: Callable[[str], None
     other = at_home(initial_checkpoint)
     step = int(other.name) if other.parent.name == "checkpoints" and other.name.isdecimal() else None
     other_dir = other.parent.parent if step is not None else other
-    _, other_identity = run_directory.read(other_dir)
+    other_config, other_identity = run_directory.read(other_dir)
     if other_identity.vocabulary != run.identity.vocabulary:
         raise ValueError(
             f"initial_checkpoint={other_dir} has {other_identity.vocabulary_in_short} and this corpus "
@@ -136,8 +140,10 @@ def _initial_params(run: Run, initial_checkpoint: str, say: Callable[[str], None
         )
     with Checkpoints(other_dir / "checkpoints", writable=False, log=say) as source:
         abstract = step_lib.abstract(run.config, run.identity.vocabulary.size, run.mesh).params
-        params, meta = source.restore_params(abstract, step=step)
-    say(f"starting from the parameters of step {meta['step']} of {other_dir}")
+        item = other_config.optimizer.evaluated
+        params, meta = source.restore_params(abstract, step=step, item=item)
+    what = "the average of the parameters" if item == "average" else "the parameters"
+    say(f"starting from {what} of step {meta['step']} of {other_dir}")
     return params
 
 

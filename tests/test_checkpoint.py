@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from charlstm import file_manifest
 from charlstm.checkpoint import Checkpoints
-from charlstm.types import CellParams, CellState, Course, ModelParams, TrainState
+from charlstm.types import CellParams, CellState, Course, ModelParams, Progress, TrainState
 
 IDENTITY = {"config": {"model": {"hidden_size": 16}}, "vocabulary": "0123abcd", "versions": ["0.1", None]}
 ROWS = 8  # streams; the recurrent state is split by them
@@ -40,7 +40,8 @@ def host_state(step: int, layers: int = 2) -> TrainState:
         "low": any_bits(3, 5, dtype=jnp.bfloat16),
     }
     course = Course(number, any_bits(), number, number, number, number)
-    return TrainState(number, params(), opt_state, carry, course)
+    progress = Progress(number, any_bits(), number, np.asarray(step % 2 == 1), number)
+    return TrainState(number, params(), opt_state, carry, course, progress, params())
 
 
 def shardings(devices: int) -> TrainState:
@@ -48,7 +49,7 @@ def shardings(devices: int) -> TrainState:
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
     whole: Any = NamedSharding(mesh, PartitionSpec())
     by_row: Any = NamedSharding(mesh, PartitionSpec("data"))
-    return TrainState(whole, whole, whole, by_row, whole)
+    return TrainState(whole, whole, whole, by_row, whole, whole, whole)
 
 
 def make_state(step: int, devices: int = 8, layers: int = 2) -> TrainState:
@@ -261,7 +262,7 @@ def test_another_format_is_refused_and_never_taken_for_damage(tmp_path):
     rewrite_seal(tmp_path / "2", lambda meta: meta.update(format=99))
     with Checkpoints(tmp_path, log=print) as checkpoints:
         for ask in (checkpoints.read_meta, lambda: checkpoints.restore(abstract_state())):
-            with pytest.raises(ValueError, match="format 99 and this version reads 2"):
+            with pytest.raises(ValueError, match="format 99 and this version reads 3"):
                 ask()
     assert names(tmp_path) == ["1", "2"]
 

@@ -40,9 +40,17 @@ def params(config: Config):
     return jax.tree.map(lambda leaf: leaf * 1.5, drawn)
 
 
-def score(config: Config, devices: int = 1, separator=None) -> evaluate.Score:
+def score(config: Config, devices: int = 1, separator=None, shards: int = 1) -> evaluate.Score:
     grid = mesh.make(jax.devices()[:devices])
-    return evaluate.of_split(config, V, Text(), grid, separator)(mesh.put(grid, mesh.REPLICATED, params(config)))
+    score_split = evaluate.of_split(config, V, Text(), grid, separator, shards)
+    return score_split(mesh.put(grid, mesh.REPLICATED, params(config)))
+
+
+def test_in_the_same_parts_it_has_the_same_bits_on_any_number_of_devices():
+    config = make(hidden_size=40, num_layers=1)
+    expected = score(config, 8)
+    for devices in (4, 1):
+        assert score(config, devices, shards=8 // devices) == expected
 
 
 def test_the_figure_does_not_depend_on_batch_size_devices_or_window():

@@ -14,9 +14,9 @@ RANKS = {
         0: ["model_config", "training_config", "types", "keys"],
         1: [
             *("config", "initializers", "projection", "loss", "optimizers", "schedules", "mesh", "digest", "reduction"),
-            *("guard", "noise"),
+            *("guard", "noise", "progress"),
         ],
-        2: ["file_manifest", "replicas", "cells.lstm", "cells.gru", "cells.rnn", "cells.textbook"],
+        2: ["file_manifest", "replicas", "averaging", "cells.lstm", "cells.gru", "cells.rnn", "cells.textbook"],
         3: ["cells.mlstm", "checkpoint", "metrics", "run_log"],
         4: ["model"],
         5: ["step", "generate"],

@@ -41,18 +41,18 @@ class Looked:
         return self.value
 
 
-def reported(loss=1.0, norm=0.5, rate=0.01, streams=4, bad=(), worst=0, finite_params=True) -> Metrics:
+def reported(loss=1.0, norm=0.5, rate=0.01, streams=4, bad=(), worst=0, finite_params=True, symbols=20) -> Metrics:
     """What a step reports, in which the streams `bad` are not finite and `worst` has the largest loss."""
     finite, losses = np.ones(streams, bool), np.ones(streams, np.float32)
     finite[list(bad)], losses[worst] = False, 2
     sound = finite_params and np.isfinite(getattr(loss, "value", loss)) and np.isfinite(getattr(norm, "value", norm))
     course = guard.start(np.float32)
-    return Metrics(loss, losses, norm, rate, sound, finite_params, finite, len(bad), course)
+    return Metrics(loss, losses, norm, rate, sound, finite_params, finite, len(bad), course, symbols)
 
 
 def meter(num_steps=100, say=print, **settings) -> Meter:
     """Of 4 streams of 5 symbols, 8 steps an epoch."""
-    return Meter(4, 5, 8, TrainingConfig(num_steps=num_steps, **settings), say)
+    return Meter(8, TrainingConfig(num_steps=num_steps, **settings), say)
 
 
 # Lines of metrics.jsonl.
@@ -88,6 +88,16 @@ def test_lines_of_unequal_lengths_weighted_by_their_steps_are_the_mean_of_the_ru
     total = sum(n * line["bits_per_character"] for n, line in zip((1, 3, 16, 3), lines, strict=True))
     assert total / 23 == pytest.approx(bits.mean())
     assert lines[2]["bits_per_character"] == pytest.approx(bits[4:20].mean())
+
+
+def test_a_window_counts_by_its_symbols(clock):
+    m = meter()
+    m.add(1, reported(1.0 * BIT, symbols=30))
+    m.add(2, reported(5.0 * BIT, symbols=10))
+    clock.now += 4
+    line = m.train_record()
+    assert line["bits_per_character"] == pytest.approx((30 * 1 + 10 * 5) / 40)
+    assert line["characters_per_second"] == 10.0
 
 
 def test_a_line_of_an_evaluation_has_the_figure_and_speed_given_and_nothing_of_training(clock):

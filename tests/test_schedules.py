@@ -6,17 +6,17 @@ import numpy as np
 import optax
 import pytest
 
-from charlstm import schedules
+from charlstm import progress, schedules
 from charlstm.training_config import OptimizerConfig
 
-SCHEDULES = ("constant", "linear", "cosine", "exponential", "step")
+SCHEDULES = ("constant", "linear", "cosine", "exponential", "step", "plateau")
 TURN = 2**24  # float32 cannot tell TURN and TURN + 1 apart
 
 
 def rates(steps, steps_per_epoch: int = 10, num_steps: int = 100, **settings) -> np.ndarray:
     """The learning rate at each of `steps`, as the compiled schedule gives it."""
     schedule = schedules.make(OptimizerConfig(**settings), steps_per_epoch, num_steps)
-    values = jax.jit(jax.vmap(schedule))(jnp.asarray(steps, jnp.int32))
+    values = jax.jit(jax.vmap(schedule, (0, None)))(jnp.asarray(steps, jnp.int32), progress.start())
     assert values.dtype == jnp.float32
     return np.asarray(values)
 
@@ -25,7 +25,7 @@ def rates(steps, steps_per_epoch: int = 10, num_steps: int = 100, **settings) ->
 def test_the_rate_is_a_float32_scalar_and_full_at_the_start(name):
     schedule = schedules.make(OptimizerConfig(schedule=name, learning_rate=0.002), 7, 100)
     for call in (schedule, jax.jit(schedule)):
-        rate = call(jnp.int32(0))
+        rate = call(jnp.int32(0), progress.start())
         assert rate.shape == () and rate.dtype == jnp.float32
         assert rate == np.float32(0.002)
 
@@ -151,7 +151,15 @@ def test_the_last_step_that_an_int32_holds_has_a_rate(name):
     assert 0.5 <= last <= 1
 
 
-@pytest.mark.parametrize("name", ["exponential", "step"])
+@pytest.mark.parametrize("step", [0, 3, 10**9])
+def test_plateau_is_the_full_rate_until_it_has_dropped_whatever_the_step(step):
+    schedule = schedules.make(OptimizerConfig(schedule="plateau", decay_rate=0.1, learning_rate=2.0), 7, 100)
+    before = progress.start()
+    assert schedule(jnp.int32(step), before) == 2
+    np.testing.assert_allclose(schedule(jnp.int32(step), before._replace(dropped=jnp.array(True))), 0.2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["exponential", "step", "plateau"])
 @pytest.mark.parametrize("rate", [0.0, -0.5])
 def test_a_decay_rate_that_is_not_positive_is_refused(name, rate):
     with pytest.raises(ValueError, match=rf"decay_rate={rate} must be more than 0 for schedule={name}"):

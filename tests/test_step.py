@@ -108,6 +108,29 @@ def test_the_gradient_is_reduced_once_an_update_and_never_in_a_loop(cell, reduct
     assert collectives.in_program(text) == {"collectives": expected, "collectives_in_loops": 0, "bytes": size}
 
 
+def test_windows_of_other_lengths_scale_the_rate_compile_once_each_and_have_the_same_bits_on_any_number_of_devices():
+    config = make_config(learning_rate=0.7, num_layers=1)
+    widths = [7, 5, 7, 5]
+
+    def after(devices):
+        mesh, train_step = compiled(config, devices)
+        state, metrics = step.init(config, V), []
+        for number, width in enumerate(widths):
+            rows = Batch(*(np.ascontiguousarray(a[:, :width]) for a in batch(config, number)))
+            placed = step.place(mesh, jax.tree.map(np.asarray, state))
+            state, reported = train_step(placed, mesh_lib.put(mesh, mesh_lib.BY_STREAM, rows))
+            metrics.append(jax.tree.map(np.asarray, reported))
+        return jax.tree.map(np.asarray, state), metrics
+
+    state, metrics = after(8)
+    assert compiled(config, 8)[1]._cache_size() == 2
+    assert_equal_bits((state, metrics), after(4))
+    for width, reported in zip(widths, metrics, strict=True):
+        assert reported.learning_rate == pytest.approx(0.7 * width / 7)
+        assert reported.symbols == 16 * width
+        assert reported.loss == pytest.approx(reported.loss_B.sum() / (16 * width), rel=1e-5)
+
+
 @pytest.mark.parametrize("reduction", ["exact", "fast"])
 def test_the_update_is_that_of_the_mean_loss_over_all_symbols_by_plain_autodiff(reduction):
     config = make_config(**QUIET, optimizer="sgd", learning_rate=0.5, clip_norm=0.0, l2=0.0, reduction=reduction)

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from charlstm import digest, guard, trainer
+from charlstm import digest, guard, progress, trainer
 from charlstm.metrics import Diverged, Meter
 from charlstm.run_log import RunLog
 from charlstm.trainer import due
 from charlstm.training_config import TrainingConfig
-from charlstm.types import Metrics, TrainState
+from charlstm.types import Metrics, ModelParams, TrainState
 
 LAST = 11
 KEYS = {
@@ -45,13 +45,15 @@ class Run:
         self.saves: list[int] = []
         self.asked: list[int] = []
         self.checked: list[int] = []
+        self.heard: dict[int, float] = {}
         self._source, self._stop_after = itertools.count(start), stop_after
         self._bad, self._what = bad, what
         self._log, self._valid = RunLog(tmp_path, terminal or io.StringIO()), valid
         seen = np.where(np.arange(LAST) < start, np.arange(LAST), -1)
         self.first = TrainState(
-            jnp.asarray(start, jnp.int32), jnp.asarray(seen, jnp.int32), (), (), guard.start(np.float32)
-        )
+            jnp.asarray(start, jnp.int32), jnp.asarray(seen, jnp.int32), (), (), guard.start(np.float32),
+            progress.start(), (),
+        )  # fmt: skip
 
     def next_batch(self) -> int:
         self.batches.append(next(self._source))
@@ -66,7 +68,7 @@ class Run:
             figures[self._what] = np.nan
         finite = np.arange(4) != (2 if step + 1 == self._bad else -1)
         bad, course = int(4 - finite.sum()), state.course
-        metrics = Metrics(figures["loss"], np.ones(4), figures["norm"], 0.01, not bad, True, finite, bad, course)
+        metrics = Metrics(figures["loss"], np.ones(4), figures["norm"], 0.01, not bad, True, finite, bad, course, 4)
         return state._replace(step=jnp.asarray(step + 1, jnp.int32), params=jnp.asarray(seen)), metrics
 
     def evaluate(self, step, params):
@@ -75,8 +77,13 @@ class Run:
         self.evaluated.append(step)
         return self.meter.evaluation_record(step, "valid", step / 100, 1.0)
 
+    def hear(self, state, score):
+        self.heard[int(state.step)] = score
+        return state._replace(progress=state.progress._replace(evaluations=state.progress.evaluations + 1))
+
     def save(self, state, score):
         step = int(state.step)
+        assert state.progress.evaluations == len(self.heard)  # a checkpoint has heard what was said at its step
         assert list(np.asarray(state.params)) == [*range(step), *[-1] * (LAST - step)]
         assert self.batches == [*range(int(self.first.step), step)]
         self.saves.append(step)
@@ -91,7 +98,7 @@ class Run:
         return step == self._stop_after
 
     def train(self) -> TrainState:
-        self.meter = Meter(2, 2, 4, self.settings, self._log.say)
+        self.meter = Meter(4, self.settings, self._log.say)
         try:
             return trainer.train(
                 self.settings,
@@ -99,6 +106,7 @@ class Run:
                 self.train_step,
                 self.next_batch,
                 evaluate=self.evaluate if self._valid else None,
+                heard=self.hear,
                 save=self.save,
                 check=self.check,
                 log=self._log,
@@ -168,6 +176,18 @@ def test_lines_evaluations_and_checkpoints_are_made_at_their_steps_and_a_checkpo
     assert run.evaluated == evaluated
     assert run.saved == saved
     assert run.saves == sorted(saved)
+    # What a run that ends here is told at its end alone, a longer one is not told.
+    every = settings["evaluate_every"]
+    assert run.heard == {step: step / 100 for step in evaluated if every and step % every == 0}
+
+
+def test_what_is_evaluated_is_the_average_where_one_is_kept(tmp_path):
+    run = Run(tmp_path, evaluate_every=0)
+    run.first = run.first._replace(average=ModelParams(None, (), None, jnp.zeros(())))
+    given = []
+    run.evaluate = lambda step, params: given.append(params) or run.meter.evaluation_record(step, "valid", 1.0, 1.0)
+    run.train()
+    assert given == [run.first.average]
 
 
 def test_a_line_of_training_is_of_the_steps_since_the_line_before(tmp_path):

@@ -108,6 +108,9 @@ OTHER = {
 APART: tuple[dict[str, object], ...] = (
     {"nonlinearity": "relu", "cell": "rnn"},
     {"cap_input_gate": True, "cell": "mlstm"},
+    {"window_deviation": 3, "short_window_probability": 0.1, "window": 40},
+    {"average": "ema", "ema_decay": 0.9},
+    {"average": "asgd", "average_patience": 2, "schedule": "plateau", "plateau_patience": 3, "plateau_latest": 9},
 )
 
 

@@ -1,0 +1,142 @@
+"""A run that goes by validation: the rate drops and averaging begins when the scores say so, also in a killed one."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from charlstm import mesh as mesh_lib
+from charlstm.checkpoint import Checkpoints
+from charlstm.metrics import Meter
+from launch import evaluate, program, run, run_directory, sample, train
+from tests.launch.conftest import refusal
+from tests.test_step import assert_equal_bits
+
+# So fast that the score soon goes up and down.
+FLAGS = (
+    "--evaluate_every=2", "--log_every=1", "--checkpoint_every=5", "--keep_checkpoints=40", "--logical_shards=2",
+    "--learning_rate=1", "--schedule=plateau", "--plateau_patience=1", "--decay_rate=0.9", "--average=asgd",
+    "--average_patience=2", "--evaluation_batch_size=5", "--short_window_probability=0.4",
+)  # fmt: skip
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture(scope="module")
+def go(arguments, folder):
+    """Trains `name` on some of the devices; where told to, it dies just before it does something at a step."""
+
+    def go(name, devices=2, dies=None, *flags):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                mesh_lib, "make", lambda given=None, make=mesh_lib.make: make(given or jax.devices()[:devices])
+            )
+            if dies:
+                owner, method, at = dies
+                plain = getattr(owner, method)
+
+                def deadly(self, first, *rest):
+                    if int(getattr(first, "step", first)) == at:
+                        raise Killed
+                    return plain(self, first, *rest)
+
+                patch.setattr(owner, method, deadly)
+            command = ["train", *arguments, *FLAGS, f"--run_dir={folder / name}", *flags]
+            if dies:
+                with pytest.raises(Killed):
+                    train.main(command)
+            else:
+                assert train.main(command) == program.DONE
+        return folder / name
+
+    return go
+
+
+@pytest.fixture(scope="module")
+def straight(go):
+    return go("straight")
+
+
+def records(run_dir, split):
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line for line in lines if line["split"] == split}
+
+
+def turns(run_dir) -> list[int]:
+    """The steps after which the rate dropped, and averaging began, from the scores alone."""
+    best, without, found = np.inf, 0, {}
+    for step, line in records(run_dir, "valid").items():
+        if step == 40:  # evaluated as it is the last
+            continue
+        gain = line["bits_per_character"] < best
+        best, without = (line["bits_per_character"], 0) if gain else (best, without + 1)
+        if without in (1, 2):
+            found.setdefault(without, step)
+    return [found[1], found[2]]
+
+
+def test_the_rate_drops_and_averaging_begins_at_exactly_the_evaluations_that_the_scores_say(straight):
+    drop, turn = turns(straight)
+    assert drop < turn < 37, "nothing would be seen of what comes after"
+    rates = {step: line["learning_rate"] for step, line in records(straight, "train").items()}
+    for step, rate in rates.items():  # a window has 16 symbols, or half of them at half the rate
+        assert rate in (pytest.approx(full := 1 if step <= drop else 0.9), pytest.approx(full / 2))
+    log = (straight / "log.txt").read_text()
+    assert re.findall(r"step (\d+): evaluation \d+, (\d) without gain: from here on (\S+ \S+)", log) == [
+        (str(drop), "1", "the learning"),
+        (str(turn), "2", "the parameters"),
+    ]
+
+
+def test_killed_before_and_after_each_turn_and_at_its_evaluation_it_ends_with_the_same_bits_on_other_devices(
+    go, straight
+):
+    drop, turn = turns(straight)
+    deaths = [(Meter, "add", drop - 1, 1), (run._Saver, "__call__", turn, 1), (Meter, "add", turn + 2, 2)]
+    for number, (owner, method, at, devices) in enumerate(deaths):
+        name = f"killed {number}"
+        go(name, 2, (owner, method, at))
+        assert max(map(int, (p.name for p in (straight.parent / name / "checkpoints").iterdir()))) < at
+        ended = records(go(name, devices), "valid")
+        assert ended[40]["state_digest"] == records(straight, "valid")[40]["state_digest"]
+        assert {s: r["bits_per_character"] for s, r in ended.items()} == {
+            s: r["bits_per_character"] for s, r in records(straight, "valid").items()
+        }
+
+
+def test_a_run_that_is_made_longer_is_told_what_one_of_that_length_is_told(go, straight):
+    go("longer", 2, None, f"--num_steps={turns(straight)[1] - 1}")
+    assert records(go("longer"), "valid")[40]["state_digest"] == records(straight, "valid")[40]["state_digest"]
+
+
+def test_the_average_is_what_is_validated_evaluated_and_sampled(straight, capsys):
+    logged = records(straight, "valid")
+    config, identity = run_directory.read(straight)
+    mesh = mesh_lib.make(jax.devices()[:1])
+    average, _ = run_directory.restore_params(straight, config, identity, mesh, "40")
+    with Checkpoints(straight / "checkpoints", writable=False, log=print) as checkpoints:
+        params, meta = checkpoints.restore_params(average, step=40)
+        held, _ = checkpoints.restore_params(average, step=40, item="average")
+        assert checkpoints.best() == min(logged, key=lambda step: logged[step]["bits_per_character"])
+    assert_equal_bits(average, held)
+    assert np.abs(average.b_out - params.b_out).max() > 1e-3
+    assert meta["bits_per_character"] == logged[40]["bits_per_character"]
+    capsys.readouterr()
+    evaluate.main(["evaluate", f"--run_dir={straight}", "--split=valid", "--checkpoint=40", "--format=json"])
+    said = capsys.readouterr()
+    assert json.loads(said.out)["bits_per_character"] == pytest.approx(logged[40]["bits_per_character"], abs=1e-6)
+    assert "the average of the parameters (average=asgd)" in said.err
+    sample.main(["sample", f"--run_dir={straight}", "--length=3"])
+    assert "the average of the parameters (average=asgd)" in capsys.readouterr().err
+
+
+def test_without_a_validation_split_it_is_refused(arguments, tmp_path):
+    sentence = refusal(
+        train.main, *arguments, *FLAGS, "--logical_shards=8", "--valid_fraction=0", f"--run_dir={tmp_path / 'run'}"
+    )
+    assert sentence.startswith("schedule=plateau goes by validation scores, and ") and "has no valid split" in sentence
+    assert not (tmp_path / "run").exists()
