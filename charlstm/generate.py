@@ -76,13 +76,13 @@ def generate(
 
     Args:
       params: on one device, where the text is made.
-      prompt: ids [symbols], read from a zero state.  When empty, each row begins after a symbol drawn uniformly, which
-        is not part of its text.
+      prompt: ids [symbols], read from the first state.  When empty, each row begins after a symbol drawn uniformly,
+        which is not part of its text.
       rows: texts made side by side, in one batch.
       length: symbols made of each.
       seed: 0 to 2**32 - 1; the same seed makes the same text.
       unknown_id: a symbol that is never drawn.
-      separator: the symbol before which the state is zeroed, for a model that was trained so.
+      separator: the symbol before which the state is reset, for a model that was trained so.
       chunk: symbols made by one call of the device; does not change the text.
       window: symbols of the prompt read by one call; does not change the text.
 
@@ -131,12 +131,12 @@ def _first_symbols(row_keys: jax.Array, vocabulary_size: int, unknown_id: int | 
 def _after(
     config: ModelConfig, params: ModelParams, ids: np.ndarray, separator: int | None, window: int
 ) -> RecurrentState:
-    """The state [1, H] of each layer after reading `ids` from a zero state, whole windows at a time.
+    """The state [1, H] of each layer after reading `ids` from the first state, whole windows at a time.
 
-    What is missing to whole windows is put before the text, and the state zeroed where the text begins: every window
+    What is missing to whole windows is put before the text, and the state reset where the text begins: every window
     has one shape, and the program is compiled once.
     """
-    state = model.initial_state(config, 1, params.b_out.dtype)
+    state = model.first_state(params, model.initial_state(config, 1, params.b_out.dtype))
     missing = -len(ids) % window
     padded = np.concatenate([np.zeros(missing, np.int32), ids])
     reset = np.arange(len(padded)) == missing

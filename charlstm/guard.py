@@ -50,16 +50,16 @@ def either(sound: jax.Array, new: Tree, old: Tree) -> Tree:
     return jax.tree.map(lambda n, o: jnp.where(sound, n, o), new, old)
 
 
-def mended(carry: Tree, finite_b: jax.Array) -> Tree:
-    """The recurrent state with its poisoned rows zeroed: one NaN otherwise lives in its stream for ever."""
-    return jax.tree.map(lambda leaf: jnp.where(finite_b[:, None], leaf, jnp.zeros_like(leaf)), carry)
+def mended(carry: Tree, finite_b: jax.Array, first: Tree) -> Tree:
+    """The recurrent state with `first` for its poisoned rows: one NaN otherwise lives in its stream for ever."""
+    return jax.tree.map(lambda leaf, f: jnp.where(finite_b[:, None], leaf, f), carry, first)
 
 
 def after(course: Course, loss: jax.Array, sound: jax.Array, skips: bool, poisoned_rows: jax.Array) -> Course:
     """The course after a step of `loss`.
 
     Args:
-      skips: updates that are not sound are skipped, and poisoned rows zeroed.
+      skips: updates that are not sound are skipped, and poisoned rows reset.
       poisoned_rows: int32 []: rows of the global batch that are not finite.
     """
     moved = USUAL_DECAY * course.usual_loss + (1 - USUAL_DECAY) * loss

@@ -1,7 +1,7 @@
 """The language model: symbols -> embedding -> L recurrent layers -> logits of the next symbol.
 
     x_1 = one-hot(symbol) or embedding[symbol]        x_{l+1} = h_l
-    h_l = recurrence_l(x_l W_x + b_x)
+    h_l = recurrence_l(x_l W_x + b_x)                 cells/, and what surrounds a cell: layer.py
     features = h_L, or with skip the sum of all h_l
     logits = features W_out + b_out                   W_out is the embedding's transpose where it is tied
 
@@ -10,48 +10,54 @@ layer adds to the features with skip is not dropped on its way to the next (Meli
 is tied, uses all rows of the embedding (Merity et al. 2018).
 """
 
-from types import ModuleType
-
 import jax
 import jax.numpy as jnp
 
 from charlstm import initializers, keys
-from charlstm.cells import gru, lstm, mlstm, rnn
+from charlstm import layer as layer_lib
+from charlstm.layer import CELLS
 from charlstm.model_config import ModelConfig
 from charlstm.noise import Noise, drop, drop_rows, drop_symbols, drop_weights
 from charlstm.projection import dense, lookup
-from charlstm.types import ModelParams, RecurrentState
-
-CELLS: dict[str, ModuleType] = {"lstm": lstm, "gru": gru, "rnn": rnn, "mlstm": mlstm}
+from charlstm.types import CellParams, CellState, ModelParams, RecurrentState
 
 
 def init(config: ModelConfig, vocabulary_size: int, key: jax.Array) -> ModelParams:
     """Initial float32 parameters for a vocabulary of `vocabulary_size` symbols."""
-    cell, H, V, E = CELLS[config.cell], config.hidden_size, vocabulary_size, config.embedding_size
+    V, E, widths = vocabulary_size, config.embedding_size, config.widths
 
     def draw(name: str, shape: tuple[int, int]) -> jax.Array:
         return initializers.weights(
-            config.initializer, keys.named(key, name), shape, scale=config.init_scale, hidden_size=H
+            config.initializer, keys.named(key, name), shape, scale=config.init_scale, hidden_size=widths[-1]
         )
 
     layers = []
-    for layer in range(config.num_layers):
-        width = H if layer else (E or V)
-        layer_key = keys.named(key, f"cells.{layer}")
-        layers.append(cell.init(layer_key, width, H, config.initializer, config.init_scale, config.forget_bias))
+    for layer, (input_width, width) in enumerate(zip((E or V, *widths), widths, strict=False)):
+        layers.append(layer_lib.init(config, keys.named(key, f"cells.{layer}"), input_width, width))
     return ModelParams(
         embedding=draw("embedding", (V, E)) if E else None,
         cells=tuple(layers),
-        w_out=None if config.tie_embeddings else draw("w_out", (H, V)),
+        w_out=None if config.tie_embeddings else draw("w_out", (widths[-1], V)),
         b_out=initializers.biases(
-            config.initializer, keys.named(key, "b_out"), V, scale=config.init_scale, hidden_size=H
+            config.initializer, keys.named(key, "b_out"), V, scale=config.init_scale, hidden_size=widths[-1]
         ),
     )
 
 
 def initial_state(config: ModelConfig, batch: int, dtype: jnp.dtype = jnp.float32) -> RecurrentState:
-    """Zeros for `batch` streams."""
-    return tuple(CELLS[config.cell].initial_state(batch, config.hidden_size, dtype) for _ in range(config.num_layers))
+    """Zeros for `batch` streams; where the initial state is trained, that of an untrained model."""
+    return tuple(CELLS[config.cell].initial_state(batch, width, dtype) for width in config.widths)
+
+
+def first_state(params: ModelParams, like: RecurrentState) -> RecurrentState:
+    """The state before anything was read, learned or zero, of as many streams as `like` has."""
+
+    def of_layer(p: CellParams, state: CellState) -> CellState:
+        if p.first is None:
+            return jax.tree.map(jnp.zeros_like, state)
+        return jax.tree.map(lambda f_H, s_BH: jnp.broadcast_to(f_H, s_BH.shape), p.first, state)
+
+    return tuple(of_layer(p, state) for p, state in zip(params.cells, like, strict=True))
 
 
 def apply(
@@ -67,7 +73,7 @@ def apply(
     Args:
       state: carried from the window before.
       inputs_BT: symbol ids.
-      reset_BT: bool; where True, the stream's state is zeroed before symbol t is read.
+      reset_BT: bool; where True, the stream's state is set to the first before symbol t is read.
       noise: what the masks depend on; None for none.
 
     Returns:
@@ -87,7 +93,7 @@ def features(
 ) -> tuple[RecurrentState, jax.Array]:
     """The state after a window, and what the soft-max sees, `[T, B, H]` in the compute dtype; arguments of `apply`."""
     inputs_TB, reset_TB = inputs_BT.T, reset_BT.T
-    cell, dtype, each_symbol = CELLS[config.cell], _compute_dtype(config, params), config.dropout_mask == "symbol"
+    dtype, each_symbol = _compute_dtype(config, params), config.dropout_mask == "symbol"
     x_TBD: jax.Array | None = None
     if params.embedding is not None:
         table_VE = drop_rows(params.embedding, noise, config.embedding_dropout, "embedding_dropout")
@@ -96,15 +102,17 @@ def features(
     for layer, (p, layer_state) in enumerate(zip(params.cells, state, strict=True)):
         which = "between_dropout" if layer else "input_dropout"
         drawn_for = (noise, getattr(config, which), f"{which}.{layer}", each_symbol)
-        b_x = jnp.pad(p.b_x, (0, p.w_x.shape[1] - p.b_x.shape[0]))  # the mLSTM's factor has no bias
+        b_x = layer_lib.input_bias(config, p)
         if x_TBD is None:
             z_TBG = drop_symbols(lookup(p.w_x, inputs_TB), inputs_TB, p.w_x.shape[0], *drawn_for) + b_x[None, None, :]
+        elif config.mogrifier_rounds:
+            z_TBG = drop(x_TBD, *drawn_for)  # the projection is of what the mogrifier makes of it, symbol by symbol
         else:
             z_TBG = dense(drop(x_TBD, *drawn_for), p.w_x, b_x, dtype)
-        w_h = drop_weights(p.w_h, noise, config.weight_drop, f"weight_drop.{layer}")
-        layer_state, x_TBD = cell.recurrence(
-            w_h, p.b_h, layer_state, z_TBG.astype(dtype), reset_TB, dtype, _variant(config)
+        p = p._replace(
+            w_h=drop_weights(layer_lib.recurrent_weights(p), noise, config.weight_drop, f"weight_drop.{layer}")
         )
+        layer_state, x_TBD = layer_lib.read(config, p, layer_state, z_TBG.astype(dtype), reset_TB, noise, layer, dtype)
         new_state.append(layer_state)
         outputs.append(x_TBD)
     return tuple(new_state), sum(outputs[1:], outputs[0]) if config.skip else outputs[-1]
@@ -123,16 +131,6 @@ def logits(config: ModelConfig, params: ModelParams, features_TBH: jax.Array) ->
         assert params.embedding is not None, "tied weights are the embedding's"
         w_HV = params.embedding.T
     return dense(features_TBH, w_HV, params.b_out, _compute_dtype(config, params))
-
-
-def _variant(config: ModelConfig) -> str:
-    """Of the cell's equations."""
-    match config.cell:
-        case "rnn":
-            return config.nonlinearity
-        case "lstm" | "mlstm":
-            return "capped" if config.cap_input_gate else "plain"
-    return ""
 
 
 def _compute_dtype(config: ModelConfig, params: ModelParams) -> jnp.dtype:

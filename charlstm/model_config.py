@@ -9,15 +9,18 @@ from data_pipeline.settings import check_at_least, check_choices, check_numbers,
 class ModelConfig:
     """The recurrent language model."""
 
-    cell: str = setting("lstm", "The recurrent cell.", choices=("lstm", "gru", "rnn", "mlstm"))
+    cell: str = setting("lstm", "The recurrent cell.", choices=("lstm", "gru", "rnn", "mlstm", "layer_norm_lstm"))
     nonlinearity: str = setting("tanh", "rnn: tanh or relu.", choices=("tanh", "relu"))
     cap_input_gate: bool = setting(
-        False, "lstm, mlstm: the input gate is at most 1 minus the forget gate, which bounds the cell state."
+        False, "The LSTMs: the input gate is at most 1 minus the forget gate, which bounds the cell state."
     )
     num_layers: int = setting(2, "L: recurrent layers.")
     hidden_size: int = setting(256, "H: hidden units of each layer.")
+    last_hidden_size: int = setting(0, "Hidden units of the last layer; 0: hidden_size.")
     embedding_size: int = setting(0, "E: width of the symbol embedding; 0 feeds one-hot symbols, as char-rnn does.")
-    tie_embeddings: bool = setting(False, "The soft-max uses the embedding's own weights (needs E = H).")
+    tie_embeddings: bool = setting(
+        False, "The soft-max uses the embedding's own weights (needs E = H of the last layer)."
+    )
     skip: bool = setting(False, "The sum of all layers' outputs feeds the soft-max, not the last layer's alone.")
     input_dropout: float = setting(0.0, "Dropout of the first layer's input, embedded or one-hot.")
     between_dropout: float = setting(0.0, "Dropout of every other layer's input.")
@@ -32,6 +35,13 @@ class ModelConfig:
         0.0, "Symbols whose embedding is zeroed for a window, the same for all streams; a tied soft-max keeps them."
     )
     weight_drop: float = setting(0.0, "Dropout of the recurrent weights, one mask for a window and all its streams.")
+    state_dropout: float = setting(0.0, "Dropout of the state before each symbol; a mask is constant over a window.")
+    zoneout: float = setting(0.0, "A unit keeps its hidden state over a symbol with this probability.")
+    zoneout_cell: float = setting(0.0, "The LSTMs: a unit keeps its cell state over a symbol with this probability.")
+    mogrifier_rounds: int = setting(0, "The LSTMs: rounds in which input and state scale each other; 0: no mogrifier.")
+    mogrifier_rank: int = setting(0, "Rank of the mogrifier's matrices; 0: full.")
+    weight_norm: bool = setting(False, "Recurrent weights are learned as directions and lengths (weight norm).")
+    train_initial_state: bool = setting(False, "The state from which a stream starts is learned, not zero.")
     forget_bias: float = setting(1.0, "Initial bias of the LSTM's forget gate.")
     initializer: str = setting(
         "pytorch",
@@ -63,9 +73,54 @@ class ModelConfig:
             )
         if self.nonlinearity != "tanh" and self.cell != "rnn":
             raise ValueError(f"nonlinearity={self.nonlinearity} is one of cell=rnn, and this is cell={self.cell}")
-        if self.cap_input_gate and self.cell not in ("lstm", "mlstm"):
-            raise ValueError(f"cap_input_gate needs an input gate, and cell={self.cell} has none: use lstm or mlstm")
-        if self.tie_embeddings and self.embedding_size != self.hidden_size:
+        self._check_cell()
+        name = "last_hidden_size" if self.last_hidden_size else "hidden_size"
+        last = getattr(self, name)
+        if self.tie_embeddings and self.embedding_size != last:
+            raise ValueError(f"tie_embeddings needs embedding_size={self.embedding_size} to equal {name}={last}")
+        if self.skip and self.num_layers > 1 and last != self.hidden_size:
             raise ValueError(
-                f"tie_embeddings needs embedding_size={self.embedding_size} to equal hidden_size={self.hidden_size}"
+                f"skip adds the outputs of all layers: last_hidden_size={last} must be hidden_size={self.hidden_size}"
             )
+
+    def _check_cell(self) -> None:
+        """Raises ValueError where a setting does not go with the cell, or with another one of the cell's."""
+        check_at_least(self, 0, "last_hidden_size", "mogrifier_rounds", "mogrifier_rank")
+        for name in ("state_dropout", "zoneout", "zoneout_cell"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
+        for name in ("cap_input_gate", "zoneout_cell", "mogrifier_rounds"):
+            if getattr(self, name) and not self.cell.endswith("lstm"):
+                value = getattr(self, name)
+                raise ValueError(f"{name}={value} is an LSTM's, and this is cell={self.cell}: use lstm or mlstm")
+        if self.mogrifier_rounds and not self.embedding_size:
+            raise ValueError(
+                f"mogrifier_rounds={self.mogrifier_rounds} scales the embedded symbol, and embedding_size=0 has none"
+            )
+        if self.mogrifier_rank and not self.mogrifier_rounds:
+            raise ValueError(f"mogrifier_rank={self.mogrifier_rank} does nothing with mogrifier_rounds=0: use 5 or 6")
+        if self.weight_norm and self.cell == "layer_norm_lstm":
+            raise ValueError("weight_norm gives the weights lengths that cell=layer_norm_lstm divides out: drop one")
+        if self.weight_norm and self.initializer in ("uniform", "normal") and not self.init_scale:
+            raise ValueError("weight_norm needs directions to start from, and init_scale=0 draws none: use 0.08")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """H of each layer."""
+        return (self.hidden_size,) * (self.num_layers - 1) + (self.last_hidden_size or self.hidden_size,)
+
+    @property
+    def variant(self) -> str:
+        """Of the cell's equations."""
+        match self.cell:
+            case "rnn":
+                return self.nonlinearity
+            case "gru":
+                return ""
+        return "capped" if self.cap_input_gate else "plain"
+
+    @property
+    def has_fast_path(self) -> bool:
+        """Whether the cell's own `recurrence` does all that is asked for; else the general path does."""
+        general = self.zoneout or self.zoneout_cell or self.mogrifier_rounds or self.train_initial_state
+        return not general and self.cell != "layer_norm_lstm"

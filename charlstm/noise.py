@@ -34,7 +34,7 @@ class Noise(NamedTuple):
 
 def row_mask(noise: Noise, rate: float, name: str, width: int, dtype: jnp.dtype = jnp.float32) -> jax.Array:
     """m of each stream, `[B, width]`."""
-    return _kept_by_row(noise, rate, name, (width,)).astype(dtype) / (1 - rate)
+    return kept_by_row(noise, rate, name, (width,)).astype(dtype) / (1 - rate)
 
 
 def drop(x_TBD: jax.Array, noise: Noise | None, rate: float, name: str, each_symbol: bool = False) -> jax.Array:
@@ -43,8 +43,8 @@ def drop(x_TBD: jax.Array, noise: Noise | None, rate: float, name: str, each_sym
         return x_TBD
     T, _, D = x_TBD.shape
     if each_symbol:
-        return _scaled(x_TBD, _kept_by_row(noise, rate, name, (T, D)).swapaxes(0, 1), rate)
-    return _scaled(x_TBD, _kept_by_row(noise, rate, name, (D,))[None], rate)
+        return _scaled(x_TBD, kept_by_row(noise, rate, name, (T, D)).swapaxes(0, 1), rate)
+    return _scaled(x_TBD, kept_by_row(noise, rate, name, (D,))[None], rate)
 
 
 def drop_symbols(
@@ -60,9 +60,9 @@ def drop_symbols(
     if noise is None or not rate:
         return y_TBK
     if each_symbol:
-        kept_BT = _kept_by_row(noise, rate, name, ids_TB.shape[:1])
+        kept_BT = kept_by_row(noise, rate, name, ids_TB.shape[:1])
     else:
-        kept_BT = jnp.take_along_axis(_kept_by_row(noise, rate, name, (vocabulary_size,)), ids_TB.T, axis=1)
+        kept_BT = jnp.take_along_axis(kept_by_row(noise, rate, name, (vocabulary_size,)), ids_TB.T, axis=1)
     return _scaled(y_TBK, kept_BT.T[:, :, None], rate)
 
 
@@ -84,8 +84,8 @@ def _kept(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.bernoulli(key, 1 - rate, shape)
 
 
-def _kept_by_row(noise: Noise, rate: float, name: str, shape: tuple[int, ...]) -> jax.Array:
-    """bool `[B, *shape]`"""
+def kept_by_row(noise: Noise, rate: float, name: str, shape: tuple[int, ...]) -> jax.Array:
+    """Whether m is not 0, bool `[B, *shape]`."""
     key = keys.named(noise.key, name)
     return jax.vmap(lambda row: _kept(jax.random.fold_in(key, row), rate, shape))(noise.rows_B)
 

@@ -80,7 +80,8 @@ def gone_back(mesh: Mesh, state: TrainState, windows: int) -> TrainState:
     if windows:
         rows = mesh_lib.process_rows(mesh, jax.tree.leaves(carry)[0].shape[0])
         zeros = jax.tree.map(lambda a: np.zeros((len(rows), *a.shape[1:]), a.dtype), carry)
-        carry = mesh_lib.put(mesh, mesh_lib.BY_STREAM, zeros)
+        first = model.first_state(jax.tree.map(np.asarray, state.params), zeros)
+        carry = mesh_lib.put(mesh, mesh_lib.BY_STREAM, first)
     return state._replace(recurrent_state=carry, course=course)
 
 
@@ -157,7 +158,7 @@ def make(config: Config, vocabulary_size: int, mesh: Mesh, steps_per_epoch: int)
         if skips:
             old = state.params, state.opt_state, state.average, state.progress
             params, opt_state, average, told = guard.either(sound, (params, opt_state, average, told), old)
-            carry = guard.mended(carry, finite_b)
+            carry = guard.mended(carry, finite_b, model.first_state(params, carry))
         course = guard.after(state.course, loss, sound, skips, poisoned_rows)
         metrics = Metrics(
             loss=loss,

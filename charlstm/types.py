@@ -9,6 +9,30 @@ from typing import Any, NamedTuple
 import jax
 
 
+class CellState(NamedTuple):
+    """What a layer carries from symbol to symbol, float32 whatever the compute dtype (float64 when asked)."""
+
+    h: jax.Array  # [B, H] hidden state
+    c: jax.Array | None  # [B, H] cell state of an LSTM or mLSTM; None for the GRU and the plain RNN
+
+
+class MogrifierRound(NamedTuple):
+    """Parameters of one round of the mogrifier, which scales x [D] by h [H], or h by x: J is one width, K the other."""
+
+    left: jax.Array  # [J, K], or [J, rank]
+    right: jax.Array | None  # [rank, K]; None where `left` is the full matrix
+    bias: jax.Array  # [K]
+
+
+class LayerNorms(NamedTuple):
+    """Of a layer-normalised LSTM, what its equations have besides."""
+
+    gain_x: jax.Array  # [G]
+    gain_h: jax.Array  # [G]
+    gain_c: jax.Array  # [H]
+    b_c: jax.Array  # [H]
+
+
 class CellParams(NamedTuple):
     """Parameters of one recurrent layer.  The gates lie side by side along G, in the order the cell's file gives."""
 
@@ -16,6 +40,10 @@ class CellParams(NamedTuple):
     w_h: jax.Array  # [H, G] previous hidden state to gates
     b_x: jax.Array  # [G]
     b_h: jax.Array  # [G] added on the recurrent side, as in PyTorch and char-rnn
+    gain: jax.Array | None = None  # [G] lengths of w_h's columns, of which w_h gives the directions: weight norm
+    first: CellState | None = None  # h [H] and c [H] before anything was read, where they are trained
+    rounds: tuple[MogrifierRound, ...] | None = None
+    norms: LayerNorms | None = None
 
 
 class ModelParams(NamedTuple):
@@ -25,13 +53,6 @@ class ModelParams(NamedTuple):
     cells: tuple[CellParams, ...]  # L layers, first to last
     w_out: jax.Array | None  # [H, V]; None where tied to the embedding
     b_out: jax.Array  # [V]
-
-
-class CellState(NamedTuple):
-    """What a layer carries from symbol to symbol, float32 whatever the compute dtype (float64 when asked)."""
-
-    h: jax.Array  # [B, H] hidden state
-    c: jax.Array | None  # [B, H] cell state of an LSTM or mLSTM; None for the GRU and the plain RNN
 
 
 RecurrentState = tuple[CellState, ...]  # L layers, first to last
@@ -44,7 +65,7 @@ class Course(NamedTuple):
     usual_loss: jax.Array  # float32 []: running mean of the losses of sound updates, nats; 0 before the first
     skipped: jax.Array  # int32 []: updates that were skipped
     skipped_in_a_row: jax.Array  # int32 []: those since the last that was made
-    rows_reset: jax.Array  # int32 []: rows of recurrent state that were poisoned, and zeroed
+    rows_reset: jax.Array  # int32 []: rows of recurrent state that were poisoned, and reset
     rollbacks: jax.Array  # int32 []: how often the run went back
 
 

@@ -56,7 +56,7 @@ def test_greedy_text_is_the_argmax_of_a_full_pass_over_it():
 
 
 @pytest.mark.parametrize("separator", [None, 5], ids=["", "documents"])
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn", "mlstm"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn", "mlstm", "layer_norm_lstm"])
 def test_log_probabilities_are_the_models_own_by_a_full_pass(cell, separator):
     config = dataclasses.replace(CONFIG, cell=cell)
     sampling = Sampling(temperature=1.7, top_k=8, top_p=0.95)

@@ -27,7 +27,7 @@ def assert_uniform(values, limit):
 
 @pytest.mark.parametrize(("name", "limit"), [("pytorch", 1 / math.sqrt(H)), ("uniform", SCALE)])
 def test_pytorch_and_uniform_draw_weights_and_biases_within_one_limit(name, limit):
-    for values in layer(name):
+    for values in jax.tree.leaves(layer(name)):
         assert_uniform(values, limit)
 
 
@@ -80,4 +80,4 @@ def test_a_gates_block_does_not_depend_on_how_many_gates_follow(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_all_parameters_are_float32(name):
-    assert {w.dtype for w in layer(name)} == {jnp.dtype("float32")}
+    assert {w.dtype for w in jax.tree.leaves(layer(name))} == {jnp.dtype("float32")}

@@ -18,6 +18,22 @@ from data_pipeline.batch import Batch
 
 V = 11
 QUIET = dict.fromkeys(("input_dropout", "between_dropout", "output_dropout", "weight_drop"), 0.0)
+# All that the general path does, with trained initial states.
+GENERAL = {
+    "cell": "layer_norm_lstm", "num_layers": 1, "embedding_size": 6, "zoneout": 0.1, "zoneout_cell": 0.3,
+    "mogrifier_rounds": 2, "mogrifier_rank": 2, "train_initial_state": True, "on_divergence": "skip",
+}  # fmt: skip
+KINDS = pytest.mark.parametrize(
+    "kind",
+    [
+        {"cell": "lstm", "cap_input_gate": True},
+        {"cell": "gru"},
+        {"cell": "rnn"},
+        {"cell": "mlstm", "weight_norm": True},
+        GENERAL,
+    ],
+    ids=["lstm", "gru", "rnn", "mlstm", "general"],
+)
 
 
 def make_config(**changes) -> Config:
@@ -58,10 +74,10 @@ def assert_equal_bits(one, other):
         assert (a.dtype, a.shape, np.asarray(a).tobytes()) == (b.dtype, b.shape, np.asarray(b).tobytes())
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn", "mlstm"])
+@KINDS
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_any_number_of_devices_that_divides_the_shards_gives_the_same_bits(cell, dtype):
-    config = make_config(cell=cell, compute_dtype=dtype)
+def test_any_number_of_devices_that_divides_the_shards_gives_the_same_bits(kind, dtype):
+    config = make_config(compute_dtype=dtype, state_dropout=0.2, **kind)
     state, metrics = run(config, [8])
     for devices in ([4], [1], [8, 2, 4, 1]):
         other, other_metrics = run(config, devices)
@@ -95,9 +111,9 @@ def test_the_fast_reduction_takes_a_count_that_does_not_divide_the_shards():
 @pytest.mark.parametrize(
     ("reduction", "expected"), [("fast", {"all-reduce": 1}), ("exact", {"all-to-all": 1, "all-gather": 1})]
 )
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn", "mlstm"])
-def test_the_gradient_is_reduced_once_an_update_and_never_in_a_loop(cell, reduction, expected):
-    config = make_config(cell=cell, reduction=reduction, embedding_size=6)
+@KINDS
+def test_the_gradient_is_reduced_once_an_update_and_never_in_a_loop(kind, reduction, expected):
+    config = make_config(reduction=reduction, **({"embedding_size": 6} | kind))
     mesh = mesh_lib.make(jax.devices()[:4])
     state = step.abstract(config, V, mesh)
     rows = mesh_lib.abstract(mesh, mesh_lib.BY_STREAM, batch(config, 0))
@@ -206,3 +222,23 @@ def test_a_stream_that_is_not_finite_is_named_by_its_row():
     _, metrics = step.make(config, V, mesh, 100)(state, mesh_lib.put(mesh, mesh_lib.BY_STREAM, rows))
     assert np.flatnonzero(~np.asarray(metrics.finite_B)).tolist() == [5]
     assert not np.isfinite(metrics.loss)
+
+
+def test_a_poisoned_stream_and_a_run_gone_back_start_from_the_trained_state():
+    config = make_config(compute_dtype="float32", state_dropout=0.2, **GENERAL)  # compiled above
+    state, _ = run(config, [8], steps=2)
+    first = model.first_state(state.params, state.recurrent_state)
+    assert all(leaf.any() for leaf in jax.tree.leaves(first)), "resets have trained them"
+    layers = jax.tree.map(np.array, state.recurrent_state)
+    layers[0].h[5, 3] = np.nan
+    mesh, train_step = compiled(config, 8)
+    rows = batch(config, 2)
+    rows.reset[:] = False
+    placed = step.place(mesh, state._replace(recurrent_state=layers))
+    after, metrics = train_step(placed, mesh_lib.put(mesh, mesh_lib.BY_STREAM, rows))
+    assert not metrics.sound and np.flatnonzero(~np.asarray(metrics.finite_B)).tolist() == [5]
+    back = step.gone_back(mesh, after, 1).recurrent_state
+    for found, went_back, expected in zip(*map(jax.tree.leaves, (after.recurrent_state, back, first)), strict=True):
+        np.testing.assert_array_equal(found[5], expected[5])
+        np.testing.assert_array_equal(went_back, expected)
+        assert (np.asarray(found[4]) != expected[4]).any()

@@ -77,6 +77,11 @@ def step(
     return advance(params, state, x_BD @ params.w_x + params.b_x[None], variant, mask_BH)
 
 
+def input_bias(params: CellParams) -> jax.Array:
+    """What is added to x W_x."""
+    return params.b_x
+
+
 def advance(
     params: CellParams, state: CellState, z_BG: jax.Array, variant: str = "plain", mask_BH: jax.Array | None = None
 ) -> tuple[CellState, jax.Array]:
@@ -87,12 +92,17 @@ def advance(
 
 def after(a_BG: jax.Array, state: CellState, variant: str) -> tuple[CellState, jax.Array]:
     """What follows from the gates' sums a: (the new state, h_BH)."""
+    c, o = cell_state(a_BG, state, variant)
+    h = o * jnp.tanh(c)
+    return CellState(h, c), h
+
+
+def cell_state(a_BG: jax.Array, state: CellState, variant: str) -> tuple[jax.Array, jax.Array]:
+    """c and o."""
     assert state.c is not None
     a_i, a_f, a_g, a_o = jnp.split(a_BG, GATES, axis=1)
     i, f, g, o = jax.nn.sigmoid(a_i), jax.nn.sigmoid(a_f), jnp.tanh(a_g), jax.nn.sigmoid(a_o)
-    c = f * state.c + (jnp.minimum(i, 1 - f) if variant == "capped" else i) * g
-    h = o * jnp.tanh(c)
-    return CellState(h, c), h
+    return f * state.c + (jnp.minimum(i, 1 - f) if variant == "capped" else i) * g, o
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))

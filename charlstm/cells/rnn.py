@@ -52,6 +52,11 @@ def step(
     return advance(params, state, x_BD @ params.w_x + params.b_x[None], variant, mask_BH)
 
 
+def input_bias(params: CellParams) -> jax.Array:
+    """What is added to x W_x."""
+    return params.b_x
+
+
 def advance(
     params: CellParams, state: CellState, z_BH: jax.Array, variant: str = "tanh", mask_BH: jax.Array | None = None
 ) -> tuple[CellState, jax.Array]:

@@ -107,7 +107,9 @@ OTHER = {
 # Those that do not go with the cell above, each with what it needs.
 APART: tuple[dict[str, object], ...] = (
     {"nonlinearity": "relu", "cell": "rnn"},
-    {"cap_input_gate": True, "cell": "mlstm"},
+    {"last_hidden_size": 8},
+    {"cap_input_gate": True, "cell": "mlstm", "embedding_size": 8, "mogrifier_rounds": 5, "mogrifier_rank": 3}
+    | {"zoneout": 0.1, "zoneout_cell": 0.5, "state_dropout": 0.2, "weight_norm": True, "train_initial_state": True},
     {"window_deviation": 3, "short_window_probability": 0.1, "window": 40},
     {"average": "ema", "ema_decay": 0.9},
     {"average": "asgd", "average_patience": 2, "schedule": "plateau", "plateau_patience": 3, "plateau_latest": 9},
@@ -184,7 +186,7 @@ def test_help_has_every_flag_once_in_sections_with_its_default(module, flag):
             title = (type(getattr(Config(), section.name)).__doc__ or "").splitlines()[0]
             assert text.count(f"\n\n{title}\n\n") == 1
         assert "--learning_rate=0.002 " in text and "--rotate_streams=true " in text
-        assert "One of lstm, gru, rnn, mlstm." in text
+        assert "One of lstm, gru, rnn, mlstm, layer_norm_lstm." in text
 
 
 def test_the_program_prints_its_help_and_exits_with_0():
@@ -264,7 +266,10 @@ def test_config_json_is_read_as_it_was_written():
         (lambda tree: tree | {"model": {"hidden_size": "3"}}, "model.hidden_size='3' is not a int"),
         (lambda tree: tree | {"model": {"hidden_size": True}}, "model.hidden_size=True is not a int"),
         (lambda tree: tree | {"model": {"skip": 1}}, "model.skip=1 is not a bool"),
-        (lambda tree: tree | {"model": {"cell": "lstn"}}, "cell='lstn' is not one of lstm, gru, rnn, mlstm"),
+        (
+            lambda tree: tree | {"model": {"cell": "lstn"}},
+            "cell='lstn' is not one of lstm, gru, rnn, mlstm, layer_norm_lstm",
+        ),
         (lambda tree: tree | {"optimizer": {"learning_rate": float("nan")}}, "learning_rate=nan is not a finite"),
         (lambda tree: tree | {"training": {"num_steps": 10**400}}, "must be at most 2147483647"),
     ],

@@ -82,7 +82,7 @@ def test_the_text_crosses_epoch_borders_where_the_tests_say(text, tmp_path):
     "flags",
     [
         ("--cell=lstm",),
-        ("--cell=gru", "--reset_state=document", "--document_separator= "),
+        ("--cell=gru", "--reset_state=document", "--document_separator= ", "--zoneout=.1", "--train_initial_state"),
         ("--cell=rnn", "--nonlinearity=relu", "--optimizer=rmsprop", "--norotate_streams"),
         ("--cell=lstm", "--compute_dtype=bfloat16", "--logical_shards=4"),
         ("--cell=gru", "--compute_dtype=bfloat16", "--vocabulary=characters"),
