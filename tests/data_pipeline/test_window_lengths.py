@@ -38,6 +38,13 @@ def test_an_epoch_reads_every_symbol_of_every_stream_once_and_in_order(plan, epo
         np.testing.assert_array_equal(batch.targets, (batch.inputs.astype(int) + 1) % plan.symbols)
 
 
+def test_an_epoch_that_ends_where_the_split_does_reads_every_symbol_exactly_once():
+    plan = StreamPlan(4 * 10 * 30, 4, 10, deviation=2)
+    for epoch in range(6):
+        inputs = plan.read(numbered(1200), epoch * 30, range(4), windows=30).inputs
+        assert sorted(inputs.ravel()) == [*range(1200)]
+
+
 @settings(deadline=None, max_examples=50)
 @given(plans(), st.data())
 def test_windows_read_together_are_those_read_one_by_one(plan, data):
