@@ -42,9 +42,11 @@ class Adaptation:
     """How a model learns from the text that it is scored on."""
 
     dynamic_window: int = setting(5, "Symbols that are scored, then learned from.")
-    dynamic_learning_rate: float = setting(5e-5, "eta, in units of a gradient of the usual size.")
+    dynamic_learning_rate: float = setting(5e-5, "eta: how far a gradient of its usual size moves a parameter.")
     dynamic_decay: float = setting(0.002, "lambda: how far each update goes back to the trained parameters.")
-    dynamic_epsilon: float = setting(2e-5, "Added to the usual size of a gradient.")
+    dynamic_epsilon: float = setting(
+        2e-5, "eps: added to the usual size, so that a parameter that seldom has a gradient does not leap."
+    )
     dynamic_batches: int = setting(
         100, "The usual size is measured on so many batches of 64 windows, spread over the training text."
     )
@@ -85,6 +87,7 @@ def mean_square(
         progress(number, batches)
         total, carry = _add_squares(total, carry, params, batch, scored_BT, config.model)
         windows += int(scored_BT.any(1).sum())
+        jax.block_until_ready(total)  # what is told is done
     progress(batches, batches)
     return jax.tree.map(lambda square: square / windows, total)
 
@@ -108,6 +111,9 @@ def score(
       mean_square: MS.
       separator: id of the symbol before which the state is zeroed, or None.
       progress: is told of how many symbols have been scored, of how many: none at first.
+
+    Raises:
+      ValueError: the loss is not finite any more: the learning rate is too high.
     """
     N, dtype = len(split), params.b_out.dtype
     plan = PiecePlan(N, N, 0, 1, CHUNK * settings.dynamic_window)
@@ -124,6 +130,11 @@ def score(
             learned, carry, windows, params, rates, decay, config.model, tuple(temperatures)
         )
         total_K += np.asarray(nats_RK).sum(0, dtype=np.float64)
+        if not np.isfinite(total_K).all():
+            raise ValueError(
+                f"with dynamic_learning_rate={settings.dynamic_learning_rate} the loss is not finite within "
+                f"{min((number + 1) * plan.window, N):,} symbols: lower it"
+            )
     progress(N, N)
     return scores(total_K, params.b_out.shape[0], split)
 

@@ -138,6 +138,12 @@ def test_a_word_that_is_new_and_comes_again_is_learned_and_the_trained_parameter
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_learning_rate_that_leads_to_no_finite_loss_is_refused():
+    config, wild = make(**ONE), Adaptation(dynamic_learning_rate=1e38)
+    with pytest.raises(ValueError, match=r"^with dynamic_learning_rate=1e\+38 the loss is not finite within 1,280"):
+        dynamic.score(config, wild, params(config), ones(params(config)), Text(1403))
+
+
 def test_progress_is_told_from_none_to_all():
     config, text, told = make(**ONE), Text(1403), []
     dynamic.score(
