@@ -70,7 +70,12 @@ def make(config: OptimizerConfig) -> Optimizer:
         return rule
 
     def update(grads, state, params, learning_rate):
-        return rule.update(jax.tree.map(lambda g, p: g + config.l2 * p, grads, params), state, params, learning_rate)
+        return rule.update(jax.tree.map(pulled, grads, params), state, params, learning_rate)
+
+    def pulled(g, p):
+        # Choices that change nothing, for what is nan stays nan.  They keep compilers from contracting the addition with
+        # a multiplication before it in the program of one number of devices and not in another's.
+        return jnp.where(jnp.isnan(p), 0, g) + jnp.where(jnp.isnan(g), 0, config.l2 * p)
 
     return Optimizer(rule.init, update)
 
