@@ -32,8 +32,11 @@ def main(arguments: list[str]) -> int:
     spoiled = "STAND_IN_SPOILS" in os.environ and int(run_dir.name) >= 4 and given["batch_size"] == "8"
     for part in range(done + 1, 11):
         time.sleep(pause)
+        deadline = time.monotonic() + 30
         while spoiled and part > 2 and not stopped:
             time.sleep(0.01)
+            if time.monotonic() > deadline:
+                return 1
         if stopped:
             return 75
         if rate > 0.5:
