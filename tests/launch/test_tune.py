@@ -199,13 +199,15 @@ def test_two_workers_share_a_study_and_no_trial_is_run_twice_or_drawn_alike(comm
     assert 2 <= len(re.findall(r"trial \d+: {", stderr)) <= 6, "one of them did next to nothing"
 
 
-def test_a_trial_whose_worker_was_killed_goes_on_with_the_same_settings(command, tmp_path, stand_in):
+def test_a_trial_whose_worker_was_killed_goes_on_with_the_same_settings(command, tmp_path, stand_in, monkeypatch):
+    command += ["--seconds_per_trial=10"]
     metrics = trials.run_dir(tmp_path / "study", 0) / "metrics.jsonl"
     with worker([*command, "--trials=2"], STAND_IN_PAUSE="0.3") as process:
         wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 4)
         (child,) = children(process.pid)
     wait_for(lambda: not alive(child))
     assert states(tmp_path) == ["RUNNING"]
+    monkeypatch.setenv("STAND_IN_SECONDS", "0.5")  # fewer updates would fit now
     assert_goes_on(command, tmp_path)
 
 
