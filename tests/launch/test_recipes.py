@@ -7,13 +7,18 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
+import pytest
 
-from charlstm import model
+from charlstm import config as config_lib
+from charlstm import mesh as mesh_lib
+from charlstm import model, step
 from charlstm.config import Config
+from data_pipeline.batch import Batch
 from data_pipeline.corpora import resolve
 from data_pipeline.shards import open_corpus
 from data_pipeline.streams import StreamPlan
-from launch import flags
+from launch import dry_run, flags, search_space
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -58,3 +63,71 @@ def test_the_large_flagfile_with_sizes_turned_down_trains_on_8_devices(tmp_path)
     assert done.returncode == 0, done.stderr
     assert "8 x cpu" in done.stderr
     assert re.search(r"step 4: validation \d\.\d+ bits per character", done.stderr)
+
+
+# What is published of each model: the symbols of its text here, its millions of parameters, and to what precision.
+PUBLISHED = {
+    "enwik8_melis27m": (256, 27, 1),
+    "enwik8_melis46m": (256, 46, 1),
+    "enwik8_lstm48m": (256, 48, 1),
+    "enwik8_mogrifier48m": (256, 48, 1),
+    "enwik8_mogrifier96m": (256, 96, 1),
+    "enwik8_awd": (256, 47.3, 0.1),
+    "enwik8_mlstm46m": (256, 46, 1),
+    "ptb_awd": (50, 13.8, 0.1),
+    "ptb_mogrifier24m": (50, 24, 1),
+    "amazon_mlstm4096": (256, 86.3, 0.1),  # 85 without embedding and soft-max
+}
+RECIPES = pytest.mark.parametrize("name", sorted(PUBLISHED))
+
+
+def recipe(name: str) -> Config:
+    return flags.parse(["train", f"--flagfile={ROOT}/configs/{name}.flags"], "", Config())[0][0]
+
+
+@RECIPES
+def test_a_recipe_has_as_many_parameters_as_is_published(name):
+    V, millions, precision = PUBLISHED[name]
+    assert abs(dry_run.count_parameters(recipe(name), V) / 1e6 - millions) <= precision / 2
+
+
+@RECIPES
+def test_a_recipe_with_sizes_turned_down_takes_two_updates(name):
+    config = recipe(name)
+    small = {"num_layers": min(config.model.num_layers, 2), "hidden_size": 6, "batch_size": 4, "window": 8}
+    small |= {"embedding_size": 4, "last_hidden_size": 4} if config.model.tie_embeddings else {"embedding_size": 6}
+    small |= {"mogrifier_rank": min(config.model.mogrifier_rank, 2)}
+    small |= {"window_deviation": min(config.streams.window_deviation, 1)}
+    config = config_lib.resolve(config_lib.replace(config, **small), 1)
+    mesh, random = mesh_lib.make(jax.devices()[:1]), np.random.default_rng(0)
+    train_step = step.make(config, 7, mesh, steps_per_epoch=10)
+    state = step.place(mesh, step.init(config, 7))
+    before = jax.tree.map(np.asarray, state.params)
+    for _ in range(2):
+        ids = random.integers(0, 7, (4, 9), dtype=np.uint8)
+        batch = Batch(ids[:, :-1], ids[:, 1:], np.zeros((4, 8), bool))
+        state, metrics = train_step(state, mesh_lib.put(mesh, mesh_lib.BY_STREAM, batch))
+        assert metrics.sound and metrics.grad_norm > 0
+    for one, other in zip(jax.tree.leaves(before), jax.tree.leaves(state.params), strict=True):
+        assert (one != np.asarray(other)).any()
+
+
+@RECIPES
+def test_a_recipe_says_what_is_published_what_it_costs_and_what_was_reached(name):
+    text = (ROOT / "configs" / f"{name}.flags").read_text()
+    config, (V, _, _) = recipe(name), PUBLISHED[name]
+    assert f"--flagfile=configs/{name}.flags" in text
+    assert re.search(r"^# Published: 1\.\d+ bits per (character|byte)", text, re.MULTILINE)
+    assert re.search(r"^# Reached here:", text, re.MULTILINE)
+    cost = re.search(r"^# Cost: (\S+) FLOP an update, (\S+) in all", text, re.MULTILINE)
+    assert cost, "no cost"
+    each = dry_run.flops(config, V)
+    assert [f"{each:.2g}", f"{each * config.training.num_steps:.2g}"] == list(cost.groups())
+
+
+def test_the_space_around_char_rnns_recipe_has_the_recipe_in_it():
+    config = recipe("tinyshakespeare")
+    space = search_space.read(str(ROOT / "configs" / "tinyshakespeare.space.toml"), config)
+    assert search_space.own_values(space, config).keys() == space.drawn.keys()
+    assert (space.fitted, space.parameters) == ("hidden_size", 240_321)
+    assert dry_run.count_parameters(config, 65) == 240_321
