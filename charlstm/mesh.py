@@ -75,6 +75,22 @@ def describe(mesh: Mesh) -> str:
     return f"{mesh.size} x {kind} in {processes} process{'es' if processes > 1 else ''}"
 
 
+def compiler_options(mesh: Mesh) -> dict[str, str]:
+    """How XLA is to compile what runs on `mesh`.
+
+    On CPUs, products by Eigen in place of YNNPACK: a tenth to a fifth faster in the shapes of a training step.  Not all
+    releases of jaxlib know the choice.
+    """
+    options = {"xla_cpu_experimental_ynn_fusion_type": ""}
+    if mesh.devices.flat[0].platform != "cpu":
+        return {}
+    try:
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except RuntimeError:
+        return {}
+    return options
+
+
 def device_name(mesh: Mesh, number: int) -> str:
     """A device of the mesh in words, such as "device 3 (cpu:3 of process 0)"."""
     device = mesh.devices.flat[number]
