@@ -201,3 +201,9 @@ def test_a_stream_that_is_not_finite_is_named_by_its_row():
     _, metrics = step.make(config, V, mesh, 100)(state, mesh_lib.put(mesh, mesh_lib.BY_STREAM, rows))
     assert np.flatnonzero(~np.asarray(metrics.finite_B)).tolist() == [5]
     assert not np.isfinite(metrics.loss)
+
+
+def test_wide_layers_take_their_products_from_eigen_on_a_cpu():
+    wide, narrow = (mesh_lib.compiler_options(mesh_lib.make(), width) for width in (256, 255))
+    product = jax.jit(lambda a: a @ a, compiler_options=wide).lower(jnp.ones((256, 256))).compile().as_text()
+    assert "ynn" not in product and narrow == {}
