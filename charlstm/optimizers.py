@@ -73,8 +73,8 @@ def make(config: OptimizerConfig) -> Optimizer:
         return rule.update(jax.tree.map(pulled, grads, params), state, params, learning_rate)
 
     def pulled(g, p):
-        # Choices that change nothing, for what is nan stays nan.  They keep compilers from contracting the addition with
-        # a multiplication before it in the program of one number of devices and not in another's.
+        # Choices that change nothing, for what is nan stays nan.  They keep a compiler from contracting the addition
+        # with a multiplication before it in the program of one number of devices, and not in another's.
         return jnp.where(jnp.isnan(p), 0, g) + jnp.where(jnp.isnan(g), 0, config.l2 * p)
 
     return Optimizer(rule.init, update)

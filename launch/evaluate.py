@@ -27,7 +27,7 @@ from data_pipeline.files import at_home
 from data_pipeline.progress import bar
 from data_pipeline.settings import check_choices, setting
 from data_pipeline.shards import Corpus, open_corpus
-from launch import compilation, flags, program, run_directory
+from launch import allocator, compilation, flags, program, run_directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +78,7 @@ def main(argv: Sequence[str]) -> int:
         if split not in corpus.splits:
             raise ValueError(f"{corpus.directory} has no {split} split, only {', '.join(corpus.splits)}")
 
+    allocator.keep()
     compilation.keep()
     mesh = mesh_lib.make()
     if chosen.dynamic:

@@ -32,7 +32,7 @@ from charlstm.loss import NATS_PER_BIT
 from data_pipeline.files import at_home
 from data_pipeline.settings import check_choices, setting
 from data_pipeline.vocabulary import Vocabulary
-from launch import compilation, flags, program, run_directory
+from launch import allocator, compilation, flags, program, run_directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +123,7 @@ def main(argv: Sequence[str]) -> int:
     prompt, stop = _prompt(chosen, vocabulary), _stop(chosen.stop, vocabulary)
 
     # One device: the text is made symbol after symbol, and there is nothing to share.
+    allocator.keep()
     compilation.keep()
     mesh = mesh_lib.make(list(mesh_lib.make().devices.flat[:1]))
     params, step = run_directory.restore_params(run_dir, config, identity, mesh, chosen.checkpoint)

@@ -19,7 +19,7 @@ from charlstm.types import ModelParams
 from data_pipeline.files import at_home
 from data_pipeline.settings import check_choices, setting
 from data_pipeline.streams import StreamPlan
-from launch import chosen_corpus, compilation, dry_run, flags, job, monitor, program, run_directory
+from launch import allocator, chosen_corpus, compilation, dry_run, flags, job, monitor, program, run_directory
 from launch import run as run_lib
 from launch.job import JobFlags
 from launch.monitor import MonitorFlags
@@ -59,6 +59,7 @@ def main(argv: Sequence[str]) -> int:
     chosen, joined, watching, telling, config, given = parse(argv)
     if not chosen.run_dir and not chosen.dry_run:
         raise ValueError("--run_dir is required: name a directory for the run, such as --run_dir=runs/mine")
+    allocator.keep()
     compilation.keep()
     job.join(joined)
     try:
