@@ -86,7 +86,13 @@ def test_the_text_crosses_epoch_borders_where_the_tests_say(text, tmp_path):
         ("--cell=rnn", "--nonlinearity=relu", "--optimizer=rmsprop", "--norotate_streams"),
         ("--cell=lstm", "--compute_dtype=bfloat16", "--logical_shards=4"),
         ("--cell=gru", "--compute_dtype=bfloat16", "--vocabulary=characters"),
-        ("--cell=rnn", "--compute_dtype=bfloat16", "--optimizer=adagrad", "--embedding_size=0"),
+        (
+            "--cell=rnn",
+            "--compute_dtype=bfloat16",
+            "--optimizer=adagrad",
+            "--embedding_size=0",
+            "--embedding_dropout=0",
+        ),
     ],
     ids=["lstm", "gru", "rnn", "lstm bfloat16", "gru bfloat16", "rnn bfloat16"],
 )
