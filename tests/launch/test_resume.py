@@ -84,17 +84,12 @@ def test_the_text_crosses_epoch_borders_where_the_tests_say(text, tmp_path):
         ("--cell=lstm",),
         ("--cell=gru", "--reset_state=document", "--document_separator= ", "--zoneout=.1", "--train_initial_state"),
         ("--cell=rnn", "--nonlinearity=relu", "--optimizer=rmsprop", "--norotate_streams"),
-        ("--cell=lstm", "--compute_dtype=bfloat16", "--logical_shards=4"),
-        ("--cell=gru", "--compute_dtype=bfloat16", "--vocabulary=characters"),
         (
-            "--cell=rnn",
-            "--compute_dtype=bfloat16",
-            "--optimizer=adagrad",
-            "--embedding_size=0",
-            "--embedding_dropout=0",
+            *("--cell=mlstm", "--compute_dtype=bfloat16", "--optimizer=adagrad", "--logical_shards=4"),
+            *("--vocabulary=characters", "--embedding_size=0", "--embedding_dropout=0"),
         ),
     ],
-    ids=["lstm", "gru", "rnn", "lstm bfloat16", "gru bfloat16", "rnn bfloat16"],
+    ids=["lstm", "gru", "rnn", "mlstm bfloat16"],
 )
 def test_20_steps_and_kill_9_and_40_resumed_are_60_to_the_bit(flags, text, tmp_path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
