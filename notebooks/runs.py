@@ -4,12 +4,15 @@ CHARLSTM_SHORT=1     in the environment makes every run tiny: the notebooks are 
 CHARLSTM_RUNS=DIR    where the runs live; runs/notebooks by default
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import importlib
 import io
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -36,16 +39,18 @@ def flags(**settings) -> list[str]:
             for name, value in settings.items()]  # fmt: skip
 
 
-def program(name: str, *arguments: str) -> str:
-    """What `python -m NAME ARGUMENTS` prints on stdout.  Raises ValueError for a mistake, RuntimeError where it fails.
+def apart(function, *arguments):
+    """What `function` gives, called in a thread of its own: Orbax refuses one with a running event loop, as here."""
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return thread.submit(function, *arguments).result()
 
-    It is run within this process: to start Python and JAX takes longer than many a run here.
-    """
-    printed, remarks = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(remarks):
-        status = importlib.import_module(name).main([name, *arguments])
-    if status:
-        raise RuntimeError(f"{name} ended with status {status}: {remarks.getvalue()[-1000:]}")
+
+def program(name: str, *arguments: str) -> str:
+    """What `python -m NAME ARGUMENTS` prints on stdout, run within this process, which has started JAX already."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+        status = apart(importlib.import_module(name).main, [name, *arguments])
+    assert status == 0, f"{name} ended with status {status}"
     return printed.getvalue()
 
 
@@ -88,8 +93,24 @@ def parameters(config: ModelConfig, vocabulary_size: int) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
+def started(module: str, devices: int = 1, **settings) -> subprocess.Popen:
+    """A program in a process of its own, on so many simulated devices."""
+    xla_flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    command = [sys.executable, "-m", module, *flags(**settings)]
+    return subprocess.Popen(
+        command, env=os.environ | {"XLA_FLAGS": xla_flags}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+
+
+def ended(process: subprocess.Popen) -> None:
+    """Waits for the end of a process.  Raises RuntimeError with its last words where it failed."""
+    words = process.communicate()[1].decode(errors="replace")
+    if process.returncode:
+        raise RuntimeError(f"ended with status {process.returncode}: {words[-1000:]}")
+
+
 def train(name: str, **settings) -> Run:
     """`launch.train` in RUNS/name; where that run stands already it goes on, or is found finished."""
-    directory = RUNS / name
-    program("launch.train", *flags(run_dir=directory, **settings))
-    return Run(directory)
+    run = Run(RUNS / name)
+    ended(started("launch.train", run_dir=run.directory, **settings))
+    return run
