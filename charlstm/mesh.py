@@ -23,7 +23,6 @@ from data_pipeline.batch import rows_of_process
 
 AXIS = "data"
 REPLICATED, BY_STREAM = PartitionSpec(), PartitionSpec(AXIS)
-EIGEN_FROM = 256  # units of a layer
 
 # A process may verify a large checkpoint while the others wait; one that dies is noticed otherwise.
 PATIENCE_MS = 24 * 3600 * 1000
@@ -74,22 +73,6 @@ def describe(mesh: Mesh) -> str:
     """The devices in words, such as "8 x cpu in 1 process"."""
     kind, processes = mesh.devices.flat[0].device_kind, jax.process_count()
     return f"{mesh.size} x {kind} in {processes} process{'es' if processes > 1 else ''}"
-
-
-def compiler_options(mesh: Mesh, width: int) -> dict[str, str]:
-    """How XLA is to compile a model with layers of `width` units for `mesh`.
-
-    On CPUs, wide layers take their products from Eigen, not from YNNPACK: a tenth to a fifth faster at 512 units.  At
-    128 that is less than what Eigen's slower sums cost.  Not all releases of jaxlib know the choice.
-    """
-    options = {"xla_cpu_experimental_ynn_fusion_type": ""}
-    if width < EIGEN_FROM or mesh.devices.flat[0].platform != "cpu":
-        return {}
-    try:
-        jax.jit(lambda: 0, compiler_options=options).lower().compile()
-    except RuntimeError:
-        return {}
-    return options
 
 
 def device_name(mesh: Mesh, number: int) -> str:

@@ -22,40 +22,15 @@ def _dense_forward(x_TBD, w_DK, b_K, dtype):
 
 
 def _dense_reverse(dtype, residuals, dy_TBK):
-    # dx = dy W'
+    # dx = dy W',  dW = x' dy,  db = sum of dy
     x_TBD, w_DK = residuals
-    dx_TBD = jnp.einsum("tbk,dk->tbd", dy_TBK.astype(dtype), w_DK.astype(dtype), preferred_element_type=w_DK.dtype)
-    return (
-        dx_TBD.astype(x_TBD.dtype),
-        weight_gradient(x_TBD, dy_TBK, dtype, w_DK.dtype),
-        bias_gradient(dy_TBK, w_DK.dtype),
-    )
+    dy = dy_TBK.astype(dtype)
+    dx_TBD = jnp.einsum("tbk,dk->tbd", dy, w_DK.astype(dtype), preferred_element_type=w_DK.dtype)
+    dw_DK = jnp.einsum("tbd,tbk->dk", x_TBD.astype(dtype), dy, preferred_element_type=w_DK.dtype)
+    return dx_TBD.astype(x_TBD.dtype), dw_DK, dy_TBK.sum((0, 1))
 
 
 dense.defvjp(_dense_forward, _dense_reverse)
-
-
-def transposed(w_DK: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """W', `[K, D]` in `dtype`, for the products in a loop: made before it, and held there.
-
-    XLA would take the transposition into the loop, where a product with it is four times slower on a CPU.
-    """
-    return jax.lax.optimization_barrier(w_DK.astype(dtype).T)
-
-
-def weight_gradient(
-    x_TBD: jax.Array, dy_TBK: jax.Array, compute_dtype: jax.typing.DTypeLike, dtype: jax.typing.DTypeLike
-) -> jax.Array:
-    """dW = x' dy, `[D, K]` in `dtype`: the sum over all symbols of all streams, as one product."""
-    # As matrices: of a product over two axes, XLA would copy both sides into another order.
-    x_ND, dy_NK = (a.reshape(-1, a.shape[2]).astype(compute_dtype) for a in (x_TBD, dy_TBK))
-    return jnp.dot(x_ND.T, dy_NK, preferred_element_type=dtype)
-
-
-def bias_gradient(dy_TBK: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """db, the sum of dy over all symbols of all streams, `[K]` in `dtype`: a product too, which a CPU does faster."""
-    dy_NK = dy_TBK.reshape(-1, dy_TBK.shape[2])
-    return jnp.dot(jnp.ones(dy_NK.shape[0], dy_NK.dtype), dy_NK, preferred_element_type=dtype)
 
 
 @jax.custom_vjp
@@ -72,7 +47,7 @@ def _lookup_reverse(residuals, dy_TBK):
     # dW = onehot' dy, one product.  The scatter-add that autodiff would make sums in an order that a GPU does not fix.
     w_VK, ids_TB = residuals
     onehot_TBV = jax.nn.one_hot(ids_TB, w_VK.shape[0], dtype=dy_TBK.dtype)
-    return weight_gradient(onehot_TBV, dy_TBK, dy_TBK.dtype, w_VK.dtype), None
+    return jnp.einsum("tbv,tbk->vk", onehot_TBV, dy_TBK, preferred_element_type=w_VK.dtype), None
 
 
 lookup.defvjp(_lookup_forward, _lookup_reverse)

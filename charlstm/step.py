@@ -185,7 +185,6 @@ def make(config: Config, vocabulary_size: int, mesh: Mesh, steps_per_epoch: int)
             check_vma=False,
         ),
         donate_argnums=0,
-        compiler_options=mesh_lib.compiler_options(mesh, config.model.hidden_size),
     )
 
 
