@@ -1,0 +1,116 @@
+"""Runs the project's programs for the notebooks, and reads what they measured.
+
+CHARLSTM_SHORT=1     in the environment makes every run tiny: the notebooks are tried then, and say nothing
+CHARLSTM_RUNS=DIR    where the runs live; runs/notebooks by default
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import importlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from charlstm import model
+from charlstm.model_config import ModelConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = Path(os.environ.get("CHARLSTM_RUNS") or ROOT / "runs" / "notebooks")
+SHORT = os.environ.get("CHARLSTM_SHORT") == "1"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the models are small
+os.environ["PYTHONPATH"] = str(ROOT)  # for the processes that are started from a notebook's folder
+
+
+def short(full, tiny):
+    """`full`, or `tiny` where every run is to be tiny."""
+    return tiny if SHORT else full
+
+
+def flags(**settings) -> list[str]:
+    """Settings as the programs' flags."""
+    return [f"--{'' if value else 'no'}{name}" if isinstance(value, bool) else f"--{name}={value}"
+            for name, value in settings.items()]  # fmt: skip
+
+
+def apart(function, *arguments):
+    """What `function` gives, called in a thread of its own: Orbax refuses one with a running event loop, as here."""
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return thread.submit(function, *arguments).result()
+
+
+def program(name: str, *arguments: str) -> str:
+    """What `python -m NAME ARGUMENTS` prints on stdout, run within this process, which has started JAX already."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
+        status = apart(importlib.import_module(name).main, [name, *arguments])
+    assert status == 0, f"{name} ended with status {status}"
+    return printed.getvalue()
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run directory."""
+
+    directory: Path
+
+    @property
+    def config(self) -> dict:
+        return json.loads((self.directory / "config.json").read_text("utf-8"))
+
+    def records(self, split: str) -> list[dict]:
+        """The lines of metrics.jsonl of a split."""
+        lines = (self.directory / "metrics.jsonl").read_text("utf-8").splitlines()
+        return [record for record in map(json.loads, lines) if record["split"] == split]
+
+    def curve(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """(characters read, bits per character) at each record of a split."""
+        streams, records = self.config["streams"], self.records(split)
+        steps = np.array([record["step"] for record in records])
+        bits = np.array([record["bits_per_character"] for record in records])
+        return steps * streams["batch_size"] * streams["window"], bits
+
+    @property
+    def final(self) -> float:
+        """Bits per character on the validation split at the end."""
+        return self.records("valid")[-1]["bits_per_character"]
+
+    @property
+    def pace(self) -> float:
+        """Characters a second between two records, of the fastest: when other programs left the processor alone."""
+        return max(record["characters_per_second"] for record in self.records("train"))
+
+
+def parameters(config: ModelConfig, vocabulary_size: int) -> int:
+    """How many a model has; nothing is computed."""
+    shapes = jax.eval_shape(lambda: model.init(config, vocabulary_size, jax.random.key(0)))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def started(module: str, devices: int = 1, **settings) -> subprocess.Popen:
+    """A program in a process of its own, on so many simulated devices."""
+    xla_flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    command = [sys.executable, "-m", module, *flags(**settings)]
+    return subprocess.Popen(
+        command, env=os.environ | {"XLA_FLAGS": xla_flags}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+
+
+def ended(process: subprocess.Popen) -> None:
+    """Waits for the end of a process.  Raises RuntimeError with its last words where it failed."""
+    words = process.communicate()[1].decode(errors="replace")
+    if process.returncode:
+        raise RuntimeError(f"ended with status {process.returncode}: {words[-1000:]}")
+
+
+def train(name: str, **settings) -> Run:
+    """`launch.train` in RUNS/name; where that run stands already it goes on, or is found finished."""
+    run = Run(RUNS / name)
+    ended(started("launch.train", run_dir=run.directory, **settings))
+    return run
