@@ -4,7 +4,7 @@
 # make chaos   100 jobs disturbed at random, of other processes and devices at every start; an hour or so
 # make soak    a job for two hours with a fault every minute; prints its goodput
 # make bench   speed, memory and scaling beside PyTorch, flax and dm-haiku, in an environment of its own; hours
-# make notebooks   executes the notebooks again, for half an hour; CHARLSTM_SHORT=1 tries them, and leaves them as they are
+# make notebooks   executes the notebooks again, for 20 minutes or so; CHARLSTM_SHORT=1 tries them, and leaves them as they are
 # make lint    style and types
 #
 # PYTHON chooses the interpreter (3.11, 3.12 or 3.13); ARGS adds flags to the training command, BENCH_ARGS=--quick to
