@@ -36,10 +36,10 @@ def of_step(shape: Shape, devices: int, reduction: str) -> dict[str, Any]:
     config = config_lib.resolve(config_of(shape, reduction=reduction), devices)
     ids = np.zeros((shape.B, shape.T), np.uint8)
     batch = mesh_lib.abstract(mesh, mesh_lib.BY_STREAM, Batch(ids, ids, ids.astype(bool)))
-    lowered = step_lib.make(config, shape.V, mesh, 1000).lower(  # type: ignore[attr-defined]
-        step_lib.abstract(config, shape.V, mesh), batch
-    )
-    return in_program(lowered.compile().as_text())
+    lowered = step_lib.make(config, shape.V, mesh, 1000).lower(step_lib.abstract(config, shape.V, mesh), batch)
+    program = lowered.compile().as_text()
+    assert program is not None
+    return in_program(program)
 
 
 if __name__ == "__main__":

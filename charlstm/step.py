@@ -118,7 +118,7 @@ def _divisors(count: int) -> str:
     return ", ".join(str(d) for d in range(1, count + 1) if count % d == 0)
 
 
-def make(config: Config, vocabulary_size: int, mesh: Mesh, steps_per_epoch: int) -> TrainStep:
+def make(config: Config, vocabulary_size: int, mesh: Mesh, steps_per_epoch: int) -> jax.stages.Wrapped:
     """The training step on `mesh`, compiled for each length of a window that it meets.  It donates the state.
 
     Where a window's length is not --window, the learning rate is scaled by their ratio (Merity et al. 2018,

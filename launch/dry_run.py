@@ -86,7 +86,7 @@ def _memory(config: Config, V: int, plan: StreamPlan, mesh: Mesh) -> str:
     batch = Batch(ids, ids, jax.ShapeDtypeStruct(shape, np.bool_))
     state = step_lib.abstract(config, V, mesh)
     batch = mesh_lib.abstract(mesh, mesh_lib.BY_STREAM, batch)
-    analysis = train_step.lower(state, batch).compile().memory_analysis()  # type: ignore[attr-defined]
+    analysis = train_step.lower(state, batch).compile().memory_analysis()
     if analysis is None:
         return "not told by this backend"
     held, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes

@@ -21,6 +21,7 @@ from charlstm import step as step_lib
 from charlstm.checkpoint import Checkpoints
 from charlstm.config import Config
 from charlstm.dynamic import Adaptation
+from charlstm.evaluate import Score
 from charlstm.loss import cross_entropy
 from data_pipeline.corpora import resolve
 from data_pipeline.shards import open_corpus
@@ -267,6 +268,19 @@ def test_the_temperature_is_that_of_validation_whatever_split_is_scored(
             f"({found['bits_per_byte_at_temperature']:.4f} per byte) at temperature {found['temperature']:.3f}, "
             f"the best on {where}"
         )
+
+
+def test_no_temperature_is_searched_on_the_split_that_is_scored():
+    best = {"valid": 0.5, "test": 2.0}
+    asked = []
+
+    def score(split, temperatures):
+        asked.append((split, len(temperatures)))
+        return [Score(1 + abs(math.log(t / best[split])), 1, 1) for t in temperatures]
+
+    temperature, scores = evaluate.search(score, "test")
+    assert temperature == 0.5 and [s.bits for s in scores] == pytest.approx([1 + math.log(2), 1 + math.log(4)])
+    assert asked == [("valid", len(evaluate.TEMPERATURES)), ("test", 2)]
 
 
 def test_a_temperature_that_is_the_last_of_those_tried_is_said_to_be(run, characters_run, monkeypatch):
