@@ -10,7 +10,7 @@ W = warmup_steps, the rate of step t (t = 0 is the first update) is
     cosine       f + (1 - f) sin^2(pi x / 2)     sin^2(pi x / 2) = (1 + cos(pi (1 - x))) / 2,
                                                  Loshchilov & Hutter 2017, eq. 5
     exponential  d^max(0, epoch + 1 - decay_start_epoch)       epoch = t // steps_per_epoch
-    step         d^(t // N)
+    step         d^(t // N), or d^(how many of drop_epochs are <= epoch): PyTorch's MultiStepLR
     plateau      d once validation no longer improves, and 1 before (progress.py); Melis et al. 2018, section 4
 
 So every clock is the run's own step number, as its log shows it, warm-up included: linear and cosine leave the full
@@ -26,7 +26,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from charlstm.training_config import OptimizerConfig
+from charlstm.training_config import OptimizerConfig, parse_epochs
 from charlstm.types import Progress
 
 Schedule = Callable[[jax.Array, Progress], jax.Array]
@@ -89,4 +89,6 @@ def _decay(config: OptimizerConfig, steps_per_epoch: int, decay_steps: int) -> S
     if config.schedule == "plateau":
         return lambda _, progress: decayed(progress.dropped)
     assert config.schedule == "step", f"schedule={config.schedule!r} is a choice of OptimizerConfig without a formula"
+    if epochs := parse_epochs(config.drop_epochs):
+        return lambda step, _: decayed((jnp.asarray(epochs, jnp.int32) <= step // steps_per_epoch).sum())
     return lambda step, _: decayed(step // decay_steps)

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from data_pipeline.settings import check_at_least, check_choices, check_numbers, setting
+from data_pipeline.settings import LARGEST_INT, check_at_least, check_choices, check_numbers, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +30,15 @@ class OptimizerConfig:
     schedule: str = setting(
         "constant",
         "Learning rate over time: constant; linear or cosine (to final_fraction at decay_steps); exponential (times "
-        "decay_rate each epoch from decay_start_epoch on, char-rnn's); step (times decay_rate each decay_steps); "
-        "plateau (times decay_rate, once, when validation no longer improves).",
+        "decay_rate each epoch from decay_start_epoch on, char-rnn's); step (times decay_rate each decay_steps, "
+        "or after each of drop_epochs); plateau (times decay_rate, once, when validation no longer improves).",
         choices=("constant", "linear", "cosine", "exponential", "step", "plateau"),
     )
     warmup_steps: int = setting(0, "Steps of linear warm-up from 0, before any schedule.")
     decay_steps: int = setting(0, "linear, cosine: where the decay ends; step: its period; 0 means num_steps.")
+    drop_epochs: str = setting(
+        "", "step: the rate drops after each of these epochs, such as 25,35, and not each decay_steps."
+    )
     decay_rate: float = setting(0.97, "exponential, step, plateau: factor of one decay.")
     decay_start_epoch: int = setting(10, "exponential: epochs at the full rate; the first decay follows them.")
     final_fraction: float = setting(0.0, "linear, cosine: learning rate at the end, as a fraction of learning_rate.")
@@ -66,6 +69,7 @@ class OptimizerConfig:
         check_at_least(self, 0, "plateau_latest", "average_patience")
         if not self.decay_rate > 0 and self.schedule in ("exponential", "step", "plateau"):
             raise ValueError(f"decay_rate={self.decay_rate} must be more than 0 for schedule={self.schedule}: use .97")
+        parse_epochs(self.drop_epochs)
         for name in ("momentum", "rms_decay", "beta1", "beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
@@ -81,6 +85,17 @@ class OptimizerConfig:
         if self.schedule == "plateau":
             return "schedule=plateau"
         return "average=asgd" if self.average == "asgd" and self.average_patience else ""
+
+
+def parse_epochs(drop_epochs: str) -> list[int]:
+    """The numbers of `25,35`; none of an empty text.  Raises ValueError where they are not rising, from 1 on."""
+    try:
+        epochs = [int(epoch) for epoch in drop_epochs.split(",")] if drop_epochs else []
+    except ValueError:
+        epochs = [0]
+    if epochs != sorted(set(epochs)) or not all(0 < epoch <= LARGEST_INT for epoch in epochs):
+        raise ValueError(f"drop_epochs={drop_epochs!r} is not a list of epochs, each after the one before: use 25,35")
+    return epochs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """The learning rate over time, against numbers worked by hand, char-rnn's rule run as a loop, and optax."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +52,26 @@ def test_cosine_falls_along_half_a_wave_to_its_final_fraction():
 def test_step_decays_at_each_whole_period():
     values = rates([0, 9, 10, 19, 20, 30], schedule="step", learning_rate=8.0, decay_steps=10, decay_rate=0.5)
     np.testing.assert_allclose(values, [8, 8, 4, 4, 2, 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("epochs", [(25, 35), (1,), (1, 2, 3), (3, 40)])
+def test_step_drops_after_each_of_drop_epochs_as_pytorch_s_multi_step_lr_does(epochs):
+    steps_per_epoch, rate, expected = 7, 2e-3, []
+    for epoch in range(50):  # PyTorch's scheduler is told of the end of each epoch
+        rate *= 0.1 if epoch in epochs else 1
+        expected += [rate] * steps_per_epoch
+    settings = dict(schedule="step", learning_rate=2e-3, decay_rate=0.1, drop_epochs=",".join(map(str, epochs)))
+    for decay_steps in (0, 5):  # in place of which they are
+        values = rates(range(len(expected)), steps_per_epoch, decay_steps=decay_steps, **settings)
+        np.testing.assert_allclose(values, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "text", ["25,25", "35,25", "0,3", "-1", "3,", ",", "a", "1.5", "25;35", "2147483648", "9" * 5000]
+)
+def test_drop_epochs_that_are_no_list_of_epochs_are_refused(text):
+    with pytest.raises(ValueError, match=rf"^drop_epochs='{re.escape(text)}' is not a list of epochs"):
+        OptimizerConfig(drop_epochs=text)
 
 
 @pytest.mark.parametrize("start", [0, 1, 3, 10])
@@ -134,6 +156,8 @@ def test_a_decay_falls_on_its_very_step_where_float32_has_no_odd_numbers():
     np.testing.assert_allclose(values, [1, 0.5], rtol=1e-6)
     values = rates([TURN, TURN + 1], TURN + 1, schedule="exponential", learning_rate=1.0, decay_start_epoch=1)
     np.testing.assert_allclose(values, [1, 0.97], rtol=1e-6)
+    values = rates([TURN, TURN + 1], TURN + 1, schedule="step", learning_rate=1.0, drop_epochs="1", decay_rate=0.5)
+    np.testing.assert_allclose(values, [1, 0.5], rtol=1e-6)
 
 
 def test_the_last_steps_of_a_long_decay_keep_their_digits():

@@ -87,6 +87,7 @@ OTHER = {
     "schedule": "cosine",
     "warmup_steps": 10,
     "decay_steps": 20,
+    "drop_epochs": "3,5",
     "decay_rate": 0.5,
     "decay_start_epoch": 3,
     "final_fraction": 0.1,

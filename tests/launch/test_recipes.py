@@ -1,5 +1,6 @@
 """The flagfiles are what they say they are."""
 
+import itertools
 import os
 import re
 import subprocess
@@ -7,12 +8,13 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from charlstm import config as config_lib
 from charlstm import mesh as mesh_lib
-from charlstm import model, step
+from charlstm import model, progress, schedules, step
 from charlstm.config import Config
 from data_pipeline.batch import Batch
 from data_pipeline.corpora import resolve
@@ -123,6 +125,19 @@ def test_a_recipe_says_what_is_published_what_it_costs_and_what_was_reached(name
     assert cost, "no cost"
     each = dry_run.flops(config, V)
     assert [f"{each:.2g}", f"{each * config.training.num_steps:.2g}"] == list(cost.groups())
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "windows", "epochs"),
+    [("enwik8_awd", 1e-3, 3515, (25, 35, 50)), ("ptb_awd", 2e-3, 261, (300, 400, 500))],
+)
+def test_the_rate_of_awd_lstm_falls_to_a_tenth_twice(name, rate, windows, epochs):
+    config = recipe(name)
+    assert config.training.num_steps == windows * epochs[-1]
+    schedule = schedules.make(config.optimizer, windows, config.training.num_steps)
+    for times, (first, end) in enumerate(itertools.pairwise((0, *epochs))):
+        for update in (windows * first, windows * end - 1):
+            assert schedule(jnp.int32(update), progress.start()) == pytest.approx(rate / 10**times, rel=1e-5)
 
 
 def test_the_space_around_char_rnns_recipe_has_the_recipe_in_it():

@@ -83,7 +83,10 @@ def test_the_text_crosses_epoch_borders_where_the_tests_say(text, tmp_path):
     [
         ("--cell=lstm",),
         ("--cell=gru", "--reset_state=document", "--document_separator= ", "--zoneout=.1", "--train_initial_state"),
-        ("--cell=rnn", "--nonlinearity=relu", "--optimizer=rmsprop", "--norotate_streams"),
+        (
+            *("--cell=rnn", "--nonlinearity=relu", "--optimizer=rmsprop", "--norotate_streams"),
+            *("--schedule=step", "--drop_epochs=1,2", "--decay_rate=.1"),  # at steps 27 and 54
+        ),
         (
             *("--cell=mlstm", "--compute_dtype=bfloat16", "--optimizer=adagrad", "--logical_shards=4"),
             *("--vocabulary=characters", "--embedding_size=0", "--embedding_dropout=0"),
