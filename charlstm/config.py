@@ -59,6 +59,7 @@ def resolve(config: Config, device_count: int) -> Config:
         config,
         logical_shards=training.logical_shards or device_count,
         decay_steps=optimizer.decay_steps or training.num_steps,
+        decay_rate=optimizer.decay_rate or optimizer.usual_decay_rate,
     )
 
 
@@ -113,6 +114,6 @@ def differences(run: Config, now: Config) -> tuple[list[str], list[str]]:
     free: list[str] = []
     for name, (section, field) in flatten(run).items():
         old, new = getattr(getattr(run, section), name), getattr(getattr(now, section), name)
-        if old != new and not (name in ("logical_shards", "decay_steps") and new == 0):
+        if old != new and not (name in ("logical_shards", "decay_steps", "decay_rate") and new == 0):
             (free if field.metadata["free"] and name not in held else forbidden).append(f"{name}: {old} -> {new}")
     return forbidden, free

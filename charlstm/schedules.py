@@ -1,7 +1,7 @@
 """The learning rate as a pure function of the step number, and of what validation has said.
 
-With r = learning_rate, f = final_fraction, d = decay_rate, N = decay_steps (num_steps where that is 0) and
-W = warmup_steps, the rate of step t (t = 0 is the first update) is
+With r = learning_rate, f = final_fraction, d = decay_rate (usual_decay_rate where that is 0), N = decay_steps
+(num_steps where that is 0) and W = warmup_steps, the rate of step t (t = 0 is the first update) is
 
     r  *  min(1, (t + 1) / W)  *  one of
 
@@ -44,9 +44,6 @@ def make(config: OptimizerConfig, steps_per_epoch: int, num_steps: int) -> Sched
 
     Returns:
       A pure function, jittable, from the step (int32 []) and the progress to the learning rate (float32 []).
-
-    Raises:
-      ValueError: decay_rate is not positive, under a schedule that uses it.
     """
     assert steps_per_epoch >= 1 and num_steps >= 1, f"{steps_per_epoch=} {num_steps=}"
     decay = _decay(config, min(steps_per_epoch, LAST_STEP), min(config.decay_steps or num_steps, LAST_STEP))
@@ -74,7 +71,7 @@ def _decay(config: OptimizerConfig, steps_per_epoch: int, decay_steps: int) -> S
         return x + final * (1 - x)  # f + (1 - f) x, exact at both ends
 
     def decayed(times: jax.Array) -> jax.Array:
-        return jnp.exp(times.astype(jnp.float32) * math.log(config.decay_rate))
+        return jnp.exp(times.astype(jnp.float32) * math.log(config.decay_rate or config.usual_decay_rate))
 
     if config.schedule == "constant":
         return lambda step, _: jnp.ones((), jnp.float32)
@@ -82,8 +79,6 @@ def _decay(config: OptimizerConfig, steps_per_epoch: int, decay_steps: int) -> S
         return lambda step, _: between(to_go(step))
     if config.schedule == "cosine":
         return lambda step, _: between(jnp.square(jnp.sin(math.pi / 2 * to_go(step))))
-    if not config.decay_rate > 0:
-        raise ValueError(f"decay_rate={config.decay_rate} must be more than 0 for schedule={config.schedule}: use .97")
     if config.schedule == "exponential":
         return lambda step, _: decayed(jnp.maximum(0, step // steps_per_epoch + 1 - config.decay_start_epoch))
     if config.schedule == "plateau":

@@ -39,7 +39,9 @@ class OptimizerConfig:
     drop_epochs: str = setting(
         "", "step: the rate drops after each of these epochs, such as 25,35, and not each decay_steps."
     )
-    decay_rate: float = setting(0.97, "exponential, step, plateau: factor of one decay.")
+    decay_rate: float = setting(
+        0.0, "exponential, step, plateau: factor of one decay; 0 means .1 for plateau and for drop_epochs, else .97."
+    )
     decay_start_epoch: int = setting(10, "exponential: epochs at the full rate; the first decay follows them.")
     final_fraction: float = setting(0.0, "linear, cosine: learning rate at the end, as a fraction of learning_rate.")
     plateau_patience: int = setting(13, "plateau: evaluations without gain after which the rate drops.")
@@ -62,17 +64,21 @@ class OptimizerConfig:
         check_numbers(self)
         check_at_least(self, 0, "learning_rate", "weight_decay", "final_fraction", "clip_norm", "clip_value")
         check_at_least(self, 0, "l2", "activation_penalty", "activation_change_penalty")
-        check_at_least(self, 0, "warmup_steps", "decay_steps", "decay_start_epoch")
+        check_at_least(self, 0, "warmup_steps", "decay_steps", "decay_rate", "decay_start_epoch")
         if not self.epsilon > 0 and self.optimizer != "sgd":
             raise ValueError(f"epsilon={self.epsilon} must be more than 0 for optimizer={self.optimizer}: use 1e-8")
         check_at_least(self, 1, "plateau_patience")
         check_at_least(self, 0, "plateau_latest", "average_patience")
-        if not self.decay_rate > 0 and self.schedule in ("exponential", "step", "plateau"):
-            raise ValueError(f"decay_rate={self.decay_rate} must be more than 0 for schedule={self.schedule}: use .97")
         parse_epochs(self.drop_epochs)
         for name in ("momentum", "rms_decay", "beta1", "beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
+
+    @property
+    def usual_decay_rate(self) -> float:
+        """What decay_rate=0 means: a rate that drops once or twice in a run drops far."""
+        seldom = self.schedule == "plateau" or (self.schedule == "step" and self.drop_epochs)
+        return 0.1 if seldom else 0.97
 
     @property
     def evaluated(self) -> str:

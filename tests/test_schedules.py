@@ -183,8 +183,16 @@ def test_plateau_is_the_full_rate_until_it_has_dropped_whatever_the_step(step):
     np.testing.assert_allclose(schedule(jnp.int32(step), before._replace(dropped=jnp.array(True))), 0.2, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["exponential", "step", "plateau"])
-@pytest.mark.parametrize("rate", [0.0, -0.5])
-def test_a_decay_rate_that_is_not_positive_is_refused(name, rate):
-    with pytest.raises(ValueError, match=rf"decay_rate={rate} must be more than 0 for schedule={name}"):
-        schedules.make(OptimizerConfig(schedule=name, decay_rate=rate), 10, 100)
+def test_a_decay_rate_of_zero_means_a_tenth_where_the_rate_drops_seldom_and_else_three_percent_less():
+    exponential = dict(schedule="exponential", decay_start_epoch=1)
+    for settings in (exponential, dict(schedule="step", decay_steps=10), exponential | dict(drop_epochs="1")):
+        np.testing.assert_allclose(rates([9, 10], learning_rate=1.0, **settings), [1, 0.97], rtol=1e-6)
+    np.testing.assert_allclose(rates([9, 10], schedule="step", learning_rate=1.0, drop_epochs="1"), [1, 0.1], rtol=1e-6)
+    plateau = schedules.make(OptimizerConfig(schedule="plateau", learning_rate=1.0), 10, 100)
+    dropped = plateau(jnp.int32(3), progress.start()._replace(dropped=jnp.array(True)))
+    np.testing.assert_allclose(dropped, 0.1, rtol=1e-6)
+
+
+def test_a_decay_rate_below_zero_is_refused():
+    with pytest.raises(ValueError, match=r"decay_rate=-0.5 must be 0 or more"):
+        OptimizerConfig(decay_rate=-0.5)

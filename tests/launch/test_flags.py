@@ -337,11 +337,14 @@ def test_free_settings_change_and_others_do_not():
 def test_zeros_that_mean_the_obvious_number_are_filled_in_once_and_are_no_difference_later():
     run = config_lib.resolve(Config(), 8)
     assert (run.training.logical_shards, run.optimizer.decay_steps) == (8, 1000)
+    for flags_, rate in (({}, 0.97), ({"schedule": "plateau"}, 0.1), ({"schedule": "step", "drop_epochs": "2"}, 0.1)):
+        assert config_lib.resolve(config_lib.replace(Config(), **flags_), 8).optimizer.decay_rate == rate
     assert config_lib.resolve(run, 2) == run
     longer = config_lib.replace(Config(), num_steps=5000)
     assert config_lib.differences(run, longer) == ([], ["num_steps: 1000 -> 5000"])
     assert config_lib.differences(run, config_lib.replace(longer, logical_shards=4))[0] == ["logical_shards: 8 -> 4"]
     assert config_lib.differences(run, config_lib.replace(longer, decay_steps=500))[0] == ["decay_steps: 1000 -> 500"]
+    assert config_lib.differences(run, config_lib.replace(longer, decay_rate=0.5))[0] == ["decay_rate: 0.97 -> 0.5"]
 
 
 def test_a_run_goes_on_with_free_settings_changed_which_the_log_tells_and_config_json_keeps(
