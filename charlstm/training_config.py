@@ -56,6 +56,7 @@ class OptimizerConfig:
     average_patience: int = setting(
         10, "asgd: evaluations without gain after which the average begins; 0: it begins with the first update."
     )
+    average_latest: int = setting(0, "asgd: the evaluation after which it begins in any case; 0: none.")
     clip_norm: float = setting(0.0, "Scale the gradient down to this global norm; 0: off.  Done before clip_value.")
     clip_value: float = setting(0.0, "Clip each element of the gradient to +-this; 0: off.")
 
@@ -68,7 +69,7 @@ class OptimizerConfig:
         if not self.epsilon > 0 and self.optimizer != "sgd":
             raise ValueError(f"epsilon={self.epsilon} must be more than 0 for optimizer={self.optimizer}: use 1e-8")
         check_at_least(self, 1, "plateau_patience")
-        check_at_least(self, 0, "plateau_latest", "average_patience")
+        check_at_least(self, 0, "plateau_latest", "average_patience", "average_latest")
         parse_epochs(self.drop_epochs)
         for name in ("momentum", "rms_decay", "beta1", "beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:

@@ -48,13 +48,21 @@ def test_the_rate_drops_after_so_many_evaluations_without_gain_or_at_the_latest_
     assert first(told(OptimizerConfig(plateau_patience=patience, plateau_latest=latest)), "dropped") is None
 
 
-@pytest.mark.parametrize(("patience", "evaluation"), [(1, 3), (2, 4), (3, 8), (4, None)])
-def test_averaging_begins_after_so_many_evaluations_without_gain_and_its_count_goes_on(patience, evaluation):
-    settings = OptimizerConfig(average="asgd", average_patience=patience)
+@pytest.mark.parametrize(
+    ("patience", "latest", "evaluation"),
+    [(1, 0, 3), (2, 0, 4), (3, 0, 8), (4, 0, None), (3, 6, 6), (2, 6, 4), (4, 10, 10), (4, 11, None), (4, 1, 1)],
+)
+def test_averaging_begins_after_so_many_evaluations_without_gain_or_at_the_latest_one_and_its_count_goes_on(
+    patience, latest, evaluation
+):
+    settings = OptimizerConfig(average="asgd", average_patience=patience, average_latest=latest)
     assert first(told(settings), "averaged") == evaluation
-    assert first(told(OptimizerConfig(average="ema", average_patience=patience)), "averaged") is None
+    ema = OptimizerConfig(average="ema", average_patience=patience, average_latest=latest)
+    assert first(told(ema), "averaged") is None
     begun = told(settings)[-1]._replace(averaged=np.int32(40))
-    assert progress.heard(settings, begun, 9.0).averaged == 40
+    for score in (9.0, 0.1):  # the evaluations 11 and 12
+        begun = progress.heard(settings, begun, score)
+        assert begun.averaged == 40
 
 
 def test_what_is_told_keeps_its_types():
