@@ -1,7 +1,7 @@
 """Whether all devices still hold the same: a bit that flips in one device's memory goes unseen for ever otherwise.
 
-Parameters and optimizer state lie whole on every device and are never exchanged, so each device is asked for a digest
-of its own copy, and the digests are compared.
+Parameters, their average and optimizer state lie whole on every device and are never exchanged, so each device is asked
+for a digest of its own copy, and the digests are compared.
 """
 
 from collections import Counter

@@ -44,6 +44,15 @@ def beyond(config, number):
     return read
 
 
+def flipped(array, odd):
+    """A replicated array of which the copy on the device `odd` has one bit the other way."""
+    shards = array.addressable_shards
+    copies = [np.array(shard.data) for shard in shards]
+    copies[odd].view(np.uint32)[2] ^= 1 << 3
+    parts = [jax.device_put(copy, shard.device) for copy, shard in zip(copies, shards, strict=True)]
+    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
+
+
 SKIP = make_config(on_divergence="skip", embedding_size=5)
 
 
@@ -172,11 +181,7 @@ def test_a_bit_that_flips_on_one_device_is_found_and_the_device_named(odd, devic
     placed = mesh_lib.put(mesh, mesh_lib.REPLICATED, jax.tree.map(np.asarray, begun.params))
     differing = replicas.comparison(mesh)
     assert differing({"params": placed}) == ""
-    copies = [np.array(shard.data) for shard in placed.b_out.addressable_shards]
-    copies[odd].view(np.uint32)[2] ^= 1 << 3
-    parts = [jax.device_put(copy, device) for copy, device in zip(copies, mesh.devices, strict=True)]
-    spoiled = jax.make_array_from_single_device_arrays(placed.b_out.shape, placed.b_out.sharding, parts)
-    said = differing({"params": placed._replace(b_out=spoiled)})
+    said = differing({"params": placed._replace(b_out=flipped(placed.b_out, odd))})
     assert said.endswith(", in params.b_out")
     if devices == 2:  # nobody knows which of two is right
         assert "device 0 (cpu:0 of process 0), device 1 (cpu:1 of process 0) differ" in said

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from charlstm import mesh as mesh_lib
+from charlstm import step as step_lib
 from charlstm.checkpoint import Checkpoints
 from charlstm.metrics import Meter
 from launch import evaluate, program, run, run_directory, sample, train
 from tests.launch.conftest import refusal
+from tests.test_guard import flipped
 from tests.test_step import assert_equal_bits
 
 # So fast that the score soon goes up and down.
@@ -132,6 +134,57 @@ def test_the_average_is_what_is_validated_evaluated_and_sampled(straight, capsys
     assert "the average of the parameters (average=asgd)" in said.err
     sample.main(["sample", f"--run_dir={straight}", "--length=3"])
     assert "the average of the parameters (average=asgd)" in capsys.readouterr().err
+
+
+ROLLBACK = ("--on_divergence=rollback", "--schedule=constant", "--evaluate_every=10")  # checkpoints of 5, 10, ...
+AVERAGES = pytest.mark.parametrize(
+    "average", [("--average=ema",), ("--average=asgd", "--average_patience=0")], ids=["ema", "asgd"]
+)
+
+
+@pytest.fixture
+def disturbed(monkeypatch):
+    """Does something to the state before the update of one step, once; gives {step: the states before its updates}."""
+
+    def disturbed(at, disturb):
+        seen: dict[int, list] = {}
+
+        def make(*args, make=step_lib.make):
+            train_step = make(*args)
+
+            def step(state, batch):
+                seen.setdefault(int(state.step), []).append(jax.tree.map(np.array, state))
+                first = int(state.step) == at and len(seen[at]) == 1
+                return train_step(disturb(state) if first else state, batch)
+
+            return step
+
+        monkeypatch.setattr(step_lib, "make", make)
+        return seen
+
+    return disturbed
+
+
+@AVERAGES
+def test_a_run_that_goes_back_has_the_average_of_the_checkpoint(average, go, disturbed):
+    seen = disturbed(
+        28, lambda state: state._replace(params=jax.tree.map(lambda p: p * np.float32(np.nan), state.params))
+    )
+    run_dir = go(f"back {average}", 2, None, *ROLLBACK, *average)
+    assert "went back to step 25, rollback 1 of 3;" in (run_dir / "log.txt").read_text()
+    before, after = seen[25]
+    assert_equal_bits((after.average, after.progress), (before.average, before.progress))
+    assert after.progress.averaged == 25 and np.abs(after.average.b_out - after.params.b_out).max() > 1e-3
+    assert len(seen[28]) == 2 and np.isfinite(seen[39][0].average.b_out).all()
+
+
+@AVERAGES
+def test_a_bit_of_the_average_that_flips_on_one_device_is_found(average, go, disturbed):
+    disturbed(28, lambda state: state._replace(average=state.average._replace(b_out=flipped(state.average.b_out, 1))))
+    run_dir = go(f"flipped {average}", 2, None, *ROLLBACK, *average, "--check_replicas_every=5")
+    log = (run_dir / "log.txt").read_text()
+    found = r"diverged: the copies on device 0 .*, device 1 .* differ, in average\.b_out after step 30"
+    assert re.search(found, log) and log.count("went back to step 25") == 1
 
 
 def test_without_a_validation_split_it_is_refused(arguments, tmp_path):
