@@ -10,6 +10,9 @@ layer adds to the features with skip is not dropped on its way to the next (Meli
 is tied, uses all rows of the embedding (Merity et al. 2018).
 """
 
+import math
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -93,11 +96,43 @@ def features(
 ) -> tuple[RecurrentState, jax.Array]:
     """The state after a window, and what the soft-max sees, `[T, B, H]` in the compute dtype; arguments of `apply`."""
     inputs_TB, reset_TB = inputs_BT.T, reset_BT.T
+    params = _with_dropped_weights(config, params, noise)
+    T, size = len(inputs_TB), math.isqrt(len(inputs_TB))
+    if not config.remat or size < 2:
+        return _read(config, params, noise, state, inputs_TB, reset_TB)
+    # Pieces of the square root of the window, the first one with what is left over: the states between them, and what
+    # one piece keeps, are least then.  The loop holds back what a piece computes again until its turn has come.
+    start = size + T % size if T % size else 0
+    read = jax.checkpoint(partial(_read, config, params, noise), prevent_cse=False)
+    state, first = read(state, inputs_TB[:start], reset_TB[:start]) if start else (state, None)
+    pieces = jax.tree.map(lambda a: a[start:].reshape(-1, size, *a.shape[1:]), (inputs_TB, reset_TB))
+    state, rest = jax.lax.scan(lambda state, piece: read(state, *piece), state, pieces)
+    rest = rest.reshape(-1, *rest.shape[2:])
+    return state, rest if first is None else jnp.concatenate([first, rest])
+
+
+def _with_dropped_weights(config: ModelConfig, params: ModelParams, noise: Noise | None) -> ModelParams:
+    """The embedding and the recurrent weights as the window uses them."""
+    table_VE = params.embedding
+    if table_VE is not None:
+        table_VE = drop_rows(table_VE, noise, config.embedding_dropout, "embedding_dropout")
+    cells = []
+    for layer, p in enumerate(params.cells):
+        w_h = drop_weights(layer_lib.recurrent_weights(p), noise, config.weight_drop, f"weight_drop.{layer}")
+        cells.append(p._replace(w_h=w_h))
+    return params._replace(embedding=table_VE, cells=tuple(cells))
+
+
+def _read(
+    config: ModelConfig,
+    params: ModelParams,
+    noise: Noise | None,
+    state: RecurrentState,
+    inputs_TB: jax.Array,
+    reset_TB: jax.Array,
+) -> tuple[RecurrentState, jax.Array]:
     dtype, each_symbol = _compute_dtype(config, params), config.dropout_mask == "symbol"
-    x_TBD: jax.Array | None = None
-    if params.embedding is not None:
-        table_VE = drop_rows(params.embedding, noise, config.embedding_dropout, "embedding_dropout")
-        x_TBD = lookup(table_VE, inputs_TB).astype(dtype)
+    x_TBD = None if params.embedding is None else lookup(params.embedding, inputs_TB).astype(dtype)
     new_state, outputs = [], []
     for layer, (p, layer_state) in enumerate(zip(params.cells, state, strict=True)):
         which = "between_dropout" if layer else "input_dropout"
@@ -109,9 +144,6 @@ def features(
             z_TBG = drop(x_TBD, *drawn_for)  # the projection is of what the mogrifier makes of it, symbol by symbol
         else:
             z_TBG = dense(drop(x_TBD, *drawn_for), p.w_x, b_x, dtype)
-        p = p._replace(
-            w_h=drop_weights(layer_lib.recurrent_weights(p), noise, config.weight_drop, f"weight_drop.{layer}")
-        )
         layer_state, x_TBD = layer_lib.read(config, p, layer_state, z_TBG.astype(dtype), reset_TB, noise, layer, dtype)
         new_state.append(layer_state)
         outputs.append(x_TBD)

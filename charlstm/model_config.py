@@ -55,6 +55,10 @@ class ModelConfig:
         "Type of the matrix products' operands; master parameters, recurrent state and soft-max stay float32.",
         choices=("float32", "bfloat16"),
     )
+    remat: bool = setting(
+        False,
+        "Keep of each layer only what it reads, and compute it again in the reverse pass: less memory, more time.",
+    )
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -73,6 +77,11 @@ class ModelConfig:
             )
         if self.nonlinearity != "tanh" and self.cell != "rnn":
             raise ValueError(f"nonlinearity={self.nonlinearity} is one of cell=rnn, and this is cell={self.cell}")
+        drawn_for_symbols = [name for name in ("zoneout", "zoneout_cell") if getattr(self, name)]
+        if self.dropout_mask == "symbol" and (self.input_dropout or self.between_dropout):
+            drawn_for_symbols.append("dropout_mask=symbol")
+        if self.remat and drawn_for_symbols:
+            raise ValueError(f"remat reads a window in pieces, and {drawn_for_symbols[0]} draws a mask for the whole")
         self._check_cell()
         name = "last_hidden_size" if self.last_hidden_size else "hidden_size"
         last = getattr(self, name)

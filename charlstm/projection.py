@@ -22,15 +22,46 @@ def _dense_forward(x_TBD, w_DK, b_K, dtype):
 
 
 def _dense_reverse(dtype, residuals, dy_TBK):
-    # dx = dy W',  dW = x' dy,  db = sum of dy
+    # dx = dy W'
     x_TBD, w_DK = residuals
-    dy = dy_TBK.astype(dtype)
-    dx_TBD = jnp.einsum("tbk,dk->tbd", dy, w_DK.astype(dtype), preferred_element_type=w_DK.dtype)
-    dw_DK = jnp.einsum("tbd,tbk->dk", x_TBD.astype(dtype), dy, preferred_element_type=w_DK.dtype)
-    return dx_TBD.astype(x_TBD.dtype), dw_DK, dy_TBK.sum((0, 1))
+    dx_TBD = jnp.einsum("tbk,dk->tbd", dy_TBK.astype(dtype), w_DK.astype(dtype), preferred_element_type=w_DK.dtype)
+    return (
+        dx_TBD.astype(x_TBD.dtype),
+        weight_gradient(x_TBD, dy_TBK, dtype, w_DK.dtype),
+        bias_gradient(dy_TBK, w_DK.dtype),
+    )
 
 
 dense.defvjp(_dense_forward, _dense_reverse)
+
+
+def transposed(w_DK: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """W', `[K, D]` in `dtype`, for the products in a loop: made before it, and held there.
+
+    XLA would take the transposition into the loop.
+    """
+    return jax.lax.optimization_barrier(w_DK.astype(dtype).T)
+
+
+def weight_gradient(
+    x_TBD: jax.Array, dy_TBK: jax.Array, compute_dtype: jax.typing.DTypeLike, dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """dW = x' dy, `[D, K]` in `dtype`: the sum over all symbols of all streams, as one product.
+
+    Over two axes: written as the product of two matrices, XLA leaves it on a CPU to a library that sums in an order
+    which depends on the number of threads.
+    """
+    x, dy = x_TBD.astype(compute_dtype), dy_TBK.astype(compute_dtype)
+    return jnp.einsum("tbd,tbk->dk", x, dy, preferred_element_type=dtype)
+
+
+def bias_gradient(dy_TBK: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """db, the sum of dy over all symbols of all streams, `[K]` in `dtype`.
+
+    As a product with ones, whose bits are those of any number of threads; those of a sum are not.
+    """
+    dy_NK = dy_TBK.reshape(-1, dy_TBK.shape[2])
+    return jnp.dot(jnp.ones((1, len(dy_NK)), dy_NK.dtype), dy_NK, preferred_element_type=dtype)[0]
 
 
 @jax.custom_vjp
@@ -47,7 +78,7 @@ def _lookup_reverse(residuals, dy_TBK):
     # dW = onehot' dy, one product.  The scatter-add that autodiff would make sums in an order that a GPU does not fix.
     w_VK, ids_TB = residuals
     onehot_TBV = jax.nn.one_hot(ids_TB, w_VK.shape[0], dtype=dy_TBK.dtype)
-    return jnp.einsum("tbv,tbk->vk", onehot_TBV, dy_TBK, preferred_element_type=w_VK.dtype), None
+    return weight_gradient(onehot_TBV, dy_TBK, dy_TBK.dtype, w_VK.dtype), None
 
 
 lookup.defvjp(_lookup_forward, _lookup_reverse)

@@ -8,6 +8,8 @@ import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 
+from jax.sharding import Mesh
+
 from charlstm import config as config_lib
 from charlstm import mesh as mesh_lib
 from charlstm import step as step_lib
@@ -19,7 +21,7 @@ from charlstm.types import ModelParams
 from data_pipeline.files import at_home
 from data_pipeline.settings import check_choices, setting
 from data_pipeline.streams import StreamPlan
-from launch import allocator, chosen_corpus, compilation, dry_run, flags, job, monitor, program, run_directory
+from launch import allocator, chosen_corpus, compilation, cores, dry_run, flags, job, monitor, program, run_directory
 from launch import run as run_lib
 from launch.job import JobFlags
 from launch.monitor import MonitorFlags
@@ -61,9 +63,10 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError("--run_dir is required: name a directory for the run, such as --run_dir=runs/mine")
     allocator.keep()
     compilation.keep()
+    mesh_of = cores.mesh_of(joined)
     job.join(joined)
     try:
-        return _run(chosen, watching, telling, config, given)
+        return _run(chosen, watching, telling, config, given, mesh_of)
     except (ValueError, OSError, RuntimeError) as error:
         if joined.has_others and mesh_lib.tells_of_a_lost_process(error):
             job.leave(error)
@@ -72,9 +75,16 @@ def main(argv: Sequence[str]) -> int:
         raise
 
 
-def _run(chosen: TrainFlags, watching: WatchdogFlags, telling: MonitorFlags, config: Config, given: list[str]) -> int:
+def _run(
+    chosen: TrainFlags,
+    watching: WatchdogFlags,
+    telling: MonitorFlags,
+    config: Config,
+    given: list[str],
+    mesh_of: Callable[[Config], Mesh],
+) -> int:
     # The devices, and the text.  All that can be refused is refused before anything is written.
-    mesh = mesh_lib.make()
+    mesh = mesh_of(config)
     step_lib.shards_per_device(config_lib.resolve(config, mesh.size), mesh.size)  # a text may take hours to prepare
     run_dir = at_home(chosen.run_dir)
     if chosen.run_dir:
@@ -104,6 +114,7 @@ def _run(chosen: TrainFlags, watching: WatchdogFlags, telling: MonitorFlags, con
     is_there = mesh_lib.any_process(run_directory.exists(run_dir))
     if is_there:
         config, remarks = mesh_lib.together(lambda: run_directory.continued(run_dir, config, identity))
+        mesh = mesh_of(config)
         step_lib.shards_per_device(config, mesh.size, fixed=True)
     else:
         config = config_lib.resolve(config, mesh.size)

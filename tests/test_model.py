@@ -9,6 +9,7 @@ from charlstm import model
 from charlstm.cells import textbook
 from charlstm.loss import activation_penalties, cross_entropy
 from charlstm.model_config import ModelConfig
+from charlstm.noise import Noise
 from charlstm.projection import dense, lookup
 from charlstm.training_config import OptimizerConfig
 
@@ -76,6 +77,48 @@ def test_the_model_equals_its_textbook_twin_in_float64_in_value_and_gradient(cel
         np.testing.assert_allclose(one, other, rtol=1e-12)
         for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-10, rtol=1e-10)
+
+
+def gradient_of(config, length):
+    """A function (params, state) -> (nats, gradient) of a window of `length` with every mask there is."""
+    inputs, targets, reset = (jnp.asarray(a) for a in window(length=length))
+    noise = Noise(jax.random.key(5), jnp.arange(B))
+
+    def nats(params, state):
+        new, logits = model.apply(config, params, state, inputs, reset, noise)
+        return cross_entropy(logits, targets.T).sum() + sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(new))
+
+    return jax.jit(jax.value_and_grad(nats, (0, 1)))
+
+
+@pytest.mark.parametrize("length", [1, 9, 12, 23])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"cell": "lstm", "state_dropout": 0.2, "weight_drop": 0.2, "skip": True},
+        {"cell": "gru", "embedding_size": 5, "embedding_dropout": 0.2},
+        {"cell": "lstm", "embedding_size": 5, "mogrifier_rounds": 2, "train_initial_state": True},
+    ],
+    ids=["lstm", "gru", "general"],
+)
+def test_a_window_computed_again_in_pieces_has_the_value_and_gradient_of_one_that_is_kept(kind, length):
+    kind = kind | {"input_dropout": 0.1, "between_dropout": 0.3}
+    with jax.enable_x64(True):
+        params = double(model.init(make(**kind), V, jax.random.key(1)))
+        random = np.random.default_rng(3)
+        state = jax.tree.map(lambda a: random.normal(size=a.shape), model.initial_state(make(**kind), B, jnp.float64))
+        kept, again = (gradient_of(make(remat=remat, **kind), length)(params, state) for remat in (False, True))
+        for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(again), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-12, rtol=1e-12)
+
+
+def test_a_window_computed_again_takes_a_third_of_the_memory():
+    def bytes_of(remat: bool) -> int:
+        config = make(hidden_size=64, num_layers=3, remat=remat)
+        like = jax.eval_shape(lambda: (model.init(config, V, jax.random.key(1)), model.initial_state(config, B)))
+        return gradient_of(config, 100).lower(*like).compile().memory_analysis().temp_size_in_bytes
+
+    assert 3 * bytes_of(remat=True) < bytes_of(remat=False)
 
 
 def test_the_penalties_of_activations_are_of_the_dropped_and_their_changes_of_the_undropped():

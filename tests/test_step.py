@@ -84,12 +84,13 @@ def assert_equal_bits(one, other):
     [
         (LSTM, "float32"),
         (LSTM, "bfloat16"),
+        (LSTM | {"remat": True}, "float32"),
         ({"cell": "gru"}, "bfloat16"),
         ({"cell": "rnn"}, "float32"),
         ({"cell": "mlstm", "weight_norm": True}, "float32"),
         (GENERAL, "bfloat16"),
     ],
-    ids=["lstm", "lstm-bfloat16", "gru-bfloat16", "rnn", "mlstm", "general-bfloat16"],
+    ids=["lstm", "lstm-bfloat16", "lstm-remat", "gru-bfloat16", "rnn", "mlstm", "general-bfloat16"],
 )
 def test_any_number_of_devices_that_divides_the_shards_gives_the_same_bits(kind, dtype):
     config = make_config(compute_dtype=dtype, state_dropout=0.2, **kind)
@@ -107,8 +108,7 @@ def test_shards_that_are_no_power_of_two_give_the_same_bits():
         assert_equal_bits(state, run(config, devices, steps=3)[0])
 
 
-# One update of a size at which faster products once gave a process of four devices, which has as many threads, other
-# bits than a process of one.
+# One update of a size at which the sums of a product, written otherwise, depend on the number of threads.
 ONE_UPDATE = """
 import jax
 import numpy as np
@@ -123,11 +123,12 @@ print(digest.state_digest(step.make(settings, 83, mesh_, 100)(state, mesh.put(me
 """
 
 
-def test_processes_of_other_numbers_of_devices_have_the_same_bits_at_a_size_that_is_worth_threads():
+def test_processes_with_other_numbers_of_devices_and_cores_have_the_same_bits_at_a_size_that_is_worth_threads():
     digests = set()
-    for devices in (1, 4):
+    allowed = os.sched_getaffinity(0)
+    for devices, cores in ((1, {min(allowed)}), (1, allowed), (4, allowed)):
         environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        command = [sys.executable, "-c", ONE_UPDATE]
+        command = [sys.executable, "-c", f"import os\nos.sched_setaffinity(0, {cores})\n{ONE_UPDATE}"]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
         digests.add(done.stdout)
     assert len(digests) == 1 and len(digests.pop()) > 60

@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 
 from charlstm import initializers
+from charlstm.projection import bias_gradient, transposed, weight_gradient
 from charlstm.types import CellParams, CellState
 
 GATES = 3  # r u n
@@ -133,7 +134,7 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
     w_h, b_h, h_first, h_TBH, gates, reset_TB, z_like, mask_BH = residuals
     dfinal, dh_TBH = cotangents
     dtype = h_first.dtype
-    w_HG = w_h.astype(compute_dtype)
+    w_GH = transposed(w_h, compute_dtype)
     h_prev_TBH = jnp.where(reset_TB[:, :, None], 0, jnp.concatenate([h_first[None], h_TBH[:-1]]))
 
     def unread(dh_right, symbol):
@@ -143,14 +144,14 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
         dz_u = dh * (h_prev - n) * u * (1 - u)
         dz_r = dz_n * q_n * r * (1 - r)
         dq_BG = jnp.concatenate([dz_r, dz_u, dz_n * r], axis=1)
-        dseen = jnp.einsum("bg,hg->bh", dq_BG.astype(compute_dtype), w_HG, preferred_element_type=dtype)
+        dseen = jnp.dot(dq_BG.astype(compute_dtype), w_GH, preferred_element_type=dtype)
         dh_prev = dh * u + (dseen if mask_BH is None else dseen * mask_BH)
         return jnp.where(reset_B[:, None], 0, dh_prev), (dq_BG.astype(z_like.dtype), dz_n.astype(z_like.dtype))
 
     dh_first, (dq_TBG, dz_n) = jax.lax.scan(unread, dfinal.h, (dh_TBH, h_prev_TBH, gates, reset_TB), reverse=True)
     seen_TBH = (h_prev_TBH if mask_BH is None else h_prev_TBH * mask_BH[None]).astype(compute_dtype)
-    dw_h = jnp.einsum("tbh,tbg->hg", seen_TBH, dq_TBG.astype(compute_dtype), preferred_element_type=dtype)
-    db_h = dq_TBG.sum((0, 1), dtype=dtype)
+    dw_h = weight_gradient(seen_TBH, dq_TBG, compute_dtype, dtype)
+    db_h = bias_gradient(dq_TBG, dtype)
     dz_TBG = jnp.concatenate([dq_TBG[:, :, : 2 * w_h.shape[0]], dz_n], axis=2)
     return dw_h.astype(w_h.dtype), db_h.astype(b_h.dtype), CellState(dh_first, None), dz_TBG, None, None
 

@@ -40,8 +40,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from charlstm import initializers
+from charlstm.projection import bias_gradient, transposed, weight_gradient
 from charlstm.types import CellParams, CellState
 
 GATES = 4  # i f g o
@@ -137,31 +139,41 @@ def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
     dtype = state.h.dtype
     w_HG, b_BG = w_h.astype(compute_dtype), b_h.astype(dtype)[None]
 
-    def read(state, symbol):
-        z_BG, reset_B = symbol
+    def read(carry, symbol):
+        state, gates_TBG = carry
+        t, reset_B = symbol
         # A choice, not a product with 0: a NaN in the state of a stream that is reset must not survive.
         h_prev, c_prev = (jnp.where(reset_B[:, None], 0, s_BH) for s_BH in state)
         seen = h_prev if mask_BH is None else h_prev * mask_BH
-        a_BG = z_BG.astype(dtype) + b_BG + jnp.dot(seen.astype(compute_dtype), w_HG, preferred_element_type=dtype)
-        a_i, a_f, a_g, a_o = jnp.split(a_BG, GATES, axis=1)
-        i, f, g, o = jax.nn.sigmoid(a_i), jax.nn.sigmoid(a_f), jnp.tanh(a_g), jax.nn.sigmoid(a_o)
+        a_BG = gates_TBG[t] + b_BG + jnp.dot(seen.astype(compute_dtype), w_HG, preferred_element_type=dtype)
+        gates_BG = _activated(a_BG)
+        i, f, g, o = jnp.split(gates_BG, GATES, axis=1)
         c = f * c_prev + (jnp.minimum(i, 1 - f) if variant == "capped" else i) * g
         h = o * jnp.tanh(c)
-        return CellState(h, c), (h.astype(compute_dtype), (c_prev, i, f, g, o))
+        return (CellState(h, c), gates_TBG.at[t].set(gates_BG)), (h.astype(compute_dtype), c_prev)
 
-    final, (h_TBH, gates) = jax.lax.scan(read, state, (z_TBG, reset_TB))
-    # Of z only the dtype is wanted later; an empty slice carries it, so that the window's projection need not be kept.
-    return (final, h_TBH), (w_h, b_h, state.h, h_TBH, gates, reset_TB, z_TBG[:0], mask_BH)
+    # The gates take the place of the window's projection, symbol by symbol: one array less of the largest there are.
+    start, symbols = (state, z_TBG.astype(dtype)), (jnp.arange(z_TBG.shape[0]), reset_TB)
+    (final, gates_TBG), (h_TBH, c_prev_TBH) = jax.lax.scan(read, start, symbols)
+    # Of z only the dtype is wanted later; an empty slice carries it.
+    return (final, h_TBH), (w_h, b_h, state.h, h_TBH, c_prev_TBH, gates_TBG, reset_TB, z_TBG[:0], mask_BH)
+
+
+def _activated(a_BG: jax.Array) -> jax.Array:
+    """The gates i f g o of their arguments: one tanh for all of them, as σ(a) = (1 + tanh(a / 2)) / 2."""
+    half_BG = np.repeat(np.asarray([0.5, 0.5, 1.0, 0.5], a_BG.dtype), a_BG.shape[1] // GATES)[None]
+    return jnp.tanh(a_BG * half_BG) * half_BG + (1 - half_BG)
 
 
 def _reverse(compute_dtype, variant, residuals, cotangents):
-    w_h, b_h, h_first, h_TBH, gates, reset_TB, z_like, mask_BH = residuals
+    w_h, b_h, h_first, h_TBH, c_prev_TBH, gates_TBG, reset_TB, z_like, mask_BH = residuals
     dfinal, dh_TBH = cotangents
     dtype = h_first.dtype
-    w_HG = w_h.astype(compute_dtype)
+    w_GH = transposed(w_h, compute_dtype)
 
     def unread(dstate, symbol):
-        dh_above, (c_prev, i, f, g, o), reset_B = symbol
+        dh_above, c_prev, gates_BG, reset_B = symbol
+        i, f, g, o = jnp.split(gates_BG, GATES, axis=1)
         dh = dh_above.astype(dtype) + dstate.h
         k = jnp.minimum(i, 1 - f) if variant == "capped" else i
         tanh_c = jnp.tanh(f * c_prev + k * g)
@@ -174,17 +186,18 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
             da_i, da_f = jnp.where(at_the_cap, 0, da_i), jnp.where(at_the_cap, dc * (c_prev - g) * f * (1 - f), da_f)
         da_o = dh * tanh_c * o * (1 - o)
         da_BG = jnp.concatenate([da_i, da_f, da_g, da_o], axis=1)
-        dh_prev = jnp.einsum("bg,hg->bh", da_BG.astype(compute_dtype), w_HG, preferred_element_type=dtype)
+        dh_prev = jnp.dot(da_BG.astype(compute_dtype), w_GH, preferred_element_type=dtype)
         dh_prev = dh_prev if mask_BH is None else dh_prev * mask_BH
         dstate = CellState(*(jnp.where(reset_B[:, None], 0, ds) for ds in (dh_prev, dc * f)))
         return dstate, da_BG.astype(z_like.dtype)
 
-    dfirst, da_TBG = jax.lax.scan(unread, dfinal, (dh_TBH, gates, reset_TB), reverse=True)
+    symbols = (dh_TBH, c_prev_TBH, gates_TBG, reset_TB)
+    dfirst, da_TBG = jax.lax.scan(unread, dfinal, symbols, reverse=True)
     h_prev_TBH = jnp.concatenate([h_first[None].astype(compute_dtype), h_TBH[:-1]])
     h_prev_TBH = jnp.where(reset_TB[:, :, None], 0, h_prev_TBH)
     seen_TBH = h_prev_TBH if mask_BH is None else (h_prev_TBH.astype(dtype) * mask_BH[None]).astype(compute_dtype)
-    dw_h = jnp.einsum("tbh,tbg->hg", seen_TBH, da_TBG.astype(compute_dtype), preferred_element_type=dtype)
-    db_h = da_TBG.sum((0, 1), dtype=dtype)
+    dw_h = weight_gradient(seen_TBH, da_TBG, compute_dtype, dtype)
+    db_h = bias_gradient(da_TBG, dtype)
     return dw_h.astype(w_h.dtype), db_h.astype(b_h.dtype), dfirst, da_TBG, None, None
 
 

@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 
 from charlstm.cells import lstm
+from charlstm.projection import bias_gradient, transposed, weight_gradient
 from charlstm.types import CellParams, CellState
 
 GATES = lstm.GATES  # i f g o
@@ -127,7 +128,7 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
     w_h, b_h, h_first, h_TBH, gates, q_TBH, z_m_TBH, reset_TB, mask_BH = residuals
     dfinal, dh_TBH = cotangents
     dtype, G = h_first.dtype, b_h.shape[0]
-    w_hm, w_mh = w_h[:, :G].astype(compute_dtype), w_h[:, G:].astype(compute_dtype)
+    w_mh, w_hm = transposed(w_h[:, :G], compute_dtype), transposed(w_h[:, G:], compute_dtype)
 
     def unread(dstate, symbol):
         dh_above, (c_prev, i, f, g, o), q, z_m, reset_B = symbol
@@ -143,9 +144,9 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
             at_the_cap = i > 1 - f
             da_i, da_f = jnp.where(at_the_cap, 0, da_i), jnp.where(at_the_cap, dc * (c_prev - g) * f * (1 - f), da_f)
         da_BG = jnp.concatenate([da_i, da_f, da_g, da_o], axis=1)
-        dm = jnp.einsum("bg,hg->bh", da_BG.astype(compute_dtype), w_hm, preferred_element_type=dtype)
+        dm = jnp.dot(da_BG.astype(compute_dtype), w_mh, preferred_element_type=dtype)
         dq = dm * z_m.astype(dtype)
-        dh_prev = jnp.einsum("bq,hq->bh", dq.astype(compute_dtype), w_mh, preferred_element_type=dtype)
+        dh_prev = jnp.dot(dq.astype(compute_dtype), w_hm, preferred_element_type=dtype)
         dh_prev = dh_prev if mask_BH is None else dh_prev * mask_BH
         dstate = CellState(*(jnp.where(reset_B[:, None], 0, ds) for ds in (dh_prev, dc * f)))
         dz_BG = jnp.concatenate([da_BG, dm * q], axis=1)
@@ -156,14 +157,9 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
     h_prev_TBH = jnp.where(reset_TB[:, :, None], 0, h_prev_TBH)
     seen_TBH = h_prev_TBH if mask_BH is None else (h_prev_TBH.astype(dtype) * mask_BH[None]).astype(compute_dtype)
     m_TBH, da_TBG = (z_m_TBH.astype(dtype) * q_TBH).astype(compute_dtype), dz_TBG[:, :, :G]
-    dw_h = jnp.concatenate(
-        [
-            jnp.einsum("tbh,tbg->hg", v.astype(compute_dtype), dv.astype(compute_dtype), preferred_element_type=dtype)
-            for v, dv in ((m_TBH, da_TBG), (seen_TBH, dq_TBH))
-        ],
-        axis=1,
-    )
-    db_h = da_TBG.sum((0, 1), dtype=dtype)
+    pairs = (m_TBH, da_TBG), (seen_TBH, dq_TBH)
+    dw_h = jnp.concatenate([weight_gradient(v, dv, compute_dtype, dtype) for v, dv in pairs], axis=1)
+    db_h = bias_gradient(da_TBG, dtype)
     return dw_h.astype(w_h.dtype), db_h.astype(b_h.dtype), dfirst, dz_TBG, None, None
 
 

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from charlstm import initializers
+from charlstm.projection import bias_gradient, transposed, weight_gradient
 from charlstm.types import CellParams, CellState
 
 GATES = 1
@@ -118,21 +119,21 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
     w_h, b_h, h_first, h_TBH, reset_TB, z_like, mask_BH = residuals
     dfinal, dh_TBH = cotangents
     dtype = h_first.dtype
-    w_HH = w_h.astype(compute_dtype)
+    w_transposed = transposed(w_h, compute_dtype)
 
     def unread(dh_right, symbol):
         dh_above, h, reset_B = symbol
         dh = dh_above.astype(dtype) + dh_right
         da_BH = jnp.where(h > 0, dh, 0) if variant == "relu" else dh * (1 - h * h)
-        dh_prev = jnp.einsum("bg,hg->bh", da_BH.astype(compute_dtype), w_HH, preferred_element_type=dtype)
+        dh_prev = jnp.dot(da_BH.astype(compute_dtype), w_transposed, preferred_element_type=dtype)
         dh_prev = dh_prev if mask_BH is None else dh_prev * mask_BH
         return jnp.where(reset_B[:, None], 0, dh_prev), da_BH.astype(z_like.dtype)
 
     dh_first, da_TBH = jax.lax.scan(unread, dfinal.h, (dh_TBH, h_TBH, reset_TB), reverse=True)
     h_prev_TBH = jnp.where(reset_TB[:, :, None], 0, jnp.concatenate([h_first[None], h_TBH[:-1]]))
     seen_TBH = (h_prev_TBH if mask_BH is None else h_prev_TBH * mask_BH[None]).astype(compute_dtype)
-    dw_h = jnp.einsum("tbh,tbg->hg", seen_TBH, da_TBH.astype(compute_dtype), preferred_element_type=dtype)
-    db_h = da_TBH.sum((0, 1), dtype=dtype)
+    dw_h = weight_gradient(seen_TBH, da_TBH, compute_dtype, dtype)
+    db_h = bias_gradient(da_TBH, dtype)
     return dw_h.astype(w_h.dtype), db_h.astype(b_h.dtype), CellState(dh_first, None), da_TBH, None, None
 
 

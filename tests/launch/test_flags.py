@@ -108,7 +108,7 @@ OTHER = {
 # Those that do not go with the cell above, each with what it needs.
 APART: tuple[dict[str, object], ...] = (
     {"nonlinearity": "relu", "cell": "rnn"},
-    {"last_hidden_size": 8},
+    {"last_hidden_size": 8, "remat": True},
     {"cap_input_gate": True, "cell": "mlstm", "embedding_size": 8, "mogrifier_rounds": 5, "mogrifier_rank": 3}
     | {"zoneout": 0.1, "zoneout_cell": 0.5, "state_dropout": 0.2, "weight_norm": True, "train_initial_state": True},
     {"window_deviation": 3, "short_window_probability": 0.1, "window": 40},

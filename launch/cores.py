@@ -1,0 +1,48 @@
+"""The cores of a CPU as devices of their own: each computes the gradient of its own streams.
+
+Threads that share a product meet after each one, several times a symbol and layer; devices meet once an update.
+"""
+
+import os
+from collections.abc import Callable
+
+import jax
+from jax.sharding import Mesh
+
+from charlstm import config as config_lib
+from charlstm import mesh as mesh_lib
+from charlstm import step as step_lib
+from charlstm.config import Config
+from launch.job import JobFlags
+
+LEAST_STREAMS = 8  # of a device: a product with fewer does too little with the weights that it reads
+
+
+def mesh_of(joined: JobFlags) -> Callable[[Config], Mesh]:
+    """How the mesh of a run is made; before JAX starts.
+
+    It has all devices.  Those of a CPU are its cores, where this process is alone and the user has set no number of
+    them (XLA_FLAGS or JAX_NUM_CPU_DEVICES), and then as many as the run's streams and logical shards can be split over.
+    """
+    chosen_by_the_user = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if joined.has_others or chosen_by_the_user or "JAX_NUM_CPU_DEVICES" in os.environ:
+        return lambda config: mesh_lib.make()
+    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    return _shared
+
+
+def _shared(config: Config) -> Mesh:
+    mesh = mesh_lib.make()
+    if mesh.devices.flat[0].platform != "cpu":
+        return mesh
+    most = max(1, min(mesh.size, config.streams.batch_size // LEAST_STREAMS))
+    count = next((n for n in range(most, 0, -1) if _splits(config, n)), 1)
+    return mesh_lib.make(list(mesh.devices.flat[:count]))
+
+
+def _splits(config: Config, devices: int) -> bool:
+    try:
+        step_lib.shards_per_device(config_lib.resolve(config, devices), devices)
+    except ValueError:
+        return False
+    return True

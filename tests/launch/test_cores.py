@@ -1,0 +1,57 @@
+"""Which devices a run is given: every core of a CPU, as far as its streams can be shared out."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from charlstm import config as config_lib
+from charlstm.config import Config
+from launch import cores
+from launch.job import JobFlags
+from tests.jobs import ROOT
+
+
+@pytest.mark.parametrize(
+    ("settings", "devices"),
+    [
+        ({"batch_size": 64}, 8),
+        ({"batch_size": 63}, 7),
+        ({"batch_size": 50}, 5),  # of 6, which would have 8 streams each, none could
+        ({"batch_size": 24}, 3),
+        ({"batch_size": 5}, 1),
+        ({"batch_size": 64, "logical_shards": 4}, 4),
+        ({"batch_size": 60, "logical_shards": 6}, 6),
+        ({"batch_size": 64, "logical_shards": 3}, 1),  # which the training step refuses by name
+        ({"batch_size": 60, "logical_shards": 1, "reduction": "fast"}, 6),
+    ],
+)
+def test_as_many_cores_compute_as_the_streams_and_the_logical_shards_can_be_split_over(settings, devices):
+    assert len(jax.devices()) == 8
+    assert cores._shared(config_lib.replace(Config(), **settings)).size == devices
+
+
+def test_a_number_of_devices_that_the_user_chose_is_left_alone():
+    assert cores.mesh_of(JobFlags())(config_lib.replace(Config(), batch_size=5)).size == 8  # XLA_FLAGS of the tests
+
+
+@pytest.mark.parametrize(
+    ("given", "used", "expected"),
+    [({}, 1, 1), ({}, 2, 2), ({"JAX_NUM_CPU_DEVICES": "3"}, 1, 3)],
+    ids=["one core", "two cores", "told otherwise"],
+)
+def test_a_run_has_the_cores_that_its_process_may_use(tmp_path, given, used, expected):
+    allowed = sorted(os.sched_getaffinity(0))
+    if len(allowed) < used:
+        pytest.skip(f"{used} cores are wanted, and there is one")
+    text = tmp_path / "text.txt"
+    text.write_text("a text of some words " * 500)
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | given
+    program = "import os, runpy\nos.sched_setaffinity(0, {})\nrunpy.run_module('launch.train', run_name='__main__')"
+    program = program.format(allowed[:used])
+    flags = ["--dry_run", f"--corpus={text}", f"--cache_dir={tmp_path}", "--batch_size=24", "--window=8"]
+    command = [sys.executable, "-c", program, *flags, "--hidden_size=8"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert f"devices               {expected} x cpu in 1 process" in done.stdout
