@@ -36,10 +36,7 @@ dense.defvjp(_dense_forward, _dense_reverse)
 
 
 def transposed(w_DK: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """W', `[K, D]` in `dtype`, for the products in a loop: made before it, and held there.
-
-    XLA would take the transposition into the loop.
-    """
+    """W', `[K, D]` in `dtype`, as an array of its own: XLA would take the transposition into the products."""
     return jax.lax.optimization_barrier(w_DK.astype(dtype).T)
 
 
@@ -48,11 +45,12 @@ def weight_gradient(
 ) -> jax.Array:
     """dW = x' dy, `[D, K]` in `dtype`: the sum over all symbols of all streams, as one product.
 
-    Over two axes: written as the product of two matrices, XLA leaves it on a CPU to a library that sums in an order
-    which depends on the number of threads.
+    The transposition is held before it: a product whose left side is read transposed XLA leaves on a CPU to a library
+    that sums in an order which depends on the number of threads.
     """
-    x, dy = x_TBD.astype(compute_dtype), dy_TBK.astype(compute_dtype)
-    return jnp.einsum("tbd,tbk->dk", x, dy, preferred_element_type=dtype)
+    x_DTB = jax.lax.optimization_barrier(x_TBD.astype(compute_dtype).transpose(2, 0, 1))
+    x_DN, dy_NK = x_DTB.reshape(len(x_DTB), -1), dy_TBK.astype(compute_dtype).reshape(-1, dy_TBK.shape[2])
+    return jnp.dot(x_DN, dy_NK, preferred_element_type=dtype)
 
 
 def bias_gradient(dy_TBK: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

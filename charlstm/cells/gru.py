@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 
 from charlstm import initializers
+from charlstm.cells.window import scan
 from charlstm.projection import bias_gradient, transposed, weight_gradient
 from charlstm.types import CellParams, CellState
 
@@ -124,7 +125,7 @@ def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
         h = (1 - u) * n + u * h_prev
         return h, (h, (r, u, n, q_n))
 
-    h, (h_TBH, gates) = jax.lax.scan(read, state.h, (z_TBG, reset_TB))
+    h, (h_TBH, gates) = scan(read, state.h, (z_TBG, reset_TB))
     # Of z only the dtype is wanted later; an empty slice carries it, so that the window's projection need not be kept.
     residuals = (w_h, b_h, state.h, h_TBH, gates, reset_TB, z_TBG[:0], mask_BH)
     return (CellState(h, None), h_TBH.astype(compute_dtype)), residuals
@@ -148,7 +149,7 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
         dh_prev = dh * u + (dseen if mask_BH is None else dseen * mask_BH)
         return jnp.where(reset_B[:, None], 0, dh_prev), (dq_BG.astype(z_like.dtype), dz_n.astype(z_like.dtype))
 
-    dh_first, (dq_TBG, dz_n) = jax.lax.scan(unread, dfinal.h, (dh_TBH, h_prev_TBH, gates, reset_TB), reverse=True)
+    dh_first, (dq_TBG, dz_n) = scan(unread, dfinal.h, (dh_TBH, h_prev_TBH, gates, reset_TB), reverse=True)
     seen_TBH = (h_prev_TBH if mask_BH is None else h_prev_TBH * mask_BH[None]).astype(compute_dtype)
     dw_h = weight_gradient(seen_TBH, dq_TBG, compute_dtype, dtype)
     db_h = bias_gradient(dq_TBG, dtype)

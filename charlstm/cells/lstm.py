@@ -43,6 +43,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from charlstm import initializers
+from charlstm.cells.window import scan
 from charlstm.projection import bias_gradient, transposed, weight_gradient
 from charlstm.types import CellParams, CellState
 
@@ -145,16 +146,18 @@ def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
         # A choice, not a product with 0: a NaN in the state of a stream that is reset must not survive.
         h_prev, c_prev = (jnp.where(reset_B[:, None], 0, s_BH) for s_BH in state)
         seen = h_prev if mask_BH is None else h_prev * mask_BH
-        a_BG = gates_TBG[t] + b_BG + jnp.dot(seen.astype(compute_dtype), w_HG, preferred_element_type=dtype)
+        z_BG = jax.lax.dynamic_index_in_dim(gates_TBG, t, keepdims=False)
+        a_BG = z_BG + b_BG + jnp.dot(seen.astype(compute_dtype), w_HG, preferred_element_type=dtype)
         gates_BG = _activated(a_BG)
         i, f, g, o = jnp.split(gates_BG, GATES, axis=1)
         c = f * c_prev + (jnp.minimum(i, 1 - f) if variant == "capped" else i) * g
         h = o * jnp.tanh(c)
-        return (CellState(h, c), gates_TBG.at[t].set(gates_BG)), (h.astype(compute_dtype), c_prev)
+        gates_TBG = jax.lax.dynamic_update_index_in_dim(gates_TBG, gates_BG, t, 0)
+        return (CellState(h, c), gates_TBG), (h.astype(compute_dtype), c_prev)
 
     # The gates take the place of the window's projection, symbol by symbol: one array less of the largest there are.
     start, symbols = (state, z_TBG.astype(dtype)), (jnp.arange(z_TBG.shape[0]), reset_TB)
-    (final, gates_TBG), (h_TBH, c_prev_TBH) = jax.lax.scan(read, start, symbols)
+    (final, gates_TBG), (h_TBH, c_prev_TBH) = scan(read, start, symbols)
     # Of z only the dtype is wanted later; an empty slice carries it.
     return (final, h_TBH), (w_h, b_h, state.h, h_TBH, c_prev_TBH, gates_TBG, reset_TB, z_TBG[:0], mask_BH)
 
@@ -192,7 +195,7 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
         return dstate, da_BG.astype(z_like.dtype)
 
     symbols = (dh_TBH, c_prev_TBH, gates_TBG, reset_TB)
-    dfirst, da_TBG = jax.lax.scan(unread, dfinal, symbols, reverse=True)
+    dfirst, da_TBG = scan(unread, dfinal, symbols, reverse=True)
     h_prev_TBH = jnp.concatenate([h_first[None].astype(compute_dtype), h_TBH[:-1]])
     h_prev_TBH = jnp.where(reset_TB[:, :, None], 0, h_prev_TBH)
     seen_TBH = h_prev_TBH if mask_BH is None else (h_prev_TBH.astype(dtype) * mask_BH[None]).astype(compute_dtype)

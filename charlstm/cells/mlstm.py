@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 
 from charlstm.cells import lstm
+from charlstm.cells.window import scan
 from charlstm.projection import bias_gradient, transposed, weight_gradient
 from charlstm.types import CellParams, CellState
 
@@ -120,7 +121,7 @@ def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
         h = o * jnp.tanh(c)
         return CellState(h, c), (h.astype(compute_dtype), (c_prev, i, f, g, o), q)
 
-    final, (h_TBH, gates, q_TBH) = jax.lax.scan(read, state, (z_TBG, reset_TB))
+    final, (h_TBH, gates, q_TBH) = scan(read, state, (z_TBG, reset_TB))
     return (final, h_TBH), (w_h, b_h, state.h, h_TBH, gates, q_TBH, z_TBG[:, :, G:], reset_TB, mask_BH)
 
 
@@ -152,7 +153,7 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
         dz_BG = jnp.concatenate([da_BG, dm * q], axis=1)
         return dstate, (dz_BG.astype(z_m_TBH.dtype), dq.astype(z_m_TBH.dtype))
 
-    dfirst, (dz_TBG, dq_TBH) = jax.lax.scan(unread, dfinal, (dh_TBH, gates, q_TBH, z_m_TBH, reset_TB), reverse=True)
+    dfirst, (dz_TBG, dq_TBH) = scan(unread, dfinal, (dh_TBH, gates, q_TBH, z_m_TBH, reset_TB), reverse=True)
     h_prev_TBH = jnp.concatenate([h_first[None].astype(compute_dtype), h_TBH[:-1]])
     h_prev_TBH = jnp.where(reset_TB[:, :, None], 0, h_prev_TBH)
     seen_TBH = h_prev_TBH if mask_BH is None else (h_prev_TBH.astype(dtype) * mask_BH[None]).astype(compute_dtype)

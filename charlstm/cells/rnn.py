@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from charlstm import initializers
+from charlstm.cells.window import scan
 from charlstm.projection import bias_gradient, transposed, weight_gradient
 from charlstm.types import CellParams, CellState
 
@@ -109,7 +110,7 @@ def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
         h = jax.nn.relu(a_BH) if variant == "relu" else jnp.tanh(a_BH)
         return h, h
 
-    h, h_TBH = jax.lax.scan(read, state.h, (z_TBG, reset_TB))
+    h, h_TBH = scan(read, state.h, (z_TBG, reset_TB))
     # Of z only the dtype is wanted later; an empty slice carries it, so that the window's projection need not be kept.
     residuals = (w_h, b_h, state.h, h_TBH, reset_TB, z_TBG[:0], mask_BH)
     return (CellState(h, None), h_TBH.astype(compute_dtype)), residuals
@@ -129,7 +130,7 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
         dh_prev = dh_prev if mask_BH is None else dh_prev * mask_BH
         return jnp.where(reset_B[:, None], 0, dh_prev), da_BH.astype(z_like.dtype)
 
-    dh_first, da_TBH = jax.lax.scan(unread, dfinal.h, (dh_TBH, h_TBH, reset_TB), reverse=True)
+    dh_first, da_TBH = scan(unread, dfinal.h, (dh_TBH, h_TBH, reset_TB), reverse=True)
     h_prev_TBH = jnp.where(reset_TB[:, :, None], 0, jnp.concatenate([h_first[None], h_TBH[:-1]]))
     seen_TBH = (h_prev_TBH if mask_BH is None else h_prev_TBH * mask_BH[None]).astype(compute_dtype)
     dw_h = weight_gradient(seen_TBH, da_TBH, compute_dtype, dtype)
