@@ -144,5 +144,5 @@ def test_the_space_around_char_rnns_recipe_has_the_recipe_in_it():
     config = recipe("tinyshakespeare")
     space = search_space.read(str(ROOT / "configs" / "tinyshakespeare.space.toml"), config)
     assert search_space.own_values(space, config).keys() == space.drawn.keys()
-    assert (space.fitted, space.parameters) == ("hidden_size", 240_321)
+    assert not space.fitted and not space.drawn.keys() & {"hidden_size", "num_layers", "cell", "batch_size", "window"}
     assert dry_run.count_parameters(config, 65) == 240_321
