@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("charlstm", "data_pipeline", "launch", "benchmarks")
 RANKS = {
     "charlstm": {
-        0: ["model_config", "training_config", "types", "keys"],
+        0: ["model_config", "training_config", "types", "keys", "cells.window"],
         1: [
             *("config", "initializers", "projection", "loss", "optimizers", "schedules", "mesh", "digest", "reduction"),
             *("guard", "noise", "progress"),
