@@ -27,7 +27,8 @@ def mesh_of(joined: JobFlags) -> Callable[[Config], Mesh]:
     chosen_by_the_user = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if joined.has_others or chosen_by_the_user or "JAX_NUM_CPU_DEVICES" in os.environ:
         return lambda config: mesh_lib.make()
-    jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # not on a Mac
+    jax.config.update("jax_num_cpu_devices", usable or 1)
     return _shared
 
 
