@@ -48,6 +48,7 @@ def weight_gradient(
     The transposition is held before it: a product whose left side is read transposed XLA leaves on a CPU to a library
     that sums in an order which depends on the number of threads.
     """
+    # Of three axes: the transposition of a matrix XLA would fold into the product all the same.
     x_DTB = jax.lax.optimization_barrier(x_TBD.astype(compute_dtype).transpose(2, 0, 1))
     x_DN, dy_NK = x_DTB.reshape(len(x_DTB), -1), dy_TBK.astype(compute_dtype).reshape(-1, dy_TBK.shape[2])
     return jnp.dot(x_DN, dy_NK, preferred_element_type=dtype)

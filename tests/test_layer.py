@@ -287,6 +287,11 @@ def test_parameters_are_counted_as_the_published_models_have_them():
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
+        ({"remat": True, "zoneout_cell": 0.1}, "remat reads a window in pieces, and zoneout_cell draws a mask for the"),
+        (
+            {"remat": True, "dropout_mask": "symbol", "between_dropout": 0.1},
+            "remat reads a window in pieces, and dropout_mask=symbol draws a mask",
+        ),
         ({"nonlinearity": "relu"}, "nonlinearity=relu is one of cell=rnn, and this is cell=lstm"),
         ({"cap_input_gate": True, "cell": "gru"}, "cap_input_gate=True is an LSTM's, and this is cell=gru"),
         ({"zoneout_cell": 0.1, "cell": "rnn"}, "zoneout_cell=0.1 is an LSTM's, and this is cell=rnn"),

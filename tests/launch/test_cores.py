@@ -49,9 +49,34 @@ def test_a_run_has_the_cores_that_its_process_may_use(tmp_path, given, used, exp
     text = tmp_path / "text.txt"
     text.write_text("a text of some words " * 500)
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | given
-    program = "import os, runpy\nos.sched_setaffinity(0, {})\nrunpy.run_module('launch.train', run_name='__main__')"
-    program = program.format(allowed[:used])
     flags = ["--dry_run", f"--corpus={text}", f"--cache_dir={tmp_path}", "--batch_size=24", "--window=8"]
-    command = [sys.executable, "-c", program, *flags, "--hidden_size=8"]
+    said = trained(allowed[:used], environment, *flags, "--hidden_size=8")
+    assert f"devices               {expected} x cpu in 1 process" in said
+
+
+def trained(cores: list[int], environment: dict[str, str], *flags: str) -> str:
+    """What launch.train says on these cores."""
+    program = (
+        f"import os, runpy\nos.sched_setaffinity(0, {cores})\nrunpy.run_module('launch.train', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", program, *flags]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    assert f"devices               {expected} x cpu in 1 process" in done.stdout
+    return done.stdout + done.stderr
+
+
+def test_a_run_of_one_core_goes_on_where_there_are_two(tmp_path):
+    allowed = sorted(os.sched_getaffinity(0))[:2]
+    if len(allowed) < 2:
+        pytest.skip("two cores are wanted, and there is one")
+    text = tmp_path / "text.txt"
+    text.write_text("a text of some words " * 500)
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    flags = [
+        "--flagfile=configs/tiny.flags",
+        f"--corpus={text}",
+        f"--cache_dir={tmp_path}",
+        f"--run_dir={tmp_path}/run",
+    ]
+    flags += ["--batch_size=16", "--evaluate_every=0"]
+    trained(allowed[:1], environment, *flags, "--num_steps=2")
+    assert "finished: 3 steps" in trained(allowed, environment, *flags, "--num_steps=3")
