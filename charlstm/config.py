@@ -10,6 +10,8 @@ from data_pipeline.settings import CorpusSettings, StreamSettings, check_numbers
 
 # Settings that say when the validation split is scored, and to which figure, to the last bit.
 SCORING = ("evaluate_every", "piece", "burn_in", "evaluation_batch_size")
+# Values by which a setting is left to the run, which fixes it when it starts.
+LEFT_OPEN = {"logical_shards": 0, "decay_steps": 0, "decay_rate": 0, "recurrence": "auto"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,13 +109,13 @@ def from_json(text: str, source: str) -> Config:
 def differences(run: Config, now: Config) -> tuple[list[str], list[str]]:
     """What `now` would change of a run made with `run`: (forbidden, free), each a list of "name: old -> new".
 
-    A zero that `resolve` fills in is no difference.  Where a run goes by validation, what makes the scores is not free.
+    What is LEFT_OPEN is no difference.  Where a run goes by validation, what makes the scores is not free.
     """
     held = SCORING if run.optimizer.goes_by_validation else ()
     forbidden: list[str] = []
     free: list[str] = []
     for name, (section, field) in flatten(run).items():
         old, new = getattr(getattr(run, section), name), getattr(getattr(now, section), name)
-        if old != new and not (name in ("logical_shards", "decay_steps", "decay_rate") and new == 0):
+        if old != new and new != LEFT_OPEN.get(name):
             (free if field.metadata["free"] and name not in held else forbidden).append(f"{name}: {old} -> {new}")
     return forbidden, free

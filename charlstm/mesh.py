@@ -71,8 +71,18 @@ def make(devices: list[jax.Device] | None = None) -> Mesh:
 
 def describe(mesh: Mesh) -> str:
     """The devices in words, such as "8 x cpu in 1 process"."""
-    kind, processes = mesh.devices.flat[0].device_kind, jax.process_count()
+    kind, processes = device_kind(mesh), jax.process_count()
     return f"{mesh.size} x {kind} in {processes} process{'es' if processes > 1 else ''}"
+
+
+def device_kind(mesh: Mesh) -> str:
+    """What the devices are, such as "cpu"."""
+    return mesh.devices.flat[0].device_kind
+
+
+def has_cudnn(mesh: Mesh) -> bool:
+    """Whether the devices are GPUs, whose maker's library has an LSTM of its own."""
+    return mesh.devices.flat[0].platform == "gpu"
 
 
 def device_name(mesh: Mesh, number: int) -> str:

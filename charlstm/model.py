@@ -137,14 +137,19 @@ def _read(
     for layer, (p, layer_state) in enumerate(zip(params.cells, state, strict=True)):
         which = "between_dropout" if layer else "input_dropout"
         drawn_for = (noise, getattr(config, which), f"{which}.{layer}", each_symbol)
-        b_x = layer_lib.input_bias(config, p)
-        if x_TBD is None:
-            z_TBG = drop_symbols(lookup(p.w_x, inputs_TB), inputs_TB, p.w_x.shape[0], *drawn_for) + b_x[None, None, :]
-        elif config.mogrifier_rounds:
-            z_TBG = drop(x_TBD, *drawn_for)  # the projection is of what the mogrifier makes of it, symbol by symbol
+        if x_TBD is None:  # one-hot symbols, or at once their projection
+            V = p.w_x.shape[0]
+            w_VX = jnp.eye(V, dtype=dtype) if config.projects_inside else p.w_x
+            inputs_TBX = drop_symbols(lookup(w_VX, inputs_TB), inputs_TB, V, *drawn_for)
+            if not config.projects_inside:
+                inputs_TBX = inputs_TBX + layer_lib.input_bias(config, p)[None, None, :]
         else:
-            z_TBG = dense(drop(x_TBD, *drawn_for), p.w_x, b_x, dtype)
-        layer_state, x_TBD = layer_lib.read(config, p, layer_state, z_TBG.astype(dtype), reset_TB, noise, layer, dtype)
+            inputs_TBX = drop(x_TBD, *drawn_for)
+            if not config.projects_inside:
+                inputs_TBX = dense(inputs_TBX, p.w_x, layer_lib.input_bias(config, p), dtype)
+        layer_state, x_TBD = layer_lib.read(
+            config, p, layer_state, inputs_TBX.astype(dtype), reset_TB, noise, layer, dtype
+        )
         new_state.append(layer_state)
         outputs.append(x_TBD)
     return tuple(new_state), sum(outputs[1:], outputs[0]) if config.skip else outputs[-1]

@@ -55,6 +55,13 @@ class ModelConfig:
         "Type of the matrix products' operands; master parameters, recurrent state and soft-max stay float32.",
         choices=("float32", "bfloat16"),
     )
+    recurrence: str = setting(
+        "scan",
+        "How an LSTM reads a window: scan, as written here, on any device; cudnn, by NVIDIA's kernels, in float32; "
+        "auto: the faster one, timed as the run begins.",
+        choices=("scan", "cudnn", "auto"),
+        free=True,  # the equations are the same; bits are not
+    )
     remat: bool = setting(
         False,
         "Keep of each layer only what it reads, and compute it again in the reverse pass: less memory, more time.",
@@ -83,6 +90,8 @@ class ModelConfig:
         if self.remat and drawn_for_symbols:
             raise ValueError(f"remat reads a window in pieces, and {drawn_for_symbols[0]} draws a mask for the whole")
         self._check_cell()
+        if self.recurrence == "cudnn" and (beyond := self.beyond_cudnn):
+            raise ValueError(f"recurrence=cudnn is of a plain LSTM in float32, and this has {beyond}: use auto or scan")
         name = "last_hidden_size" if self.last_hidden_size else "hidden_size"
         last = getattr(self, name)
         if self.tie_embeddings and self.embedding_size != last:
@@ -127,6 +136,24 @@ class ModelConfig:
             case "gru":
                 return ""
         return "capped" if self.cap_input_gate else "plain"
+
+    @property
+    def beyond_cudnn(self) -> str:
+        """The first setting that cuDNN's LSTM does not know; "" where it computes this model."""
+        wanted = {"cell": "lstm", "compute_dtype": "float32"}
+        wanted |= dict.fromkeys(("cap_input_gate", "train_initial_state"), False)
+        wanted |= dict.fromkeys(("state_dropout", "zoneout", "zoneout_cell", "mogrifier_rounds"), 0)
+        return next((f"{n}={getattr(self, n)}" for n, value in wanted.items() if getattr(self, n) != value), "")
+
+    @property
+    def by_scan(self) -> "ModelConfig":
+        """The same model, computed as on any device: what scores are made with, whatever trained it."""
+        return dataclasses.replace(self, recurrence="scan")
+
+    @property
+    def projects_inside(self) -> bool:
+        """Whether the recurrence takes a layer's input itself, not its projection x W_x + b_x."""
+        return bool(self.mogrifier_rounds) or self.recurrence == "cudnn"
 
     @property
     def has_fast_path(self) -> bool:

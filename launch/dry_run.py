@@ -98,17 +98,17 @@ def _seconds_a_step(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh
     T = config.streams.window
     if T > SHORT_WINDOW:
         short = config_lib.replace(config, window=SHORT_WINDOW)
-        scaled = _median(_timed(short, corpus, plan, mesh, 1)) * T / SHORT_WINDOW
+        scaled = _median(timed(short, corpus, plan, mesh, 1)) * T / SHORT_WINDOW
         if scaled * (TIMED_STEPS + 1) > PATIENCE:
-            times = _timed(short, corpus, plan, mesh, TIMED_STEPS)
+            times = timed(short, corpus, plan, mesh, TIMED_STEPS)
             return _median(
                 times
             ) * T / SHORT_WINDOW, f"{len(times)} steps of {SHORT_WINDOW} symbols timed, scaled to {T}"
-    times = _timed(config, corpus, plan, mesh, TIMED_STEPS, TIMED_SECONDS)
+    times = timed(config, corpus, plan, mesh, TIMED_STEPS, TIMED_SECONDS)
     return _median(times), f"{len(times)} steps timed"
 
 
-def _timed(
+def timed(
     config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, steps: int, at_least: float = 0.0
 ) -> list[float]:
     """Seconds of each of so many steps, and of more until `at_least` seconds are full; compilation left out."""

@@ -21,7 +21,19 @@ from charlstm.types import ModelParams
 from data_pipeline.files import at_home
 from data_pipeline.settings import check_choices, setting
 from data_pipeline.streams import StreamPlan
-from launch import allocator, chosen_corpus, compilation, cores, dry_run, flags, job, monitor, program, run_directory
+from launch import (
+    allocator,
+    chosen_corpus,
+    compilation,
+    cores,
+    dry_run,
+    flags,
+    job,
+    monitor,
+    program,
+    recurrence,
+    run_directory,
+)
 from launch import run as run_lib
 from launch.job import JobFlags
 from launch.monitor import MonitorFlags
@@ -105,7 +117,8 @@ def _run(
     run_directory.separator(config, corpus.vocabulary)
     dry_run.require_memory(config, corpus.vocabulary.size)
     if chosen.dry_run:
-        dry_run.report(config_lib.resolve(config, mesh.size), corpus, plan, mesh, chosen.dry_run_format)
+        config, _ = recurrence.chosen(config_lib.resolve(config, mesh.size), corpus, plan, mesh)
+        dry_run.report(config, corpus, plan, mesh, chosen.dry_run_format)
         return program.DONE
 
     # The run: a new one, or the one that is there.
@@ -118,6 +131,8 @@ def _run(
         step_lib.shards_per_device(config, mesh.size, fixed=True)
     else:
         config = config_lib.resolve(config, mesh.size)
+    config, remark = recurrence.chosen(config, corpus, plan, mesh)
+    remarks += [remark] if remark else []
     run = Run(run_dir, config, identity, corpus, plan, mesh)
     params = _initial_params(run, chosen.initial_checkpoint, remarks.append)
     with contextlib.ExitStack() as held:

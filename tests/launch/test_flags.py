@@ -113,6 +113,7 @@ APART: tuple[dict[str, object], ...] = (
     | {"zoneout": 0.1, "zoneout_cell": 0.5, "state_dropout": 0.2, "weight_norm": True, "train_initial_state": True},
     {"window_deviation": 3, "short_window_probability": 0.1, "window": 40},
     {"average": "ema", "ema_decay": 0.9},
+    {"recurrence": "auto"},
     {"average": "asgd", "average_patience": 2, "schedule": "plateau", "plateau_patience": 3, "plateau_latest": 9}
     | {"average_latest": 8},
 )

@@ -1,0 +1,46 @@
+"""--recurrence: what a run without cuDNN does, and how the faster way is found."""
+
+import json
+
+import pytest
+
+from charlstm import config as config_lib
+from charlstm import mesh as mesh_lib
+from charlstm.config import Config
+from launch import dry_run, recurrence, train
+from tests.launch.conftest import refusal
+
+
+def test_auto_is_the_loop_where_there_is_no_cudnn_and_the_run_keeps_what_was_chosen(arguments, tmp_path):
+    command = ["train", *arguments, f"--run_dir={tmp_path}", "--recurrence=auto"]
+    for steps in (2, 4):  # begun, and continued by the same command
+        assert train.main([*command, f"--num_steps={steps}"]) == 0
+        assert json.loads((tmp_path / "config.json").read_text())["model"]["recurrence"] == "scan"
+    log = (tmp_path / "log.txt").read_text()
+    assert log.count("recurrence=scan: there is no cuDNN on cpu") == 1
+    assert [line.split(": ")[-1] for line in log.splitlines() if "changed since" in line] == ["2 -> 4"]
+
+
+def test_cudnn_is_refused_where_there_is_none(arguments, tmp_path):
+    said = refusal(train.main, *arguments, f"--run_dir={tmp_path / 'run'}", "--recurrence=cudnn")
+    assert said == "recurrence=cudnn needs an NVIDIA GPU, and there is cpu: use scan or auto"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "taken", "words"),
+    [
+        ({}, "cudnn", "recurrence=cudnn: an update took scan 30.0 ms, cudnn 10.0 ms on cpu"),
+        ({"cell": "gru"}, "scan", "recurrence=scan: cuDNN does not know cell=gru"),
+        ({"recurrence": "scan"}, "scan", ""),
+        ({"recurrence": "cudnn"}, "cudnn", ""),
+    ],
+    ids=["the faster one", "one that cuDNN does not know", "scan as given", "cudnn as given"],
+)
+def test_of_what_is_left_open_the_faster_way_is_taken(settings, taken, words, monkeypatch):
+    seconds = {"scan": [0.9, 0.03, 0.02, 0.03, 0.03], "cudnn": [0.9, 0.01, 0.01, 0.02, 0.01]}
+    monkeypatch.setattr(mesh_lib, "has_cudnn", lambda mesh: True)
+    monkeypatch.setattr(dry_run, "timed", lambda config, *_: seconds[config.model.recurrence])
+    config = config_lib.replace(Config(), **({"recurrence": "auto"} | settings))
+    chosen = recurrence.chosen(config, None, None, mesh_lib.make())
+    assert chosen == (config_lib.replace(config, recurrence=taken), words)
