@@ -51,7 +51,7 @@ def run(rows: Rows, quick: bool, shapes: str, rounds: int) -> None:
 def compare(rows: Rows, shape: Shape, rounds: int, gpu: bool, quick: bool) -> None:
     """Adds a row for each contestant at this shape."""
     choice = workers_lib.environments(quick)
-    matches = {name: (maker, shape, {}) for name, maker in PEERS.items()}
+    matches: dict[str, tuple[str, Shape, dict[str, str]]] = {name: (maker, shape, {}) for name, maker in PEERS.items()}
     if shape.dtype == "bfloat16":
         matches = {name: matches[name] for name in ("ours", "PyTorch")}
         matches["ours in float32"] = PEERS["ours"], dataclasses.replace(shape, dtype="float32"), {}
@@ -61,7 +61,9 @@ def compare(rows: Rows, shape: Shape, rounds: int, gpu: bool, quick: bool) -> No
     settings = {}
     for name, (maker, own_shape, options) in matches.items():
         own = choice | per_core(choice) if name.startswith("ours") and not (quick or gpu) else choice
-        settings[name], workers[name] = workers_lib.fastest(maker, {"shape": dataclasses.asdict(own_shape)} | options, own)
+        settings[name], workers[name] = workers_lib.fastest(
+            maker, {"shape": dataclasses.asdict(own_shape)} | options, own
+        )
     size = 256 if quick else 8192 if gpu else 2048
     for maker in RATES:
         workers[maker] = Worker(maker, {"size": size, "dtype": shape.dtype}, choice["plain"])

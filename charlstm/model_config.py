@@ -140,10 +140,17 @@ class ModelConfig:
     @property
     def beyond_cudnn(self) -> str:
         """The first setting that cuDNN's LSTM does not know; "" where it computes this model."""
-        wanted = {"cell": "lstm", "compute_dtype": "float32"}
-        wanted |= dict.fromkeys(("cap_input_gate", "train_initial_state"), False)
-        wanted |= dict.fromkeys(("state_dropout", "zoneout", "zoneout_cell", "mogrifier_rounds"), 0)
-        return next((f"{n}={getattr(self, n)}" for n, value in wanted.items() if getattr(self, n) != value), "")
+        others = [n for n, own in (("cell", "lstm"), ("compute_dtype", "float32")) if getattr(self, n) != own]
+        options = (
+            "cap_input_gate",
+            "train_initial_state",
+            "state_dropout",
+            "zoneout",
+            "zoneout_cell",
+            "mogrifier_rounds",
+        )
+        others += [name for name in options if getattr(self, name)]
+        return f"{others[0]}={getattr(self, others[0])}" if others else ""
 
     @property
     def by_scan(self) -> "ModelConfig":

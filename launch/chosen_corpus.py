@@ -22,8 +22,11 @@ def open_for(config: Config, given: list[str]) -> tuple[Corpus, Config]:
     """
     settings = config.corpus
     names = {flag.removeprefix("--").partition("=")[0] for flag in given}
-    if settings.train and "corpus" in names:
-        raise ValueError(f"--corpus={settings.corpus} and --train={settings.train} are both given: leave one out")
+    if settings.train and settings.corpus and "corpus" in names:
+        raise ValueError(
+            f"--corpus={settings.corpus} and --train={settings.train} are both given: leave one out, or give --corpus= "
+            "where a flagfile names one"
+        )
     if not settings.corpus and not settings.train:
         raise ValueError("--corpus is empty: name a text, a prepared directory, or python")
     corpus = open_corpus(corpora.resolve(settings, bar()))

@@ -38,8 +38,8 @@ def _by_scan(params: CellParams, state: CellState, x_TBD: jax.Array, reset_TB: j
 def _by_cudnn(params: CellParams, state: CellState, x_TBD: jax.Array, reset_TB: jax.Array):
     T, B, D = x_TBD.shape
     packed = jnp.concatenate([params.w_x.T.ravel(), params.w_h.T.ravel(), params.b_x, params.b_h])
-    # A choice, not a product with 0: a NaN in the state of a stream that is reset must not survive.  One layer's state.
-    h_1BH, c_1BH = (jnp.where(reset_TB[0][:, None], 0, s_BH)[None] for s_BH in state)
+    # A choice, not a product with 0: a NaN in the state of a stream that is reset must not survive.  1 layer.
+    h_1BH, c_1BH = (jnp.where(reset_TB[0][:, None], 0, s_BH)[None] for s_BH in jax.tree.leaves(state))
     lengths_B, sizes = jnp.full((B,), T, jnp.int32), (D, h_1BH.shape[2])
     h_BTH, h_1BH, c_1BH = rnn.lstm(
         x_TBD.swapaxes(0, 1), h_1BH, c_1BH, packed, lengths_B, *sizes, num_layers=1, dropout=0.0, bidirectional=False

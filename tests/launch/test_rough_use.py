@@ -74,9 +74,10 @@ def test_a_text_named_from_one_directory_is_found_from_another(arguments, tmp_pa
     assert "bits per character" in capsys.readouterr().out
 
 
-def test_a_text_of_two_names_is_refused(folder, arguments):
-    both = (f"--train={folder / 'other.txt'}", "--run_dir=never")
+def test_a_text_of_two_names_is_refused(folder, arguments, tmp_path):
+    both = (f"--train={folder / 'other.txt'}", f"--run_dir={tmp_path / 'run'}")
     assert "are both given: leave one out" in refusal(train.main, *arguments, *both)
+    assert train.main(["train", *arguments, *both, "--corpus=", "--num_steps=2"]) == program.DONE  # over a flagfile's
 
 
 def test_a_continuation_that_is_refused_changes_no_setting(copied, arguments):

@@ -1,0 +1,47 @@
+"""What a CPU does otherwise where weights are large: the products themselves stay what they are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from charlstm import projection
+
+B, D, K = 4, 3, 5
+REVERSE = pytest.mark.parametrize("reverse", [False, True], ids=["x W", "x W'"])
+
+
+@REVERSE
+@pytest.mark.parametrize(("large", "few", "on_the_left"), [(15, 4, True), (16, 4, False), (15, 3, False)])
+def test_large_weights_are_on_the_left_of_few_rows_and_give_the_same_product(
+    reverse, large, few, on_the_left, monkeypatch
+):
+    monkeypatch.setattr(projection, "LARGE", large)
+    monkeypatch.setattr(projection, "FEW_ROWS", few)
+    random = np.random.default_rng(0)
+    w = random.normal(size=(D, K)).astype(np.float32)
+    weights = w.T if reverse else w
+    x = random.normal(size=(B, len(weights))).astype(np.float32)
+    for compute_dtype, tolerance in ((jnp.float32, 1e-6), (jnp.bfloat16, 0.03)):
+        program = jax.jit(
+            lambda x, d=compute_dtype: projection.in_loop(jnp.asarray(w), d, jnp.float32, reverse=reverse)(x)
+        )
+        y = program(x)
+        assert (y.shape, y.dtype) == ((B, weights.shape[1]), np.float32)
+        np.testing.assert_allclose(y, x @ weights, atol=tolerance)
+        of_the_transpose = f"tensor<{weights.shape[1]}x{B}xf32>"  # the product's own type, then
+        assert (of_the_transpose in program.lower(x).as_text()) == on_the_left
+
+
+@pytest.mark.parametrize(("part", "parts"), [(7, 12), (8, 6), (12, 4), (47, 2), (48, 1)])
+def test_the_gradient_of_an_input_may_be_taken_in_parts_of_the_window(part, parts, monkeypatch):
+    T = 12
+    monkeypatch.setattr(projection, "LARGE", 1)
+    monkeypatch.setattr(projection, "PART", part)
+    random = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x, w, b, dy = (jnp.asarray(random.normal(size=s)) for s in ((T, B, D), (D, K), (K,), (T, B, K)))
+        gradient = jax.jit(jax.grad(lambda x: (projection.dense(x, w, b, jnp.float64) * dy).sum()))
+        np.testing.assert_allclose(gradient(x), dy @ w.T, rtol=1e-12)
+        taken = parts if parts in (2, 4, 6) else 1  # symbols one by one would be less than a part
+        assert (f"tensor<{taken}x" in gradient.lower(x).as_text()) == (taken > 1)
