@@ -85,7 +85,7 @@ def mean_square(
     pieces = read_pieces(train, plan, range(PLACES), separator)
     for number, (batch, scored_BT) in zip(range(batches), pieces, strict=False):
         progress(number, batches)
-        total, carry = _add_squares(total, carry, params, batch, scored_BT, config.model.by_scan)
+        total, carry = _add_squares(total, carry, params, batch, scored_BT, config.model)
         windows += int(scored_BT.any(1).sum())
         jax.block_until_ready(total)  # what is told is done
     progress(batches, batches)
@@ -127,7 +127,7 @@ def score(
         progress(min(number * plan.window, N), N)
         windows = jax.tree.map(lambda a_1T: a_1T.reshape(CHUNK, 1, -1), (batch, scored_1T))
         learned, carry, nats_RK = _learn(
-            learned, carry, windows, params, rates, decay, config.model.by_scan, tuple(temperatures)
+            learned, carry, windows, params, rates, decay, config.model, tuple(temperatures)
         )
         total_K += np.asarray(nats_RK).sum(0, dtype=np.float64)
         if not np.isfinite(total_K).all():

@@ -121,7 +121,7 @@ def make_window(
         return jax.tree.map(lambda a: a.reshape((-1, *a.shape[2:])), found)
 
     def shard_window(params: ModelParams, carry: RecurrentState, batch: Batch, scored_bT: jax.Array) -> Any:
-        carry, logits_TbV = model.apply(config.model.by_scan, params, carry, batch.inputs, batch.reset)
+        carry, logits_TbV = model.apply(config.model, params, carry, batch.inputs, batch.reset)
         nats_KTb = nats_at(temperatures, logits_TbV, batch.targets.T)
         return carry, jnp.where(scored_bT.T[None], nats_KTb, 0).sum(1).T
 

@@ -71,7 +71,7 @@ def apply(
     reset_BT: jax.Array,
     noise: Noise | None = None,
 ) -> tuple[RecurrentState, jax.Array]:
-    """Runs a window through the model.
+    """Runs a window through the model: to score and to sample, by the loop, on any device, whatever trained it.
 
     Args:
       state: carried from the window before.
@@ -82,7 +82,7 @@ def apply(
     Returns:
       The state after the window, and the logits of the symbol after each input, `[T, B, V]`, in the parameters' dtype.
     """
-    state, features_TBH = features(config, params, state, inputs_BT, reset_BT, noise)
+    state, features_TBH = features(config.by_scan, params, state, inputs_BT, reset_BT, noise)
     return state, logits(config, params, drop_features(config, features_TBH, noise))
 
 

@@ -154,7 +154,7 @@ class ModelConfig:
 
     @property
     def by_scan(self) -> "ModelConfig":
-        """The same model, computed as on any device: what scores are made with, whatever trained it."""
+        """The same model, computed as on any device."""
         return dataclasses.replace(self, recurrence="scan")
 
     @property

@@ -25,13 +25,12 @@ def chosen(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh) -> tupl
         raise ValueError(f"recurrence=cudnn needs an NVIDIA GPU, and there is {device}: use scan or auto")
     if model.recurrence != "auto":
         return config, ""
-    if model.beyond_cudnn:
-        return config_lib.replace(
-            config, recurrence="scan"
-        ), f"recurrence=scan: cuDNN does not know {model.beyond_cudnn}"
-    ways = {name: config_lib.replace(config, recurrence=name) for name in ("scan", "cudnn")}
+    without = f"cuDNN does not know {model.beyond_cudnn}" if model.beyond_cudnn else ""
     if not mesh_lib.has_cudnn(mesh):
-        return ways["scan"], f"recurrence=scan: there is no cuDNN on {device}"
+        without = f"there is no cuDNN on {device}"
+    if without:
+        return config_lib.replace(config, recurrence="scan"), f"recurrence=scan: {without}"
+    ways = {name: config_lib.replace(config, recurrence=name) for name in ("scan", "cudnn")}
     seconds = {name: median(dry_run.timed(way, corpus, plan, mesh, TIMED_STEPS)) for name, way in ways.items()}
     fastest = mesh_lib.gather(min(seconds, key=lambda name: seconds[name]))[0]  # the first process's, for all
     found = ", ".join(f"{name} {1000 * of:.1f} ms" for name, of in seconds.items())

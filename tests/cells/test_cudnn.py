@@ -55,8 +55,8 @@ def value_and_gradients(recurrence: str, resets, **settings):
     noise = Noise(jax.random.key(3), jnp.arange(B, dtype=jnp.int32))
 
     def value(params, state):
-        new, logits = model.apply(config, params, state, inputs_BT, reset_BT, noise)
-        return jnp.sin(logits).sum() + sum(jnp.cos(leaf).sum() for leaf in jax.tree.leaves(new))
+        new, features_TBH = model.features(config, params, state, inputs_BT, reset_BT, noise)
+        return jnp.sin(features_TBH).sum() + sum(jnp.cos(leaf).sum() for leaf in jax.tree.leaves(new))
 
     return jax.jit(jax.value_and_grad(value, (0, 1)))(params, state)
 

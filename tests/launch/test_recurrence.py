@@ -7,7 +7,7 @@ import pytest
 from charlstm import config as config_lib
 from charlstm import mesh as mesh_lib
 from charlstm.config import Config
-from launch import dry_run, recurrence, train
+from launch import dry_run, evaluate, program, recurrence, sample, train
 from tests.launch.conftest import refusal
 
 
@@ -44,3 +44,14 @@ def test_of_what_is_left_open_the_faster_way_is_taken(settings, taken, words, mo
     config = config_lib.replace(Config(), **({"recurrence": "auto"} | settings))
     chosen = recurrence.chosen(config, None, None, mesh_lib.make())
     assert chosen == (config_lib.replace(config, recurrence=taken), words)
+
+
+def test_what_cudnn_has_trained_is_scored_and_sampled_where_there_is_none(copied, capsys):
+    path = copied / "config.json"
+    before = path.read_text()
+    path.write_text(before.replace('"recurrence": "scan"', '"recurrence": "cudnn"'))
+    assert path.read_text() != before
+    for flags_ in ((), ("--dynamic",)):
+        assert evaluate.main(["evaluate", f"--run_dir={copied}", "--split=valid", *flags_]) == program.DONE
+        assert "bits per character" in capsys.readouterr().out
+    assert sample.main(["sample", f"--run_dir={copied}", "--length=5", "--prompt=abc"]) == program.DONE
