@@ -14,19 +14,23 @@ NATS_PER_BIT = math.log(2.0)
 @jax.custom_vjp
 def cross_entropy(logits_TBV: jax.Array, targets_TB: jax.Array) -> jax.Array:
     """-log p(target) of each symbol, `[T, B]` nats: logsumexp(logits) - logits[target]."""
-    picked_TB1 = jnp.take_along_axis(logits_TBV, targets_TB[:, :, None], axis=2)
-    return jax.nn.logsumexp(logits_TBV, axis=2) - picked_TB1[:, :, 0]
+    return _cross_entropy_forward(logits_TBV, targets_TB)[0]
 
 
 def _cross_entropy_forward(logits_TBV, targets_TB):
-    return cross_entropy(logits_TBV, targets_TB), (logits_TBV, targets_TB)
+    greatest_TB1 = logits_TBV.max(2, keepdims=True)
+    sum_TB1 = jnp.exp(logits_TBV - greatest_TB1).sum(2, keepdims=True)
+    picked_TB1 = jnp.take_along_axis(logits_TBV, targets_TB[:, :, None], axis=2)
+    nats_TB = (jnp.log(sum_TB1) + greatest_TB1 - picked_TB1)[:, :, 0]
+    return nats_TB, (logits_TBV, greatest_TB1, sum_TB1, targets_TB)
 
 
 def _cross_entropy_reverse(residuals, dnats_TB):
     # dlogits = softmax(logits) - onehot(target): elementwise, where autodiff would scatter.
-    logits_TBV, targets_TB = residuals
+    logits_TBV, greatest_TB1, sum_TB1, targets_TB = residuals
+    softmax_TBV = jnp.exp(logits_TBV - greatest_TB1) / sum_TB1
     onehot_TBV = jax.nn.one_hot(targets_TB, logits_TBV.shape[2], dtype=logits_TBV.dtype)
-    return (jax.nn.softmax(logits_TBV, axis=2) - onehot_TBV) * dnats_TB[:, :, None], None
+    return (softmax_TBV - onehot_TBV) * dnats_TB[:, :, None], None
 
 
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_reverse)

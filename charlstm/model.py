@@ -21,7 +21,7 @@ from charlstm import layer as layer_lib
 from charlstm.layer import CELLS
 from charlstm.model_config import ModelConfig
 from charlstm.noise import Noise, drop, drop_rows, drop_symbols, drop_weights
-from charlstm.projection import dense, lookup
+from charlstm.projection import add_bias, dense, lookup
 from charlstm.types import CellParams, CellState, ModelParams, RecurrentState
 
 
@@ -142,7 +142,7 @@ def _read(
             w_VX = jnp.eye(V, dtype=dtype) if config.projects_inside else p.w_x
             inputs_TBX = drop_symbols(lookup(w_VX, inputs_TB), inputs_TB, V, *drawn_for)
             if not config.projects_inside:
-                inputs_TBX = inputs_TBX + layer_lib.input_bias(config, p)[None, None, :]
+                inputs_TBX = add_bias(inputs_TBX, layer_lib.input_bias(config, p))
         else:
             inputs_TBX = drop(x_TBD, *drawn_for)
             if not config.projects_inside:

@@ -67,21 +67,40 @@ def weight_gradient(
     """dW = x' dy, `[D, K]` in `dtype`: the sum over all symbols of all streams, as one product.
 
     The transposition is held before it: a product whose left side is read transposed XLA leaves on a CPU to a library
-    that sums in an order which depends on the number of threads.
+    that sums in an order which depends on the number of threads.  So is the product, which XLA would otherwise turn
+    into the one of the transposed sides where its transposition is wanted, as that of tied weights is.
     """
     # Of three axes: the transposition of a matrix XLA would fold into the product all the same.
     x_DTB = jax.lax.optimization_barrier(x_TBD.astype(compute_dtype).transpose(2, 0, 1))
     x_DN, dy_NK = x_DTB.reshape(len(x_DTB), -1), dy_TBK.astype(compute_dtype).reshape(-1, dy_TBK.shape[2])
-    return jnp.dot(x_DN, dy_NK, preferred_element_type=dtype)
+    return jax.lax.optimization_barrier(jnp.dot(x_DN, dy_NK, preferred_element_type=dtype))
 
 
 def bias_gradient(dy_TBK: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """db, the sum of dy over all symbols of all streams, `[K]` in `dtype`.
 
-    As a product with ones, whose bits are those of any number of threads; those of a sum are not.
+    As a product with ones, whose bits are those of any number of threads; those of a sum are not.  Of two rows, since a
+    product of one row XLA leaves to the other library.
     """
     dy_NK = dy_TBK.reshape(-1, dy_TBK.shape[2])
-    return jnp.dot(jnp.ones((1, len(dy_NK)), dy_NK.dtype), dy_NK, preferred_element_type=dtype)[0]
+    return jnp.dot(jnp.ones((2, len(dy_NK)), dy_NK.dtype), dy_NK, preferred_element_type=dtype)[0]
+
+
+@jax.custom_vjp
+def add_bias(y_TBK: jax.Array, b_K: jax.Array) -> jax.Array:
+    """y + b, `[T, B, K]`, of one dtype."""
+    return y_TBK + b_K[None, None, :]
+
+
+def _add_bias_forward(y_TBK, b_K):
+    return add_bias(y_TBK, b_K), None
+
+
+def _add_bias_reverse(_, dy_TBK):
+    return dy_TBK, bias_gradient(dy_TBK, dy_TBK.dtype)
+
+
+add_bias.defvjp(_add_bias_forward, _add_bias_reverse)
 
 
 @jax.custom_vjp

@@ -1,12 +1,18 @@
-"""Compiled programs are kept on this machine: the same run starts again in half the time.
+"""How programs are compiled: with the same bits on any number of cores, and kept for the next start.
 
-They lie in ~/.cache/charlstm/compiled, a folder for each kind of processor, as JAX writes them, compressed and with a
-checksum; the folder may be removed at any time.  JAX's own settings go before these: JAX_COMPILATION_CACHE_DIR is
-another place, and JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
+On a CPU, XLA divides what it can among threads, as many as it sees cores: operations on the elements of a large array,
+which then may round otherwise than where they are whole; sums, whose parts are added up at the end (docs/decisions.md).
+It is told to divide products alone, which are not cut within a sum.  The cores are devices (cores.py).
+
+Compiled programs are kept on this machine: the same run starts again in half the time.  They lie in
+~/.cache/charlstm/compiled, a folder for each kind of processor, as JAX writes them, compressed and with a checksum; the
+folder may be removed at any time.  JAX's own settings go before these: JAX_COMPILATION_CACHE_DIR is another place, and
+JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
 """
 
 import contextlib
 import hashlib
+import os
 import platform
 import warnings
 from pathlib import Path
@@ -14,6 +20,24 @@ from pathlib import Path
 import jax
 
 DIRECTORY = "~/.cache/charlstm/compiled"
+# By which flag of XLA's, and how it is set.
+UNDIVIDED = {
+    "xla_disable_hlo_passes": "cpu-parallel-task-assigner",  # operations on elements
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",  # not sums, which it would have too
+}
+
+
+def prepare() -> None:
+    """Has programs compiled undivided, and kept; before anything is compiled."""
+    undivide()
+    keep()
+
+
+def undivide() -> None:
+    """Has XLA divide products alone among threads; of the flags for it, those that XLA_FLAGS has stay as they are."""
+    told = os.environ.get("XLA_FLAGS", "")
+    more = [f"--{flag}={value}" for flag, value in UNDIVIDED.items() if flag not in told]
+    os.environ["XLA_FLAGS"] = " ".join([told, *more]).strip()
 
 
 def keep(directory: str = DIRECTORY) -> None:

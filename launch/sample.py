@@ -124,7 +124,7 @@ def main(argv: Sequence[str]) -> int:
 
     # One device: the text is made symbol after symbol, and there is nothing to share.
     allocator.keep()
-    compilation.keep()
+    compilation.prepare()
     mesh = mesh_lib.make(list(mesh_lib.make().devices.flat[:1]))
     params, step = run_directory.restore_params(run_dir, config, identity, mesh, chosen.checkpoint)
     print(f"{run_dir}: the checkpoint of step {step}", file=sys.stderr)

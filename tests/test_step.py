@@ -1,10 +1,7 @@
 """The training step: the same bits on any number of devices, one reduction, the right gradient."""
 
 import functools
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +15,6 @@ from charlstm import model, step
 from charlstm.config import Config
 from charlstm.loss import cross_entropy
 from data_pipeline.batch import Batch
-from tests.conftest import ROOT
 
 V = 11
 QUIET = dict.fromkeys(("input_dropout", "between_dropout", "output_dropout", "weight_drop"), 0.0)
@@ -106,32 +102,6 @@ def test_shards_that_are_no_power_of_two_give_the_same_bits():
     state, _ = run(config, [6], steps=3)
     for devices in ([3], [2], [1]):
         assert_equal_bits(state, run(config, devices, steps=3)[0])
-
-
-# One update of a size at which the sums of a product, written otherwise, depend on the number of threads.
-ONE_UPDATE = """
-import jax
-import numpy as np
-from charlstm import config, digest, mesh, step
-from data_pipeline.batch import Batch
-settings = {"batch_size": 64, "window": 64, "hidden_size": 128, "embedding_size": 32, "num_layers": 1}
-settings = config.replace(config.Config(), decay_steps=1, logical_shards=4, **settings)
-text, mesh_ = np.random.default_rng(0).integers(0, 83, (64, 65), dtype=np.uint8), mesh.make()
-state = step.place(mesh_, jax.tree.map(np.asarray, step.init(settings, 83)))
-read = Batch(text[:, :-1], text[:, 1:], np.zeros((64, 64), bool))
-print(digest.state_digest(step.make(settings, 83, mesh_, 100)(state, mesh.put(mesh_, mesh.BY_STREAM, read))[0]))
-"""
-
-
-def test_processes_with_other_numbers_of_devices_and_cores_have_the_same_bits_at_a_size_that_is_worth_threads():
-    digests = set()
-    allowed = os.sched_getaffinity(0)
-    for devices, cores in ((1, {min(allowed)}), (1, allowed), (4, allowed)):
-        environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        command = [sys.executable, "-c", f"import os\nos.sched_setaffinity(0, {cores})\n{ONE_UPDATE}"]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-        digests.add(done.stdout)
-    assert len(digests) == 1 and len(digests.pop()) > 60
 
 
 def test_the_fast_reduction_is_within_1e_5_of_the_exact_one_on_any_number_of_devices():

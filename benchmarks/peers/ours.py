@@ -1,4 +1,4 @@
-"""This project's training step as `launch.train` makes it, freed memory kept and all."""
+"""This project's training step as `launch.train` makes it: compiled undivided, freed memory kept."""
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from data_pipeline.batch import Batch
 from data_pipeline.loader import open_windows
 from data_pipeline.shards import open_corpus
 from data_pipeline.streams import StreamPlan
-from launch import allocator
+from launch import allocator, compilation
 
 
 def config_of(shape: Shape, **changes: object) -> Config:
@@ -29,6 +29,7 @@ def config_of(shape: Shape, **changes: object) -> Config:
 def training(shape: dict, **changes: object) -> Contestant:
     """An update on all the devices there are, from a batch in the host's memory."""
     allocator.keep()
+    compilation.undivide()
     sizes = Shape(**shape)
     mesh = mesh_lib.make()
     config = config_lib.resolve(config_of(sizes, **changes), mesh.size)
@@ -62,6 +63,7 @@ def matrix_product(size: int, dtype: str) -> Contestant:
 def sampling(shape: dict, samples: int, length: int) -> Contestant:
     """`length` symbols of each of `samples` texts, at temperature 1, as `launch.sample` makes them."""
     allocator.keep()
+    compilation.undivide()
     sizes = Shape(**shape)
     config, prompt = config_of(sizes).model, np.zeros(1, np.int32)
     params, how = model.init(config, sizes.V, jax.random.key(0)), generate.Sampling()

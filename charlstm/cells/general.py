@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from charlstm.projection import weight_gradient
 from charlstm.types import CellState
 
 # (parameters, what is the same at all symbols, the state before, the symbol's inputs) -> (the state after, h_BH)
@@ -126,8 +127,7 @@ def _reverse(step, dtype, residuals, cotangents):
     dvectors, dstate, dinputs, dproducts = pull(cotangents)
     dmatrices = [jnp.zeros_like(w) for w in matrices]
     for (number, start, stop), a_TBK in operands.items():
-        w, dp_TBN = matrices[number], dproducts[number, start, stop].astype(dtype)
-        dw_KN = jnp.einsum("tbk,tbn->kn", a_TBK, dp_TBN, preferred_element_type=w.dtype)
+        dw_KN = weight_gradient(a_TBK, dproducts[number, start, stop], dtype, matrices[number].dtype)
         dmatrices[number] = dmatrices[number].at[:, start:stop].add(dw_KN)
     return dmatrices, dvectors, None, dstate, dinputs
 
