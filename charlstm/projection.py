@@ -4,13 +4,16 @@ Operands of a product are in the compute dtype; the product is accumulated, and 
 weights' own dtype (float32), so that a bfloat16 model does not round the gradients of its float32 master weights.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-# On a CPU, the gradient of an input through LARGE weights or more is taken PART rows at a time (docs/decisions.md).
-LARGE, PART = 1 << 19, 640
+# What is done otherwise on a CPU, of products with LARGE weights or more elements; measured in docs/decisions.md.
+LARGE = 1 << 19
+FEW_ROWS = 64  # in a loop: up to so many
+PART = 640  # of a whole window: so many rows at a time
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -59,6 +62,33 @@ def _input_gradient(dy_TBK: jax.Array, w_DK: jax.Array) -> jax.Array:
 def transposed(w_DK: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """W', `[K, D]` in `dtype`, as an array of its own: XLA would take the transposition into the products."""
     return jax.lax.optimization_barrier(w_DK.astype(dtype).T)
+
+
+def in_loop(
+    w_DK: jax.Array, compute_dtype: jax.typing.DTypeLike, dtype: jax.typing.DTypeLike, *, reverse: bool = False
+) -> Callable[[jax.Array], jax.Array]:
+    """x -> x W, or in reverse x W', of `[B, .]` and accumulated in `dtype`: a product that is made at every symbol.
+
+    What can be prepared is, before the loop.  On a CPU, W is on the left where it is large and x has few rows: W is the
+    more part of the reading then, and on the right it would be laid out anew for each product.
+    """
+    as_it_is, turned = w_DK.astype(compute_dtype), transposed(w_DK, compute_dtype)
+    from_rows, from_columns = (turned, as_it_is) if reverse else (as_it_is, turned)
+
+    def on_the_right(x_BD: jax.Array) -> jax.Array:
+        return jnp.dot(x_BD, from_rows, preferred_element_type=dtype)
+
+    def on_the_left(x_BD: jax.Array) -> jax.Array:
+        y_KB = jax.lax.dot_general(from_columns, x_BD, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
+        return jax.lax.optimization_barrier(y_KB).T  # not held, it would be turned into the other one
+
+    def product(x_BD: jax.Array) -> jax.Array:
+        x_BD = x_BD.astype(compute_dtype)
+        if w_DK.size < LARGE or len(x_BD) > FEW_ROWS:
+            return on_the_right(x_BD)
+        return jax.lax.platform_dependent(x_BD, cpu=on_the_left, default=on_the_right)
+
+    return product
 
 
 def weight_gradient(

@@ -8,6 +8,29 @@ import pytest
 from charlstm import projection
 
 B, D, K = 4, 3, 5
+REVERSE = pytest.mark.parametrize("reverse", [False, True], ids=["x W", "x W'"])
+
+
+@REVERSE
+@pytest.mark.parametrize(("large", "few", "on_the_left"), [(15, 4, True), (16, 4, False), (15, 3, False)])
+def test_large_weights_are_on_the_left_of_few_rows_and_give_the_same_product(
+    reverse, large, few, on_the_left, monkeypatch
+):
+    monkeypatch.setattr(projection, "LARGE", large)
+    monkeypatch.setattr(projection, "FEW_ROWS", few)
+    random = np.random.default_rng(0)
+    w = random.normal(size=(D, K)).astype(np.float32)
+    weights = w.T if reverse else w
+    x = random.normal(size=(B, len(weights))).astype(np.float32)
+    for compute_dtype, tolerance in ((jnp.float32, 1e-6), (jnp.bfloat16, 0.03)):
+        program = jax.jit(
+            lambda x, d=compute_dtype: projection.in_loop(jnp.asarray(w), d, jnp.float32, reverse=reverse)(x)
+        )
+        y = program(x)
+        assert (y.shape, y.dtype) == ((B, weights.shape[1]), np.float32)
+        np.testing.assert_allclose(y, x @ weights, atol=tolerance)
+        of_the_transpose = f"tensor<{weights.shape[1]}x{B}xf32>"  # the product's own type, then
+        assert (of_the_transpose in program.lower(x).as_text()) == on_the_left
 
 
 @pytest.mark.parametrize(("part", "parts"), [(7, 12), (8, 6), (12, 4), (47, 2), (48, 1)])

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 
 from charlstm import initializers
 from charlstm.cells.window import scan
-from charlstm.projection import bias_gradient, transposed, weight_gradient
+from charlstm.projection import bias_gradient, in_loop, weight_gradient
 from charlstm.types import CellParams, CellState
 
 GATES = 3  # r u n
@@ -110,14 +110,14 @@ def recurrence(
 
 def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
     dtype = state.h.dtype
-    w_HG, b_BG = w_h.astype(compute_dtype), b_h.astype(dtype)[None]
+    times_w, b_BG = in_loop(w_h, compute_dtype, dtype), b_h.astype(dtype)[None]
 
     def read(h, symbol):
         z_BG, reset_B = symbol
         # A choice, not a product with 0: a NaN in the state of a stream that is reset must not survive.
         h_prev = jnp.where(reset_B[:, None], 0, h)
         seen = h_prev if mask_BH is None else h_prev * mask_BH
-        q_BG = jnp.dot(seen.astype(compute_dtype), w_HG, preferred_element_type=dtype) + b_BG
+        q_BG = times_w(seen) + b_BG
         z_r, z_u, z_n = jnp.split(z_BG.astype(dtype), GATES, axis=1)
         q_r, q_u, q_n = jnp.split(q_BG, GATES, axis=1)
         r, u = jax.nn.sigmoid(z_r + q_r), jax.nn.sigmoid(z_u + q_u)
@@ -135,7 +135,7 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
     w_h, b_h, h_first, h_TBH, gates, reset_TB, z_like, mask_BH = residuals
     dfinal, dh_TBH = cotangents
     dtype = h_first.dtype
-    w_GH = transposed(w_h, compute_dtype)
+    times_w = in_loop(w_h, compute_dtype, dtype, reverse=True)
     h_prev_TBH = jnp.where(reset_TB[:, :, None], 0, jnp.concatenate([h_first[None], h_TBH[:-1]]))
 
     def unread(dh_right, symbol):
@@ -145,7 +145,7 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
         dz_u = dh * (h_prev - n) * u * (1 - u)
         dz_r = dz_n * q_n * r * (1 - r)
         dq_BG = jnp.concatenate([dz_r, dz_u, dz_n * r], axis=1)
-        dseen = jnp.dot(dq_BG.astype(compute_dtype), w_GH, preferred_element_type=dtype)
+        dseen = times_w(dq_BG)
         dh_prev = dh * u + (dseen if mask_BH is None else dseen * mask_BH)
         return jnp.where(reset_B[:, None], 0, dh_prev), (dq_BG.astype(z_like.dtype), dz_n.astype(z_like.dtype))
 

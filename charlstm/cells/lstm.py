@@ -44,7 +44,7 @@ import numpy as np
 
 from charlstm import initializers
 from charlstm.cells.window import scan
-from charlstm.projection import bias_gradient, transposed, weight_gradient
+from charlstm.projection import bias_gradient, in_loop, weight_gradient
 from charlstm.types import CellParams, CellState
 
 GATES = 4  # i f g o
@@ -138,7 +138,7 @@ def recurrence(
 
 def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
     dtype = state.h.dtype
-    w_HG, b_BG = w_h.astype(compute_dtype), b_h.astype(dtype)[None]
+    times_w, b_BG = in_loop(w_h, compute_dtype, dtype), b_h.astype(dtype)[None]
 
     def read(carry, symbol):
         state, gates_TBG = carry
@@ -147,7 +147,7 @@ def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
         h_prev, c_prev = (jnp.where(reset_B[:, None], 0, s_BH) for s_BH in state)
         seen = h_prev if mask_BH is None else h_prev * mask_BH
         z_BG = jax.lax.dynamic_index_in_dim(gates_TBG, t, keepdims=False)
-        a_BG = z_BG + b_BG + jnp.dot(seen.astype(compute_dtype), w_HG, preferred_element_type=dtype)
+        a_BG = z_BG + b_BG + times_w(seen)
         gates_BG = _activated(a_BG)
         i, f, g, o = jnp.split(gates_BG, GATES, axis=1)
         c = f * c_prev + (jnp.minimum(i, 1 - f) if variant == "capped" else i) * g
@@ -172,7 +172,7 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
     w_h, b_h, h_first, h_TBH, c_prev_TBH, gates_TBG, reset_TB, z_like, mask_BH = residuals
     dfinal, dh_TBH = cotangents
     dtype = h_first.dtype
-    w_GH = transposed(w_h, compute_dtype)
+    times_w = in_loop(w_h, compute_dtype, dtype, reverse=True)
 
     def unread(dstate, symbol):
         dh_above, c_prev, gates_BG, reset_B = symbol
@@ -189,7 +189,7 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
             da_i, da_f = jnp.where(at_the_cap, 0, da_i), jnp.where(at_the_cap, dc * (c_prev - g) * f * (1 - f), da_f)
         da_o = dh * tanh_c * o * (1 - o)
         da_BG = jnp.concatenate([da_i, da_f, da_g, da_o], axis=1)
-        dh_prev = jnp.dot(da_BG.astype(compute_dtype), w_GH, preferred_element_type=dtype)
+        dh_prev = times_w(da_BG)
         dh_prev = dh_prev if mask_BH is None else dh_prev * mask_BH
         dstate = CellState(*(jnp.where(reset_B[:, None], 0, ds) for ds in (dh_prev, dc * f)))
         return dstate, da_BG.astype(z_like.dtype)

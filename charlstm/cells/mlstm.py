@@ -36,7 +36,7 @@ import jax.numpy as jnp
 
 from charlstm.cells import lstm
 from charlstm.cells.window import scan
-from charlstm.projection import bias_gradient, transposed, weight_gradient
+from charlstm.projection import bias_gradient, in_loop, weight_gradient
 from charlstm.types import CellParams, CellState
 
 GATES = lstm.GATES  # i f g o
@@ -103,7 +103,7 @@ def recurrence(
 
 def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
     dtype, G = state.h.dtype, b_h.shape[0]
-    w_hm, w_mh = w_h[:, :G].astype(compute_dtype), w_h[:, G:].astype(compute_dtype)
+    times_w_hm, times_w_mh = (in_loop(w, compute_dtype, dtype) for w in (w_h[:, :G], w_h[:, G:]))
     b_BG = b_h.astype(dtype)[None]
 
     def read(state, symbol):
@@ -112,9 +112,8 @@ def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
         # A choice, not a product with 0: a NaN in the state of a stream that is reset must not survive.
         h_prev, c_prev = (jnp.where(reset_B[:, None], 0, s_BH) for s_BH in state)
         seen = h_prev if mask_BH is None else h_prev * mask_BH
-        q = jnp.dot(seen.astype(compute_dtype), w_mh, preferred_element_type=dtype)
-        m = (z_m * q).astype(compute_dtype)
-        a_BG = z_a + b_BG + jnp.dot(m, w_hm, preferred_element_type=dtype)
+        q = times_w_mh(seen)
+        a_BG = z_a + b_BG + times_w_hm(z_m * q)
         a_i, a_f, a_g, a_o = jnp.split(a_BG, GATES, axis=1)
         i, f, g, o = jax.nn.sigmoid(a_i), jax.nn.sigmoid(a_f), jnp.tanh(a_g), jax.nn.sigmoid(a_o)
         c = f * c_prev + (jnp.minimum(i, 1 - f) if variant == "capped" else i) * g
@@ -129,7 +128,7 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
     w_h, b_h, h_first, h_TBH, gates, q_TBH, z_m_TBH, reset_TB, mask_BH = residuals
     dfinal, dh_TBH = cotangents
     dtype, G = h_first.dtype, b_h.shape[0]
-    w_mh, w_hm = transposed(w_h[:, :G], compute_dtype), transposed(w_h[:, G:], compute_dtype)
+    times_w_hm, times_w_mh = (in_loop(w, compute_dtype, dtype, reverse=True) for w in (w_h[:, :G], w_h[:, G:]))
 
     def unread(dstate, symbol):
         dh_above, (c_prev, i, f, g, o), q, z_m, reset_B = symbol
@@ -145,9 +144,9 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
             at_the_cap = i > 1 - f
             da_i, da_f = jnp.where(at_the_cap, 0, da_i), jnp.where(at_the_cap, dc * (c_prev - g) * f * (1 - f), da_f)
         da_BG = jnp.concatenate([da_i, da_f, da_g, da_o], axis=1)
-        dm = jnp.dot(da_BG.astype(compute_dtype), w_mh, preferred_element_type=dtype)
+        dm = times_w_hm(da_BG)
         dq = dm * z_m.astype(dtype)
-        dh_prev = jnp.dot(dq.astype(compute_dtype), w_hm, preferred_element_type=dtype)
+        dh_prev = times_w_mh(dq)
         dh_prev = dh_prev if mask_BH is None else dh_prev * mask_BH
         dstate = CellState(*(jnp.where(reset_B[:, None], 0, ds) for ds in (dh_prev, dc * f)))
         dz_BG = jnp.concatenate([da_BG, dm * q], axis=1)

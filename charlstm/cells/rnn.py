@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from charlstm import initializers
 from charlstm.cells.window import scan
-from charlstm.projection import bias_gradient, transposed, weight_gradient
+from charlstm.projection import bias_gradient, in_loop, weight_gradient
 from charlstm.types import CellParams, CellState
 
 GATES = 1
@@ -99,14 +99,14 @@ def recurrence(
 
 def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
     dtype = state.h.dtype
-    w_HH, b_BH = w_h.astype(compute_dtype), b_h.astype(dtype)[None]
+    times_w, b_BH = in_loop(w_h, compute_dtype, dtype), b_h.astype(dtype)[None]
 
     def read(h, symbol):
         z_BH, reset_B = symbol
         # A choice, not a product with 0: a NaN in the state of a stream that is reset must not survive.
         h_prev = jnp.where(reset_B[:, None], 0, h)
         seen = h_prev if mask_BH is None else h_prev * mask_BH
-        a_BH = z_BH.astype(dtype) + b_BH + jnp.dot(seen.astype(compute_dtype), w_HH, preferred_element_type=dtype)
+        a_BH = z_BH.astype(dtype) + b_BH + times_w(seen)
         h = jax.nn.relu(a_BH) if variant == "relu" else jnp.tanh(a_BH)
         return h, h
 
@@ -120,13 +120,13 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
     w_h, b_h, h_first, h_TBH, reset_TB, z_like, mask_BH = residuals
     dfinal, dh_TBH = cotangents
     dtype = h_first.dtype
-    w_transposed = transposed(w_h, compute_dtype)
+    times_w = in_loop(w_h, compute_dtype, dtype, reverse=True)
 
     def unread(dh_right, symbol):
         dh_above, h, reset_B = symbol
         dh = dh_above.astype(dtype) + dh_right
         da_BH = jnp.where(h > 0, dh, 0) if variant == "relu" else dh * (1 - h * h)
-        dh_prev = jnp.dot(da_BH.astype(compute_dtype), w_transposed, preferred_element_type=dtype)
+        dh_prev = times_w(da_BH)
         dh_prev = dh_prev if mask_BH is None else dh_prev * mask_BH
         return jnp.where(reset_B[:, None], 0, dh_prev), da_BH.astype(z_like.dtype)
 

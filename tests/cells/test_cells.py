@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from charlstm import projection
 from charlstm.cells import gru, lstm, mlstm, rnn, textbook
 from charlstm.types import CellParams, CellState
 
@@ -111,6 +112,14 @@ def test_the_fast_recurrence_equals_its_textbook_twin_in_value_and_every_gradien
     got = run(fast, cell, p)
     assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {np.dtype(float64)}
     assert_close(got, run(textbook.unroll, cell, p), 1e-10)
+
+
+@EQUATIONS
+def test_so_it_does_with_large_weights_which_a_cpu_has_on_the_left_in_its_loops(cell, float64, monkeypatch):
+    p = problem(cell, float64, resets=True)
+    monkeypatch.setattr(projection, "LARGE", 0)
+    window = jax.jit(lambda p: run.__wrapped__(fast, cell, p))  # of its own: JAX keeps what it has traced
+    assert_close(window(p), run(textbook.unroll, cell, p), 1e-10)
 
 
 @CELLS

@@ -82,19 +82,23 @@ def test_a_run_of_one_core_goes_on_where_there_are_two(tmp_path):
     assert "finished: 3 steps" in trained(allowed, environment, *flags, "--num_steps=3")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_run_has_the_same_bits_on_any_number_of_cores_and_devices(tmp_path, dtype):
-    # At a size at which XLA divides among threads what it may: sums of products, and operations on the elements of an
-    # array.  Each process compiles for itself: a program that was compiled elsewhere has the bits of that place.
+# At a size at which XLA divides among threads what it may: products that read their left side transposed and operations
+# on elements in the first model, sums in the second one.
+TIED = "--hidden_size=640 --embedding_size=640 --tie_embeddings --window=24 --num_steps=2 --clip_norm=0.1"
+NORMALISED = "--cell=layer_norm_lstm --hidden_size=768 --embedding_size=256 --window=16 --compute_dtype=bfloat16"
+
+
+@pytest.mark.parametrize("model", [TIED, f"{NORMALISED} --num_steps=1"], ids=["tied", "normalised"])
+def test_a_run_has_the_same_bits_on_any_number_of_cores_and_devices(tmp_path, model):
     text, allowed = tmp_path / "text.txt", sorted(os.sched_getaffinity(0))
-    text.write_text("a text of some words " * 500)
-    flags = [f"--corpus={text}", f"--cache_dir={tmp_path}", f"--compute_dtype={dtype}", "--num_steps=1"]
-    flags += ["--hidden_size=768", "--num_layers=1", "--batch_size=64", "--logical_shards=4", "--window=64"]
-    flags += ["--evaluate_every=0"]
+    text.write_text("some text of many words, 12345 lines of it\n" * 3000)
+    flags = ["--flagfile=configs/tiny.flags", f"--corpus={text}", f"--cache_dir={tmp_path}", *model.split()]
+    flags += ["--batch_size=64", "--logical_shards=4", "--evaluate_every=0", "--checkpoint_every=0"]
     digests = set()
     for devices, given in ((1, allowed[:1]), (1, allowed), (4, allowed)):
         run_dir = tmp_path / f"{devices}-{len(given)}"
         environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        # Each process compiles for itself: a program that was compiled elsewhere has the bits of that place.
         trained(given, environment | {"JAX_ENABLE_COMPILATION_CACHE": "false"}, *flags, f"--run_dir={run_dir}")
         digests.add(last_line(run_dir)["state_digest"])
     assert len(digests) == 1, digests
