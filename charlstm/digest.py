@@ -45,8 +45,16 @@ def digests(tree: Any) -> dict[str, str]:
     leaves = named_leaves(tree)
     for name, leaf in leaves.items():
         assert isinstance(leaf, jax.Array), f"{name} is a {type(leaf)}, not a jax.Array"
-    sums = jax.device_get(_digests_at_once(leaves))
+    # Of what every device holds, one copy: two devices of a CPU take four times as long as one for the same.
+    sums = jax.device_get([_digests_at_once(held) for held in _by_devices(leaves)])
+    sums = sums[0] | sums[1]
     return {name: "".join(f"{lane:08x}" for lane in sums[name]) for name in leaves}
+
+
+def _by_devices(leaves: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """What every device holds whole, as this process's first copy of it, and what is spread over them."""
+    whole = {name: a.addressable_data(0) for name, a in leaves.items() if a.is_fully_replicated}
+    return whole, {name: leaf for name, leaf in leaves.items() if name not in whole}
 
 
 def state_digest(tree: Any) -> str:
