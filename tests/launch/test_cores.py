@@ -95,7 +95,7 @@ def test_a_run_has_the_same_bits_on_any_number_of_cores_and_devices(tmp_path, mo
     flags = ["--flagfile=configs/tiny.flags", f"--corpus={text}", f"--cache_dir={tmp_path}", *model.split()]
     flags += ["--batch_size=64", "--logical_shards=4", "--evaluate_every=0", "--checkpoint_every=0"]
     digests = set()
-    for devices, given in ((1, allowed[:1]), (1, allowed), (4, allowed)):
+    for devices, given in ((1, allowed[:1]), (4, allowed)):
         run_dir = tmp_path / f"{devices}-{len(given)}"
         environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         # Each process compiles for itself: a program that was compiled elsewhere has the bits of that place.
