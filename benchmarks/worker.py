@@ -1,7 +1,7 @@
 """A process with one contestant: `python -m benchmarks.worker MAKER ARGUMENTS`, as benchmarks.workers starts it.
 
-It says in json what it is once it is made and warm; then, for each number of runs that it reads, how long one took and
-how much memory there was at most.  It ends with its input, so it does not outlive the benchmark.
+It says in json what it is once it is made and warm; then, for each number of runs that it reads, how long one took,
+after one that is not timed, and how much memory there was at most.  It ends with its input, so it does not outlive the benchmark.
 """
 
 import ctypes
@@ -42,6 +42,8 @@ def main(maker: str, arguments: str) -> None:
     answer(seconds=min(seconds), device=contestant.device)
     for line in sys.stdin:
         runs = int(line)
+        if runs:
+            contestant.run()  # what lay idle while others had their turns is cold, and a training run never is
         taken = _timed(contestant.run, runs) if runs else 0.0
         peak = _memory("VmHWM")
         memory = contestant.device_memory() if contestant.device_memory else peak and before and peak - before
