@@ -1,7 +1,8 @@
 """A process with one contestant: `python -m benchmarks.worker MAKER ARGUMENTS`, as benchmarks.workers starts it.
 
 It says in json what it is once it is made and warm; then, for each number of runs that it reads, how long one took,
-after one that is not timed, and how much memory there was at most.  It ends with its input, so it does not outlive the benchmark.
+after one that is not timed, and how much memory there was at most.  It ends with its input, so it does not outlive the
+benchmark.
 """
 
 import ctypes
