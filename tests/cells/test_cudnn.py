@@ -10,8 +10,10 @@ import pytest
 from jax.experimental import rnn
 
 from charlstm import model
+from charlstm.cells import cudnn, lstm
 from charlstm.model_config import ModelConfig
 from charlstm.noise import Noise
+from tests.cells.test_cells import equations
 
 V, B, T, H = 9, 4, 7, 6
 SETTINGS = {
@@ -78,6 +80,32 @@ def test_a_window_with_a_reset_inside_is_read_by_the_loop_and_any_other_by_cudnn
     assert {name: bool(np.isfinite(value)) for name, value in values.items()} == {
         "none": False, "at first": False, "inside": True
     }  # fmt: skip
+
+
+def row_major(equation):
+    layout = equation.params.get("layout")
+    return layout is not None and layout.major_to_minor == tuple(range(equation.outvars[0].aval.ndim))
+
+
+def test_what_cudnn_is_given_and_gives_is_row_major(monkeypatch):
+    """In the program with JAX's own calls of cuDNN, which is traced, not compiled: no CPU knows them."""
+    monkeypatch.setattr(rnn.gpu_rnn, "compute_rnn_workspace_reserve_space_sizes", lambda *_: (8, 8), raising=False)
+    params, state = lstm.init(jax.random.key(1), 3, 5, "glorot", 1.0, 1.0), lstm.initial_state(B, 5)
+    window = jnp.zeros((T, B, 3)), jnp.zeros((T, B), bool)
+
+    def value(*args):
+        return sum(jnp.sin(leaf).sum() for leaf in jax.tree.leaves(cudnn.recurrence(*args, window[1])))
+
+    program = jax.make_jaxpr(jax.grad(value, (0, 1, 2)))(params, state, window[0])
+    found = [equation for equation, _ in equations(program.jaxpr)]
+    calls = [equation for equation in found if equation.primitive.name in ("rnn_fwd", "rnn_bwd")]
+    assert [call.primitive.name for call in calls] == ["rnn_fwd", "rnn_bwd"]
+    for call in calls:
+        for given in (v for v in call.invars if v.aval.ndim > 1):
+            assert any(row_major(equation) for equation in found if given in equation.outvars), f"{given} of {call}"
+        for result in (v for v in call.outvars if v.aval.ndim > 1):
+            users = [equation for equation in found if any(v is result for v in equation.invars)]
+            assert users and all(map(row_major, users)), f"{result} of {call}"
 
 
 @pytest.mark.parametrize(
