@@ -1,6 +1,6 @@
 """A full update (embedding, stack, soft-max, clipping, Adam): ours beside PyTorch, flax, dm-haiku and autodiff.
 
-    python -m benchmarks.train_step [--quick] [--shapes=1,2] [--rounds=7]
+    python -m benchmarks.train_step [--quick] [--shapes=1,2] [--rounds=7] [--only=PyTorch,flax]
 
 Every contestant is a process of its own.  It first runs in each of a few environments (allocator settings, and for
 ours a simulated device for every core) and keeps the fastest; then all take turns, and a figure is the median over the
@@ -42,14 +42,14 @@ def shapes_of(numbers: str, gpu: bool) -> list[Shape]:
     return chosen
 
 
-def run(rows: Rows, quick: bool, shapes: str, rounds: int) -> None:
+def run(rows: Rows, quick: bool, shapes: str, rounds: int, only: str) -> None:
     gpu = workers_lib.has_gpu()
     for shape in [QUICK] if quick else shapes_of(shapes or ("1,2,3,4,5" if gpu else "1,2,3,4"), gpu):
-        compare(rows, shape, 2 if quick else rounds, gpu, quick)
+        compare(rows, shape, 2 if quick else rounds, gpu, quick, only.split(",") if only else [])
 
 
-def compare(rows: Rows, shape: Shape, rounds: int, gpu: bool, quick: bool) -> None:
-    """Adds a row for each contestant at this shape."""
+def compare(rows: Rows, shape: Shape, rounds: int, gpu: bool, quick: bool, only: list[str]) -> None:
+    """Adds a row for each contestant at this shape: ours, and of the others those in `only`; all where it is empty."""
     choice = workers_lib.environments(quick)
     matches: dict[str, tuple[str, Shape, dict[str, str]]] = {name: (maker, shape, {}) for name, maker in PEERS.items()}
     if shape.dtype == "bfloat16":
@@ -57,16 +57,22 @@ def compare(rows: Rows, shape: Shape, rounds: int, gpu: bool, quick: bool) -> No
         matches["ours in float32"] = PEERS["ours"], dataclasses.replace(shape, dtype="float32"), {}
     elif gpu and shape.cell == "lstm":
         matches["ours by cuDNN"] = PEERS["ours"], shape, {"recurrence": "cudnn"}
+    if gpu and shape.cell == "lstm":
+        matches["ours"] = PEERS["ours"], shape, {"recurrence": "fused"}
+        matches["ours by scan"] = PEERS["ours"], shape, {"recurrence": "scan"}
+    matches = {name: match for name, match in matches.items() if name == "ours" or not only or name in only}
     workers: dict[str, Worker] = {}
     settings = {}
     for name, (maker, own_shape, options) in matches.items():
         own = choice | per_core(choice) if name.startswith("ours") and not (quick or gpu) else choice
         settings[name], workers[name] = workers_lib.fastest(
-            maker, {"shape": dataclasses.asdict(own_shape)} | options, own
+            maker, {"shape": dataclasses.asdict(own_shape)} | options, own, wait=False
         )
     size = 256 if quick else 8192 if gpu else 2048
     for maker in RATES:
         workers[maker] = Worker(maker, {"size": size, "dtype": shape.dtype}, choice["plain"])
+    for worker in workers.values():
+        worker.warm()
     seconds = rows_lib.alternate({name: worker.seconds for name, worker in workers.items()}, rounds)
     rate = max(2 * size**3 / median(seconds[maker]) for maker in RATES)
     for name in matches:
@@ -93,4 +99,4 @@ def per_core(choice: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
 
 
 if __name__ == "__main__":
-    rows_lib.main("train_step", run, shapes="", rounds=7)
+    rows_lib.main("train_step", run, shapes="", rounds=7, only="")

@@ -1,5 +1,6 @@
 """Contestants in processes of their own, each with its own environment, timed in turn through pipes."""
 
+import functools
 import json
 import os
 import subprocess
@@ -30,29 +31,43 @@ def environments(quick: bool) -> dict[str, dict[str, str]]:
 
 
 class Worker:
-    """A process that has made a contestant, warmed it up, and waits to be told how often to run it.
+    """A process that makes a contestant, warms it up, and waits to be told how often to run it."""
 
-    Attributes:
-      device: where the contestant runs, in words.
-    """
-
-    def __init__(self, maker: str, arguments: dict[str, Any], environment: dict[str, str]) -> None:
+    def __init__(
+        self, maker: str, arguments: dict[str, Any], environment: dict[str, str], *, wait: bool = True
+    ) -> None:
         """Of the function `maker`, such as "benchmarks.peers.pytorch.training", called with `arguments`.
 
+        Args:
+          wait: until it is warm; if not, what is first asked of it waits.
+
         Raises:
-          RuntimeError: the process has died; why stands on its stderr, which is ours.
+          RuntimeError: here and below: the process has died; why stands on its stderr, which is ours.
         """
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", maker, json.dumps(arguments)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | environment,
         )  # fmt: skip
         self._maker = maker
-        made = self._answer()
-        self.device, self._runs = made["device"], max(1, round(TURN / made["seconds"]))
+        if wait:
+            self.warm()
+
+    @functools.cached_property
+    def _made(self) -> dict[str, Any]:
+        return self._answer()
+
+    @property
+    def device(self) -> str:
+        """Where the contestant runs, in words."""
+        return self._made["device"]
+
+    def warm(self) -> None:
+        """Waits until it is warm."""
+        assert self._made
 
     def seconds(self) -> float:
         """Seconds of one run, over a turn of as many as fill it."""
-        return self.ask(self._runs)["seconds"]
+        return self.ask(max(1, round(TURN / self._made["seconds"])))["seconds"]
 
     @property
     def memory(self) -> int | None:
@@ -60,7 +75,7 @@ class Worker:
         return self.ask(0)["memory"]
 
     def ask(self, runs: int) -> dict[str, Any]:
-        assert self._process.stdin is not None
+        assert self._made and self._process.stdin is not None
         self._process.stdin.write(f"{runs}\n")
         self._process.stdin.flush()
         return self._answer()
@@ -79,14 +94,18 @@ class Worker:
         self._process.stdout.close()
 
 
-def fastest(maker: str, arguments: dict[str, Any], choice: dict[str, dict[str, str]]) -> tuple[str, Worker]:
+def fastest(
+    maker: str, arguments: dict[str, Any], choice: dict[str, dict[str, str]], *, wait: bool = True
+) -> tuple[str, Worker]:
     """The contestant in the environment, of those in `choice`, in which it is fastest; and the name of that.
 
-    They take turns alternately, and their medians count.  The others are ended.
+    They take turns alternately, and their medians count.  The others are ended.  Where there is one environment alone,
+    it need not `wait` until it is warm.
     """
-    workers = {name: Worker(maker, arguments, environment) for name, environment in choice.items()}
+    wait = wait or len(choice) > 1
+    workers = {name: Worker(maker, arguments, environment, wait=wait) for name, environment in choice.items()}
     name = next(iter(workers))
-    if len(workers) > 1:
+    if len(choice) > 1:
         seconds = alternate({name: worker.seconds for name, worker in workers.items()}, HEATS)
         name = min(seconds, key=lambda name: median(seconds[name]))
     for other in workers.keys() - {name}:

@@ -85,6 +85,12 @@ def has_cudnn(mesh: Mesh) -> bool:
     return mesh.devices.flat[0].platform == "gpu"
 
 
+def has_mosaic(mesh: Mesh) -> bool:
+    """Whether kernels of our own run on the devices: NVIDIA's GPUs of the Hopper generation, and newer ones."""
+    device = mesh.devices.flat[0]
+    return device.platform == "gpu" and float(getattr(device, "compute_capability", 0)) >= 9
+
+
 def device_name(mesh: Mesh, number: int) -> str:
     """A device of the mesh in words, such as "device 3 (cpu:3 of process 0)"."""
     device = mesh.devices.flat[number]

@@ -4,6 +4,8 @@ import dataclasses
 
 from data_pipeline.settings import check_at_least, check_choices, check_numbers, setting
 
+FUSED_UNITS = 128  # a layer that is read fused has a multiple of them: its kernels' blocks are of so many threads
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -57,9 +59,9 @@ class ModelConfig:
     )
     recurrence: str = setting(
         "scan",
-        "How an LSTM reads a window: scan, as written here, on any device; cudnn, by NVIDIA's kernels, in float32; "
-        "auto: the faster one, timed as the run begins.",
-        choices=("scan", "cudnn", "auto"),
+        "How an LSTM reads a window: scan, as XLA compiles the loop, on any device; fused, by kernels of our own, on "
+        "NVIDIA's GPUs from Hopper on; cudnn, by NVIDIA's, in float32; auto: the fastest, timed as the run begins.",
+        choices=("scan", "fused", "cudnn", "auto"),
         free=True,  # the equations are the same; bits are not
     )
     remat: bool = setting(
@@ -90,8 +92,8 @@ class ModelConfig:
         if self.remat and drawn_for_symbols:
             raise ValueError(f"remat reads a window in pieces, and {drawn_for_symbols[0]} draws a mask for the whole")
         self._check_cell()
-        if self.recurrence == "cudnn" and (beyond := self.beyond_cudnn):
-            raise ValueError(f"recurrence=cudnn is of a plain LSTM in float32, and this has {beyond}: use auto or scan")
+        if beyond := self.beyond(self.recurrence):
+            raise ValueError(f"recurrence={self.recurrence} does not know {beyond}: use auto or scan")
         name = "last_hidden_size" if self.last_hidden_size else "hidden_size"
         last = getattr(self, name)
         if self.tie_embeddings and self.embedding_size != last:
@@ -137,19 +139,18 @@ class ModelConfig:
                 return ""
         return "capped" if self.cap_input_gate else "plain"
 
-    @property
-    def beyond_cudnn(self) -> str:
-        """The first setting that cuDNN's LSTM does not know; "" where it computes this model."""
-        others = [n for n, own in (("cell", "lstm"), ("compute_dtype", "float32")) if getattr(self, n) != own]
-        options = (
-            "cap_input_gate",
-            "train_initial_state",
-            "state_dropout",
-            "zoneout",
-            "zoneout_cell",
-            "mogrifier_rounds",
-        )
+    def beyond(self, recurrence: str) -> str:
+        """The first setting that this way of reading a window does not know; "" where it computes this model."""
+        if recurrence not in ("fused", "cudnn"):
+            return ""
+        others = ["cell"] if self.cell != "lstm" else []
+        options = ["train_initial_state", "zoneout", "zoneout_cell", "mogrifier_rounds"]
+        if recurrence == "cudnn":
+            others += ["compute_dtype"] if self.compute_dtype != "float32" else []
+            options += ["cap_input_gate", "state_dropout"]
         others += [name for name in options if getattr(self, name)]
+        if recurrence == "fused":
+            others += [name for name in ("hidden_size", "last_hidden_size") if getattr(self, name) % FUSED_UNITS]
         return f"{others[0]}={getattr(self, others[0])}" if others else ""
 
     @property

@@ -96,14 +96,22 @@ def weight_gradient(
 ) -> jax.Array:
     """dW = x' dy, `[D, K]` in `dtype`: the sum over all symbols of all streams, as one product.
 
-    The transposition is held before it: a product whose left side is read transposed XLA leaves on a CPU to a library
-    that sums in an order which depends on the number of threads.  So is the product, which XLA would otherwise turn
-    into the one of the transposed sides where its transposition is wanted, as that of tied weights is.
+    On a CPU the transposition is held before it: a product whose left side is read transposed XLA leaves there to a
+    library that sums in an order which depends on the number of threads.  So is the product, which XLA would otherwise
+    turn into the one of the transposed sides where its transposition is wanted, as that of tied weights is.
     """
-    # Of three axes: the transposition of a matrix XLA would fold into the product all the same.
-    x_DTB = jax.lax.optimization_barrier(x_TBD.astype(compute_dtype).transpose(2, 0, 1))
-    x_DN, dy_NK = x_DTB.reshape(len(x_DTB), -1), dy_TBK.astype(compute_dtype).reshape(-1, dy_TBK.shape[2])
-    return jax.lax.optimization_barrier(jnp.dot(x_DN, dy_NK, preferred_element_type=dtype))
+    x_TBD, dy_NK = x_TBD.astype(compute_dtype), dy_TBK.astype(compute_dtype).reshape(-1, dy_TBK.shape[2])
+
+    def held(x_TBD: jax.Array, dy_NK: jax.Array) -> jax.Array:
+        # Of three axes: the transposition of a matrix XLA would fold into the product all the same.
+        x_DTB = jax.lax.optimization_barrier(x_TBD.transpose(2, 0, 1))
+        x_DN = x_DTB.reshape(len(x_DTB), -1)
+        return jax.lax.optimization_barrier(jnp.dot(x_DN, dy_NK, preferred_element_type=dtype))
+
+    def as_it_is(x_TBD: jax.Array, dy_NK: jax.Array) -> jax.Array:
+        return jnp.dot(x_TBD.reshape(len(dy_NK), -1).T, dy_NK, preferred_element_type=dtype)
+
+    return jax.lax.platform_dependent(x_TBD, dy_NK, cpu=held, default=as_it_is)
 
 
 def bias_gradient(dy_TBK: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -1,4 +1,4 @@
-"""How a run's LSTM reads its windows, where --recurrence=auto leaves the choice: the faster way, timed here."""
+"""How a run's LSTM reads its windows, where --recurrence=auto leaves the choice: the fastest way, timed here."""
 
 from statistics import median
 
@@ -12,25 +12,29 @@ from data_pipeline.streams import StreamPlan
 from launch import dry_run
 
 TIMED_STEPS = 5
+NEEDS = {"fused": "an NVIDIA GPU of the Hopper generation or newer", "cudnn": "an NVIDIA GPU"}
 
 
 def chosen(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh) -> tuple[Config, str]:
     """`config`, resolved, with "auto" replaced by what all processes take; and why, in words, or "".
 
     Raises:
-      ValueError: cudnn is asked for, and there is none.
+      ValueError: what is asked for by name needs another device.
     """
-    model, device = config.model, mesh_lib.device_kind(mesh)
-    if model.recurrence == "cudnn" and not mesh_lib.has_cudnn(mesh):
-        raise ValueError(f"recurrence=cudnn needs an NVIDIA GPU, and there is {device}: use scan or auto")
-    if model.recurrence != "auto":
+    asked, device = config.model.recurrence, mesh_lib.device_kind(mesh)
+    had = {"fused": mesh_lib.has_mosaic(mesh), "cudnn": mesh_lib.has_cudnn(mesh)}
+    if not had.get(asked, True):
+        raise ValueError(f"recurrence={asked} needs {NEEDS[asked]}, and there is {device}: use scan or auto")
+    if asked != "auto":
         return config, ""
-    without = f"cuDNN does not know {model.beyond_cudnn}" if model.beyond_cudnn else ""
-    if not mesh_lib.has_cudnn(mesh):
-        without = f"there is no cuDNN on {device}"
-    if without:
-        return config_lib.replace(config, recurrence="scan"), f"recurrence=scan: {without}"
-    ways = {name: config_lib.replace(config, recurrence=name) for name in ("scan", "cudnn")}
+    beyond = {name: config.model.beyond(name) for name in had}
+    names = ["scan", *(name for name in had if had[name] and not beyond[name])]
+    if len(names) == 1:
+        reasons = [
+            f"{name} does not know {beyond[name]}" if had[name] else f"{name} needs {NEEDS[name]}" for name in had
+        ]
+        return config_lib.replace(config, recurrence="scan"), f"recurrence=scan on {device}: {', '.join(reasons)}"
+    ways = {name: config_lib.replace(config, recurrence=name) for name in names}
     seconds = {name: median(dry_run.timed(way, corpus, plan, mesh, TIMED_STEPS)) for name, way in ways.items()}
     fastest = mesh_lib.gather(min(seconds, key=lambda name: seconds[name]))[0]  # the first process's, for all
     found = ", ".join(f"{name} {1000 * of:.1f} ms" for name, of in seconds.items())

@@ -36,6 +36,7 @@ and, once the window is done, dz = da, dW_h = Σ sᵀ da, db_h = Σ da, the sums
 stream is reset, h⁻ = c⁻ = 0, and dh⁻ and dc⁻ go nowhere.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -105,7 +106,12 @@ def cell_state(a_BG: jax.Array, state: CellState, variant: str) -> tuple[jax.Arr
     assert state.c is not None
     a_i, a_f, a_g, a_o = jnp.split(a_BG, GATES, axis=1)
     i, f, g, o = jax.nn.sigmoid(a_i), jax.nn.sigmoid(a_f), jnp.tanh(a_g), jax.nn.sigmoid(a_o)
-    return f * state.c + (jnp.minimum(i, 1 - f) if variant == "capped" else i) * g, o
+    return remembered(i, f, g, state.c, variant), o
+
+
+def remembered(i: jax.Array, f: jax.Array, g: jax.Array, c_prev: jax.Array, variant: str) -> jax.Array:
+    """c, of gates and c⁻ of any one shape."""
+    return f * c_prev + (jnp.minimum(i, 1 - f) if variant == "capped" else i) * g
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -150,7 +156,7 @@ def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
         a_BG = z_BG + b_BG + times_w(seen)
         gates_BG = _activated(a_BG)
         i, f, g, o = jnp.split(gates_BG, GATES, axis=1)
-        c = f * c_prev + (jnp.minimum(i, 1 - f) if variant == "capped" else i) * g
+        c = remembered(i, f, g, c_prev, variant)
         h = o * jnp.tanh(c)
         gates_TBG = jax.lax.dynamic_update_index_in_dim(gates_TBG, gates_BG, t, 0)
         return (CellState(h, c), gates_TBG), (h.astype(compute_dtype), c_prev)
@@ -159,7 +165,7 @@ def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
     start, symbols = (state, z_TBG.astype(dtype)), (jnp.arange(z_TBG.shape[0]), reset_TB)
     (final, gates_TBG), (h_TBH, c_prev_TBH) = scan(read, start, symbols)
     # Of z only the dtype is wanted later; an empty slice carries it.
-    return (final, h_TBH), (w_h, b_h, state.h, h_TBH, c_prev_TBH, gates_TBG, reset_TB, z_TBG[:0], mask_BH)
+    return (final, h_TBH), (w_h, state.h, h_TBH, c_prev_TBH, gates_TBG, reset_TB, z_TBG[:0], mask_BH)
 
 
 def _activated(a_BG: jax.Array) -> jax.Array:
@@ -169,39 +175,70 @@ def _activated(a_BG: jax.Array) -> jax.Array:
 
 
 def _reverse(compute_dtype, variant, residuals, cotangents):
-    w_h, b_h, h_first, h_TBH, c_prev_TBH, gates_TBG, reset_TB, z_like, mask_BH = residuals
+    w_h, h_first, h_TBH, c_prev_TBH, gates_TBG, reset_TB, z_like, mask_BH = residuals
     dfinal, dh_TBH = cotangents
     dtype = h_first.dtype
     times_w = in_loop(w_h, compute_dtype, dtype, reverse=True)
 
     def unread(dstate, symbol):
         dh_above, c_prev, gates_BG, reset_B = symbol
-        i, f, g, o = jnp.split(gates_BG, GATES, axis=1)
         dh = dh_above.astype(dtype) + dstate.h
-        k = jnp.minimum(i, 1 - f) if variant == "capped" else i
-        tanh_c = jnp.tanh(f * c_prev + k * g)
-        dc = dstate.c + dh * o * (1 - tanh_c * tanh_c)
-        da_i = dc * g * i * (1 - i)
-        da_f = dc * c_prev * f * (1 - f)
-        da_g = dc * k * (1 - g * g)
-        if variant == "capped":
-            at_the_cap = i > 1 - f
-            da_i, da_f = jnp.where(at_the_cap, 0, da_i), jnp.where(at_the_cap, dc * (c_prev - g) * f * (1 - f), da_f)
-        da_o = dh * tanh_c * o * (1 - o)
-        da_BG = jnp.concatenate([da_i, da_f, da_g, da_o], axis=1)
+        das, dc_prev = gate_gradients(jnp.split(gates_BG, GATES, axis=1), c_prev, dh, dstate.c, variant)
+        da_BG = jnp.concatenate(das, axis=1)
         dh_prev = times_w(da_BG)
         dh_prev = dh_prev if mask_BH is None else dh_prev * mask_BH
-        dstate = CellState(*(jnp.where(reset_B[:, None], 0, ds) for ds in (dh_prev, dc * f)))
+        dstate = CellState(*(jnp.where(reset_B[:, None], 0, ds) for ds in (dh_prev, dc_prev)))
         return dstate, da_BG.astype(z_like.dtype)
 
     symbols = (dh_TBH, c_prev_TBH, gates_TBG, reset_TB)
     dfirst, da_TBG = scan(unread, dfinal, symbols, reverse=True)
+    weights = parameter_gradients(w_h, h_first, h_TBH, da_TBG, reset_TB, compute_dtype, mask_BH)
+    return *weights, dfirst, da_TBG, None, None
+
+
+def gate_gradients(
+    gates: Sequence[jax.Array], c_prev: jax.Array, dh: jax.Array, dc: jax.Array, variant: str
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """One symbol in reverse, up to the product with W_h', of arrays of any one shape.
+
+    Args:
+      gates: i, f, g, o.
+      dh: from above and from the right.
+      dc: from the right.
+
+    Returns:
+      (da_i, da_f, da_g, da_o), and dc⁻.
+    """
+    i, f, g, o = gates
+    k = jnp.minimum(i, 1 - f) if variant == "capped" else i
+    tanh_c = jnp.tanh(f * c_prev + k * g)
+    dc = dc + dh * o * (1 - tanh_c * tanh_c)
+    da_i = dc * g * i * (1 - i)
+    da_f = dc * c_prev * f * (1 - f)
+    da_g = dc * k * (1 - g * g)
+    if variant == "capped":
+        at_the_cap = i > 1 - f
+        da_i, da_f = jnp.where(at_the_cap, 0, da_i), jnp.where(at_the_cap, dc * (c_prev - g) * f * (1 - f), da_f)
+    da_o = dh * tanh_c * o * (1 - o)
+    return (da_i, da_f, da_g, da_o), dc * f
+
+
+def parameter_gradients(
+    w_h: jax.Array,
+    h_first: jax.Array,
+    h_TBH: jax.Array,
+    da_TBG: jax.Array,
+    reset_TB: jax.Array,
+    compute_dtype: jax.typing.DTypeLike,
+    mask_BH: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """dW_h and db_h in the dtype of w_h, once the window is done; h_first is h before it."""
+    dtype = h_first.dtype
     h_prev_TBH = jnp.concatenate([h_first[None].astype(compute_dtype), h_TBH[:-1]])
     h_prev_TBH = jnp.where(reset_TB[:, :, None], 0, h_prev_TBH)
     seen_TBH = h_prev_TBH if mask_BH is None else (h_prev_TBH.astype(dtype) * mask_BH[None]).astype(compute_dtype)
     dw_h = weight_gradient(seen_TBH, da_TBG, compute_dtype, dtype)
-    db_h = bias_gradient(da_TBG, dtype)
-    return dw_h.astype(w_h.dtype), db_h.astype(b_h.dtype), dfirst, da_TBG, None, None
+    return dw_h.astype(w_h.dtype), bias_gradient(da_TBG, dtype).astype(w_h.dtype)
 
 
 recurrence.defvjp(_forward, _reverse)

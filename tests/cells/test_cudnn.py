@@ -122,6 +122,6 @@ def test_what_cudnn_is_given_and_gives_is_row_major(monkeypatch):
     ],
 )
 def test_what_cudnn_does_not_compute_is_refused_by_name(settings, named):
-    with pytest.raises(ValueError, match=f"recurrence=cudnn is of a plain LSTM in float32, and this has {named}: use"):
+    with pytest.raises(ValueError, match=f"recurrence=cudnn does not know {named}: use auto or scan"):
         ModelConfig(recurrence="cudnn", **settings)
-    assert ModelConfig(recurrence="auto", **settings).beyond_cudnn == named
+    assert ModelConfig(recurrence="auto", **settings).beyond("cudnn") == named

@@ -11,42 +11,55 @@ from launch import dry_run, evaluate, program, recurrence, sample, train
 from tests.launch.conftest import refusal
 
 
-def test_auto_is_the_loop_where_there_is_no_cudnn_and_the_run_keeps_what_was_chosen(arguments, tmp_path):
+def test_auto_is_the_loop_where_there_is_no_gpu_and_the_run_keeps_what_was_chosen(arguments, tmp_path):
     command = ["train", *arguments, f"--run_dir={tmp_path}", "--recurrence=auto"]
     for steps in (2, 4):  # begun, and continued by the same command
         assert train.main([*command, f"--num_steps={steps}"]) == 0
         assert json.loads((tmp_path / "config.json").read_text())["model"]["recurrence"] == "scan"
     log = (tmp_path / "log.txt").read_text()
-    assert log.count("recurrence=scan: there is no cuDNN on cpu") == 1
+    said = (
+        "recurrence=scan on cpu: fused needs an NVIDIA GPU of the Hopper generation or newer, cudnn needs an NVIDIA GPU"
+    )
+    assert log.count(said) == 1
     assert [line.split(": ")[-1] for line in log.splitlines() if "changed since" in line] == ["2 -> 4"]
 
 
-def test_cudnn_is_refused_where_there_is_none(arguments, tmp_path):
-    said = refusal(train.main, *arguments, f"--run_dir={tmp_path / 'run'}", "--recurrence=cudnn")
-    assert said == "recurrence=cudnn needs an NVIDIA GPU, and there is cpu: use scan or auto"
+@pytest.mark.parametrize(
+    ("way", "needed"), [("cudnn", "an NVIDIA GPU"), ("fused", "an NVIDIA GPU of the Hopper generation or newer")]
+)
+def test_what_needs_a_gpu_is_refused_where_there_is_none(way, needed, arguments, tmp_path):
+    given = [*arguments, "--hidden_size=128", f"--run_dir={tmp_path / 'run'}", f"--recurrence={way}"]
+    assert refusal(train.main, *given) == f"recurrence={way} needs {needed}, and there is cpu: use scan or auto"
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("settings", "taken", "words"),
     [
-        ({}, "cudnn", "recurrence=cudnn: an update took scan 30.0 ms, cudnn 10.0 ms on cpu"),
-        ({"cell": "gru"}, "scan", "recurrence=scan: cuDNN does not know cell=gru"),
+        ({}, "fused", "recurrence=fused: an update took scan 30.0 ms, fused 5.0 ms, cudnn 10.0 ms on cpu"),
+        ({"hidden_size": 100}, "cudnn", "recurrence=cudnn: an update took scan 30.0 ms, cudnn 10.0 ms on cpu"),
+        ({"cell": "gru"}, "scan", "recurrence=scan on cpu: fused does not know cell=gru, cudnn does not know cell=gru"),
         ({"recurrence": "scan"}, "scan", ""),
         ({"recurrence": "cudnn"}, "cudnn", ""),
+        ({"recurrence": "fused"}, "fused", ""),
     ],
-    ids=["the faster one", "one that cuDNN does not know", "scan as given", "cudnn as given"],
+    ids=["the fastest", "of what knows it", "one that the loop alone knows", *("as given",) * 3],
 )
-def test_of_what_is_left_open_the_faster_way_is_taken(settings, taken, words, monkeypatch):
-    seconds = {"scan": [0.9, 0.03, 0.02, 0.03, 0.03], "cudnn": [0.9, 0.01, 0.01, 0.02, 0.01]}
+def test_of_what_is_left_open_the_fastest_way_is_taken(settings, taken, words, monkeypatch):
+    seconds = {
+        "scan": [0.9, 0.03, 0.02, 0.03, 0.03],
+        "cudnn": [0.9, 0.01, 0.01, 0.02, 0.01],
+        "fused": [0.9, 0.005, 0.005, 0.02, 0.005],
+    }
     monkeypatch.setattr(mesh_lib, "has_cudnn", lambda mesh: True)
+    monkeypatch.setattr(mesh_lib, "has_mosaic", lambda mesh: True)
     monkeypatch.setattr(dry_run, "timed", lambda config, *_: seconds[config.model.recurrence])
     config = config_lib.replace(Config(), **({"recurrence": "auto"} | settings))
     chosen = recurrence.chosen(config, None, None, mesh_lib.make())
     assert chosen == (config_lib.replace(config, recurrence=taken), words)
 
 
-def test_what_cudnn_has_trained_is_scored_and_sampled_where_there_is_none(copied, capsys):
+def test_what_a_gpu_has_trained_is_scored_and_sampled_where_there_is_none(copied, capsys):
     path = copied / "config.json"
     before = path.read_text()
     path.write_text(before.replace('"recurrence": "scan"', '"recurrence": "cudnn"'))

@@ -1,0 +1,166 @@
+"""The window by a product and a kernel a symbol: what the loop of lstm.py gives, its values and its gradients.
+
+The kernels' blocks are run one after the other by JAX, and by Mosaic's interpreter where this JAX has one; where there
+is a GPU for them, it runs them as they are.
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu
+
+from charlstm import mesh as mesh_lib
+from charlstm import model
+from charlstm.cells import fused, lstm
+from charlstm.model_config import ModelConfig
+from charlstm.noise import Noise
+from charlstm.types import CellState
+
+T, B, H = 3, 2, 256  # two blocks for each stream
+SETTINGS = {
+    "plain": ("plain", "float32", False),
+    "capped, masked": ("capped", "float32", True),
+    "bfloat16, masked": ("plain", "bfloat16", True),
+    "bfloat16, capped": ("capped", "bfloat16", False),
+}
+
+
+class Given:
+    """An array that is indexed as a kernel indexes what it reads."""
+
+    def __init__(self, array):
+        self._array = array
+
+    def __getitem__(self, index):
+        array = self._array
+        for axis, i in reversed(list(enumerate(index if isinstance(index, tuple) else (index,)))):
+            if hasattr(i, "size") and hasattr(i, "start"):
+                array = jax.lax.dynamic_slice_in_dim(array, i.start, i.size, axis)
+            else:
+                array = jax.lax.dynamic_index_in_dim(array, i, axis, keepdims=False)
+        return array
+
+
+def run_by_blocks(monkeypatch):
+    place = {}
+
+    def kernel(of_block, grid, grid_names):
+        def run(*args):
+            refs = [Given(a) if (hasattr(a, "at") and hasattr(a.at, "add")) or a.ndim == 1 else a for a in args]
+            for indices in itertools.product(*map(range, grid)):
+                place.update(zip(grid_names, indices, strict=True))
+                of_block(*refs)
+
+        return run
+
+    monkeypatch.setattr(fused.plgpu, "kernel", kernel)
+    monkeypatch.setattr(jax.lax, "axis_index", lambda name: place[name])
+
+
+@pytest.fixture(params=["by blocks", "interpreted", "on a GPU"])
+def machine(request, monkeypatch):
+    """Has the kernels run without a GPU, or with one."""
+    jax.clear_caches()  # what was traced for another machine
+    monkeypatch.setattr(fused, "UNROLL", 2)  # a turn of the loop, and a symbol more
+    if request.param == "by blocks":
+        run_by_blocks(monkeypatch)
+        yield request.param
+    elif request.param == "interpreted":
+        if not hasattr(mosaic_gpu, "InterpretGPUParams"):
+            pytest.skip(f"JAX {jax.__version__} has no interpreter of Mosaic's kernels")
+        with mosaic_gpu.force_gpu_interpret_mode(mosaic_gpu.InterpretGPUParams()):
+            yield request.param
+    else:
+        if not mesh_lib.has_mosaic(mesh_lib.make()):
+            pytest.skip("there is no GPU that runs Mosaic's kernels")
+        yield request.param
+    jax.clear_caches()
+
+
+def value_and_gradients(recurrence, variant, compute_dtype, masked):
+    random = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(random.normal(size=shape), jnp.float32)
+
+    reset_TB = np.zeros((T, B), bool)
+    reset_TB[0, 1] = reset_TB[1, 0] = reset_TB[2, 1] = True
+    state = CellState(draw(B, H).at[1].set(jnp.nan), draw(B, H).at[1].set(jnp.nan))  # which must not survive
+    w_h, b_h, z_TBG, by_h, by_c = draw(H, 4 * H) / 16, draw(4 * H), draw(T, B, 4 * H), draw(T, B, H), draw(B, H)
+    mask_BH = jnp.asarray(random.integers(0, 2, (B, H)) * 2.0, jnp.float32) if masked else None
+
+    def value(w_h, b_h, state, z_TBG):
+        final, h_TBH = recurrence(
+            w_h, b_h, state, z_TBG, jnp.asarray(reset_TB), jnp.dtype(compute_dtype), variant, mask_BH
+        )
+        return (h_TBH.astype(by_h.dtype) * by_h).sum() + (final.h**3).sum() + (final.c * by_c).sum(), (final, h_TBH)
+
+    with jax.default_matmul_precision("highest"):
+        return jax.jit(jax.value_and_grad(value, (0, 1, 2, 3), has_aux=True))(w_h, b_h, state, z_TBG)
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_window_and_its_gradients_are_those_of_the_loop(machine, settings):
+    got, expected = (value_and_gradients(way, *settings) for way in (fused.recurrence, lstm.recurrence))
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype, path
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.linalg.norm(a - b) <= 3e-6 * np.linalg.norm(b), (jax.tree_util.keystr(path), a, b)
+
+
+@pytest.mark.parametrize("remat", [False, True], ids=["", "remat"])
+def test_a_model_of_layers_that_are_read_fused_is_the_same_model(machine, remat):
+    if remat and machine == "interpreted":
+        pytest.skip("the interpreter has effects, which jax.checkpoint does not take")
+
+    def value(recurrence):
+        config = ModelConfig(
+            hidden_size=128, embedding_size=5, between_dropout=0.3, state_dropout=0.2, weight_drop=0.2,
+            recurrence=recurrence, remat=remat,
+        )  # fmt: skip
+        params, state = model.init(config, 9, jax.random.key(1)), model.initial_state(config, 2)
+        ids_BT, noise = jnp.arange(8).reshape(2, 4) % 7, Noise(jax.random.key(3), jnp.arange(2, dtype=jnp.int32))
+
+        def loss(params):
+            new, features_TBH = model.features(config, params, state, ids_BT, ids_BT == 6, noise)
+            return jnp.sin(features_TBH).sum() + sum(jnp.cos(leaf).sum() for leaf in jax.tree.leaves(new))
+
+        with jax.default_matmul_precision("highest"):
+            return jax.jit(jax.value_and_grad(loss))(params)
+
+    got, expected = value("fused"), value("scan")
+    for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"cell": "gru"}, "cell=gru"),
+        ({"zoneout": 0.1}, "zoneout=0.1"),
+        ({"train_initial_state": True}, "train_initial_state=True"),
+        ({"hidden_size": 200}, "hidden_size=200"),
+        ({"last_hidden_size": 64}, "last_hidden_size=64"),
+    ],
+)
+def test_what_is_not_read_fused_is_refused_by_name(settings, named):
+    with pytest.raises(ValueError, match=f"recurrence=fused does not know {named}: use auto or scan"):
+        ModelConfig(recurrence="fused", **settings)
+    assert ModelConfig(recurrence="auto", **settings).beyond("fused") == named
+
+
+def test_a_gpu_of_the_hopper_generation_runs_kernels_of_our_own(monkeypatch):
+    class Device:
+        platform, compute_capability = "gpu", "9.0"
+
+    class Mesh:
+        devices = np.array([Device()])
+
+    assert mesh_lib.has_mosaic(Mesh())
+    monkeypatch.setattr(Device, "compute_capability", "8.6")
+    assert not mesh_lib.has_mosaic(Mesh())
+    assert not mesh_lib.has_mosaic(mesh_lib.make(jax.devices("cpu")[:1]))
