@@ -46,6 +46,8 @@ class Work:
 
 V100 = Machine(inside=130e9, between=25e9 / 8, memory=900e9)
 H100 = Machine(inside=450e9, between=50e9, memory=3.35e12)
+H200 = dataclasses.replace(H100, memory=4.8e12)
+MACHINES = {"V100": V100, "H100": H100, "H200": H200}
 # The mLSTM of 4,096 units, 85 M parameters, of Puri et al. 2018 (arXiv:1808.01371), in mixed precision: 40 GB three
 # times in four hours on 128 V100s, 109 times as fast as on one, is 76,000 characters a second on one.  However few the
 # streams, its weights are read at each symbol, forward and twice back.
@@ -94,10 +96,10 @@ def main() -> None:
         parser.add_argument(
             f"--{field.name}", type=type(getattr(MLSTM, field.name)), default=getattr(MLSTM, field.name)
         )
-    parser.add_argument("--machine", choices=("V100", "H100"), default="V100")
+    parser.add_argument("--machine", choices=MACHINES, default="V100")
     parser.add_argument("--total_streams", type=int, default=32768, help="of the batch that does not grow")
     chosen = vars(parser.parse_args())
-    machine, total = {"V100": V100, "H100": H100}[chosen.pop("machine")], chosen.pop("total_streams")
+    machine, total = MACHINES[chosen.pop("machine")], chosen.pop("total_streams")
     work, rows = Work(**chosen), Rows("cost_model", measured=False)
     for n in COUNTS:
         fields = {}
