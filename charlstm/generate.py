@@ -17,8 +17,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from charlstm import keys, model
+from charlstm import mesh as mesh_lib
 from charlstm.model_config import ModelConfig
 from charlstm.types import ModelParams, RecurrentState
 from data_pipeline.settings import setting
@@ -26,8 +28,9 @@ from data_pipeline.settings import setting
 CHUNK = 16  # symbols of one call of the device
 WINDOW = 128  # symbols of the prompt read by one call
 # One row would be a product of a vector and a matrix, which is added up in another order than that of two matrices:
-# with two rows at least, the only row has the very bits of the first of a few.
+# with two rows at least on each device, the only row has the very bits of the first of a few.
 LEAST_ROWS = 2
+WHOLE, ROWS, COLUMNS = mesh_lib.REPLICATED, mesh_lib.BY_STREAM, PartitionSpec(None, mesh_lib.AXIS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +78,7 @@ def generate(
     """Continues `prompt` in `rows` independent ways, a few symbols at a time.
 
     Args:
-      params: on one device, where the text is made.
+      params: whole on each of the devices that the rows are split over.
       prompt: ids [symbols], read from the first state.  When empty, each row begins after a symbol drawn uniformly,
         which is not part of its text.
       rows: texts made side by side, in one batch.
@@ -91,7 +94,9 @@ def generate(
       while the caller has this one.
     """
     assert rows >= 1 and length >= 0 and chunk >= 1 and window >= 1, (rows, length, chunk, window)
-    key, count, V = jax.random.key(seed), max(rows, LEAST_ROWS), params.b_out.shape[0]
+    mesh = mesh_lib.make(sorted(jnp.asarray(params.b_out).devices(), key=lambda device: device.id))
+    count = mesh.size * max(-(-rows // mesh.size), LEAST_ROWS)
+    key, V = jax.random.key(seed), params.b_out.shape[0]
     row_keys = _row_keys(keys.named(key, "sample"), count)
     prompt = np.asarray(prompt, np.int32)
     state = _after(config, params, prompt[:-1], separator, window)
@@ -102,9 +107,11 @@ def generate(
         last_R = _first_symbols(_row_keys(keys.named(key, "first"), count), V, unknown_id)
     previous: tuple[jax.Array, jax.Array] | None = None
     for start in range(0, length, chunk):
-        gumbel_TRV = _noise(row_keys, np.int32(start), chunk, V, params.b_out.dtype) if sampling.temperature else None
+        gumbel_TRV = None
+        if sampling.temperature:
+            gumbel_TRV = _noise(row_keys, np.int32(start), mesh, chunk, V, params.b_out.dtype)
         state, last_R, made = _make_chunk(
-            params, state, last_R, gumbel_TRV, config, sampling, unknown_id, separator, chunk
+            params, state, last_R, gumbel_TRV, mesh, config, sampling, unknown_id, separator, chunk
         )
         if previous is not None:
             yield _fetch(previous, rows, chunk)
@@ -155,22 +162,30 @@ def _ends_document(ids: jax.Array, separator: int | None) -> jax.Array:
     return jnp.zeros(ids.shape, bool) if separator is None else ids == separator
 
 
-@partial(jax.jit, static_argnames=("symbols", "vocabulary_size", "dtype"))
-def _noise(row_keys, start, symbols, vocabulary_size, dtype):
+@partial(jax.jit, static_argnames=("mesh", "symbols", "vocabulary_size", "dtype"))
+def _noise(row_keys, start, mesh: Mesh, symbols, vocabulary_size, dtype):
     """Gumbel noise TRV for positions from `start` on."""
 
     def at(position, key):
         return jax.random.gumbel(jax.random.fold_in(key, position), (vocabulary_size,)).astype(dtype)
 
-    positions_T = start + jnp.arange(symbols, dtype=jnp.int32)
-    return jax.vmap(jax.vmap(at, (None, 0)), (0, None))(positions_T, row_keys)
+    def of_rows(row_keys, start):
+        positions_T = start + jnp.arange(symbols, dtype=jnp.int32)
+        return jax.vmap(jax.vmap(at, (None, 0)), (0, None))(positions_T, row_keys)
+
+    split = jax.shard_map(of_rows, mesh=mesh, in_specs=(ROWS, WHOLE), out_specs=COLUMNS, check_vma=False)
+    return split(row_keys, start)
 
 
-@partial(jax.jit, static_argnames=("config", "sampling", "unknown_id", "separator", "symbols"), donate_argnames="state")
-def _make_chunk(params, state, last_R, gumbel_TRV, config, sampling, unknown_id, separator, symbols):
+@partial(
+    jax.jit,
+    static_argnames=("mesh", "config", "sampling", "unknown_id", "separator", "symbols"),
+    donate_argnames="state",
+)
+def _make_chunk(params, state, last_R, gumbel_TRV, mesh: Mesh, config, sampling, unknown_id, separator, symbols):
     """The next `symbols` of every row: (state, last symbols, (ids, log-probabilities) [T, R])."""
 
-    def make_one(carry, gumbel_RV):
+    def make_one(params, carry, gumbel_RV):
         state, last_R = carry
         reset_R = _ends_document(last_R, separator)
         state, logits_TRV = model.apply(config, params, state, last_R[:, None], reset_R[:, None])
@@ -179,8 +194,14 @@ def _make_chunk(params, state, last_R, gumbel_TRV, config, sampling, unknown_id,
         log_probability_R1 = jnp.take_along_axis(jax.nn.log_softmax(logits_RV, axis=1), next_R[:, None], axis=1)
         return (state, next_R), (next_R, log_probability_R1[:, 0])
 
-    (state, last_R), made = jax.lax.scan(make_one, (state, last_R), gumbel_TRV, symbols)
-    return state, last_R, made
+    def of_rows(params, state, last_R, gumbel_TRV):
+        (state, last_R), made = jax.lax.scan(partial(make_one, params), (state, last_R), gumbel_TRV, symbols)
+        return state, last_R, made
+
+    given, made = (WHOLE, ROWS, ROWS, COLUMNS), (ROWS, ROWS, COLUMNS)
+    return jax.shard_map(of_rows, mesh=mesh, in_specs=given, out_specs=made, check_vma=False)(
+        params, state, last_R, gumbel_TRV
+    )
 
 
 def _without(logits_RV: jax.Array, unknown_id: int | None) -> jax.Array:

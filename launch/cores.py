@@ -1,4 +1,4 @@
-"""The cores of a CPU as devices of their own: each computes the gradient of its own streams.
+"""The cores of a CPU as devices of their own: each computes the gradient of its own streams, or makes its own samples.
 
 Threads that share a product meet after each one, several times a symbol and layer; devices meet once an update.
 """
@@ -15,7 +15,7 @@ from charlstm import step as step_lib
 from charlstm.config import Config
 from launch.job import JobFlags
 
-LEAST_STREAMS = 8  # of a device: a product with fewer does too little with the weights that it reads
+LEAST_ROWS = 8  # streams or samples of a device: a product with fewer does too little with the weights that it reads
 
 
 def mesh_of(joined: JobFlags) -> Callable[[Config], Mesh]:
@@ -24,19 +24,35 @@ def mesh_of(joined: JobFlags) -> Callable[[Config], Mesh]:
     It has all devices.  Those of a CPU are its cores, where this process is alone and the user has set no number of
     them (XLA_FLAGS or JAX_NUM_CPU_DEVICES), and then as many as the run's streams and logical shards can be split over.
     """
-    chosen_by_the_user = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if joined.has_others or chosen_by_the_user or "JAX_NUM_CPU_DEVICES" in os.environ:
+    if joined.has_others or not _become_devices():
         return lambda config: mesh_lib.make()
+    return _shared
+
+
+def mesh_of_samples(count: int) -> Mesh:
+    """The devices that make `count` samples side by side, made before JAX starts: the first one, or a CPU's cores."""
+    if count >= 2 * LEAST_ROWS:  # with fewer, the cores share each product
+        _become_devices()
+    mesh = mesh_lib.make()
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return mesh_lib.make(list(mesh.devices.flat[: max(1, min(mesh.size, count // LEAST_ROWS)) if on_cpu else 1]))
+
+
+def _become_devices() -> bool:
+    """Makes a CPU's cores devices, before JAX starts; False where the user has set a number of them."""
+    chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if chosen or "JAX_NUM_CPU_DEVICES" in os.environ:
+        return False
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # not on a Mac
     jax.config.update("jax_num_cpu_devices", usable or 1)
-    return _shared
+    return True
 
 
 def _shared(config: Config) -> Mesh:
     mesh = mesh_lib.make()
     if mesh.devices.flat[0].platform != "cpu":
         return mesh
-    most = max(1, min(mesh.size, config.streams.batch_size // LEAST_STREAMS))
+    most = max(1, min(mesh.size, config.streams.batch_size // LEAST_ROWS))
     count = next((n for n in range(most, 0, -1) if _splits(config, n)), 1)
     return mesh_lib.make(list(mesh.devices.flat[:count]))
 

@@ -25,14 +25,13 @@ from typing import Any
 import numpy as np
 
 from charlstm import generate as generate_lib
-from charlstm import mesh as mesh_lib
 from charlstm.config import Config
 from charlstm.generate import Chunk, Sampling
 from charlstm.loss import NATS_PER_BIT
 from data_pipeline.files import at_home
 from data_pipeline.settings import check_choices, setting
 from data_pipeline.vocabulary import Vocabulary
-from launch import allocator, compilation, flags, program, run_directory
+from launch import allocator, compilation, cores, flags, program, run_directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,10 +121,9 @@ def main(argv: Sequence[str]) -> int:
     vocabulary = identity.vocabulary
     prompt, stop = _prompt(chosen, vocabulary), _stop(chosen.stop, vocabulary)
 
-    # One device: the text is made symbol after symbol, and there is nothing to share.
     allocator.keep()
     compilation.prepare()
-    mesh = mesh_lib.make(list(mesh_lib.make().devices.flat[:1]))
+    mesh = cores.mesh_of_samples(chosen.num_samples)
     params, step = run_directory.restore_params(run_dir, config, identity, mesh, chosen.checkpoint)
     print(f"{run_dir}: the checkpoint of step {step}", file=sys.stderr)
     chunks = generate_lib.generate(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from charlstm import mesh as mesh_lib
 from charlstm import model
 from charlstm.generate import Sampling, choose, generate
 from charlstm.model_config import ModelConfig
@@ -46,6 +47,17 @@ def full_pass(ids_RT, config=CONFIG, separator=None):
 
 def with_prompt(ids):
     return np.concatenate([np.tile(PROMPT, (len(ids), 1)), ids], axis=1)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(top_k=5)], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_the_text_does_not_depend_on_how_many_devices_the_rows_are_split_over(sampling, rows):
+    expected = sampled(sampling, rows=rows)
+    for devices in (2, 4):
+        mesh = mesh_lib.make(jax.devices()[:devices])
+        params = mesh_lib.put(mesh, mesh_lib.REPLICATED, make_params())
+        for got, of_one in zip(sampled(sampling, params=params, rows=rows), expected, strict=True):
+            np.testing.assert_array_equal(got, of_one)
 
 
 def test_greedy_text_is_the_argmax_of_a_full_pass_over_it():

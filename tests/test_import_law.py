@@ -147,7 +147,7 @@ def test_only_launch_writes_the_environment():
 def test_importing_starts_no_backend_parses_no_flag_and_changes_no_environment():
     program = (
         "import os, sys, importlib\n"
-        "import absl.flags, jax, orbax.checkpoint  # these may do as they like\n"
+        "import absl.flags, jax, orbax.checkpoint, jax.experimental.pallas.mosaic_gpu  # these may do as they like\n"
         "before = dict(os.environ)\n"
         f"for name in {OURS!r}: importlib.import_module(name)\n"
         "assert dict(os.environ) == before, 'the environment changed'\n"

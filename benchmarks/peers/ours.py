@@ -15,7 +15,7 @@ from data_pipeline.batch import Batch
 from data_pipeline.loader import open_windows
 from data_pipeline.shards import open_corpus
 from data_pipeline.streams import StreamPlan
-from launch import allocator, compilation
+from launch import allocator, compilation, cores
 
 
 def config_of(shape: Shape, **changes: object) -> Config:
@@ -64,15 +64,16 @@ def sampling(shape: dict, samples: int, length: int) -> Contestant:
     """`length` symbols of each of `samples` texts, at temperature 1, as `launch.sample` makes them."""
     allocator.keep()
     compilation.undivide()
-    sizes = Shape(**shape)
+    sizes, mesh = Shape(**shape), cores.mesh_of_samples(samples)
     config, prompt = config_of(sizes).model, np.zeros(1, np.int32)
-    params, how = model.init(config, sizes.V, jax.random.key(0)), generate.Sampling()
+    params = mesh_lib.put(mesh, mesh_lib.REPLICATED, model.init(config, sizes.V, jax.random.key(0)))
+    how = generate.Sampling()
 
     def write() -> None:
         for _ in generate.generate(config, params, prompt, how, rows=samples, length=length, seed=0):
             pass
 
-    return Contestant(write, device=mesh_lib.describe(mesh_lib.make()))
+    return Contestant(write, device=mesh_lib.describe(mesh))
 
 
 def reading(shape: dict, corpus: str) -> Contestant:
