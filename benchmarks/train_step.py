@@ -26,6 +26,7 @@ PEERS = {
     "haiku": "benchmarks.peers.autodiff.haiku",
     "textbook twin": "benchmarks.peers.autodiff.twin",
 }
+VARIANTS = ("ours by scan", "ours by cuDNN", "ours in float32")
 RATES = ("benchmarks.peers.ours.matrix_product", "benchmarks.peers.pytorch.matrix_product")
 
 
@@ -43,9 +44,11 @@ def shapes_of(numbers: str, gpu: bool) -> list[Shape]:
 
 
 def run(rows: Rows, quick: bool, shapes: str, rounds: int, only: str) -> None:
-    gpu = workers_lib.has_gpu()
+    gpu, names = workers_lib.has_gpu(), only.split(",") if only else []
+    if unknown := set(names) - {*PEERS, *VARIANTS}:
+        raise SystemExit(f"--only={only}: there is no {unknown.pop()}: use some of {', '.join((*PEERS, *VARIANTS))}")
     for shape in [QUICK] if quick else shapes_of(shapes or ("1,2,3,4,5" if gpu else "1,2,3,4"), gpu):
-        compare(rows, shape, 2 if quick else rounds, gpu, quick, only.split(",") if only else [])
+        compare(rows, shape, 2 if quick else rounds, gpu, quick, names)
 
 
 def compare(rows: Rows, shape: Shape, rounds: int, gpu: bool, quick: bool, only: list[str]) -> None:
@@ -58,7 +61,6 @@ def compare(rows: Rows, shape: Shape, rounds: int, gpu: bool, quick: bool, only:
     elif gpu and shape.cell == "lstm":
         matches["ours by cuDNN"] = PEERS["ours"], shape, {"recurrence": "cudnn"}
     if gpu and shape.cell == "lstm":
-        matches["ours"] = PEERS["ours"], shape, {"recurrence": "fused"}
         matches["ours by scan"] = PEERS["ours"], shape, {"recurrence": "scan"}
     matches = {name: match for name, match in matches.items() if name == "ours" or not only or name in only}
     workers: dict[str, Worker] = {}

@@ -27,12 +27,14 @@ def config_of(shape: Shape, **changes: object) -> Config:
 
 
 def training(shape: dict, **changes: object) -> Contestant:
-    """An update on all the devices there are, from a batch in the host's memory."""
+    """An update on all the devices there are, from a batch in the host's memory; fused where it can be."""
     allocator.keep()
     compilation.undivide()
     sizes = Shape(**shape)
     mesh = mesh_lib.make()
     config = config_lib.resolve(config_of(sizes, **changes), mesh.size)
+    if "recurrence" not in changes and mesh_lib.has_mosaic(mesh) and not config.model.beyond("fused"):
+        config = config_lib.replace(config, recurrence="fused")
     train_step = step_lib.make(config, sizes.V, mesh, 1000)
     state = step_lib.place(mesh, step_lib.init(config, sizes.V))
     text, reset = windows(sizes), np.zeros((sizes.B, sizes.T), bool)
