@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 # What is done otherwise on a CPU, of products with LARGE weights or more elements; measured in docs/decisions.md.
 LARGE = 1 << 19
@@ -80,7 +81,7 @@ def in_loop(
 
     def on_the_left(x_BD: jax.Array) -> jax.Array:
         y_KB = jax.lax.dot_general(from_columns, x_BD, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
-        return jax.lax.optimization_barrier(y_KB).T  # not held, it would be turned into the other one
+        return _by_rows(jax.lax.optimization_barrier(y_KB).T)  # not held, it would be turned into the other one
 
     def product(x_BD: jax.Array) -> jax.Array:
         x_BD = x_BD.astype(compute_dtype)
@@ -91,27 +92,75 @@ def in_loop(
     return product
 
 
+def _by_rows(array: jax.Array) -> jax.Array:
+    """`array` laid out in the order of its axes: of a transposition, XLA otherwise has each reader turn it for itself."""
+    return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
+
+
 def weight_gradient(
     x_TBD: jax.Array, dy_TBK: jax.Array, compute_dtype: jax.typing.DTypeLike, dtype: jax.typing.DTypeLike
 ) -> jax.Array:
     """dW = x' dy, `[D, K]` in `dtype`: the sum over all symbols of all streams, as one product.
 
     On a CPU the transposition is held before it: a product whose left side is read transposed XLA leaves there to a
-    library that sums in an order which depends on the number of threads.  So is the product, which XLA would otherwise
-    turn into the one of the transposed sides where its transposition is wanted, as that of tied weights is.
+    library that sums in an order which depends on the number of threads.
     """
     x_TBD, dy_NK = x_TBD.astype(compute_dtype), dy_TBK.astype(compute_dtype).reshape(-1, dy_TBK.shape[2])
 
     def held(x_TBD: jax.Array, dy_NK: jax.Array) -> jax.Array:
-        # Of three axes: the transposition of a matrix XLA would fold into the product all the same.
-        x_DTB = jax.lax.optimization_barrier(x_TBD.transpose(2, 0, 1))
-        x_DN = x_DTB.reshape(len(x_DTB), -1)
-        return jax.lax.optimization_barrier(jnp.dot(x_DN, dy_NK, preferred_element_type=dtype))
+        return _product_of_columns(_columns(x_TBD), dy_NK, dtype)
 
-    def as_it_is(x_TBD: jax.Array, dy_NK: jax.Array) -> jax.Array:
-        return jnp.dot(x_TBD.reshape(len(dy_NK), -1).T, dy_NK, preferred_element_type=dtype)
+    return jax.lax.platform_dependent(x_TBD, dy_NK, cpu=held, default=partial(_product_of_rows, dtype=dtype))
 
-    return jax.lax.platform_dependent(x_TBD, dy_NK, cpu=held, default=as_it_is)
+
+def recurrent_weight_gradient(
+    first_BH: jax.Array,
+    h_TBH: jax.Array,
+    reset_TB: jax.Array,
+    mask_BH: jax.Array | None,
+    dy_TBK: jax.Array,
+    compute_dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+    """dW = s' dy, as `weight_gradient`, where s at each symbol is h after the one before; in the dtype of `first_BH`.
+
+    On a CPU h is turned before it is moved by a symbol, since a transposition that XLA makes together with anything
+    else takes 4 to 10 times as long.
+
+    Args:
+      first_BH: h before the window.
+      reset_TB: where True, s is zero.
+      mask_BH: s is that times this; None for no mask.
+    """
+    dtype, first_BH = first_BH.dtype, first_BH.astype(h_TBH.dtype)
+    dy_NK = dy_TBK.astype(compute_dtype).reshape(-1, dy_TBK.shape[2])
+
+    def of_columns(first_BH: jax.Array, h_TBH: jax.Array, dy_NK: jax.Array) -> jax.Array:
+        s_HTB = jnp.concatenate([first_BH.T[:, None], _columns(h_TBH)[:, :-1]], axis=1)
+        s_HTB = jnp.where(reset_TB[None], 0, s_HTB)
+        s_HTB = s_HTB if mask_BH is None else s_HTB.astype(dtype) * mask_BH.T[:, None]
+        return _product_of_columns(jax.lax.optimization_barrier(s_HTB.astype(compute_dtype)), dy_NK, dtype)
+
+    def of_rows(first_BH: jax.Array, h_TBH: jax.Array, dy_NK: jax.Array) -> jax.Array:
+        s_TBH = jnp.where(reset_TB[:, :, None], 0, jnp.concatenate([first_BH[None], h_TBH[:-1]]))
+        s_TBH = s_TBH if mask_BH is None else s_TBH.astype(dtype) * mask_BH[None]
+        return _product_of_rows(s_TBH.astype(compute_dtype), dy_NK, dtype)
+
+    return jax.lax.platform_dependent(first_BH, h_TBH, dy_NK, cpu=of_columns, default=of_rows)
+
+
+def _columns(x_TBD: jax.Array) -> jax.Array:
+    """x', `[D, T, B]`, as an array of its own.  Of three axes: that of a matrix XLA would fold into the product."""
+    return jax.lax.optimization_barrier(_by_rows(x_TBD.transpose(2, 0, 1)))
+
+
+def _product_of_columns(x_DTB: jax.Array, dy_NK: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Held: XLA would turn it into the one of the transposed sides where its transposition is wanted (tied weights)."""
+    x_DN = x_DTB.reshape(len(x_DTB), -1)
+    return jax.lax.optimization_barrier(jnp.dot(x_DN, dy_NK, preferred_element_type=dtype))
+
+
+def _product_of_rows(x_TBD: jax.Array, dy_NK: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    return jnp.dot(x_TBD.reshape(len(dy_NK), -1).T, dy_NK, preferred_element_type=dtype)
 
 
 def bias_gradient(dy_TBK: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

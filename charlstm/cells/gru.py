@@ -34,7 +34,7 @@ import jax.numpy as jnp
 
 from charlstm import initializers
 from charlstm.cells.window import scan
-from charlstm.projection import bias_gradient, in_loop, weight_gradient
+from charlstm.projection import bias_gradient, in_loop, recurrent_weight_gradient
 from charlstm.types import CellParams, CellState
 
 GATES = 3  # r u n
@@ -150,8 +150,7 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
         return jnp.where(reset_B[:, None], 0, dh_prev), (dq_BG.astype(z_like.dtype), dz_n.astype(z_like.dtype))
 
     dh_first, (dq_TBG, dz_n) = scan(unread, dfinal.h, (dh_TBH, h_prev_TBH, gates, reset_TB), reverse=True)
-    seen_TBH = (h_prev_TBH if mask_BH is None else h_prev_TBH * mask_BH[None]).astype(compute_dtype)
-    dw_h = weight_gradient(seen_TBH, dq_TBG, compute_dtype, dtype)
+    dw_h = recurrent_weight_gradient(h_first, h_TBH, reset_TB, mask_BH, dq_TBG, compute_dtype)
     db_h = bias_gradient(dq_TBG, dtype)
     dz_TBG = jnp.concatenate([dq_TBG[:, :, : 2 * w_h.shape[0]], dz_n], axis=2)
     return dw_h.astype(w_h.dtype), db_h.astype(b_h.dtype), CellState(dh_first, None), dz_TBG, None, None

@@ -44,8 +44,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from charlstm import initializers
-from charlstm.cells.window import scan
-from charlstm.projection import bias_gradient, in_loop, weight_gradient
+from charlstm.cells.window import blocks_at, scan
+from charlstm.projection import bias_gradient, in_loop, recurrent_weight_gradient
 from charlstm.types import CellParams, CellState
 
 GATES = 4  # i f g o
@@ -181,16 +181,16 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
     times_w = in_loop(w_h, compute_dtype, dtype, reverse=True)
 
     def unread(dstate, symbol):
-        dh_above, c_prev, gates_BG, reset_B = symbol
+        t, dh_above, c_prev, reset_B = symbol
         dh = dh_above.astype(dtype) + dstate.h
-        das, dc_prev = gate_gradients(jnp.split(gates_BG, GATES, axis=1), c_prev, dh, dstate.c, variant)
+        das, dc_prev = gate_gradients(blocks_at(gates_TBG, t, GATES), c_prev, dh, dstate.c, variant)
         da_BG = jnp.concatenate(das, axis=1)
         dh_prev = times_w(da_BG)
         dh_prev = dh_prev if mask_BH is None else dh_prev * mask_BH
         dstate = CellState(*(jnp.where(reset_B[:, None], 0, ds) for ds in (dh_prev, dc_prev)))
         return dstate, da_BG.astype(z_like.dtype)
 
-    symbols = (dh_TBH, c_prev_TBH, gates_TBG, reset_TB)
+    symbols = (jnp.arange(len(reset_TB)), dh_TBH, c_prev_TBH, reset_TB)
     dfirst, da_TBG = scan(unread, dfinal, symbols, reverse=True)
     weights = parameter_gradients(w_h, h_first, h_TBH, da_TBG, reset_TB, compute_dtype, mask_BH)
     return *weights, dfirst, da_TBG, None, None
@@ -233,12 +233,8 @@ def parameter_gradients(
     mask_BH: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """dW_h and db_h in the dtype of w_h, once the window is done; h_first is h before it."""
-    dtype = h_first.dtype
-    h_prev_TBH = jnp.concatenate([h_first[None].astype(compute_dtype), h_TBH[:-1]])
-    h_prev_TBH = jnp.where(reset_TB[:, :, None], 0, h_prev_TBH)
-    seen_TBH = h_prev_TBH if mask_BH is None else (h_prev_TBH.astype(dtype) * mask_BH[None]).astype(compute_dtype)
-    dw_h = weight_gradient(seen_TBH, da_TBG, compute_dtype, dtype)
-    return dw_h.astype(w_h.dtype), bias_gradient(da_TBG, dtype).astype(w_h.dtype)
+    dw_h = recurrent_weight_gradient(h_first, h_TBH, reset_TB, mask_BH, da_TBG, compute_dtype)
+    return dw_h.astype(w_h.dtype), bias_gradient(da_TBG, h_first.dtype).astype(w_h.dtype)
 
 
 recurrence.defvjp(_forward, _reverse)

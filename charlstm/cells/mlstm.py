@@ -36,7 +36,7 @@ import jax.numpy as jnp
 
 from charlstm.cells import lstm
 from charlstm.cells.window import scan
-from charlstm.projection import bias_gradient, in_loop, weight_gradient
+from charlstm.projection import bias_gradient, in_loop, recurrent_weight_gradient, weight_gradient
 from charlstm.types import CellParams, CellState
 
 GATES = lstm.GATES  # i f g o
@@ -153,12 +153,10 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
         return dstate, (dz_BG.astype(z_m_TBH.dtype), dq.astype(z_m_TBH.dtype))
 
     dfirst, (dz_TBG, dq_TBH) = scan(unread, dfinal, (dh_TBH, gates, q_TBH, z_m_TBH, reset_TB), reverse=True)
-    h_prev_TBH = jnp.concatenate([h_first[None].astype(compute_dtype), h_TBH[:-1]])
-    h_prev_TBH = jnp.where(reset_TB[:, :, None], 0, h_prev_TBH)
-    seen_TBH = h_prev_TBH if mask_BH is None else (h_prev_TBH.astype(dtype) * mask_BH[None]).astype(compute_dtype)
     m_TBH, da_TBG = (z_m_TBH.astype(dtype) * q_TBH).astype(compute_dtype), dz_TBG[:, :, :G]
-    pairs = (m_TBH, da_TBG), (seen_TBH, dq_TBH)
-    dw_h = jnp.concatenate([weight_gradient(v, dv, compute_dtype, dtype) for v, dv in pairs], axis=1)
+    dw_hm = weight_gradient(m_TBH, da_TBG, compute_dtype, dtype)
+    dw_mh = recurrent_weight_gradient(h_first, h_TBH, reset_TB, mask_BH, dq_TBH, compute_dtype)
+    dw_h = jnp.concatenate([dw_hm, dw_mh], axis=1)
     db_h = bias_gradient(da_TBG, dtype)
     return dw_h.astype(w_h.dtype), db_h.astype(b_h.dtype), dfirst, dz_TBG, None, None
 

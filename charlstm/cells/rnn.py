@@ -26,7 +26,7 @@ import jax.numpy as jnp
 
 from charlstm import initializers
 from charlstm.cells.window import scan
-from charlstm.projection import bias_gradient, in_loop, weight_gradient
+from charlstm.projection import bias_gradient, in_loop, recurrent_weight_gradient
 from charlstm.types import CellParams, CellState
 
 GATES = 1
@@ -131,9 +131,7 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
         return jnp.where(reset_B[:, None], 0, dh_prev), da_BH.astype(z_like.dtype)
 
     dh_first, da_TBH = scan(unread, dfinal.h, (dh_TBH, h_TBH, reset_TB), reverse=True)
-    h_prev_TBH = jnp.where(reset_TB[:, :, None], 0, jnp.concatenate([h_first[None], h_TBH[:-1]]))
-    seen_TBH = (h_prev_TBH if mask_BH is None else h_prev_TBH * mask_BH[None]).astype(compute_dtype)
-    dw_h = weight_gradient(seen_TBH, da_TBH, compute_dtype, dtype)
+    dw_h = recurrent_weight_gradient(h_first, h_TBH, reset_TB, mask_BH, da_TBH, compute_dtype)
     db_h = bias_gradient(da_TBH, dtype)
     return dw_h.astype(w_h.dtype), db_h.astype(b_h.dtype), CellState(dh_first, None), da_TBH, None, None
 

@@ -1,4 +1,4 @@
-"""The loop over the symbols of a window."""
+"""The loop over the symbols of a window, and what it reads of it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +26,17 @@ def scan(
     leaves, tree = jax.tree.flatten(stacked)
     read = [jax.lax.bitcast_convert_type(a, d) if a.dtype != d else a for a, d in zip(leaves, dtypes, strict=True)]
     return final, jax.tree.unflatten(tree, read)
+
+
+def blocks_at(array_TBG: jax.Array, t: jax.Array, count: int) -> list[jax.Array]:
+    """The `count` blocks that lie side by side at symbol t of a window, `[B, G / count]` each.
+
+    Each by a slice of its own: where slices of one slice are read in one loop, XLA on a CPU finds out anew for every
+    number where they begin, and does without vectors.
+    """
+    _, B, G = array_TBG.shape
+    H = G // count
+    return [jax.lax.dynamic_slice(array_TBG, (t, 0, k * H), (1, B, H))[0] for k in range(count)]
 
 
 def _bits(array: jax.Array) -> jax.Array:
