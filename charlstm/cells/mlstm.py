@@ -145,15 +145,17 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
             da_i, da_f = jnp.where(at_the_cap, 0, da_i), jnp.where(at_the_cap, dc * (c_prev - g) * f * (1 - f), da_f)
         da_BG = jnp.concatenate([da_i, da_f, da_g, da_o], axis=1)
         dm = times_w_hm(da_BG)
-        dq = dm * z_m.astype(dtype)
+        z_m = z_m.astype(dtype)
+        dq = dm * z_m
         dh_prev = times_w_mh(dq)
         dh_prev = dh_prev if mask_BH is None else dh_prev * mask_BH
         dstate = CellState(*(jnp.where(reset_B[:, None], 0, ds) for ds in (dh_prev, dc * f)))
         dz_BG = jnp.concatenate([da_BG, dm * q], axis=1)
-        return dstate, (dz_BG.astype(z_m_TBH.dtype), dq.astype(z_m_TBH.dtype))
+        # m by the way: made after the loop, it would be made together with its transposition.
+        return dstate, (dz_BG.astype(z_m_TBH.dtype), dq.astype(z_m_TBH.dtype), (z_m * q).astype(compute_dtype))
 
-    dfirst, (dz_TBG, dq_TBH) = scan(unread, dfinal, (dh_TBH, gates, q_TBH, z_m_TBH, reset_TB), reverse=True)
-    m_TBH, da_TBG = (z_m_TBH.astype(dtype) * q_TBH).astype(compute_dtype), dz_TBG[:, :, :G]
+    dfirst, (dz_TBG, dq_TBH, m_TBH) = scan(unread, dfinal, (dh_TBH, gates, q_TBH, z_m_TBH, reset_TB), reverse=True)
+    da_TBG = dz_TBG[:, :, :G]
     dw_hm = weight_gradient(m_TBH, da_TBG, compute_dtype, dtype)
     dw_mh = recurrent_weight_gradient(h_first, h_TBH, reset_TB, mask_BH, dq_TBH, compute_dtype)
     dw_h = jnp.concatenate([dw_hm, dw_mh], axis=1)
