@@ -25,7 +25,7 @@ from charlstm.model_config import ModelConfig
 from charlstm.types import ModelParams, RecurrentState
 from data_pipeline.settings import setting
 
-CHUNK = 16  # symbols of one call of the device
+CHUNK = 64  # symbols of one call of the device
 WINDOW = 128  # symbols of the prompt read by one call
 # One row would be a product of a vector and a matrix, which is added up in another order than that of two matrices:
 # with two rows at least on each device, the only row has the very bits of the first of a few.
@@ -195,6 +195,7 @@ def _make_chunk(params, state, last_R, gumbel_TRV, mesh: Mesh, config, sampling,
         return (state, next_R), (next_R, log_probability_R1[:, 0])
 
     def of_rows(params, state, last_R, gumbel_TRV):
+        params = model.with_projected_symbols(config, params)
         (state, last_R), made = jax.lax.scan(partial(make_one, params), (state, last_R), gumbel_TRV, symbols)
         return state, last_R, made
 

@@ -97,6 +97,8 @@ def features(
     """The state after a window, and what the soft-max sees, `[T, B, H]` in the compute dtype; arguments of `apply`."""
     inputs_TB, reset_TB = inputs_BT.T, reset_BT.T
     params = _with_dropped_weights(config, params, noise)
+    if inputs_BT.size >= len(params.b_out) and not (noise is not None and config.input_dropout):
+        params = with_projected_symbols(config, params)
     T, size = len(inputs_TB), math.isqrt(len(inputs_TB))
     if not config.remat or size < 2:
         return _read(config, params, noise, state, inputs_TB, reset_TB)
@@ -121,6 +123,21 @@ def _with_dropped_weights(config: ModelConfig, params: ModelParams, noise: Noise
         w_h = drop_weights(layer_lib.recurrent_weights(p), noise, config.weight_drop, f"weight_drop.{layer}")
         cells.append(p._replace(w_h=w_h))
     return params._replace(embedding=table_VE, cells=tuple(cells))
+
+
+def with_projected_symbols(config: ModelConfig, params: ModelParams) -> ModelParams:
+    """`params` of the same model of one-hot symbols, whose w_x is embedding W_x: each symbol is projected once.
+
+    As they are where that is more arithmetic than it saves: its gradient is a product with V rows, for two with
+    embedding_size.  And where the recurrence projects its inputs itself.
+    """
+    table_VE, p = params.embedding, params.cells[0]
+    if table_VE is None or config.projects_inside or len(table_VE) > 2 * table_VE.shape[1]:
+        return params
+    no_bias = jnp.zeros(p.w_x.shape[1], p.w_x.dtype)
+    w_VX = dense(table_VE[None], p.w_x, no_bias, _compute_dtype(config, params))[0]
+    w_out = table_VE.T if params.w_out is None else params.w_out
+    return params._replace(embedding=None, cells=(p._replace(w_x=w_VX), *params.cells[1:]), w_out=w_out)
 
 
 def _read(

@@ -13,7 +13,6 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 # What is done otherwise on a CPU, of products with LARGE weights or more elements; measured in docs/decisions.md.
 LARGE = 1 << 19
-FEW_ROWS = 64  # in a loop: up to so many
 PART = 640  # of a whole window: so many rows at a time
 
 
@@ -70,8 +69,8 @@ def in_loop(
 ) -> Callable[[jax.Array], jax.Array]:
     """x -> x W, or in reverse x W', of `[B, .]` and accumulated in `dtype`: a product that is made at every symbol.
 
-    What can be prepared is, before the loop.  On a CPU, W is on the left where it is large and x has few rows: W is the
-    more part of the reading then, and on the right it would be laid out anew for each product.
+    What can be prepared is, before the loop.  On a CPU, W is on the left where it is large: on the right it would be
+    laid out anew for each product.
     """
     as_it_is, turned = w_DK.astype(compute_dtype), transposed(w_DK, compute_dtype)
     from_rows, from_columns = (turned, as_it_is) if reverse else (as_it_is, turned)
@@ -85,7 +84,7 @@ def in_loop(
 
     def product(x_BD: jax.Array) -> jax.Array:
         x_BD = x_BD.astype(compute_dtype)
-        if w_DK.size < LARGE or len(x_BD) > FEW_ROWS:
+        if w_DK.size < LARGE:
             return on_the_right(x_BD)
         return jax.lax.platform_dependent(x_BD, cpu=on_the_left, default=on_the_right)
 
