@@ -92,7 +92,7 @@ def in_loop(
 
 
 def _by_rows(array: jax.Array) -> jax.Array:
-    """`array` laid out in the order of its axes: of a transposition, XLA otherwise has each reader turn it for itself."""
+    """`array` laid out in the order of its axes: a transposition, XLA otherwise has each reader make for itself."""
     return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
 
 

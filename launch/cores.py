@@ -43,9 +43,13 @@ def _become_devices() -> bool:
     chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if chosen or "JAX_NUM_CPU_DEVICES" in os.environ:
         return False
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # not on a Mac
-    jax.config.update("jax_num_cpu_devices", usable or 1)
+    jax.config.update("jax_num_cpu_devices", usable())
     return True
+
+
+def usable() -> int:
+    """The cores that this process may use."""
+    return (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) or 1  # not on a Mac
 
 
 def _shared(config: Config) -> Mesh:

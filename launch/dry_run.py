@@ -78,6 +78,17 @@ def flops(config: Config, vocabulary_size: int) -> float:
     return 6.0 * (count_parameters(config, vocabulary_size) - looked_up) * symbols
 
 
+def temporaries(config: Config, devices: int) -> int:
+    """Bytes of an update's temporary arrays on one of `devices`, about, before anything is compiled.
+
+    They are mostly the window's gates, and their gradients twice; and the gradient of the parameters twice.
+    """
+    params = jax.eval_shape(lambda: model.init(config.model, 1, jax.random.key(0)))
+    gates = sum(cell.w_h.shape[1] for cell in params.cells)
+    symbols = config.streams.batch_size * config.streams.window // devices
+    return 4 * (3 * symbols * gates + 2 * sum(leaf.size for leaf in jax.tree.leaves(params)))
+
+
 def _memory(config: Config, V: int, plan: StreamPlan, mesh: Mesh) -> str:
     """Of the compiled step: state, batch and temporaries, as XLA lays them out."""
     train_step = step_lib.make(config, V, mesh, plan.steps_per_epoch)

@@ -31,7 +31,7 @@ from charlstm.loss import NATS_PER_BIT
 from data_pipeline.files import at_home
 from data_pipeline.settings import check_choices, setting
 from data_pipeline.vocabulary import Vocabulary
-from launch import allocator, compilation, cores, flags, program, run_directory
+from launch import compilation, cores, flags, program, run_directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,6 @@ def main(argv: Sequence[str]) -> int:
     vocabulary = identity.vocabulary
     prompt, stop = _prompt(chosen, vocabulary), _stop(chosen.stop, vocabulary)
 
-    allocator.keep()
     compilation.prepare()
     mesh = cores.mesh_of_samples(chosen.num_samples)
     params, step = run_directory.restore_params(run_dir, config, identity, mesh, chosen.checkpoint)

@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     chosen, joined, watching, telling, config, given = parse(argv)
     if not chosen.run_dir and not chosen.dry_run:
         raise ValueError("--run_dir is required: name a directory for the run, such as --run_dir=runs/mine")
-    allocator.keep()
+    allocator.keep(dry_run.temporaries(_settings_there(chosen.run_dir, config), cores.usable()))
     compilation.prepare()
     mesh_of = cores.mesh_of(joined)
     job.join(joined)
@@ -85,6 +85,13 @@ def main(argv: Sequence[str]) -> int:
         if joined.has_others:
             job.leave_alone(error)
         raise
+
+
+def _settings_there(run_dir: str, config: Config) -> Config:
+    """Those of the run that is there, which need not all be given again; else `config`."""
+    with contextlib.suppress(ValueError, OSError):  # told of when the run is opened
+        return run_directory.read(at_home(run_dir))[0]
+    return config
 
 
 def _run(

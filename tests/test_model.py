@@ -48,10 +48,11 @@ def slow_apply(config, params, state, inputs_BT, reset_BT):
     "changes",
     [
         {},
-        {"embedding_size": 5, "skip": True},
+        {"embedding_size": 4, "skip": True},
+        {"embedding_size": 5},
         {"embedding_size": H, "tie_embeddings": True, "num_layers": 3},
     ],
-    ids=["one-hot", "embedding, skip", "tied"],
+    ids=["one-hot", "embedding projected at each place, skip", "each symbol's embedding projected once", "tied"],
 )
 def test_the_model_equals_its_textbook_twin_in_float64_in_value_and_gradient(cell, changes):
     config = make(cell=cell, **changes)
@@ -89,6 +90,23 @@ def gradient_of(config, length):
         return cross_entropy(logits, targets.T).sum() + sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(new))
 
     return jax.jit(jax.value_and_grad(nats, (0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("embedding_size", "symbols", "noise", "once"),
+    [(5, B * T, False, True), (5, V - 1, False, False), (4, B * T, False, False), (5, B * T, True, False)],
+    ids=["once", "fewer places than symbols", "more symbols than twice the embedding", "with dropout of the input"],
+)
+def test_each_symbol_is_projected_once_where_that_is_less_arithmetic_and_nothing_is_dropped_between(
+    embedding_size, symbols, noise, once
+):
+    config = make(embedding_size=embedding_size, input_dropout=0.5)
+    params = model.init(config, V, jax.random.key(1))
+    ids = jnp.zeros((1, symbols), jnp.int32)
+    drawn = Noise(jax.random.key(0), jnp.arange(1)) if noise else None
+    program = jax.jit(lambda p: model.features(config, p, model.initial_state(config, 1), ids, ids == 1, drawn)[1])
+    projected_once = f"tensor<1x{V}x{4 * H}xf32>"
+    assert (projected_once in program.lower(params).as_text()) == once
 
 
 @pytest.mark.parametrize("length", [1, 9, 12, 23])

@@ -42,3 +42,20 @@ def test_the_gradient_of_an_input_may_be_taken_in_parts_of_the_window(part, part
         np.testing.assert_allclose(gradient(x), dy @ w.T, rtol=1e-12)
         taken = parts if parts in (2, 4, 6) else 1  # symbols one by one would be less than a part
         assert (f"tensor<{taken}x" in gradient.lower(x).as_text()) == (taken > 1)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_gradient_of_recurrent_weights_is_of_what_each_symbol_saw(masked, dtype):
+    T = 6
+    random = np.random.default_rng(0)
+    first, h, dy = (random.normal(size=shape).astype(np.float32) for shape in ((B, D), (T, B, D), (T, B, K)))
+    reset, mask = random.random((T, B)) < 0.3, random.random((B, D)).astype(np.float32) if masked else None
+    h = np.asarray(jnp.asarray(h, dtype), np.float32)  # as the window gives it
+    seen = np.where(reset[:, :, None], 0, np.concatenate([first[None], h[:-1]])) * (1 if mask is None else mask)
+    gradient = jax.jit(
+        lambda *args: projection.recurrent_weight_gradient(*args, mask_BH=mask, dy_TBK=dy, compute_dtype=dtype)
+    )(first, h.astype(dtype), reset)
+    assert gradient.dtype == jnp.float32
+    tolerance = 1e-5 if dtype == jnp.float32 else 0.1
+    np.testing.assert_allclose(gradient, np.einsum("tbd,tbk->dk", seen, dy), atol=tolerance)

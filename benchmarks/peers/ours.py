@@ -15,7 +15,7 @@ from data_pipeline.batch import Batch
 from data_pipeline.loader import open_windows
 from data_pipeline.shards import open_corpus
 from data_pipeline.streams import StreamPlan
-from launch import allocator, compilation, cores
+from launch import allocator, compilation, cores, dry_run
 
 
 def config_of(shape: Shape, **changes: object) -> Config:
@@ -28,11 +28,12 @@ def config_of(shape: Shape, **changes: object) -> Config:
 
 def training(shape: dict, **changes: object) -> Contestant:
     """An update on all the devices there are, from a batch in the host's memory; fused where it can be."""
-    allocator.keep()
-    compilation.undivide()
     sizes = Shape(**shape)
+    config = config_of(sizes, **changes)
+    allocator.keep(dry_run.temporaries(config, cores.usable()))
+    compilation.undivide()
     mesh = mesh_lib.make()
-    config = config_lib.resolve(config_of(sizes, **changes), mesh.size)
+    config = config_lib.resolve(config, mesh.size)
     if "recurrence" not in changes and mesh_lib.has_mosaic(mesh) and not config.model.beyond("fused"):
         config = config_lib.replace(config, recurrence="fused")
     train_step = step_lib.make(config, sizes.V, mesh, 1000)
@@ -64,7 +65,6 @@ def matrix_product(size: int, dtype: str) -> Contestant:
 
 def sampling(shape: dict, samples: int, length: int) -> Contestant:
     """`length` symbols of each of `samples` texts, at temperature 1, as `launch.sample` makes them."""
-    allocator.keep()
     compilation.undivide()
     sizes, mesh = Shape(**shape), cores.mesh_of_samples(samples)
     config, prompt = config_of(sizes).model, np.zeros(1, np.int32)

@@ -5,15 +5,23 @@ import platform
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
+from charlstm import config as config_lib
+from charlstm import mesh as mesh_lib
+from charlstm import step as step_lib
+from charlstm.config import Config
+from data_pipeline.batch import Batch
+from launch import allocator, dry_run
 from tests.conftest import ROOT
 
 PROGRAM = """
-import resource, threading
+import resource, sys, threading
 import numpy as np
 from launch import allocator
-allocator.keep()
+allocator.keep(int(sys.argv[1]))
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -27,12 +35,37 @@ print(faults(), faults())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is asked")
-@pytest.mark.parametrize("variable", ["", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES"])
-def test_memory_that_a_thread_has_freed_is_not_mapped_again_unless_the_user_has_said_otherwise(variable):
+@pytest.mark.parametrize(
+    ("variable", "block", "kept"),
+    [
+        ("", allocator.LARGE, True),
+        ("", allocator.LARGE - 1, False),
+        ("MALLOC_ARENA_MAX", allocator.LARGE, False),
+        ("GLIBC_TUNABLES", allocator.LARGE, False),
+    ],
+)
+def test_memory_that_a_thread_has_freed_is_not_mapped_again_if_blocks_are_large_and_the_user_says_nothing_else(
+    variable, block, kept
+):
     environment = {n: v for n, v in os.environ.items() if n != "GLIBC_TUNABLES" and not n.startswith("MALLOC_")}
     environment |= (
         {variable: "4" if variable.startswith("MALLOC") else "glibc.malloc.tcache_count=7"} if variable else {}
     )
-    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, check=True, capture_output=True)
+    command = [sys.executable, "-c", PROGRAM, str(block)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     first, second = (int(count) for count in done.stdout.split())
-    assert (second < first / 10) == (not variable), (first, second)
+    assert (second < first / 10) == kept, (first, second)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"hidden_size": 512, "num_layers": 3}, {"cell": "gru", "batch_size": 64}, {"window": 16, "hidden_size": 256}],
+)
+def test_the_temporaries_of_an_update_are_known_about_before_it_is_compiled(changes):
+    config = config_lib.resolve(config_lib.replace(Config(), **{"batch_size": 32, "window": 64} | changes), 1)
+    mesh, shape = mesh_lib.make(jax.devices()[:1]), (config.streams.batch_size, config.streams.window)
+    ids = jax.ShapeDtypeStruct(shape, np.uint8)
+    batch = mesh_lib.abstract(mesh, mesh_lib.BY_STREAM, Batch(ids, ids, jax.ShapeDtypeStruct(shape, np.bool_)))
+    program = step_lib.make(config, 96, mesh, 1000).lower(step_lib.abstract(config, 96, mesh), batch).compile()
+    told = program.memory_analysis().temp_size_in_bytes
+    assert 0.6 * told < dry_run.temporaries(config, 1) < 1.4 * told, told
