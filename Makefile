@@ -1,5 +1,6 @@
 # make train   environment, dependencies, then the main job on the embedded corpus: trains, evaluates, prints a sample
-# make test    environment, dependencies, the whole test suite
+# make test    environment, dependencies, the test suite
+# make long    what takes longest of it: more cells, kinds of processors and restarts, for the same equalities
 # make faults  processes killed, stopped and stuck, a job on Slurm, for minutes; prints a table of what was seen
 # make chaos   100 jobs disturbed at random, of other processes and devices at every start; an hour or so
 # make soak    a job for two hours with a fault every minute; prints its goodput
@@ -22,7 +23,7 @@ BENCH_ARGS ?=
 BENCH_EXTRAS ?= bench
 BENCHMARKS := train_step sampling end_to_end input scaling
 
-.PHONY: train test faults chaos soak bench lint lock clean
+.PHONY: train test long faults chaos soak bench lint lock clean
 
 train: $(VENV)/installed
 	$(BIN)/python -m launch.train --flagfile=configs/quickstart.flags --run_dir=$(RUN_DIR) $(ARGS)
@@ -31,6 +32,9 @@ train: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+long: $(VENV)/installed
+	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
 
 faults: $(VENV)/installed
 	$(BIN)/python -m pytest -m faults

@@ -149,7 +149,7 @@ def _read(
     reset_TB: jax.Array,
 ) -> tuple[RecurrentState, jax.Array]:
     dtype, each_symbol = _compute_dtype(config, params), config.dropout_mask == "symbol"
-    x_TBD = None if params.embedding is None else lookup(params.embedding, inputs_TB).astype(dtype)
+    x_TBD = None if params.embedding is None else lookup(params.embedding, inputs_TB, dtype).astype(dtype)
     new_state, outputs = [], []
     for layer, (p, layer_state) in enumerate(zip(params.cells, state, strict=True)):
         which = "between_dropout" if layer else "input_dropout"
@@ -157,7 +157,7 @@ def _read(
         if x_TBD is None:  # one-hot symbols, or at once their projection
             V = p.w_x.shape[0]
             w_VX = jnp.eye(V, dtype=dtype) if config.projects_inside else p.w_x
-            inputs_TBX = drop_symbols(lookup(w_VX, inputs_TB), inputs_TB, V, *drawn_for)
+            inputs_TBX = drop_symbols(lookup(w_VX, inputs_TB, dtype), inputs_TB, V, *drawn_for)
             if not config.projects_inside:
                 inputs_TBX = add_bias(inputs_TBX, layer_lib.input_bias(config, p))
         else:

@@ -189,21 +189,24 @@ def _add_bias_reverse(_, dy_TBK):
 add_bias.defvjp(_add_bias_forward, _add_bias_reverse)
 
 
-@jax.custom_vjp
-def lookup(w_VK: jax.Array, ids_TB: jax.Array) -> jax.Array:
-    """Row `ids[t, b]` of `w_VK` for each symbol, `[T, B, K]`: the product of the one-hot symbols and W."""
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def lookup(w_VK: jax.Array, ids_TB: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Row `ids[t, b]` of `w_VK` for each symbol, `[T, B, K]`: the product of the one-hot symbols and W.
+
+    Args:
+      dtype: that of the products' operands; static.
+    """
     return w_VK[ids_TB]
 
 
-def _lookup_forward(w_VK, ids_TB):
-    return lookup(w_VK, ids_TB), (w_VK, ids_TB)
+def _lookup_forward(w_VK, ids_TB, dtype):
+    return lookup(w_VK, ids_TB, dtype), (w_VK, ids_TB)
 
 
-def _lookup_reverse(residuals, dy_TBK):
+def _lookup_reverse(dtype, residuals, dy_TBK):
     # dW = onehot' dy, one product.  The scatter-add that autodiff would make sums in an order that a GPU does not fix.
     w_VK, ids_TB = residuals
-    onehot_TBV = jax.nn.one_hot(ids_TB, w_VK.shape[0], dtype=dy_TBK.dtype)
-    return weight_gradient(onehot_TBV, dy_TBK, dy_TBK.dtype, w_VK.dtype), None
+    return weight_gradient(jax.nn.one_hot(ids_TB, w_VK.shape[0], dtype=dtype), dy_TBK, dtype, w_VK.dtype), None
 
 
 lookup.defvjp(_lookup_forward, _lookup_reverse)

@@ -162,7 +162,7 @@ def test_projections_and_loss_equal_their_plain_twins_in_float64():
         weight = jnp.asarray(random.normal(size=(T, B, 5)))
         for fast, slow, arguments in (
             (lambda x, w, b: dense(x, w, b, jnp.float64), lambda x, w, b: x @ w + b[None, None], (x, w, b)),
-            (lambda t: lookup(t, jnp.asarray(ids)), lambda t: jnp.eye(V)[ids] @ t, (table,)),
+            (lambda t: lookup(t, jnp.asarray(ids), t.dtype), lambda t: jnp.eye(V)[ids] @ t, (table,)),
         ):
             np.testing.assert_allclose(fast(*arguments), slow(*arguments), rtol=1e-12)
             which = tuple(range(len(arguments)))

@@ -79,12 +79,12 @@ def assert_equal_bits(one, other):
     ("kind", "dtype"),
     [
         (LSTM, "float32"),
-        (LSTM, "bfloat16"),
-        (LSTM | {"remat": True}, "float32"),
+        pytest.param(LSTM, "bfloat16", marks=pytest.mark.long),
+        pytest.param(LSTM | {"remat": True}, "float32", marks=pytest.mark.long),
         ({"cell": "gru"}, "bfloat16"),
-        ({"cell": "rnn"}, "float32"),
-        ({"cell": "mlstm", "weight_norm": True}, "float32"),
-        (GENERAL, "bfloat16"),
+        pytest.param({"cell": "rnn"}, "float32", marks=pytest.mark.long),
+        pytest.param({"cell": "mlstm", "weight_norm": True}, "float32", marks=pytest.mark.long),
+        pytest.param(GENERAL, "bfloat16", marks=pytest.mark.long),
     ],
     ids=["lstm", "lstm-bfloat16", "lstm-remat", "gru-bfloat16", "rnn", "mlstm", "general-bfloat16"],
 )
@@ -97,6 +97,7 @@ def test_any_number_of_devices_that_divides_the_shards_gives_the_same_bits(kind,
         assert_equal_bits(metrics, other_metrics)
 
 
+@pytest.mark.long
 def test_shards_that_are_no_power_of_two_give_the_same_bits():
     config = make_config(batch_size=24, logical_shards=6, embedding_size=5)
     state, _ = run(config, [6], steps=3)

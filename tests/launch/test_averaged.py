@@ -94,6 +94,7 @@ def test_the_rate_drops_and_averaging_begins_at_exactly_the_evaluations_that_the
     ]
 
 
+@pytest.mark.long
 def test_killed_before_and_after_each_turn_and_at_its_evaluation_it_ends_with_the_same_bits_on_other_devices(
     go, straight
 ):

@@ -22,6 +22,7 @@ def started(run_dir: Path, home: Path, arguments: tuple[str, ...]) -> tuple[dict
     return {path.name: path.stat().st_size for path in files}, ended.stderr
 
 
+@pytest.mark.long
 def test_a_second_start_compiles_nothing_and_torn_programs_are_compiled_again_in_silence(arguments, tmp_path):
     first, _ = started(tmp_path / "first", tmp_path, arguments)
     assert any(name.startswith("jit_local_step-") for name in first)

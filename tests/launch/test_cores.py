@@ -64,6 +64,7 @@ def trained(cores: list[int], environment: dict[str, str], *flags: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.long
 def test_a_run_of_one_core_goes_on_where_there_are_two(tmp_path):
     allowed = sorted(os.sched_getaffinity(0))[:2]
     if len(allowed) < 2:
@@ -88,7 +89,11 @@ TIED = "--hidden_size=640 --embedding_size=640 --tie_embeddings --window=24 --nu
 NORMALISED = "--cell=layer_norm_lstm --hidden_size=768 --embedding_size=256 --window=16 --compute_dtype=bfloat16"
 
 
-@pytest.mark.parametrize("model", [TIED, f"{NORMALISED} --num_steps=1"], ids=["tied", "normalised"])
+@pytest.mark.parametrize(
+    "model",
+    [TIED, pytest.param(f"{NORMALISED} --num_steps=1", marks=pytest.mark.long)],
+    ids=["tied", "normalised"],
+)
 def test_a_run_has_the_same_bits_on_any_number_of_cores_and_devices(tmp_path, model):
     text, allowed = tmp_path / "text.txt", sorted(os.sched_getaffinity(0))
     text.write_text("some text of many words, 12345 lines of it\n" * 3000)

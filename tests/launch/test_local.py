@@ -13,6 +13,7 @@ from tests.jobs import STEPS, alive, children, has_saved, job, last_line, wait_f
 from tests.launch.conftest import process, refusal
 
 
+@pytest.mark.long
 def test_processes_and_devices_redrawn_at_every_restart_end_with_the_same_bits(job_flags, undisturbed, tmp_path):
     run_dir = tmp_path / "run"
     for processes, devices, until in ((2, 2, 60), (4, 1, 120), (2, 4, STEPS)):
@@ -45,6 +46,7 @@ def test_a_process_that_is_killed_takes_the_other_along_and_the_job_started_agai
     assert last_line(run_dir)["state_digest"] == undisturbed["state_digest"]
 
 
+@pytest.mark.long
 def test_without_restarts_the_job_ends_with_the_status_of_a_lost_process(job_flags, tmp_path):
     with job(("--processes=2", "--devices_per_process=1"), *job_flags, f"--run_dir={tmp_path / 'run'}") as running:
         wait_for(has_saved(tmp_path / "run", 80))

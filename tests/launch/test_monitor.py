@@ -242,6 +242,7 @@ def test_the_age_is_that_of_the_newest_checkpoint_by_its_step(tmp_path):
 # The whole.
 
 
+@pytest.mark.long
 def test_both_processes_of_a_job_are_scraped_while_it_trains(job_flags, tmp_path):
     port, run_dir = free_ports(2), tmp_path / "run"
     often = ("--num_steps=100000", "--log_every=5", "--evaluate_every=10", "--checkpoint_every=10")

@@ -82,14 +82,23 @@ def test_the_text_crosses_epoch_borders_where_the_tests_say(text, tmp_path):
     "flags",
     [
         ("--cell=lstm",),
-        ("--cell=gru", "--reset_state=document", "--document_separator= ", "--zoneout=.1", "--train_initial_state"),
-        (
-            *("--cell=rnn", "--nonlinearity=relu", "--optimizer=rmsprop", "--norotate_streams"),
-            *("--schedule=step", "--drop_epochs=1,2", "--decay_rate=.1"),  # at steps 27 and 54
+        pytest.param(
+            ("--cell=gru", "--reset_state=document", "--document_separator= ", "--zoneout=.1", "--train_initial_state"),
+            marks=pytest.mark.long,
         ),
-        (
-            *("--cell=mlstm", "--compute_dtype=bfloat16", "--optimizer=adagrad", "--logical_shards=4"),
-            *("--vocabulary=characters", "--embedding_size=0", "--embedding_dropout=0"),
+        pytest.param(
+            (
+                *("--cell=rnn", "--nonlinearity=relu", "--optimizer=rmsprop", "--norotate_streams"),
+                *("--schedule=step", "--drop_epochs=1,2", "--decay_rate=.1"),  # at steps 27 and 54
+            ),
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            (
+                *("--cell=mlstm", "--compute_dtype=bfloat16", "--optimizer=adagrad", "--logical_shards=4"),
+                *("--vocabulary=characters", "--embedding_size=0", "--embedding_dropout=0"),
+            ),
+            marks=pytest.mark.long,
         ),
     ],
     ids=["lstm", "gru", "rnn", "mlstm bfloat16"],
@@ -110,6 +119,7 @@ def test_20_steps_and_kill_9_and_40_resumed_are_60_to_the_bit(flags, text, tmp_p
     assert steps == [json.loads(line)["step"] for line in (straight / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_a_run_started_on_8_devices_goes_on_4_2_1_and_8_with_the_bits_of_the_run_that_stayed_on_8(text, tmp_path):
     stayed, moved = tmp_path / "stayed", tmp_path / "moved"
     done = train(stayed, text, "--num_steps=50", devices=8)
