@@ -111,6 +111,7 @@ def test_killed_before_and_after_each_turn_and_at_its_evaluation_it_ends_with_th
         }
 
 
+@pytest.mark.long
 def test_a_run_that_is_made_longer_is_told_what_one_of_that_length_is_told(go, straight):
     go("longer", 2, None, f"--num_steps={turns(straight)[1] - 1}")
     assert records(go("longer"), "valid")[40]["state_digest"] == records(straight, "valid")[40]["state_digest"]

@@ -132,6 +132,7 @@ def test_a_run_started_on_8_devices_goes_on_4_2_1_and_8_with_the_bits_of_the_run
     assert_same_end(stayed, moved)
 
 
+@pytest.mark.long
 def test_with_the_fast_reduction_another_number_of_devices_is_within_1e_5(text, tmp_path):
     stayed, moved = tmp_path / "stayed", tmp_path / "moved"
     assert train(stayed, text, "--num_steps=40", "--reduction=fast", devices=8).returncode == 0
@@ -142,6 +143,7 @@ def test_with_the_fast_reduction_another_number_of_devices_is_within_1e_5(text, 
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a)
 
 
+@pytest.mark.long
 def test_a_count_of_devices_that_does_not_divide_the_shards_is_refused_with_those_that_do(text, tmp_path):
     assert train(tmp_path / "run", text, "--num_steps=2", "--batch_size=24", devices=8).returncode == 0
     done = train(tmp_path / "run", text, "--num_steps=4", "--batch_size=24", devices=3)
