@@ -54,11 +54,6 @@ def recurrent_weights(params: CellParams) -> jax.Array:
     return params.w_h * (params.gain / jnp.linalg.norm(params.w_h, axis=0))[None]
 
 
-def input_bias(config: ModelConfig, params: CellParams) -> jax.Array:
-    """What is added to x W_x."""
-    return CELLS[config.cell].input_bias(params)
-
-
 def read(
     config: ModelConfig,
     params: CellParams,
@@ -73,7 +68,7 @@ def read(
 
     Args:
       params: w_h as `recurrent_weights` gives it.
-      inputs_TBX: x W_x + `input_bias`, or x itself where the recurrence projects it (`projects_inside`).
+      inputs_TBX: x W_x, or x itself where the recurrence projects it (`projects_inside`).
       noise: None for none.
       number: of the layer, which names its masks.
 
@@ -86,12 +81,13 @@ def read(
     if noise is not None and config.state_dropout:
         mask_BH = row_mask(noise, config.state_dropout, f"state_dropout.{number}", H, state.h.dtype)
     if config.has_fast_path:
-        args = (params.w_h, params.b_h, state, inputs_TBX, reset_TB, compute_dtype, config.variant, mask_BH)
+        cell = CELLS[config.cell]
+        args = (params.w_h, cell.bias(params), state, inputs_TBX, reset_TB, compute_dtype, config.variant, mask_BH)
         if config.recurrence == "fused":
             from charlstm.cells import fused  # which takes a third of a second, for what few machines have
 
             return fused.recurrence(*args)
-        return CELLS[config.cell].recurrence(*args)
+        return cell.recurrence(*args)
 
     def renewed(rate: float, name: str) -> jax.Array | None:
         if noise is None or not rate:

@@ -1,7 +1,7 @@
 """The language model: symbols -> embedding -> L recurrent layers -> logits of the next symbol.
 
     x_1 = one-hot(symbol) or embedding[symbol]        x_{l+1} = h_l
-    h_l = recurrence_l(x_l W_x + b_x)                 cells/, and what surrounds a cell: layer.py
+    h_l = recurrence_l(x_l W_x)                       cells/, and what surrounds a cell: layer.py
     features = h_L, or with skip the sum of all h_l
     logits = features W_out + b_out                   W_out is the embedding's transpose where it is tied
 
@@ -21,7 +21,7 @@ from charlstm import layer as layer_lib
 from charlstm.layer import CELLS
 from charlstm.model_config import ModelConfig
 from charlstm.noise import Noise, drop, drop_rows, drop_symbols, drop_weights
-from charlstm.projection import add_bias, dense, lookup
+from charlstm.projection import dense, lookup
 from charlstm.types import CellParams, CellState, ModelParams, RecurrentState
 
 
@@ -134,8 +134,7 @@ def with_projected_symbols(config: ModelConfig, params: ModelParams) -> ModelPar
     table_VE, p = params.embedding, params.cells[0]
     if table_VE is None or config.projects_inside or len(table_VE) > 2 * table_VE.shape[1]:
         return params
-    no_bias = jnp.zeros(p.w_x.shape[1], p.w_x.dtype)
-    w_VX = dense(table_VE[None], p.w_x, no_bias, _compute_dtype(config, params))[0]
+    w_VX = dense(table_VE[None], p.w_x, None, _compute_dtype(config, params))[0]
     w_out = table_VE.T if params.w_out is None else params.w_out
     return params._replace(embedding=None, cells=(p._replace(w_x=w_VX), *params.cells[1:]), w_out=w_out)
 
@@ -158,12 +157,10 @@ def _read(
             V = p.w_x.shape[0]
             w_VX = jnp.eye(V, dtype=dtype) if config.projects_inside else p.w_x
             inputs_TBX = drop_symbols(lookup(w_VX, inputs_TB, dtype), inputs_TB, V, *drawn_for)
-            if not config.projects_inside:
-                inputs_TBX = add_bias(inputs_TBX, layer_lib.input_bias(config, p))
         else:
             inputs_TBX = drop(x_TBD, *drawn_for)
             if not config.projects_inside:
-                inputs_TBX = dense(inputs_TBX, p.w_x, layer_lib.input_bias(config, p), dtype)
+                inputs_TBX = dense(inputs_TBX, p.w_x, None, dtype)
         layer_state, x_TBD = layer_lib.read(
             config, p, layer_state, inputs_TBX.astype(dtype), reset_TB, noise, layer, dtype
         )

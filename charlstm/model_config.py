@@ -160,7 +160,7 @@ class ModelConfig:
 
     @property
     def projects_inside(self) -> bool:
-        """Whether the recurrence takes a layer's input itself, not its projection x W_x + b_x."""
+        """Whether the recurrence takes a layer's input itself, not its projection x W_x."""
         return bool(self.mogrifier_rounds) or self.recurrence == "cudnn"
 
     @property

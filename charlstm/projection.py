@@ -17,46 +17,47 @@ PART = 640  # of a whole window: so many rows at a time
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def dense(x_TBD: jax.Array, w_DK: jax.Array, b_K: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """y = x W + b: `[T, B, K]` in the weights' dtype; operands are rounded to `dtype` first."""
-    y_TBK = jnp.einsum("tbd,dk->tbk", x_TBD.astype(dtype), w_DK.astype(dtype), preferred_element_type=w_DK.dtype)
-    return y_TBK + b_K[None, None, :]
+def dense(x_TBD: jax.Array, w_DK: jax.Array, b_K: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+    """y = x W + b, or x W: `[T, B, K]` in the weights' dtype; operands are rounded to `dtype` first."""
+    y_TBK = _of_window(x_TBD.astype(dtype), w_DK)
+    return y_TBK if b_K is None else y_TBK + b_K[None, None, :]
 
 
 def _dense_forward(x_TBD, w_DK, b_K, dtype):
-    return dense(x_TBD, w_DK, b_K, dtype), (x_TBD, w_DK)
+    return dense(x_TBD, w_DK, b_K, dtype), (x_TBD, w_DK, b_K)
 
 
 def _dense_reverse(dtype, residuals, dy_TBK):
     # dx = dy W'
-    x_TBD, w_DK = residuals
+    x_TBD, w_DK, b_K = residuals
     return (
-        _input_gradient(dy_TBK.astype(dtype), w_DK).astype(x_TBD.dtype),
+        _of_window(dy_TBK.astype(dtype), w_DK, reverse=True).astype(x_TBD.dtype),
         weight_gradient(x_TBD, dy_TBK, dtype, w_DK.dtype),
-        bias_gradient(dy_TBK, w_DK.dtype),
+        None if b_K is None else bias_gradient(dy_TBK, w_DK.dtype),
     )
 
 
 dense.defvjp(_dense_forward, _dense_reverse)
 
 
-def _input_gradient(dy_TBK: jax.Array, w_DK: jax.Array) -> jax.Array:
-    """dy W', `[T, B, D]` in the weights' dtype; on a CPU a part of the window at a time, which stays in the cache."""
-    T, B, _ = dy_TBK.shape
+def _of_window(x_TBD: jax.Array, w_DK: jax.Array, *, reverse: bool = False) -> jax.Array:
+    """x W, or in reverse x W', `[T, B, .]` in the weights' dtype; on a CPU by parts of the window, for its cache."""
+    T, B, _ = x_TBD.shape
     size = next(size for size in range(T, 0, -1) if T % size == 0 and (size * B <= PART or size == 1))
 
-    def whole(dy_TBK: jax.Array) -> jax.Array:
-        w = w_DK.astype(dy_TBK.dtype)
-        return jnp.einsum("tbk,dk->tbd", dy_TBK, w, preferred_element_type=w_DK.dtype)
+    def whole(x_TBD: jax.Array) -> jax.Array:
+        axes, w = "tbk,dk->tbd" if reverse else "tbd,dk->tbk", w_DK.astype(x_TBD.dtype)
+        return jnp.einsum(axes, x_TBD, w, preferred_element_type=w_DK.dtype)
 
-    def by_parts(dy_TBK: jax.Array) -> jax.Array:
-        w_KD, parts = transposed(w_DK, dy_TBK.dtype), dy_TBK.reshape(T // size, size * B, -1)
-        dx = jax.lax.map(lambda dy_NK: jnp.dot(dy_NK, w_KD, preferred_element_type=w_DK.dtype), parts)
-        return dx.reshape(T, B, -1)
+    def by_parts(x_TBD: jax.Array) -> jax.Array:
+        w, parts = w_DK.astype(x_TBD.dtype), x_TBD.reshape(T // size, size * B, -1)
+        w = transposed(w, w.dtype) if reverse else w
+        y = jax.lax.map(lambda x_ND: jnp.dot(x_ND, w, preferred_element_type=w_DK.dtype), parts)
+        return y.reshape(T, B, -1)
 
     if w_DK.size < LARGE or size in (1, T):
-        return whole(dy_TBK)
-    return jax.lax.platform_dependent(dy_TBK, cpu=by_parts, default=whole)
+        return whole(x_TBD)
+    return jax.lax.platform_dependent(x_TBD, cpu=by_parts, default=whole)
 
 
 def transposed(w_DK: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -170,23 +171,6 @@ def bias_gradient(dy_TBK: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """
     dy_NK = dy_TBK.reshape(-1, dy_TBK.shape[2])
     return jnp.dot(jnp.ones((2, len(dy_NK)), dy_NK.dtype), dy_NK, preferred_element_type=dtype)[0]
-
-
-@jax.custom_vjp
-def add_bias(y_TBK: jax.Array, b_K: jax.Array) -> jax.Array:
-    """y + b, `[T, B, K]`, of one dtype."""
-    return y_TBK + b_K[None, None, :]
-
-
-def _add_bias_forward(y_TBK, b_K):
-    return add_bias(y_TBK, b_K), None
-
-
-def _add_bias_reverse(_, dy_TBK):
-    return dy_TBK, bias_gradient(dy_TBK, dy_TBK.dtype)
-
-
-add_bias.defvjp(_add_bias_forward, _add_bias_reverse)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

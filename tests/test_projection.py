@@ -31,17 +31,20 @@ def test_large_weights_are_on_the_left_and_give_the_same_product(reverse, large,
 
 
 @pytest.mark.parametrize(("part", "parts"), [(7, 12), (8, 6), (12, 4), (47, 2), (48, 1)])
-def test_the_gradient_of_an_input_may_be_taken_in_parts_of_the_window(part, parts, monkeypatch):
+def test_a_window_may_be_projected_in_parts_and_the_gradient_of_an_input_taken_so(part, parts, monkeypatch):
     T = 12
     monkeypatch.setattr(projection, "LARGE", 1)
     monkeypatch.setattr(projection, "PART", part)
     random = np.random.default_rng(0)
     with jax.enable_x64(True):
         x, w, b, dy = (jnp.asarray(random.normal(size=s)) for s in ((T, B, D), (D, K), (K,), (T, B, K)))
-        gradient = jax.jit(jax.grad(lambda x: (projection.dense(x, w, b, jnp.float64) * dy).sum()))
-        np.testing.assert_allclose(gradient(x), dy @ w.T, rtol=1e-12)
         taken = parts if parts in (2, 4, 6) else 1  # symbols one by one would be less than a part
-        assert (f"tensor<{taken}x" in gradient.lower(x).as_text()) == (taken > 1)
+        for given, expected in ((b, x @ w + b[None, None]), (None, x @ w)):
+            project = jax.jit(lambda x, b=given: projection.dense(x, w, b, jnp.float64))
+            gradient = jax.jit(jax.grad(lambda x, b=given: (projection.dense(x, w, b, jnp.float64) * dy).sum()))
+            for program, value in ((project, expected), (gradient, dy @ w.T)):
+                np.testing.assert_allclose(program(x), value, rtol=1e-12)
+                assert (f"tensor<{taken}x{T * B // taken}x" in program.lower(x).as_text()) == (taken > 1)
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -37,8 +37,8 @@ def recurrence(
 
 
 def _by_scan(params: CellParams, state: CellState, x_TBD: jax.Array, reset_TB: jax.Array):
-    z_TBG = dense(x_TBD, params.w_x, params.b_x, x_TBD.dtype)
-    return lstm.recurrence(params.w_h, params.b_h, state, z_TBG, reset_TB, x_TBD.dtype)
+    z_TBG = dense(x_TBD, params.w_x, None, x_TBD.dtype)
+    return lstm.recurrence(params.w_h, lstm.bias(params), state, z_TBG, reset_TB, x_TBD.dtype)
 
 
 def _by_cudnn(params: CellParams, state: CellState, x_TBD: jax.Array, reset_TB: jax.Array):

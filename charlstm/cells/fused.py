@@ -28,7 +28,7 @@ UNROLL = 8  # symbols a turn of the loop, which costs a launch or two itself
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def recurrence(
     w_h: jax.Array,
-    b_h: jax.Array,
+    b: jax.Array,
     state: CellState,
     z_TBG: jax.Array,
     reset_TB: jax.Array,
@@ -37,15 +37,15 @@ def recurrence(
     mask_BH: jax.Array | None = None,
 ) -> tuple[CellState, jax.Array]:
     """As `lstm.recurrence`, in float32 and with operands of products in the compute dtype."""
-    return _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH)[0]
+    return _forward(w_h, b, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH)[0]
 
 
-def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
+def _forward(w_h, b, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
     (T, B, _), H, dtype = z_TBG.shape, state.h.shape[1], state.h.dtype
     # A choice, not a product with 0: a NaN in the state of a stream that is reset must not survive.
     h_BH, c_BH = (jnp.where(reset_TB[0][:, None], 0, s_BH) for s_BH in state)
     seen_BH = (h_BH if mask_BH is None else h_BH * mask_BH).astype(compute_dtype)
-    w_HG, given = w_h.astype(compute_dtype), (b_h.astype(dtype), _resets(reset_TB), *_given(mask_BH))
+    w_HG, given = w_h.astype(compute_dtype), (b.astype(dtype), _resets(reset_TB), *_given(mask_BH))
     after_product = _kernel(partial(_read, variant), B, H)
 
     def window(refs: Any) -> None:

@@ -40,12 +40,7 @@ def step(
     params: CellParams, state: CellState, x_BD: jax.Array, variant: str = "plain", mask_BH: jax.Array | None = None
 ) -> tuple[CellState, jax.Array]:
     """One symbol of every stream, straight from the equations: (the new state, h_BH)."""
-    return advance(params, state, x_BD @ params.w_x + input_bias(params)[None], variant, mask_BH)
-
-
-def input_bias(params: CellParams) -> jax.Array:
-    """Nothing is added to x W_x before it is normalised."""
-    return jnp.zeros_like(params.b_x)
+    return advance(params, state, x_BD @ params.w_x, variant, mask_BH)
 
 
 def advance(
@@ -55,8 +50,7 @@ def advance(
     norms, seen = params.norms, state.h if mask_BH is None else state.h * mask_BH
     assert norms is not None
     a_BG = _normalised(z_BG, norms.gain_x) + _normalised(seen @ params.w_h, norms.gain_h)
-    a_BG = a_BG + (params.b_x + params.b_h)[None]
-    c, o = lstm.cell_state(a_BG, state, variant)
+    c, o = lstm.cell_state(a_BG + lstm.bias(params)[None], state, variant)
     h = o * jnp.tanh(_normalised(c, norms.gain_c) + norms.b_c[None])
     return CellState(h, c), h
 

@@ -8,8 +8,8 @@ Gers, Schmidhuber and Cummins, Learning to Forget, Neural Computation 12(10), 20
 Forward, symbol by symbol.  h⁻ and c⁻ are the state before the symbol, σ the logistic function, products of vectors are
 element by element; the gates lie along G = 4H in the order i f g o:
 
-    z = x W_x + b_x                  the window's projection, one product for all its symbols
-    a = z + s W_h + b_h              s = h⁻, or with state dropout h⁻ times the stream's mask
+    z = x W_x                        the window's projection, one product for all its symbols
+    a = z + s W_h + b                s = h⁻, or with state dropout h⁻ times the stream's mask; b = b_x + b_h
     i, f, o = σ(a_i), σ(a_f), σ(a_o)
     g = tanh(a_g)
     c = f c⁻ + i g                   capped: c = f c⁻ + k g with k = min(i, 1 - f)
@@ -32,7 +32,7 @@ capped, where i > 1 - f, so that k = 1 - f (elsewhere k = i, as above):
     da_f = dc (c⁻ - g) f (1 - f)
     da_g = dc k (1 - g²)
 
-and, once the window is done, dz = da, dW_h = Σ sᵀ da, db_h = Σ da, the sums over all symbols of all streams.  Where a
+and, once the window is done, dz = da, dW_h = Σ sᵀ da, db = Σ da, the sums over all symbols of all streams.  Where a
 stream is reset, h⁻ = c⁻ = 0, and dh⁻ and dc⁻ go nowhere.
 """
 
@@ -78,12 +78,12 @@ def step(
     params: CellParams, state: CellState, x_BD: jax.Array, variant: str = "plain", mask_BH: jax.Array | None = None
 ) -> tuple[CellState, jax.Array]:
     """One symbol of every stream, straight from the equations: (the new state, h_BH)."""
-    return advance(params, state, x_BD @ params.w_x + params.b_x[None], variant, mask_BH)
+    return advance(params, state, x_BD @ params.w_x, variant, mask_BH)
 
 
-def input_bias(params: CellParams) -> jax.Array:
-    """What is added to x W_x."""
-    return params.b_x
+def bias(params: CellParams) -> jax.Array:
+    """b, `[4H]`."""
+    return params.b_x + params.b_h
 
 
 def advance(
@@ -91,7 +91,7 @@ def advance(
 ) -> tuple[CellState, jax.Array]:
     """`step`, given the symbol's projection."""
     seen = state.h if mask_BH is None else state.h * mask_BH
-    return after(z_BG + seen @ params.w_h + params.b_h[None], state, variant)
+    return after(z_BG + seen @ params.w_h + bias(params)[None], state, variant)
 
 
 def after(a_BG: jax.Array, state: CellState, variant: str) -> tuple[CellState, jax.Array]:
@@ -117,7 +117,7 @@ def remembered(i: jax.Array, f: jax.Array, g: jax.Array, c_prev: jax.Array, vari
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def recurrence(
     w_h: jax.Array,
-    b_h: jax.Array,
+    b: jax.Array,
     state: CellState,
     z_TBG: jax.Array,
     reset_TB: jax.Array,
@@ -128,9 +128,9 @@ def recurrence(
     """A window of every stream, given its projection: what `step` gives symbol by symbol, with a reverse pass by hand.
 
     Args:
-      w_h, b_h: the master parameters `[H, 4H]`, `[4H]`; their gradients come in their own dtypes.
+      w_h, b: the master parameters `[H, 4H]`, and their `bias`; the gradients come in their own dtypes.
       state: before the window, `[B, H]` each; its dtype is that of the gates' arithmetic and of the products' sums.
-      z_TBG: x W_x + b_x.
+      z_TBG: x W_x.
       reset_TB: bool; where True, the stream's state is zero before the symbol is read.
       compute_dtype: of the operands of products with w_h, and of the outputs; static.
       variant: "plain" or "capped"; static.
@@ -139,12 +139,12 @@ def recurrence(
     Returns:
       The state after the window, and h_TBH.
     """
-    return _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH)[0]
+    return _forward(w_h, b, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH)[0]
 
 
-def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
+def _forward(w_h, b, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
     dtype = state.h.dtype
-    times_w, b_BG = in_loop(w_h, compute_dtype, dtype), b_h.astype(dtype)[None]
+    times_w, b_BG = in_loop(w_h, compute_dtype, dtype), b.astype(dtype)[None]
 
     def read(carry, symbol):
         state, gates_TBG = carry
@@ -232,7 +232,7 @@ def parameter_gradients(
     compute_dtype: jax.typing.DTypeLike,
     mask_BH: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """dW_h and db_h in the dtype of w_h, once the window is done; h_first is h before it."""
+    """dW_h and db in the dtype of w_h, once the window is done; h_first is h before it."""
     dw_h = recurrent_weight_gradient(h_first, h_TBH, reset_TB, mask_BH, da_TBG, compute_dtype)
     return dw_h.astype(w_h.dtype), bias_gradient(da_TBG, h_first.dtype).astype(w_h.dtype)
 

@@ -8,10 +8,10 @@ Forward, symbol by symbol.  h⁻ and c⁻ are the state before the symbol, σ th
 element by element.  The window's projection z has a part for the gates, z_a, in the order i f g o, and one for the
 factor, z_m; the recurrent weights W_h = [W_hm, W_mh] are those of the gates and those of the factor, which has no bias:
 
-    z = x W_x + (b_x, 0)             G = 5H: z_a, z_m; one product for all the window's symbols
+    z = x W_x                        G = 5H: z_a, z_m; one product for all the window's symbols
     q = s W_mh                       s = h⁻, or with state dropout h⁻ times the stream's mask
     m = z_m q
-    a = z_a + m W_hm + b_h
+    a = z_a + m W_hm + b             b = b_x + b_h
     i, f, o = σ(a_i), σ(a_f), σ(a_o)
     g = tanh(a_g)
     c = f c⁻ + i g                   capped: c = f c⁻ + k g with k = min(i, 1 - f)
@@ -25,8 +25,8 @@ Reverse, from the last symbol to the first.  dv is the gradient of the loss by v
     dq   = dm z_m
     ds   = dq W_mhᵀ                  dh⁻ = ds, or times the mask
 
-and, once the window is done, dz = (da, dz_m), dW_hm = Σ mᵀ da, dW_mh = Σ sᵀ dq, db_h = Σ da, the sums over all symbols
-of all streams.  Where a stream is reset, h⁻ = c⁻ = 0, and dh⁻ and dc⁻ go nowhere.
+and, once the window is done, dz = (da, dz_m), dW_hm = Σ mᵀ da, dW_mh = Σ sᵀ dq, db = Σ da, the sums over all symbols of
+all streams.  Where a stream is reset, h⁻ = c⁻ = 0, and dh⁻ and dc⁻ go nowhere.
 """
 
 from functools import partial
@@ -40,7 +40,7 @@ from charlstm.projection import bias_gradient, in_loop, recurrent_weight_gradien
 from charlstm.types import CellParams, CellState
 
 GATES = lstm.GATES  # i f g o
-initial_state = lstm.initial_state
+initial_state, bias = lstm.initial_state, lstm.bias
 
 
 def init(
@@ -55,13 +55,7 @@ def step(
     params: CellParams, state: CellState, x_BD: jax.Array, variant: str = "plain", mask_BH: jax.Array | None = None
 ) -> tuple[CellState, jax.Array]:
     """One symbol of every stream, straight from the equations: (the new state, h_BH)."""
-    return advance(params, state, x_BD @ params.w_x + input_bias(params)[None], variant, mask_BH)
-
-
-def input_bias(params: CellParams) -> jax.Array:
-    """(b_x, 0), what is added to x W_x."""
-    factor = params.b_x.shape[0] // GATES
-    return jnp.concatenate([params.b_x, jnp.zeros(factor, params.b_x.dtype)])
+    return advance(params, state, x_BD @ params.w_x, variant, mask_BH)
 
 
 def advance(
@@ -70,13 +64,13 @@ def advance(
     """`step`, given the symbol's projection."""
     seen, G = state.h if mask_BH is None else state.h * mask_BH, params.b_h.shape[0]
     m_BH = z_BG[:, G:] * (seen @ params.w_h[:, G:])
-    return lstm.after(z_BG[:, :G] + m_BH @ params.w_h[:, :G] + params.b_h[None], state, variant)
+    return lstm.after(z_BG[:, :G] + m_BH @ params.w_h[:, :G] + bias(params)[None], state, variant)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def recurrence(
     w_h: jax.Array,
-    b_h: jax.Array,
+    b: jax.Array,
     state: CellState,
     z_TBG: jax.Array,
     reset_TB: jax.Array,
@@ -87,9 +81,9 @@ def recurrence(
     """A window of every stream, given its projection: what `step` gives symbol by symbol, with a reverse pass by hand.
 
     Args:
-      w_h, b_h: the master parameters `[H, 5H]`, `[4H]`; their gradients come in their own dtypes.
+      w_h, b: the master parameters `[H, 5H]`, and their `bias`; the gradients come in their own dtypes.
       state: before the window, `[B, H]` each; its dtype is that of the gates' arithmetic and of the products' sums.
-      z_TBG: x W_x + (b_x, 0).
+      z_TBG: x W_x.
       reset_TB: bool; where True, the stream's state is zero before the symbol is read.
       compute_dtype: of the operands of products with w_h, and of the outputs; static.
       variant: "plain" or "capped"; static.
@@ -98,13 +92,13 @@ def recurrence(
     Returns:
       The state after the window, and h_TBH.
     """
-    return _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH)[0]
+    return _forward(w_h, b, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH)[0]
 
 
-def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
-    dtype, G = state.h.dtype, b_h.shape[0]
+def _forward(w_h, b, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
+    dtype, G = state.h.dtype, b.shape[0]
     times_w_hm, times_w_mh = (in_loop(w, compute_dtype, dtype) for w in (w_h[:, :G], w_h[:, G:]))
-    b_BG = b_h.astype(dtype)[None]
+    b_BG = b.astype(dtype)[None]
 
     def read(state, symbol):
         z_BG, reset_B = symbol
@@ -121,13 +115,13 @@ def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
         return CellState(h, c), (h.astype(compute_dtype), (c_prev, i, f, g, o), q)
 
     final, (h_TBH, gates, q_TBH) = scan(read, state, (z_TBG, reset_TB))
-    return (final, h_TBH), (w_h, b_h, state.h, h_TBH, gates, q_TBH, z_TBG[:, :, G:], reset_TB, mask_BH)
+    return (final, h_TBH), (w_h, state.h, h_TBH, gates, q_TBH, z_TBG[:, :, G:], reset_TB, mask_BH)
 
 
 def _reverse(compute_dtype, variant, residuals, cotangents):
-    w_h, b_h, h_first, h_TBH, gates, q_TBH, z_m_TBH, reset_TB, mask_BH = residuals
+    w_h, h_first, h_TBH, gates, q_TBH, z_m_TBH, reset_TB, mask_BH = residuals
     dfinal, dh_TBH = cotangents
-    dtype, G = h_first.dtype, b_h.shape[0]
+    dtype, G = h_first.dtype, GATES * h_first.shape[1]
     times_w_hm, times_w_mh = (in_loop(w, compute_dtype, dtype, reverse=True) for w in (w_h[:, :G], w_h[:, G:]))
 
     def unread(dstate, symbol):
@@ -159,8 +153,8 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
     dw_hm = weight_gradient(m_TBH, da_TBG, compute_dtype, dtype)
     dw_mh = recurrent_weight_gradient(h_first, h_TBH, reset_TB, mask_BH, dq_TBH, compute_dtype)
     dw_h = jnp.concatenate([dw_hm, dw_mh], axis=1)
-    db_h = bias_gradient(da_TBG, dtype)
-    return dw_h.astype(w_h.dtype), db_h.astype(b_h.dtype), dfirst, dz_TBG, None, None
+    db = bias_gradient(da_TBG, dtype)
+    return dw_h.astype(w_h.dtype), db.astype(w_h.dtype), dfirst, dz_TBG, None, None
 
 
 recurrence.defvjp(_forward, _reverse)

@@ -5,8 +5,8 @@ variants are "tanh" and "relu"; rectified units are those of Le, Jaitly and Hint
 
 Forward, symbol by symbol.  h⁻ is the state before the symbol; G = H:
 
-    z = x W_x + b_x                  the window's projection, one product for all its symbols
-    a = z + s W_h + b_h              s = h⁻, or with state dropout h⁻ times the stream's mask
+    z = x W_x                        the window's projection, one product for all its symbols
+    a = z + s W_h + b                s = h⁻, or with state dropout h⁻ times the stream's mask; b = b_x + b_h
     h = tanh(a)                      relu: h = max(a, 0)
 
 Reverse, from the last symbol to the first.  dv is the gradient of the loss by v.  dh is the sum of what comes from
@@ -15,7 +15,7 @@ above (this symbol's output) and from the right (the next symbol's dh⁻); produ
     da  = dh (1 - h²)                relu: da = dh where h > 0, else 0
     ds  = da W_hᵀ                    dh⁻ = ds, or times the mask
 
-and, once the window is done, dz = da, dW_h = Σ sᵀ da, db_h = Σ da, the sums over all symbols of all streams.  Where a
+and, once the window is done, dz = da, dW_h = Σ sᵀ da, db = Σ da, the sums over all symbols of all streams.  Where a
 stream is reset, h⁻ = 0, and dh⁻ goes nowhere.
 """
 
@@ -51,12 +51,12 @@ def step(
     params: CellParams, state: CellState, x_BD: jax.Array, variant: str = "tanh", mask_BH: jax.Array | None = None
 ) -> tuple[CellState, jax.Array]:
     """One symbol of every stream, straight from the equations: (the new state, h_BH)."""
-    return advance(params, state, x_BD @ params.w_x + params.b_x[None], variant, mask_BH)
+    return advance(params, state, x_BD @ params.w_x, variant, mask_BH)
 
 
-def input_bias(params: CellParams) -> jax.Array:
-    """What is added to x W_x."""
-    return params.b_x
+def bias(params: CellParams) -> jax.Array:
+    """b, `[H]`."""
+    return params.b_x + params.b_h
 
 
 def advance(
@@ -64,7 +64,7 @@ def advance(
 ) -> tuple[CellState, jax.Array]:
     """`step`, given the symbol's projection."""
     seen = state.h if mask_BH is None else state.h * mask_BH
-    a_BH = z_BH + seen @ params.w_h + params.b_h[None]
+    a_BH = z_BH + seen @ params.w_h + bias(params)[None]
     h = jax.nn.relu(a_BH) if variant == "relu" else jnp.tanh(a_BH)
     return CellState(h, None), h
 
@@ -72,7 +72,7 @@ def advance(
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def recurrence(
     w_h: jax.Array,
-    b_h: jax.Array,
+    b: jax.Array,
     state: CellState,
     z_TBG: jax.Array,
     reset_TB: jax.Array,
@@ -83,9 +83,9 @@ def recurrence(
     """A window of every stream, given its projection: what `step` gives symbol by symbol, with a reverse pass by hand.
 
     Args:
-      w_h, b_h: the master parameters `[H, H]`, `[H]`; their gradients come in their own dtypes.
+      w_h, b: the master parameters `[H, H]`, and their `bias`; the gradients come in their own dtypes.
       state: before the window, h `[B, H]`; its dtype is that of the arithmetic and of the products' sums.
-      z_TBG: x W_x + b_x.
+      z_TBG: x W_x.
       reset_TB: bool; where True, the stream's state is zero before the symbol is read.
       compute_dtype: of the operands of products with w_h, and of the outputs; static.
       variant: "tanh" or "relu"; static.
@@ -94,12 +94,12 @@ def recurrence(
     Returns:
       The state after the window, and h_TBH.
     """
-    return _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH)[0]
+    return _forward(w_h, b, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH)[0]
 
 
-def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
+def _forward(w_h, b, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
     dtype = state.h.dtype
-    times_w, b_BH = in_loop(w_h, compute_dtype, dtype), b_h.astype(dtype)[None]
+    times_w, b_BH = in_loop(w_h, compute_dtype, dtype), b.astype(dtype)[None]
 
     def read(h, symbol):
         z_BH, reset_B = symbol
@@ -112,12 +112,12 @@ def _forward(w_h, b_h, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
 
     h, h_TBH = scan(read, state.h, (z_TBG, reset_TB))
     # Of z only the dtype is wanted later; an empty slice carries it, so that the window's projection need not be kept.
-    residuals = (w_h, b_h, state.h, h_TBH, reset_TB, z_TBG[:0], mask_BH)
+    residuals = (w_h, state.h, h_TBH, reset_TB, z_TBG[:0], mask_BH)
     return (CellState(h, None), h_TBH.astype(compute_dtype)), residuals
 
 
 def _reverse(compute_dtype, variant, residuals, cotangents):
-    w_h, b_h, h_first, h_TBH, reset_TB, z_like, mask_BH = residuals
+    w_h, h_first, h_TBH, reset_TB, z_like, mask_BH = residuals
     dfinal, dh_TBH = cotangents
     dtype = h_first.dtype
     times_w = in_loop(w_h, compute_dtype, dtype, reverse=True)
@@ -132,8 +132,8 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
 
     dh_first, da_TBH = scan(unread, dfinal.h, (dh_TBH, h_TBH, reset_TB), reverse=True)
     dw_h = recurrent_weight_gradient(h_first, h_TBH, reset_TB, mask_BH, da_TBH, compute_dtype)
-    db_h = bias_gradient(da_TBH, dtype)
-    return dw_h.astype(w_h.dtype), db_h.astype(b_h.dtype), CellState(dh_first, None), da_TBH, None, None
+    db = bias_gradient(da_TBH, dtype)
+    return dw_h.astype(w_h.dtype), db.astype(w_h.dtype), CellState(dh_first, None), da_TBH, None, None
 
 
 recurrence.defvjp(_forward, _reverse)

@@ -82,13 +82,13 @@ def problem(cell: ModuleType, dtype: Any = np.float32, *, resets: bool = False, 
     return Problem(params, draw_state(), draw(symbols, B, D), reset_TB, draw_state(), draw(symbols, B, H))
 
 
-def project(cell, params, x_TBD):
-    return jnp.einsum("tbd,dg->tbg", x_TBD, params.w_x) + cell.input_bias(params)[None, None]
+def project(params, x_TBD):
+    return jnp.einsum("tbd,dg->tbg", x_TBD, params.w_x)
 
 
 def fast(cell, params, state, x_TBD, reset_TB):
-    z_TBG = project(cell, params, x_TBD)
-    return cell.recurrence(params.w_h, params.b_h, state, z_TBG, reset_TB, z_TBG.dtype)
+    z_TBG = project(params, x_TBD)
+    return cell.recurrence(params.w_h, cell.bias(params), state, z_TBG, reset_TB, z_TBG.dtype)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -197,21 +197,21 @@ def test_gradients_do_not_cross_a_reset(cell):
 def test_bfloat16_products_leave_state_and_gradients_float32(cell, z_dtype):
     p = problem(cell, resets=True)
     w_h = p.params.w_h / 4  # a contracting recurrence, or rounding errors grow from symbol to symbol
-    z_TBG = project(cell, p.params, p.x_TBD).astype(z_dtype)
+    z_TBG = project(p.params, p.x_TBD).astype(z_dtype)
 
     @partial(jax.jit, static_argnums=0)
     def outputs_and_gradients(dtype, z_TBG):
-        def window(w_h, b_h, state, z_TBG):
-            return cell.recurrence(w_h, b_h, state, z_TBG, p.reset_TB, dtype)
+        def window(w_h, b, state, z_TBG):
+            return cell.recurrence(w_h, b, state, z_TBG, p.reset_TB, dtype)
 
-        (state, h), pull = jax.vjp(window, w_h, p.params.b_h, p.state, z_TBG)
+        (state, h), pull = jax.vjp(window, w_h, cell.bias(p.params), p.state, z_TBG)
         return state, h, *pull((p.dfinal, p.dh_TBH.astype(h.dtype)))
 
     got = outputs_and_gradients(jnp.bfloat16, z_TBG)
     expected = outputs_and_gradients(jnp.float32, z_TBG.astype(jnp.float32))
-    state, h_TBH, dw_h, db_h, dstate, dz_TBG = got
+    state, h_TBH, dw_h, db, dstate, dz_TBG = got
     assert h_TBH.dtype == jnp.bfloat16 and dz_TBG.dtype == z_dtype
-    for leaf in jax.tree.leaves((state, dstate, dw_h, db_h)):
+    for leaf in jax.tree.leaves((state, dstate, dw_h, db)):
         assert leaf.dtype == jnp.float32
         assert (leaf != leaf.astype(jnp.bfloat16).astype(jnp.float32)).any(), "rounded to bfloat16 on the way"
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):

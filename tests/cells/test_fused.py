@@ -85,17 +85,17 @@ def value_and_gradients(recurrence, variant, compute_dtype, masked):
     reset_TB = np.zeros((T, B), bool)
     reset_TB[0, 1] = reset_TB[1, 0] = reset_TB[2, 1] = True
     state = CellState(draw(B, H).at[1].set(jnp.nan), draw(B, H).at[1].set(jnp.nan))  # which must not survive
-    w_h, b_h, z_TBG, by_h, by_c = draw(H, 4 * H) / 16, draw(4 * H), draw(T, B, 4 * H), draw(T, B, H), draw(B, H)
+    w_h, b, z_TBG, by_h, by_c = draw(H, 4 * H) / 16, draw(4 * H), draw(T, B, 4 * H), draw(T, B, H), draw(B, H)
     mask_BH = jnp.asarray(random.integers(0, 2, (B, H)) * 2.0, jnp.float32) if masked else None
 
-    def value(w_h, b_h, state, z_TBG):
+    def value(w_h, b, state, z_TBG):
         final, h_TBH = recurrence(
-            w_h, b_h, state, z_TBG, jnp.asarray(reset_TB), jnp.dtype(compute_dtype), variant, mask_BH
+            w_h, b, state, z_TBG, jnp.asarray(reset_TB), jnp.dtype(compute_dtype), variant, mask_BH
         )
         return (h_TBH.astype(by_h.dtype) * by_h).sum() + (final.h**3).sum() + (final.c * by_c).sum(), (final, h_TBH)
 
     with jax.default_matmul_precision("highest"):
-        return jax.jit(jax.value_and_grad(value, (0, 1, 2, 3), has_aux=True))(w_h, b_h, state, z_TBG)
+        return jax.jit(jax.value_and_grad(value, (0, 1, 2, 3), has_aux=True))(w_h, b, state, z_TBG)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
