@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.rows import alternate
 
-TURN = 0.5  # seconds that a turn takes at least
+TURN = 2.0  # seconds that a turn takes, about; an update of some shapes takes one
 
 # glibc gives large blocks back to the system when they are freed, and the next step's temporaries are page-faulted
 # anew.  Kept, and of huge pages, they cost less.  Peers gain by it as well: each is given both, and keeps the better.

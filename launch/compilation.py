@@ -20,23 +20,24 @@ from pathlib import Path
 import jax
 
 DIRECTORY = "~/.cache/charlstm/compiled"
-# By which flag of XLA's, and how it is set.
-UNDIVIDED = {
-    "xla_disable_hlo_passes": "cpu-parallel-task-assigner",  # operations on elements
-    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",  # not sums, which it would have too
+# How XLA's flags are set; measured in docs/decisions.md.
+FLAGS = {
+    "xla_disable_hlo_passes": "cpu-parallel-task-assigner",  # operations on elements are not divided
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",  # the one that divides has no sums
+    "xla_cpu_prefer_vector_width": "512",  # bits, where the processor has them; by itself XLA takes 256
 }
 
 
 def prepare() -> None:
-    """Has programs compiled undivided, and kept; before anything is compiled."""
-    undivide()
+    """Has programs compiled so, and kept; before anything is compiled."""
+    tell_xla()
     keep()
 
 
-def undivide() -> None:
-    """Has XLA divide products alone among threads; of the flags for it, those that XLA_FLAGS has stay as they are."""
+def tell_xla() -> None:
+    """Sets FLAGS in the environment; those that XLA_FLAGS has stay as they are."""
     told = os.environ.get("XLA_FLAGS", "")
-    more = [f"--{flag}={value}" for flag, value in UNDIVIDED.items() if flag not in told]
+    more = [f"--{flag}={value}" for flag, value in FLAGS.items() if flag not in told]
     os.environ["XLA_FLAGS"] = " ".join([told, *more]).strip()
 
 

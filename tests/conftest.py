@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 from launch import compilation  # noqa: E402
 from tests.jobs import STEPS, last_line  # noqa: E402
 
-compilation.undivide()  # as the programs are, that runs in this process and in others have the same bits
+compilation.tell_xla()  # as the programs are, that runs in this process and in others have the same bits
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,7 @@
-"""This project's training step as `launch.train` makes it: compiled undivided, freed memory kept."""
+"""This project's training step as `launch.train` makes it: compiled and freed memory kept as there."""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,7 +34,7 @@ def training(shape: dict, **changes: object) -> Contestant:
     sizes = Shape(**shape)
     config = config_of(sizes, **changes)
     allocator.keep(dry_run.temporaries(config, cores.usable()))
-    compilation.undivide()
+    compilation.tell_xla()
     mesh = mesh_lib.make()
     config = config_lib.resolve(config, mesh.size)
     if "recurrence" not in changes and mesh_lib.has_mosaic(mesh) and not config.model.beyond("fused"):
@@ -39,15 +42,28 @@ def training(shape: dict, **changes: object) -> Contestant:
     train_step = step_lib.make(config, sizes.V, mesh, 1000)
     state = step_lib.place(mesh, step_lib.init(config, sizes.V))
     text, reset = windows(sizes), np.zeros((sizes.B, sizes.T), bool)
+    wait = in_flight()
 
     def update() -> None:
         nonlocal state
         ids = next(text)
         batch = mesh_lib.put(mesh, mesh_lib.BY_STREAM, Batch(ids[:, :-1], ids[:, 1:], reset))
         state, metrics = train_step(state, batch)
-        jax.block_until_ready((state, metrics))
+        wait(metrics)
 
     return Contestant(update, device_memory(mesh), mesh_lib.describe(mesh))
+
+
+def in_flight() -> Callable[[Any], None]:
+    """A function that takes an update's metrics and waits for those of the one before, as training does."""
+    launched = None
+
+    def wait(metrics: Any) -> None:
+        nonlocal launched
+        jax.block_until_ready(launched)
+        launched = metrics
+
+    return wait
 
 
 def device_memory(mesh: mesh_lib.Mesh):
@@ -65,7 +81,7 @@ def matrix_product(size: int, dtype: str) -> Contestant:
 
 def sampling(shape: dict, samples: int, length: int) -> Contestant:
     """`length` symbols of each of `samples` texts, at temperature 1, as `launch.sample` makes them."""
-    compilation.undivide()
+    compilation.tell_xla()
     sizes, mesh = Shape(**shape), cores.mesh_of_samples(samples)
     config, prompt = config_of(sizes).model, np.zeros(1, np.int32)
     params = mesh_lib.put(mesh, mesh_lib.REPLICATED, model.init(config, sizes.V, jax.random.key(0)))

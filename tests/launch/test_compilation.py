@@ -45,8 +45,8 @@ def test_a_home_that_cannot_be_written_stops_nothing(arguments, tmp_path):
 @pytest.mark.parametrize("told", ["", "--xla_dump_to=x", "--xla_disable_hlo_passes=a"])
 def test_flags_of_the_users_own_stay_and_those_that_are_missing_are_added_once(told, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", told)
-    compilation.undivide()
-    compilation.undivide()
+    compilation.tell_xla()
+    compilation.tell_xla()
     flags = dict(flag[2:].split("=") for flag in os.environ["XLA_FLAGS"].split())
-    assert flags == compilation.UNDIVIDED | dict([told[2:].split("=")] if told else [])
+    assert flags == compilation.FLAGS | dict([told[2:].split("=")] if told else [])
     assert len(os.environ["XLA_FLAGS"].split()) == len(flags)
