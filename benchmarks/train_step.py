@@ -72,7 +72,7 @@ def compare(rows: Rows, shape: Shape, rounds: int, gpu: bool, quick: bool, only:
         )
     size = 256 if quick else 8192 if gpu else 2048
     for maker in RATES:
-        workers[maker] = Worker(maker, {"size": size, "dtype": shape.dtype}, choice["plain"])
+        workers[maker] = Worker(maker, {"size": size, "dtype": shape.dtype}, [*choice.values()][-1])  # pages are kept
     for worker in workers.values():
         worker.warm()
     seconds = rows_lib.alternate({name: worker.seconds for name, worker in workers.items()}, rounds)
