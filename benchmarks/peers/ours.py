@@ -1,8 +1,5 @@
 """This project's training step as `launch.train` makes it: compiled and freed memory kept as there."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import numpy as np
 
@@ -42,28 +39,15 @@ def training(shape: dict, **changes: object) -> Contestant:
     train_step = step_lib.make(config, sizes.V, mesh, 1000)
     state = step_lib.place(mesh, step_lib.init(config, sizes.V))
     text, reset = windows(sizes), np.zeros((sizes.B, sizes.T), bool)
-    wait = in_flight()
 
     def update() -> None:
         nonlocal state
         ids = next(text)
         batch = mesh_lib.put(mesh, mesh_lib.BY_STREAM, Batch(ids[:, :-1], ids[:, 1:], reset))
         state, metrics = train_step(state, batch)
-        wait(metrics)
+        jax.block_until_ready((state, metrics))
 
     return Contestant(update, device_memory(mesh), mesh_lib.describe(mesh))
-
-
-def in_flight() -> Callable[[Any], None]:
-    """A function that takes an update's metrics and waits for those of the one before, as training does."""
-    launched = None
-
-    def wait(metrics: Any) -> None:
-        nonlocal launched
-        jax.block_until_ready(launched)
-        launched = metrics
-
-    return wait
 
 
 def device_memory(mesh: mesh_lib.Mesh):

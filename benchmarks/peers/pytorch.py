@@ -37,8 +37,8 @@ class Trainer:
         self._state: Any = None
         self._bfloat16 = shape.dtype == "bfloat16"
 
-    def update(self, ids: np.ndarray) -> torch.Tensor:
-        """An update from a window [B, T + 1]; its loss, which a device may still be at."""
+    def update(self, ids: np.ndarray) -> float:
+        """An update from a window [B, T + 1]; its loss."""
         ids_TB = torch.from_numpy(ids.T.astype(np.int64)).to(DEVICE)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self._bfloat16):
             logits_TBV, state = self.model(ids_TB[:-1], self._state)
@@ -48,20 +48,14 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()
         self._state = tuple(s.detach() for s in state) if isinstance(state, tuple) else state.detach()
-        return loss.detach()
+        return loss.item()
 
 
 def training(shape: dict) -> Contestant:
-    """An update, from a batch in the host's memory; as ours, it waits for the one before."""
+    """An update, from a batch in the host's memory."""
     sizes = Shape(**shape)
-    trainer, text, launched = Trainer(sizes), windows(sizes), torch.zeros(())
-
-    def update() -> None:
-        nonlocal launched
-        before, launched = launched, trainer.update(next(text))
-        before.item()
-
-    return Contestant(update, _device_memory(), _device())
+    trainer, text = Trainer(sizes), windows(sizes)
+    return Contestant(lambda: trainer.update(next(text)), _device_memory(), _device())
 
 
 def _device() -> str:

@@ -21,15 +21,14 @@ def main(text: str, run_dir: str, shape: dict, num_steps: int, log_every: int, c
     ids = np.fromfile(text, np.uint8)
     stream = len(ids) // sizes.B
     ids_BN = ids[: stream * sizes.B].reshape(sizes.B, stream)
-    trainer, losses, saving = Trainer(sizes), list[torch.Tensor](), 0.0
+    trainer, losses, saving = Trainer(sizes), list[float](), 0.0
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "metrics.jsonl").open("w") as metrics:
         for step in range(1, num_steps + 1):
             start = (step - 1) * sizes.T % (stream - sizes.T)
             losses.append(trainer.update(ids_BN[:, start : start + sizes.T + 1]))
             if step % log_every == 0 or step == num_steps:
-                loss, passed = torch.stack(losses).mean().item(), time.monotonic() - began
-                fields = {"step": step, "loss": loss, "seconds": passed, "saving": saving}
+                fields = {"step": step, "loss": np.mean(losses), "seconds": time.monotonic() - began, "saving": saving}
                 print(json.dumps(fields), file=metrics, flush=True)
                 losses, saving = [], 0.0
             if checkpoint_every and step % checkpoint_every == 0:
