@@ -30,7 +30,7 @@ from benchmarks.workers import environments
 
 FIFTY_MILLION = Shape(256, 256, 1312, 4, 4, 8)  # parameters; short windows, so that saves come soon
 QUICK_OF_BYTES = replace(QUICK, V=256)
-BETWEEN_SAVES = 10  # steps
+BETWEEN_SAVES = 40  # steps, of some .3 seconds: a save is to be written before the next one comes
 MINUTE = 60.0
 Lines = list[dict[str, Any]]
 
