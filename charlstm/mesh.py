@@ -24,6 +24,8 @@ from data_pipeline.batch import rows_of_process
 AXIS = "data"
 REPLICATED, BY_STREAM = PartitionSpec(), PartitionSpec(AXIS)
 
+MOSAIC_SINCE = (0, 11)  # of JAX: before, a step that has Mosaic's kernels in its loops cannot be traced
+
 # A process may verify a large checkpoint while the others wait; one that dies is noticed otherwise.
 PATIENCE_MS = 24 * 3600 * 1000
 _meetings: dict[str, Iterator[int]] = defaultdict(itertools.count)
@@ -86,9 +88,14 @@ def has_cudnn(mesh: Mesh) -> bool:
 
 
 def has_mosaic(mesh: Mesh) -> bool:
-    """Whether kernels of our own run on the devices: NVIDIA's GPUs of the Hopper generation, and newer ones."""
+    """Whether kernels of our own run on the devices: NVIDIA's GPUs of the Hopper generation and newer, by this JAX."""
     device = mesh.devices.flat[0]
-    return device.platform == "gpu" and float(getattr(device, "compute_capability", 0)) >= 9
+    if device.platform != "gpu" or jax.__version_info__ < MOSAIC_SINCE:
+        return False
+    try:
+        return float(getattr(device, "compute_capability", 0)) >= 9
+    except ValueError:  # AMD's are "gfx942" and the like
+        return False
 
 
 def device_name(mesh: Mesh, number: int) -> str:

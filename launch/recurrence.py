@@ -2,6 +2,7 @@
 
 from statistics import median
 
+import jax
 from jax.sharding import Mesh
 
 from charlstm import config as config_lib
@@ -12,7 +13,7 @@ from data_pipeline.streams import StreamPlan
 from launch import dry_run
 
 TIMED_STEPS = 5
-NEEDS = {"fused": "an NVIDIA GPU of the Hopper generation or newer", "cudnn": "an NVIDIA GPU"}
+NEEDS = {"fused": "an NVIDIA GPU of the Hopper generation or newer, and JAX 0.11 or newer", "cudnn": "an NVIDIA GPU"}
 
 
 def chosen(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh) -> tuple[Config, str]:
@@ -24,7 +25,9 @@ def chosen(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh) -> tupl
     asked, device = config.model.recurrence, mesh_lib.device_kind(mesh)
     had = {"fused": mesh_lib.has_mosaic(mesh), "cudnn": mesh_lib.has_cudnn(mesh)}
     if not had.get(asked, True):
-        raise ValueError(f"recurrence={asked} needs {NEEDS[asked]}, and there is {device}: use scan or auto")
+        raise ValueError(
+            f"recurrence={asked} needs {NEEDS[asked]}, and there is {device}, JAX {jax.__version__}: use scan or auto"
+        )
     if asked != "auto":
         return config, ""
     beyond = {name: config.model.beyond(name) for name in had}

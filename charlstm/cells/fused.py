@@ -56,7 +56,7 @@ def _forward(w_h, b, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
 
         jax.lax.scan(read, None, jnp.arange(T, dtype=jnp.int32), unroll=UNROLL)
 
-    # The gates take the place of the window's projection, in its dtype.
+    # The gates take the place of the window's projection, in its dtype (see `_pack`).
     windows = z_TBG, jax.lax.empty((T, B, H), compute_dtype), jax.lax.empty((T, B, H), dtype)
     _, h_BH, c_BH, gates_TBG, h_TBH, c_prev_TBH = pl.run_state(window)((seen_BH, h_BH, c_BH, *windows))
     # Of z only the dtype is wanted later; an empty slice carries it.
@@ -73,7 +73,7 @@ def _read(variant, block, t_ref, a, b, resets, *refs):
     c_prev = c_out[row, units]
     c = lstm.remembered(i, f, g, c_prev, variant)
     h = o * jnp.tanh(c)
-    for k, gate in zip(columns, (i, f, g, o), strict=True):
+    for k, gate in zip(columns, (_pack(i), _pack(f), g, _pack(o)), strict=True):
         gates[t, row, k] = gate.astype(gates.dtype)
     c_prev_seq[t, row, units] = c_prev
     h_seq[t, row, units] = h.astype(h_seq.dtype)
@@ -86,6 +86,20 @@ def _read(variant, block, t_ref, a, b, resets, *refs):
 
 def _logistic(a: jax.Array) -> jax.Array:
     return 0.5 * jnp.tanh(0.5 * a) + 0.5
+
+
+def _pack(gate: jax.Array) -> jax.Array:
+    """A logistic gate, or above 1/2 the gate less 1: in bfloat16, too, gate and 1 - gate both keep all their digits.
+
+    The gradient by a gate's sum has the factor gate (1 - gate), and a forget gate is often so near 1 that it would
+    round to 1 in bfloat16.
+    """
+    return jnp.where(gate > 0.5, jnp.minimum(gate - 1, -(2.0**-24)), gate)  # less than 0, which stands for itself
+
+
+def _unpack(packed: jax.Array) -> jax.Array:
+    """The gate that `_pack` was given."""
+    return jnp.where(packed < 0, 1 + packed, packed)
 
 
 def _reverse(compute_dtype, variant, residuals, cotangents):
@@ -124,7 +138,8 @@ def _unread(variant, T, block, t_ref, dh_right, resets, dh_above, gates, c_prev_
     if mask:  # what comes from the window's end was not masked
         dh = _where(t == T - 1, dh, dh * mask[0][row, units])
     dh = _unless(resets[t + 1, row], dh) + dh_above[t, row, units].astype(dh.dtype)
-    i_f_g_o = [gates[t, row, k].astype(dh.dtype) for k in columns]
+    i, f, g, o = (gates[t, row, k].astype(dh.dtype) for k in columns)
+    i_f_g_o = _unpack(i), _unpack(f), g, _unpack(o)
     das, dc_prev = lstm.gate_gradients(i_f_g_o, c_prev_seq[t, row, units], dh, dc_out[row, units], variant)
     for k, da in zip(columns, das, strict=True):
         da_seq[t, row, k] = da.astype(da_seq.dtype)

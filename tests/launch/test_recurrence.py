@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 from charlstm import config as config_lib
@@ -18,18 +19,25 @@ def test_auto_is_the_loop_where_there_is_no_gpu_and_the_run_keeps_what_was_chose
         assert json.loads((tmp_path / "config.json").read_text())["model"]["recurrence"] == "scan"
     log = (tmp_path / "log.txt").read_text()
     said = (
-        "recurrence=scan on cpu: fused needs an NVIDIA GPU of the Hopper generation or newer, cudnn needs an NVIDIA GPU"
+        "recurrence=scan on cpu: fused needs an NVIDIA GPU of the Hopper generation or newer, and JAX 0.11 or newer, "
+        "cudnn needs an NVIDIA GPU"
     )
     assert log.count(said) == 1
     assert [line.split(": ")[-1] for line in log.splitlines() if "changed since" in line] == ["2 -> 4"]
 
 
 @pytest.mark.parametrize(
-    ("way", "needed"), [("cudnn", "an NVIDIA GPU"), ("fused", "an NVIDIA GPU of the Hopper generation or newer")]
+    ("way", "needed"),
+    [
+        ("cudnn", "an NVIDIA GPU"),
+        ("fused", "an NVIDIA GPU of the Hopper generation or newer, and JAX 0.11 or newer"),
+    ],
 )
 def test_what_needs_a_gpu_is_refused_where_there_is_none(way, needed, arguments, tmp_path):
     given = [*arguments, "--hidden_size=128", f"--run_dir={tmp_path / 'run'}", f"--recurrence={way}"]
-    assert refusal(train.main, *given) == f"recurrence={way} needs {needed}, and there is cpu: use scan or auto"
+    assert refusal(train.main, *given) == (
+        f"recurrence={way} needs {needed}, and there is cpu, JAX {jax.__version__}: use scan or auto"
+    )
     assert not (tmp_path / "run").exists()
 
 
