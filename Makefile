@@ -5,6 +5,7 @@
 # make chaos   100 jobs disturbed at random, of other processes and devices at every start; an hour or so
 # make soak    a job for two hours with a fault every minute; prints its goodput
 # make bench   speed, memory and scaling beside PyTorch, flax and dm-haiku, in an environment of its own; hours
+# make gpu     on a machine with a GPU, eight minutes: its bits, its values beside float64, its speed beside PyTorch and flax
 # make notebooks   executes the notebooks again, for 20 minutes or so; CHARLSTM_SHORT=1 tries them, and leaves them as they are
 # make lint    style and types
 #
@@ -23,7 +24,7 @@ BENCH_ARGS ?=
 BENCH_EXTRAS ?= bench
 BENCHMARKS := train_step sampling end_to_end input scaling
 
-.PHONY: train test long faults chaos soak bench lint lock clean
+.PHONY: train test long faults chaos soak bench gpu notebooks lint lock clean
 
 train: $(VENV)/installed
 	$(BIN)/python -m launch.train --flagfile=configs/quickstart.flags --run_dir=$(RUN_DIR) $(ARGS)
@@ -47,6 +48,9 @@ soak: $(VENV)/installed
 
 bench: .venv-bench/installed
 	set -e; for benchmark in $(BENCHMARKS); do .venv-bench/bin/python -m benchmarks.$$benchmark $(BENCH_ARGS); done
+
+gpu: .venv-bench/installed
+	.venv-bench/bin/python -m benchmarks.gpu $(BENCH_ARGS)
 
 notebooks: $(VENV)/installed
 	$(BIN)/python -m notebooks.execute

@@ -1,6 +1,6 @@
 """A full update (embedding, stack, soft-max, clipping, Adam): ours beside PyTorch, flax, dm-haiku and autodiff.
 
-    python -m benchmarks.train_step [--quick] [--shapes=1,2] [--rounds=7] [--only=PyTorch,flax]
+    python -m benchmarks.train_step [--quick] [--shapes=1,2] [--rounds=7] [--turn=2] [--only=PyTorch,flax]
 
 Every contestant is a process of its own.  It first runs in each of a few environments (allocator settings, and for
 ours a simulated device for every core) and keeps the fastest; then all take turns, and a figure is the median over the
@@ -43,7 +43,8 @@ def shapes_of(numbers: str, gpu: bool) -> list[Shape]:
     return chosen
 
 
-def run(rows: Rows, quick: bool, shapes: str, rounds: int, only: str) -> None:
+def run(rows: Rows, quick: bool, shapes: str, rounds: int, turn: float, only: str) -> None:
+    workers_lib.TURN = turn
     gpu, names = workers_lib.has_gpu(), only.split(",") if only else []
     if unknown := set(names) - {*PEERS, *VARIANTS}:
         raise SystemExit(f"--only={only}: there is no {unknown.pop()}: use some of {', '.join((*PEERS, *VARIANTS))}")
@@ -101,4 +102,4 @@ def per_core(choice: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
 
 
 if __name__ == "__main__":
-    rows_lib.main("train_step", run, shapes="", rounds=7, only="")
+    rows_lib.main("train_step", run, shapes="", rounds=7, turn=workers_lib.TURN, only="")

@@ -50,6 +50,7 @@ def digest_of(array: jax.Array) -> str:
     return digest.digests(array)[""]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TYPES)
 def test_the_digest_equals_its_slow_twin_for_every_type(dtype):
     with jax.enable_x64(True):

@@ -19,6 +19,8 @@ from charlstm.model_config import ModelConfig
 from charlstm.noise import Noise
 from charlstm.types import CellState
 
+pytestmark = pytest.mark.gpu
+
 T, B, H = 3, 2, 256  # two blocks for each stream
 SETTINGS = {
     "plain": ("plain", "float32", False),

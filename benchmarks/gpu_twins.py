@@ -1,0 +1,114 @@
+"""The LSTM's backends beside float64: values and gradients of a window, as `benchmarks.gpu` asks for them.
+
+    JAX_ENABLE_X64=1 JAX_PLATFORMS=cpu python -m benchmarks.gpu_twins reference FILE.npz
+    python -m benchmarks.gpu_twins compare FILE.npz
+
+The reference is the textbook step, symbol by symbol, under autodiff.  An error is the norm of the difference over the
+norm of the reference; of gradients by gate (W_h, b and z), the largest over the gates.
+"""
+
+import contextlib
+import itertools
+import json
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from charlstm.cells import fused, lstm
+from charlstm.mesh import has_mosaic, make
+from charlstm.types import CellParams, CellState
+
+T, B, H = 48, 32, 256
+CASES = [("plain", False), ("plain", True), ("capped", True)]  # variant, with a mask
+FORGET_BIASES = (1, 5, 7)
+PRECISIONS = {"float32": ("float32", "highest"), "TF32": ("float32", "default"), "bfloat16": ("bfloat16", "default")}
+# Of a value, and of a gradient.  Near the cap either gradient is right, and rounding chooses: there none is asked.
+LIMITS = {"float32": (2e-6, 2e-5), "TF32": (2e-3, 1e-2), "bfloat16": (1e-2, 3e-2)}
+
+
+def given(masked: bool, forget_bias: float) -> dict[str, Any]:
+    """Everything that a window is computed from, in float64; all numbers are bfloat16's, so none is rounded before."""
+    random = np.random.default_rng(forget_bias)
+
+    def draw(*shape: int) -> np.ndarray:
+        return random.normal(size=shape).astype(jnp.bfloat16).astype(np.float64)
+
+    bias = draw(4 * H) / 4
+    bias[H : 2 * H] += forget_bias
+    arrays = {"w_h": draw(H, 4 * H) / 16, "b": bias, "h": draw(B, H) / 4, "c": draw(B, H), "z": draw(T, B, 4 * H)}
+    arrays |= {"reset": random.random((T, B)) < 0.02, "by_h": draw(T, B, H), "by_c": draw(B, H)}
+    return arrays | ({"mask": random.integers(0, 2, (B, H)) * 2.0} if masked else {})
+
+
+def values_and_gradients(arrays: dict[str, Any], window: Any, dtype: Any, z_dtype: Any) -> dict[str, np.ndarray]:
+    """h of every symbol, and the gradients by W_h, b, the state and z of a sum that all of it enters."""
+
+    def loss(w_h: jax.Array, b: jax.Array, state: CellState, z: jax.Array) -> tuple[jax.Array, jax.Array]:
+        final, h = window(w_h, b, state, z, reset, mask)
+        h = h.astype(dtype)
+        return (h * by_h).sum() + (final.h**3).sum() + (final.c * by_c).sum(), h
+
+    kept = {name: jnp.asarray(array, bool if name == "reset" else dtype) for name, array in arrays.items()}
+    reset, mask, by_h, by_c = kept["reset"], kept.get("mask"), kept["by_h"], kept["by_c"]
+    state = CellState(kept["h"], kept["c"])
+    (_, h), (w_h, b, state, z) = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(
+        kept["w_h"], kept["b"], state, kept["z"].astype(z_dtype)
+    )
+    named = {"value": h, "w_h": w_h, "b": b, "h": state.h, "c": state.c, "z": z}
+    return {name: np.asarray(array, np.float64) for name, array in named.items()}
+
+
+def textbook_window(variant: str) -> Any:
+    def window(w_h, b, state, z, reset, mask):
+        def read(state: CellState, symbol: tuple[jax.Array, jax.Array]) -> tuple[CellState, jax.Array]:
+            z_BG, reset_B = symbol
+            state = CellState(*(jnp.where(reset_B[:, None], 0, s) for s in state))
+            return lstm.advance(params, state, z_BG, variant, mask)
+
+        params = CellParams(w_x=z[0, :0], w_h=w_h, b_x=b, b_h=jnp.zeros_like(b))
+        return jax.lax.scan(read, state, (z, reset))
+
+    return window
+
+
+def reference(path: str) -> None:
+    found = {}
+    for (variant, masked), bias in itertools.product(CASES, FORGET_BIASES):
+        of_case = values_and_gradients(given(masked, bias), textbook_window(variant), jnp.float64, jnp.float64)
+        found |= {f"{variant} {masked} {bias} {name}": array for name, array in of_case.items()}
+    np.savez(path, **found)
+
+
+def compare(path: str) -> None:
+    expected = np.load(path)
+    backends = {"scan": lstm.recurrence} | ({"fused": fused.recurrence} if has_mosaic(make()) else {})
+    for (backend, recurrence), precision, (variant, masked), bias in itertools.product(
+        backends.items(), PRECISIONS, CASES, FORGET_BIASES
+    ):
+        compute, products = PRECISIONS[precision]
+
+        def window(*args, recurrence=recurrence, compute=compute, variant=variant):
+            *arrays, mask = args
+            return recurrence(*arrays, jnp.dtype(compute), variant, mask)
+
+        with jax.default_matmul_precision(products) if products != "default" else contextlib.nullcontext():
+            got = values_and_gradients(given(masked, bias), window, jnp.float32, compute)
+        errors = {name: error(name, got[name], expected[f"{variant} {masked} {bias} {name}"]) for name in got}
+        value, gradient = errors.pop("value"), max(errors.values())
+        most = LIMITS[precision]
+        exempt = variant == "capped" and precision != "float32"
+        row = {"backend": backend, "precision": precision, "variant": variant, "masked": masked, "forget_bias": bias}
+        row |= {"value_error": value, "gradient_error": gradient, "worst": max(errors, key=lambda name: errors[name])}
+        print(json.dumps(row | {"ok": bool(value <= most[0] and (exempt or gradient <= most[1]))}), flush=True)
+
+
+def error(name: str, got: np.ndarray, expected: np.ndarray) -> float:
+    pairs = zip(*(np.split(a, 4, -1) if name in ("w_h", "b", "z") else [a] for a in (got, expected)), strict=True)
+    return max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs)
+
+
+if __name__ == "__main__":
+    {"reference": reference, "compare": compare}[sys.argv[1]](sys.argv[2])
