@@ -12,12 +12,16 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu
 
+from charlstm import config as config_lib
 from charlstm import mesh as mesh_lib
 from charlstm import model
+from charlstm import step as step_lib
 from charlstm.cells import fused, lstm
+from charlstm.config import Config
 from charlstm.model_config import ModelConfig
 from charlstm.noise import Noise
 from charlstm.types import CellState
+from data_pipeline.batch import Batch
 
 pytestmark = pytest.mark.gpu
 
@@ -160,6 +164,24 @@ def test_what_is_not_read_fused_is_refused_by_name(settings, named):
     with pytest.raises(ValueError, match=f"recurrence=fused does not know {named}: use auto or scan"):
         ModelConfig(recurrence="fused", **settings)
     assert ModelConfig(recurrence="auto", **settings).beyond("fused") == named
+
+
+@pytest.mark.parametrize("backend", ["scan", "fused"])
+def test_the_whole_step_is_lowered_for_a_gpu_by_every_jax_that_is_offered_it(backend):
+    if backend == "fused" and jax.__version_info__ < mesh_lib.MOSAIC_SINCE:
+        pytest.skip(f"JAX {jax.__version__} is not offered it")
+    mesh = mesh_lib.make(jax.devices("cpu")[:1])
+    config = config_lib.replace(
+        Config(), batch_size=4, window=4, hidden_size=128, embedding_size=8, compute_dtype="bfloat16",
+        state_dropout=0.1, recurrence=backend,
+    )  # fmt: skip
+    config = config_lib.resolve(config, 1)
+    ids = jax.ShapeDtypeStruct((4, 4), np.uint8)
+    batch = Batch(ids, ids, jax.ShapeDtypeStruct(ids.shape, np.bool_))
+    state, batch = step_lib.abstract(config, 256, mesh), mesh_lib.abstract(mesh, mesh_lib.BY_STREAM, batch)
+    traced = step_lib.make(config, 256, mesh, 100).trace(state, batch)
+    lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert ("mosaic_gpu" in lowered) == (backend == "fused")
 
 
 def test_kernels_of_our_own_are_for_gpus_of_the_hopper_generation_and_a_jax_that_can_trace_them(monkeypatch):
