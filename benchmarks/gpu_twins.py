@@ -29,7 +29,7 @@ PRECISIONS = {"float32": ("float32", "highest"), "TF32": ("float32", "default"),
 LIMITS = {"float32": (2e-6, 2e-5), "TF32": (2e-3, 1e-2), "bfloat16": (1e-2, 3e-2)}
 
 
-def given(masked: bool, forget_bias: float) -> dict[str, Any]:
+def given(masked: bool, forget_bias: int) -> dict[str, Any]:
     """Everything that a window is computed from, in float64; all numbers are bfloat16's, so none is rounded before."""
     random = np.random.default_rng(forget_bias)
 
@@ -65,7 +65,7 @@ def textbook_window(variant: str) -> Any:
     def window(w_h, b, state, z, reset, mask):
         def read(state: CellState, symbol: tuple[jax.Array, jax.Array]) -> tuple[CellState, jax.Array]:
             z_BG, reset_B = symbol
-            state = CellState(*(jnp.where(reset_B[:, None], 0, s) for s in state))
+            state = jax.tree.map(lambda s: jnp.where(reset_B[:, None], 0, s), state)
             return lstm.advance(params, state, z_BG, variant, mask)
 
         params = CellParams(w_x=z[0, :0], w_h=w_h, b_x=b, b_h=jnp.zeros_like(b))
@@ -75,7 +75,7 @@ def textbook_window(variant: str) -> Any:
 
 
 def reference(path: str) -> None:
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for (variant, masked), bias in itertools.product(CASES, FORGET_BIASES):
         of_case = values_and_gradients(given(masked, bias), textbook_window(variant), jnp.float64, jnp.float64)
         found |= {f"{variant} {masked} {bias} {name}": array for name, array in of_case.items()}
