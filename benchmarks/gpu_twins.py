@@ -75,7 +75,7 @@ def textbook_window(variant: str) -> Any:
 
 
 def reference(path: str) -> None:
-    found: dict[str, np.ndarray] = {}
+    found: dict[str, Any] = {}
     for (variant, masked), bias in itertools.product(CASES, FORGET_BIASES):
         of_case = values_and_gradients(given(masked, bias), textbook_window(variant), jnp.float64, jnp.float64)
         found |= {f"{variant} {masked} {bias} {name}": array for name, array in of_case.items()}
