@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from charlstm import config as config_lib
 from charlstm import mesh as mesh_lib
 from charlstm import step as step_lib
-from charlstm.checkpoint import Checkpoints
+from charlstm.checkpoint import Checkpoints, Wanted
 from charlstm.config import Config
 from charlstm.types import ModelParams
 from data_pipeline.files import locked, written_whole
@@ -189,10 +189,11 @@ def restore_params(
     """Parameters of a run (their average, where it keeps one, saying so), on every device of `mesh`, and their step.
 
     Args:
-      which: "best" on validation (the newest where none was validated), "latest", or a step in digits.
+      which: "best" on validation (the newest where none was validated), "latest", or a step in digits.  Of the first
+        two, the next one that is whole is taken where one is damaged, saying so.
 
     Raises:
-      ValueError: there is no such checkpoint, or none that is whole.
+      ValueError: there is no such checkpoint, or it is damaged, or none is whole.
     """
     if which not in ("best", "latest") and not which.isdecimal():
         raise ValueError(f"checkpoint={which!r} is neither best, nor latest, nor a step")
@@ -200,7 +201,7 @@ def restore_params(
     with Checkpoints(
         run_dir / "checkpoints", writable=False, log=lambda line: print(line, file=sys.stderr)
     ) as checkpoints:
-        step = checkpoints.best() if which == "best" else None if which == "latest" else int(which)
+        step: Wanted = "best" if which == "best" else None if which == "latest" else int(which)
         params, meta = checkpoints.restore_params(abstract, step=step, item=config.optimizer.evaluated)
     require_own(meta["identity"], config, identity, run_dir)
     if config.optimizer.evaluated == "average" and mesh_lib.is_first_process():
