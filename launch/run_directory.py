@@ -26,7 +26,7 @@ from charlstm import step as step_lib
 from charlstm.checkpoint import Checkpoints, Wanted
 from charlstm.config import Config
 from charlstm.types import ModelParams
-from data_pipeline.files import locked, written_whole
+from data_pipeline.files import locked, owner_file, written_whole
 from data_pipeline.vocabulary import Vocabulary
 
 LOCK = ".lock"
@@ -65,7 +65,7 @@ def create(run_dir: Path, config: Config, identity: Identity, given: list[str]) 
       ValueError: there are files in it already that are no run's.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    known = ("identity.json", "flags.txt", "log.txt", "logs", "heartbeats", LOCK)
+    known = ("identity.json", "flags.txt", "log.txt", "logs", "heartbeats", LOCK, owner_file(run_dir / LOCK).name)
     strange = sorted(p.name for p in run_dir.iterdir() if p.name not in known)
     if strange:
         raise ValueError(f"{run_dir} holds {strange[0]} but no config.json, so it is not a run: use an empty directory")
@@ -89,8 +89,11 @@ def held(run_dir: Path) -> Iterator[None]:
     lock = run_dir / LOCK
 
     def refuse() -> None:
-        owner = lock.read_text("utf-8", "replace").strip() or "another process"
-        raise ValueError(f"run_dir={run_dir} is in use by {owner}: wait for it to end, or name another")
+        owner = lock.read_text("utf-8", "replace").strip() if lock.exists() else ""
+        remedy = "wait for it to end, or name another"
+        if (marker := owner_file(lock)).exists():  # a file system without locks
+            remedy += f"; if it is dead, on another machine, delete {marker}"
+        raise ValueError(f"run_dir={run_dir} is in use by {owner or 'another process'}: {remedy}")
 
     with contextlib.ExitStack() as lock_held:
         try:
