@@ -73,10 +73,12 @@ def test_a_lock_is_another_processs_while_that_lives_and_no_longer(file_system, 
     lock = tmp_path / "lock"
     command = [sys.executable, "-c", HOLDER, str(lock), file_system]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        with pytest.raises(Waits), locked(lock, refuse):
-            pass
-        holder.kill()
+        try:
+            assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+            with pytest.raises(Waits), locked(lock, refuse):
+                pass
+        finally:
+            holder.kill()
     with locked(lock, refuse):
         assert lock.exists()
     assert not list(tmp_path.iterdir())
