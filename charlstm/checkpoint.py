@@ -12,8 +12,6 @@ step, and restores a flipped bit in silence.  A step gets its name by one rename
 killed anywhere.
 """
 
-import asyncio
-import contextlib
 import json
 import logging
 import math
@@ -21,17 +19,18 @@ import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
 
-from charlstm import file_manifest, mesh
-from charlstm.digest import describe, digests, named_leaves
-from charlstm.file_manifest import Damaged, StepDirectory, refuse_other_arrays
+from charlstm import array_files, file_manifest, mesh, replicas
+from charlstm.digest import describe, digests, host_digest
+from charlstm.file_manifest import Damaged, StepDirectory
 from charlstm.types import ModelParams, TrainState
+
+Wanted = int | Literal["best"] | None  # a step, the best on validation, or the newest
+Found = TypeVar("Found")
 
 
 class Checkpoints:
@@ -95,13 +94,20 @@ class Checkpoints:
           state: every leaf a jax.Array, none of size zero; may be donated or deleted on return.
           identity: plain JSON; what this state belongs to (settings, vocabulary, corpus, versions).
           bits_per_character: on validation; None or not finite where there is none to compare by.
+
+        Raises:
+          CopiesDiffer: the devices do not hold the same; nothing is saved.
         """
         assert self._writable
         assert json.loads(json.dumps(identity)) == identity, f"not plain JSON: {identity}"
         self.wait()
         step, items = int(state.step), _items(state)
         comparable = bits_per_character is not None and math.isfinite(bits_per_character)
-        found = digests(items)
+        on_every_device = state._replace(recurrent_state=())._asdict()
+        compared = replicas.compare(on_every_device, mesh.mesh_of(state.step))
+        if compared.differing:
+            raise replicas.CopiesDiffer(compared.differing)
+        found = compared.digests | digests({"recurrent_state": state.recurrent_state})
         meta = {
             "format": file_manifest.FORMAT,
             "step": step,
@@ -115,7 +121,8 @@ class Checkpoints:
         except mesh.FAILURES as error:
             self._failed(step, error)
         else:
-            self._pending = self._thread.submit(self._commit, _start_writing(self._files.staging(step), items), meta)
+            written = array_files.start_writing(self._files.staging(step), items)
+            self._pending = self._thread.submit(self._commit, written, meta)
 
     def wait(self) -> None:
         """Until the last save is whole on disk, or has failed and is counted."""
@@ -129,44 +136,44 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step with the lowest validation metric, the earlier of equals; None where no step has one."""
-        scores = {step: meta["bits_per_character"] for step, meta in self._files.sealed().items()}
-        return min((step for step in scores if scores[step] is not None), key=lambda step: scores[step], default=None)
+        return next(iter(self._files.by_score()), None)
 
     def read_meta(self, step: int | None = None) -> dict[str, Any]:
         """What was saved beside the arrays: format, step, identity, bits_per_character, arrays.  No array is read.
 
         Args:
-          step: None for the newest.  Where its seal is damaged, the newest other step that has one answers.
+          step: None for the newest that has a whole seal.
 
         Raises:
-          ValueError: there is no such step, or no step with a whole seal, or its format is another.
+          ValueError: there is no such step, or its seal is damaged, or its format is another.
         """
-        candidates = self._candidates(step)
-        for candidate in candidates:
-            with contextlib.suppress(Damaged):
-                return self._files.read_by_all(candidate, None, mesh.gather)
-        raise self._files.none_whole(candidates)
+        return self._first_whole(step, lambda candidate: self._files.read_by_all(candidate, None, mesh.gather))[0]
 
     def restore(self, abstract: TrainState, *, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
         """The state that was saved, and its meta (as `read_meta`).
 
-        A checkpoint that fails verification is skipped, saying so; a writer that finds another one whole sets it aside.
+        A newest checkpoint that fails verification is passed over, saying so; a writer that finds an older one whole
+        sets it aside.  A step that was asked for is that one, or an error.
 
         Args:
           abstract: a jax.ShapeDtypeStruct for each leaf, with the sharding it shall have, on any number of devices.
-          step: None for the newest; where the one asked for is damaged, the newest whole one is restored.
+          step: None for the newest whole one.
 
         Raises:
-          ValueError: there is no such step, or none is whole, or it holds other leaves, shapes or types.
+          ValueError: there is no such step, or it is damaged, or it holds other leaves, shapes or types.
         """
         trees, meta = self._restore(_items(abstract), step)
         number = jax.device_put(np.asarray(meta["step"], abstract.step.dtype), abstract.step.sharding)
         return abstract._replace(step=number, **trees), meta
 
     def restore_params(
-        self, abstract: ModelParams, *, step: int | None = None, item: str = "params"
+        self, abstract: ModelParams, *, step: Wanted = None, item: str = "params"
     ) -> tuple[ModelParams, dict[str, Any]]:
-        """As `restore`, of one `item` alone, the params or their average; the files of the rest are not read."""
+        """As `restore`, of one `item` alone, the params or their average; the files of the rest are not read.
+
+        Args:
+          step: "best" for the best whole one on validation, the newest where none was validated.
+        """
         trees, meta = self._restore({item: abstract}, step)
         return trees[item], meta
 
@@ -179,7 +186,7 @@ class Checkpoints:
     def _make_way(self, step: int, items: dict[str, Any]) -> None:
         """Makes the directories that all processes write in."""
         self._files.sweep()
-        for item in _named_items(items):
+        for item in array_files.named_items(items):
             (self._files.staging(step) / item).mkdir(parents=True)
 
     def _commit(self, written: Callable[[], None], meta: dict[str, Any]) -> None:
@@ -199,10 +206,25 @@ class Checkpoints:
 
     def _name(self, meta: dict[str, Any]) -> None:
         staging = self._files.staging(meta["step"])
-        for item in staging.iterdir():
-            _handler().finalize(epath.Path(item))
+        array_files.finalize(staging)
         file_manifest.seal(staging, meta)
+        try:
+            self._read_back(staging, meta)
+        except (*mesh.FAILURES, KeyError, TypeError) as error:
+            kept = ""
+            if not self.failed_saves:  # of several in a row, the first to be looked at; all would fill the disk
+                kept = f"; kept as {self._files.set_aside_staging(meta['step'], 'corrupt')}"
+            raise ValueError(f"read back, it is not what was written: {error}{kept}") from error
         self._files.promote(staging, meta["step"])
+
+    def _read_back(self, directory: Path, meta: dict[str, Any]) -> None:
+        """Raises ValueError or OSError where the files do not hold the arrays of `meta`.  Holds one array at a time."""
+        file_manifest.forget_cached(directory)
+        arrays = meta["arrays"]
+        for name, array in array_files.read_to_host(directory, list(arrays)):
+            found = {"dtype": str(array.dtype), "shape": list(array.shape), "digest": host_digest(array)}
+            if found != arrays[name]:
+                raise ValueError(f"{name} is {found} and not {arrays[name]}")
 
     def _failed(self, step: int, error: Exception) -> None:
         if mesh.is_first_process():
@@ -214,22 +236,31 @@ class Checkpoints:
         self.last_failure = f"checkpoint {step} was not saved (failure {self.failed_saves} in a row): {reason}"
         self._log(self.last_failure)
 
-    def _restore(self, trees: dict[str, Any], step: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _restore(self, trees: dict[str, Any], wanted: Wanted) -> tuple[dict[str, Any], dict[str, Any]]:
         self.wait()
-        damaged, candidates = [], self._candidates(step)
+        (restored, meta), damaged = self._first_whole(wanted, lambda candidate: self._read(candidate, trees))
+        if damaged:
+            kind, loud = ("best", "NOT THE BEST CHECKPOINT: ") if wanted == "best" else ("newest", "")
+            self._log(f"{loud}checkpoint {meta['step']} is the {kind} whole one and is used instead")
+            if self._writable:
+                mesh.once(lambda: self._set_aside(damaged, "corrupt"))
+        return restored, meta
+
+    def _first_whole(self, wanted: Wanted, read: Callable[[int], Found]) -> tuple[Found, list[int]]:
+        """What `read` gives of the first candidate that is whole, and the damaged ones before it.
+
+        Nothing is set aside where none is: the same command again must refuse again, not start anew.
+        """
+        damaged, candidates = list[int](), self._candidates(wanted)
         for candidate in candidates:
             try:
-                restored, meta = self._read(candidate, trees)
+                return read(candidate), damaged
             except Damaged as damage:
-                self._log(f"checkpoint {candidate} in {self._files.path} is damaged: {damage}")
+                sentence = f"checkpoint {candidate} in {self._files.path} is damaged: {damage}"
+                if candidate == wanted:
+                    raise ValueError(f"{sentence}; name another one, or none for the newest whole one") from None
+                self._log(sentence)
                 damaged.append(candidate)
-                continue
-            if damaged:
-                self._log(f"checkpoint {candidate} is the newest whole one and is used instead")
-            if damaged and self._writable:
-                mesh.once(lambda: self._set_aside(damaged, "corrupt"))
-            return restored, meta
-        # Nothing was set aside: the same command again must refuse again, not find an empty directory and start anew.
         raise self._files.none_whole(candidates)
 
     def _read(self, step: int, trees: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -239,8 +270,8 @@ class Checkpoints:
         """
         meta = self._files.read_by_all(step, trees, mesh.gather)
         held = {name: array for name, array in meta["arrays"].items() if name.partition(".")[0] in trees}
-        refuse_other_arrays(f"checkpoint {step} in {self._files.path}", held, describe(trees))
-        restored = mesh.together(lambda: _read_arrays(self._files.step(step), trees))
+        array_files.refuse_other_arrays(f"checkpoint {step} in {self._files.path}", held, describe(trees))
+        restored = mesh.together(lambda: array_files.read(self._files.step(step), trees))
         wrong = ""
         for name, digest in digests(restored).items():
             if digest != held[name]["digest"]:
@@ -249,11 +280,10 @@ class Checkpoints:
             raise Damaged(wrong or "another process has read other arrays")
         return restored, meta
 
-    def _candidates(self, step: int | None) -> list[int]:
+    def _candidates(self, wanted: Wanted) -> list[int]:
         """The steps to try, in order, as the first process sees them."""
-        seen = mesh.together(self.steps)
-        steps, step = json.loads(mesh.gather(json.dumps([seen, step]))[0])
-        return self._files.in_order(steps, step)
+        seen = mesh.together(lambda: self._files.candidates(wanted))
+        return json.loads(mesh.gather(json.dumps(seen))[0])
 
     def _set_aside(self, steps: list[int], why: str) -> None:
         for step in steps:
@@ -263,57 +293,6 @@ class Checkpoints:
 def _items(state: TrainState) -> dict[str, Any]:
     """What is saved apart, so that it can be restored apart.  The step is in the seal."""
     return {field: value for field, value in state._asdict().items() if field != "step"}
-
-
-def _named_items(trees: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """item -> leaves by name; an item without leaves (the state of plain SGD) is not there."""
-    return {item: leaves for item, tree in trees.items() if (leaves := named_leaves(tree))}
-
-
-def _handler() -> ocp.PyTreeCheckpointHandler:
-    # Weights are noise: compression saves 8 % and takes most of the time.  OCDBT puts many arrays, and the pieces that
-    # many devices hold, in few files.
-    return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False)
-
-
-def _start_writing(directory: Path, trees: dict[str, Any]) -> Callable[[], None]:
-    """Copies what this process writes of the arrays to the host, and begins to write it in the background.
-
-    Not by Orbax's own checkpointer, whose processes meet in collectives of the devices: one whose disk fails does not
-    come to them, and the others would wait there, or take its next step for an answer.  What is returned waits until
-    all is written, and raises what has failed.
-    """
-    writes, failures = list[Any](), list[Exception]()
-    with contextlib.closing(asyncio.new_event_loop()) as loop:
-        try:
-            for item, leaves in _named_items(trees).items():
-                os.stat(directory / item)  # the first process has made it: what it does not see, it would not seal
-                saving = _handler().async_save(epath.Path(directory / item), args=ocp.args.PyTreeSave(leaves))
-                writes += loop.run_until_complete(saving) or []
-        except mesh.FAILURES as error:
-            failures.append(error)
-
-    def wait() -> None:
-        for write in writes:
-            try:
-                write.result()
-            except mesh.FAILURES as error:
-                failures.append(error)
-        if failures:
-            raise failures[0]
-
-    return wait
-
-
-def _read_arrays(directory: Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    found = {}
-    for item, leaves in _named_items(abstract).items():
-        restore = ocp.args.PyTreeRestore(leaves, ocp.checkpoint_utils.construct_restore_args(leaves))
-        found[item] = _handler().restore(epath.Path(directory / item), args=restore)
-    return {
-        item: jax.tree.unflatten(jax.tree.structure(tree), [found[item][name] for name in named_leaves(tree)])
-        for item, tree in abstract.items()
-    }
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:

@@ -56,6 +56,14 @@ def seal(directory: Path, meta: dict[str, Any]) -> None:
         _fsync_directory(folder)
 
 
+def forget_cached(directory: Path) -> None:
+    """Has the files of `directory`, which are on disk, read from there the next time, and not from memory."""
+    for path in directory.rglob("*"):
+        if path.is_file() and hasattr(os, "posix_fadvise"):
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def read_meta(directory: Path) -> dict[str, Any]:
     """The `meta` of the seal; of the other files nothing is read.
 
@@ -90,24 +98,6 @@ def verify(directory: Path, items: Collection[str] | None = None) -> dict[str, A
     return meta
 
 
-def refuse_other_arrays(checkpoint: str, held: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raises ValueError where the arrays that a seal lists are not those wanted, each `name -> {dtype, shape}`.
-
-    Orbax would cast another type in silence, and what it says of another shape helps nobody.
-    """
-
-    def words(array: dict[str, Any] | None) -> str:
-        return f"{array['dtype']}{array['shape']}" if array else "absent"
-
-    for name in sorted({*held, *wanted}):
-        there, here = words(held.get(name)), words(wanted.get(name))
-        if there != here:
-            raise ValueError(
-                f"{checkpoint} is of another model or optimizer: {name} is {there} there and {here} here; use the "
-                "settings that it was made with, or another run_dir"
-            )
-
-
 class StepDirectory:
     """A directory with a subdirectory a step, named by the step alone; any other name means something else.
 
@@ -136,14 +126,22 @@ class StepDirectory:
         names = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
         return sorted(int(name) for name in names if _STEP.fullmatch(name))
 
-    def in_order(self, steps: list[int], first: int | None) -> list[int]:
-        """`steps` from the newest on, but `first` before all.  Raises ValueError where there is none, or not that."""
+    def candidates(self, wanted: int | str | None) -> list[int]:
+        """The steps of which the first whole one is to be taken: `wanted` alone, from the "best" on, or the newest on.
+
+        Raises:
+          ValueError: there is none, or not that one.
+        """
+        steps = self.steps()
         if not steps:
             raise ValueError(f"there is no checkpoint in {self.path}")
-        if first is not None and first not in steps:
-            there = ", ".join(map(str, steps))
-            raise ValueError(f"there is no checkpoint {first} in {self.path}: choose one of {there}")
-        return sorted(steps, key=lambda each: (each == first, each), reverse=True)
+        if isinstance(wanted, int):
+            if wanted not in steps:
+                there = ", ".join(map(str, steps))
+                raise ValueError(f"there is no checkpoint {wanted} in {self.path}: choose one of {there}")
+            return [wanted]
+        scored = self.by_score() if wanted == "best" else []
+        return scored + [step for step in reversed(steps) if step not in scored]
 
     def none_whole(self, steps: list[int]) -> ValueError:
         there = ", ".join(map(str, sorted(steps)))
@@ -156,6 +154,11 @@ class StepDirectory:
             with contextlib.suppress(Damaged):
                 found[step] = read_meta(self.step(step))
         return found
+
+    def by_score(self) -> list[int]:
+        """The steps that were validated, the lowest score first, the earlier of equals first."""
+        scores = {step: meta["bits_per_character"] for step, meta in self.sealed().items()}
+        return sorted((step for step in scores if scores[step] is not None), key=lambda step: scores[step])
 
     def read(self, step: int, items: Collection[str] | None = None) -> dict[str, Any]:
         """The `meta` of `step`; with `items`, after all files of these were verified (see `verify`).
@@ -223,6 +226,12 @@ class StepDirectory:
         """Takes the step away and keeps its files; returns their new name, `<step>.<why>-*`."""
         target = self._unique(step, why)
         os.rename(self.step(step), target)
+        return target.name
+
+    def set_aside_staging(self, step: int, why: str) -> str:
+        """As `set_aside`, of what was to become the step."""
+        target = self._unique(step, why)
+        os.rename(self.staging(step), target)
         return target.name
 
     def remove(self, step: int) -> None:

@@ -98,6 +98,18 @@ def has_mosaic(mesh: Mesh) -> bool:
         return False
 
 
+def is_in_host_memory(mesh: Mesh) -> bool:
+    """Whether the devices are processors, whose arrays the program can read where they are."""
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def mesh_of(array: jax.Array) -> Mesh:
+    """The mesh over which `array` was put."""
+    sharding = array.sharding
+    assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh), sharding
+    return sharding.mesh
+
+
 def device_name(mesh: Mesh, number: int) -> str:
     """A device of the mesh in words, such as "device 3 (cpu:3 of process 0)"."""
     device = mesh.devices.flat[number]

@@ -137,8 +137,8 @@ class TrainingConfig:
     max_rollbacks: int = setting(3, "rollback: how often a run goes back before it stops.", free=True)
     check_replicas_every: int = setting(
         0,
-        "Steps between comparisons of the devices' copies of parameters, their average and optimizer state, also made "
-        "before every save; 0: never.",
+        "Steps between comparisons of the devices' copies of parameters, their average and optimizer state; 0: only "
+        "before every save.",
         free=True,
     )
     log_every: int = setting(100, "Steps between lines of log.txt and metrics.jsonl.", free=True)

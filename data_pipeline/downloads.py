@@ -2,12 +2,13 @@
 
 import dataclasses
 import http.client
+import os
 import urllib.request
 import zipfile
 import zlib
 from pathlib import Path
 
-from data_pipeline.files import Progress, locked, written_whole
+from data_pipeline.files import Progress, locked, sync_directory, written_whole
 from data_pipeline.texts import CHUNK, hash_file
 
 ATTEMPTS = 3  # in a row that bring nothing
@@ -78,7 +79,10 @@ def _download(item: Download, target: Path, report: Progress) -> None:
         except (OSError, http.client.HTTPException) as error:  # of which urllib's errors are some
             reason = str(error) or type(error).__name__
         failures = 0 if part.exists() and part.stat().st_size > have else failures + 1
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
     part.replace(target)
+    sync_directory(target.parent)
 
 
 def _continue(item: Download, part: Path, have: int, report: Progress) -> None:

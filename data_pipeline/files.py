@@ -4,9 +4,12 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
+import platform
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -88,10 +91,11 @@ def sync_directory(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, waiting: Callable[[], None]) -> Iterator[bool]:
+def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
     """Holds the lock file `path`, which is there no longer than it is held.
 
-    Yields True, or False where the file system knows no locks.  A killed process holds no lock.  `waiting` is called
+    A killed process holds no lock.  On a file system without locks, `owner_file(path)` does what they would do; there a
+    process that was killed on another machine holds its lock until somebody deletes that file.  `waiting` is called
     once, when another process has the lock.
     """
     while True:
@@ -100,20 +104,29 @@ def locked(path: Path, waiting: Callable[[], None]) -> Iterator[bool]:
             held = _flock(descriptor, waiting)
             with contextlib.suppress(FileNotFoundError):
                 # Who had the lock removed the file when it was done; what counts is the file that is there now.
-                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                if not held or os.path.samestat(os.fstat(descriptor), os.stat(path)):
                     break
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)
     try:
-        yield held
+        with contextlib.nullcontext() if held else _owned(owner_file(path), waiting):
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
     finally:
-        path.unlink(missing_ok=True)
         os.close(descriptor)
 
 
+def owner_file(path: Path) -> Path:
+    """What stands for the lock `path` on a file system without locks: it says which process has it."""
+    return path.with_name(f"{path.name}.owner")
+
+
 def _flock(descriptor: int, waiting: Callable[[], None]) -> bool:
+    """Whether the lock was got: yes, unless the file system has none."""
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -125,3 +138,67 @@ def _flock(descriptor: int, waiting: Callable[[], None]) -> bool:
             raise
         return False
     return True
+
+
+@contextlib.contextmanager
+def _owned(file: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Holds a file that only one process can make.  One that a dead process of this machine has left is taken away."""
+    own, told = _process(os.getpid()), False
+    assert own is not None
+    while not _made(file, own):
+        with contextlib.suppress(FileNotFoundError):
+            if _is_of_the_dead(found := file.read_bytes()):
+                _take_away(file, found)
+                continue
+        if not told:
+            told = True
+            waiting()
+        time.sleep(0.1)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def _made(file: Path, content: bytes) -> bool:
+    """Whether this process has made the file, which was not there."""
+    try:
+        with file.open("xb") as out:
+            out.write(content)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _process(number: int) -> bytes | None:
+    """A process of this machine as nobody else is: machine, number and when it was started.  None where it is dead."""
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass  # another user's, which lives
+    began = ""
+    with contextlib.suppress(OSError):  # there is no /proc
+        state, *_, began = Path(f"/proc/{number}/stat").read_text().rpartition(") ")[2].split()[:20]
+        if state == "Z":
+            return None
+    return json.dumps({"machine": platform.node(), "process": number, "began": began}).encode()
+
+
+def _is_of_the_dead(owner: bytes) -> bool:
+    try:
+        found = json.loads(owner)
+        return found["machine"] == platform.node() and _process(found["process"]) != owner
+    except (ValueError, KeyError, TypeError):
+        return False  # not ours to judge
+
+
+def _take_away(file: Path, dead: bytes) -> None:
+    """Removes `file` if it still says `dead`.  Of several processes that try, none takes what another has just made."""
+    aside = file.with_name(f"{file.name}.{secrets.token_hex(4)}")
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(file, aside)
+        if aside.read_bytes() != dead:
+            _made(file, aside.read_bytes())
+        aside.unlink()

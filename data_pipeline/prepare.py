@@ -73,13 +73,13 @@ def prepare(
             raise ValueError(f"{output} lies inside of the input {text.folder}: name an output outside of it")
     output.parent.mkdir(parents=True, exist_ok=True)
     waiting = Meter(progress, f"waiting for another preparation of {output}", 0)
-    with locked(output.with_name(f".{output.name}.lock"), lambda: waiting.add(0)) as alone:
+    with locked(output.with_name(f".{output.name}.lock"), lambda: waiting.add(0)):
         if _is_done(output, key):
             return output
         # The workers come to rest before the partial directory is left.
         with contextlib.ExitStack() as writing, parallel_map(workers, processes, progress) as parallel:
             vocabulary, plans = plan(texts, settings, shard_bytes, parallel)
-            partial = writing.enter_context(_partial_directory(output, key, alone))
+            partial = writing.enter_context(_partial_directory(output, key))
             splits = write_splits(partial, vocabulary, plans, block_bytes, parallel("writing"))
             for text in texts.values():
                 text.check_unchanged()
@@ -141,13 +141,12 @@ def _is_done(output: Path, key: str) -> bool:
 
 
 @contextlib.contextmanager
-def _partial_directory(output: Path, key: str, alone: bool) -> Iterator[Path]:
+def _partial_directory(output: Path, key: str) -> Iterator[Path]:
     """The directory to write in, empty or with whole shards of the same preparation.
 
-    It stays where the block is stopped, and goes where the block refuses the text.  Who is not sure to be `alone` (the
-    file system has no locks) takes a directory of his own.
+    It stays where the block is stopped, and goes where the block refuses the text.
     """
-    partial = output.with_name(f".{output.name}.partial" if alone else f".{output.name}.{os.getpid()}.partial")
+    partial = output.with_name(f".{output.name}.partial")
     owner = partial / "key"
     if not (owner.is_file() and owner.read_bytes() == key.encode()):
         if partial.exists():
@@ -155,7 +154,7 @@ def _partial_directory(output: Path, key: str, alone: bool) -> Iterator[Path]:
         partial.mkdir()
         with written_whole(owner) as out:
             out.write(key.encode())
-    elif alone:
+    else:
         for torn in partial.glob("*.new"):  # what was being written at a kill
             torn.unlink()
     try:

@@ -61,6 +61,7 @@ def main(argv: Sequence[str]) -> int:
     (chosen, adaptation, _), _ = flags.parse(argv, __doc__ or "", *GROUPS, EvaluationConfig())
     if not chosen.run_dir:
         raise ValueError("--run_dir is required: name the run to evaluate")
+    run_directory.named("run_dir", chosen.run_dir)
     run_dir = at_home(chosen.run_dir)
     config, identity = run_directory.read(run_dir)
     # Once more: what is not given is as the run has it.

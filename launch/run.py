@@ -248,23 +248,28 @@ class _Saver:
             around.checkpoints, around.watch, meter, False, 0
         )  # fmt: skip
         self._own = run_directory.checkpoint_identity(run.config, run.identity)
-        self._settings, self._differing = run.config.training, replicas.comparison(run.mesh)
+        self._settings, self._mesh = run.config.training, run.mesh
 
     def __call__(self, state: TrainState, bits_per_character: float | None) -> None:
         began, most = time.monotonic(), self._settings.max_failed_saves
         with self._watch.pause():
-            if self._settings.check_replicas_every:
-                self.check(int(state.step), state)
-            self._checkpoints.save(state, self._own, bits_per_character)
+            try:
+                self._checkpoints.save(state, self._own, bits_per_character)
+            except replicas.CopiesDiffer as found:
+                raise _drifted(int(state.step), str(found)) from None
             failed = self._checkpoints.failed_saves  # of this save only what failed at once; it goes on behind
             self.given_up = bool(most) and mesh_lib.any_process(failed >= most)
         self._meter.pause(time.monotonic() - began)
 
     def check(self, step: int, state: TrainState) -> None:
         """Raises Diverged where a device's copy of what is whole on every device is another than the rest's."""
-        words = self._differing(state._replace(recurrent_state=())._asdict())
-        if words:
-            raise Diverged(step, f"{words} after step {step}", windows_at_fault=False)
+        differing = replicas.compare(state._replace(recurrent_state=())._asdict(), self._mesh).differing
+        if differing:
+            raise _drifted(step, differing)
+
+
+def _drifted(step: int, differing: str) -> Diverged:
+    return Diverged(step, f"{differing} after step {step}", windows_at_fault=False)
 
 
 def _figures(run: Run, around: Around, meter: Meter, save: "_Saver") -> dict[str, float | None]:

@@ -3,6 +3,7 @@
 config.json      every setting, as the run fixed it; written last, so that where it stands a run stands
 identity.json    the vocabulary, and the fingerprint of the corpus
 flags.txt        the flags of the command that started the run, as a flagfile
+initial_checkpoint.json     which parameters the run started from, where these are another run's
 log.txt  metrics.jsonl  checkpoints/<step>/
 """
 
@@ -16,20 +17,35 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
 from charlstm import config as config_lib
 from charlstm import mesh as mesh_lib
 from charlstm import step as step_lib
-from charlstm.checkpoint import Checkpoints
+from charlstm.checkpoint import Checkpoints, Wanted
 from charlstm.config import Config
+from charlstm.file_manifest import SEAL, StepDirectory
 from charlstm.types import ModelParams
-from data_pipeline.files import locked, written_whole
+from data_pipeline.files import at_home, locked, owner_file, written_whole
 from data_pipeline.vocabulary import Vocabulary
 
-LOCK = ".lock"
+LOCK, INITIAL = ".lock", "initial_checkpoint.json"
+
+
+class OtherRun(ValueError):
+    """The run in a directory is not the one that was asked for."""
+
+
+class Initial(NamedTuple):
+    """Which parameters of another run a run has started from."""
+
+    named: str  # by --initial_checkpoint
+    other: str  # the other run's directory
+    step: int
+    item: str  # params, or their average
+    digest: str  # of these parameters, as `digest.state_digest`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,17 +74,44 @@ def checkpoint_identity(config: Config, identity: Identity) -> dict[str, Any]:
     }
 
 
-def create(run_dir: Path, config: Config, identity: Identity, given: list[str]) -> None:
-    """Makes a new run in a directory that is `held`, and is made if need be.
+def named(flag: str, value: str) -> Path:
+    """The absolute path of the run directory that a flag names.
 
     Raises:
-      ValueError: there are files in it already that are no run's.
+      ValueError: it is not UTF-8, and neither Orbax nor JSON could write it down.
+    """
+    path = at_home(value).absolute()
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{flag}={os.fspath(path)!a} is not UTF-8: checkpoints need a name that is") from None
+    return path
+
+
+def create(run_dir: Path, config: Config, identity: Identity, given: list[str], initial: Initial | None = None) -> None:
+    """Makes a new run in a directory that is `held`, and is made if need be.
+
+    A run that is there and has no checkpoint gives way to it; its log goes on.
+
+    Raises:
+      ValueError: there are files in it already that are no run's, or the run has got a checkpoint.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    known = ("identity.json", "flags.txt", "log.txt", "logs", "heartbeats", LOCK)
-    strange = sorted(p.name for p in run_dir.iterdir() if p.name not in known)
-    if strange:
-        raise ValueError(f"{run_dir} holds {strange[0]} but no config.json, so it is not a run: use an empty directory")
+    if exists(run_dir):
+        if has_checkpoint(run_dir):
+            raise ValueError(f"{run_dir} has just got a checkpoint of other settings: name another run_dir")
+    else:
+        known = ("identity.json", "flags.txt", "log.txt", "logs", "heartbeats", INITIAL)
+        names = (path.name for path in run_dir.iterdir())
+        strange = sorted(name for name in names if name not in known and not name.startswith(LOCK))
+        if strange:
+            raise ValueError(
+                f"{run_dir} holds {strange[0]} but no config.json, so it is not a run: use an empty directory"
+            )
+    if initial:
+        _write(run_dir / INITIAL, json.dumps(initial._asdict(), indent=1) + "\n")
+    else:
+        (run_dir / INITIAL).unlink(missing_ok=True)
     _write(run_dir / "flags.txt", "\n".join(given) + "\n")
     _write(run_dir / "identity.json", json.dumps(identity.to_json(), indent=1) + "\n")
     write_config(run_dir, config)
@@ -89,8 +132,11 @@ def held(run_dir: Path) -> Iterator[None]:
     lock = run_dir / LOCK
 
     def refuse() -> None:
-        owner = lock.read_text("utf-8", "replace").strip() or "another process"
-        raise ValueError(f"run_dir={run_dir} is in use by {owner}: wait for it to end, or name another")
+        owner = lock.read_text("utf-8", "replace").strip() if lock.exists() else ""
+        remedy = "wait for it to end, or name another"
+        if (marker := owner_file(lock)).exists():  # a file system without locks
+            remedy += f"; if it is dead, on another machine, delete {marker}"
+        raise ValueError(f"run_dir={run_dir} is in use by {owner or 'another process'}: {remedy}")
 
     with contextlib.ExitStack() as lock_held:
         try:
@@ -104,6 +150,26 @@ def held(run_dir: Path) -> Iterator[None]:
 
 def exists(run_dir: Path) -> bool:
     return (run_dir / "config.json").is_file()
+
+
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether a save was ever finished here: what it made may have been set aside, or lack its name."""
+    checkpoints = run_dir / "checkpoints"
+    return bool(StepDirectory(checkpoints).steps()) or any(checkpoints.glob(f"*/{SEAL}"))
+
+
+def read_initial(run_dir: Path) -> Initial | None:
+    """Which parameters of another run this one has started from.  Raises ValueError where that is damaged."""
+    path = run_dir / INITIAL
+    if not path.exists():
+        return None
+    try:
+        initial = Initial(**json.loads(path.read_text("utf-8")))
+        if [type(value) for value in initial] != [str, str, int, str, str]:
+            raise TypeError("values of other types")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    return initial
 
 
 def read(run_dir: Path) -> tuple[Config, Identity]:
@@ -128,20 +194,31 @@ def _read_identity(path: Path) -> Identity:
         raise ValueError(f"{path} is damaged: {error}") from None
 
 
-def continued(run_dir: Path, wanted: Config, identity: Identity) -> tuple[Config, list[str]]:
+def continued(run_dir: Path, wanted: Config, identity: Identity, initial: str) -> tuple[Config, list[str]]:
     """The config with which the run in `run_dir` goes on, its own with the free settings of `wanted`; what changed.
 
     Nothing is written.
 
+    Args:
+      initial: what --initial_checkpoint names, or "".
+
     Raises:
-      ValueError: `wanted` would change the mathematics, the vocabulary or the text; says both values.
+      OtherRun: `wanted` would change the mathematics, the vocabulary, the text or the parameters to start from; says
+        both values, and the ways on.
+      ValueError: it is not a run, or damaged.
     """
     run_config, run_identity = read(run_dir)
     require_same(run_dir, run_identity, identity)
     forbidden, free = config_lib.differences(run_config, wanted)
+    started_from = read_initial(run_dir)
+    before = started_from.named if started_from else ""
+    if before != initial and (initial or not has_checkpoint(run_dir)):
+        forbidden.append(f"initial_checkpoint: {before or 'none'} -> {initial or 'none'}")
     if forbidden:
-        raise ValueError(
-            f"{run_dir} was started with other settings ({'; '.join(forbidden)}): give its own, or another run_dir"
+        raise OtherRun(
+            f"{run_dir} was started with other settings ({'; '.join(forbidden)}): give its own with "
+            f"--flagfile={run_dir / 'flags.txt'}, or name another run_dir, which --initial_checkpoint={run_dir} starts "
+            "from its parameters"
         )
     changed = {change.split(":")[0] for change in free}
     flat = config_lib.flatten(wanted)
@@ -159,16 +236,17 @@ def continued(run_dir: Path, wanted: Config, identity: Identity) -> tuple[Config
 
 
 def require_same(run_dir: Path, run: Identity, now: Identity) -> None:
-    """Raises ValueError where the vocabulary or the corpus `now` is not that of the run."""
+    """Raises OtherRun where the vocabulary or the corpus `now` is not that of the run."""
     if run.vocabulary != now.vocabulary:
-        raise ValueError(
+        raise OtherRun(
             f"{run_dir} has {run.vocabulary_in_short}, and the corpus given has {now.vocabulary_in_short}: give the "
-            "run's own corpus, or another run_dir"
+            f"run's own corpus, as in {run_dir / 'flags.txt'}, or another run_dir"
         )
     if run.corpus_fingerprint != now.corpus_fingerprint:
-        raise ValueError(
+        raise OtherRun(
             f"{run_dir} was trained on the corpus with fingerprint {run.corpus_fingerprint[:12]}, and the one given "
-            f"has {now.corpus_fingerprint[:12]}: give the run's own corpus, or another run_dir"
+            f"has {now.corpus_fingerprint[:12]}: give the run's own corpus, as in {run_dir / 'flags.txt'}, or another "
+            f"run_dir, which --initial_checkpoint={run_dir} starts from its parameters"
         )
 
 
@@ -189,10 +267,11 @@ def restore_params(
     """Parameters of a run (their average, where it keeps one, saying so), on every device of `mesh`, and their step.
 
     Args:
-      which: "best" on validation (the newest where none was validated), "latest", or a step in digits.
+      which: "best" on validation (the newest where none was validated), "latest", or a step in digits.  Of the first
+        two, the next one that is whole is taken where one is damaged, saying so.
 
     Raises:
-      ValueError: there is no such checkpoint, or none that is whole.
+      ValueError: there is no such checkpoint, or it is damaged, or none is whole.
     """
     if which not in ("best", "latest") and not which.isdecimal():
         raise ValueError(f"checkpoint={which!r} is neither best, nor latest, nor a step")
@@ -200,7 +279,7 @@ def restore_params(
     with Checkpoints(
         run_dir / "checkpoints", writable=False, log=lambda line: print(line, file=sys.stderr)
     ) as checkpoints:
-        step = checkpoints.best() if which == "best" else None if which == "latest" else int(which)
+        step: Wanted = "best" if which == "best" else None if which == "latest" else int(which)
         params, meta = checkpoints.restore_params(abstract, step=step, item=config.optimizer.evaluated)
     require_own(meta["identity"], config, identity, run_dir)
     if config.optimizer.evaluated == "average" and mesh_lib.is_first_process():

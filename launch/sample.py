@@ -116,6 +116,7 @@ def main(argv: Sequence[str]) -> int:
     (chosen, sampling), _ = flags.parse(argv, __doc__ or "", SampleFlags(), Sampling())
     if not chosen.run_dir:
         raise ValueError("--run_dir is required: name the run to sample from")
+    run_directory.named("run_dir", chosen.run_dir)
     run_dir = at_home(chosen.run_dir)
     config, identity = run_directory.read(run_dir)
     vocabulary = identity.vocabulary

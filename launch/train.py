@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from jax.sharding import Mesh
 
@@ -17,7 +18,6 @@ from charlstm.checkpoint import Checkpoints
 from charlstm.config import Config
 from charlstm.file_manifest import StepDirectory
 from charlstm.run_log import RunLog
-from charlstm.types import ModelParams
 from data_pipeline.files import at_home
 from data_pipeline.settings import check_choices, setting
 from data_pipeline.streams import StreamPlan
@@ -28,6 +28,7 @@ from launch import (
     cores,
     dry_run,
     flags,
+    initial_checkpoint,
     job,
     monitor,
     program,
@@ -73,6 +74,8 @@ def main(argv: Sequence[str]) -> int:
     chosen, joined, watching, telling, config, given = parse(argv)
     if not chosen.run_dir and not chosen.dry_run:
         raise ValueError("--run_dir is required: name a directory for the run, such as --run_dir=runs/mine")
+    if chosen.run_dir:
+        run_directory.named("run_dir", chosen.run_dir)
     allocator.keep(dry_run.temporaries(_settings_there(chosen.run_dir, config), cores.usable()))
     compilation.prepare()
     mesh_of = cores.mesh_of(joined)
@@ -130,23 +133,22 @@ def _run(
 
     # The run: a new one, or the one that is there.
     identity = run_directory.Identity(corpus.vocabulary, corpus.fingerprint)
-    remarks: list[str] = []
-    is_there = mesh_lib.any_process(run_directory.exists(run_dir))
-    if is_there:
-        config, remarks = mesh_lib.together(lambda: run_directory.continued(run_dir, config, identity))
-        mesh = mesh_of(config)
-        step_lib.shards_per_device(config, mesh.size, fixed=True)
-    else:
-        config = config_lib.resolve(config, mesh.size)
+    initial = str(run_directory.named("initial_checkpoint", flag)) if (flag := chosen.initial_checkpoint) else ""
+    goes_on, config, mesh, remarks = _settings_of_the_run(run_dir, config, identity, initial, mesh, mesh_of)
     config, remark = recurrence.chosen(config, corpus, plan, mesh)
     remarks += [remark] if remark else []
     run = Run(run_dir, config, identity, corpus, plan, mesh)
-    params = _initial_params(run, chosen.initial_checkpoint, remarks.append)
+    params = started_from = None
+    if not mesh_lib.any_process(bool(StepDirectory(run_dir / "checkpoints").steps())):
+        if goes_on and (started_from := run_directory.read_initial(run_dir)):
+            params = initial_checkpoint.take_again(run_dir, started_from, config, identity, mesh, remarks.append)
+        elif initial:
+            params, started_from = initial_checkpoint.take(initial, config, identity, mesh, remarks.append)
     with contextlib.ExitStack() as held:
         mesh_lib.once(lambda: held.enter_context(run_directory.held(run_dir)))
         told = held.enter_context(monitor.of_this_process(telling))
-        if not is_there:
-            mesh_lib.once(lambda: run_directory.create(run_dir, config, identity, given))
+        if not goes_on:
+            mesh_lib.once(lambda: run_directory.create(run_dir, config, identity, given, started_from))
         watch = Watchdog(watching, mesh_lib.process_number(), run_dir / "heartbeats")
         held.callback(watch.stop)
         log = RunLog(run_dir, sys.stderr, silent=not mesh_lib.is_first_process())
@@ -159,26 +161,32 @@ def _run(
         return run_lib.train(run, params, Around(checkpoints, log, watch, told))
 
 
-def _initial_params(run: Run, initial_checkpoint: str, say: Callable[[str], None]) -> ModelParams | None:
-    """The parameters of --initial_checkpoint, for a run that has no checkpoint of its own yet."""
-    if not initial_checkpoint or mesh_lib.any_process(bool(StepDirectory(run.run_dir / "checkpoints").steps())):
-        return None
-    other = at_home(initial_checkpoint)
-    step = int(other.name) if other.parent.name == "checkpoints" and other.name.isdecimal() else None
-    other_dir = other.parent.parent if step is not None else other
-    other_config, other_identity = run_directory.read(other_dir)
-    if other_identity.vocabulary != run.identity.vocabulary:
-        raise ValueError(
-            f"initial_checkpoint={other_dir} has {other_identity.vocabulary_in_short} and this corpus "
-            f"{run.identity.vocabulary_in_short}: its parameters would mean other symbols"
-        )
-    with Checkpoints(other_dir / "checkpoints", writable=False, log=say) as source:
-        abstract = step_lib.abstract(run.config, run.identity.vocabulary.size, run.mesh).params
-        item = other_config.optimizer.evaluated
-        params, meta = source.restore_params(abstract, step=step, item=item)
-    what = "the average of the parameters" if item == "average" else "the parameters"
-    say(f"starting from {what} of step {meta['step']} of {other_dir}")
-    return params
+def _settings_of_the_run(
+    run_dir: Path,
+    wanted: Config,
+    identity: run_directory.Identity,
+    initial: str,
+    mesh: Mesh,
+    mesh_of: Callable[[Config], Mesh],
+) -> tuple[bool, Config, Mesh, list[str]]:
+    """Whether the run that is there goes on, or a new one begins; its settings, its devices, and what to say of them.
+
+    A run that is there without a checkpoint, as its first try has failed, does not stand in the way of other settings.
+    """
+    remarks: list[str] = []
+    if mesh_lib.any_process(run_directory.exists(run_dir)):
+        has_checkpoint = mesh_lib.any_process(run_directory.has_checkpoint(run_dir))
+        try:
+            config, remarks = mesh_lib.together(lambda: run_directory.continued(run_dir, wanted, identity, initial))
+        except run_directory.OtherRun as refused:
+            if has_checkpoint:
+                raise
+            remarks = [f"begun anew, as there was no checkpoint yet: {str(refused).partition(': give ')[0]}"]
+        else:
+            own_mesh = mesh_of(config)
+            step_lib.shards_per_device(config, own_mesh.size, fixed=True)
+            return True, config, own_mesh, remarks
+    return False, config_lib.resolve(wanted, mesh.size), mesh, remarks
 
 
 if __name__ == "__main__":

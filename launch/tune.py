@@ -22,7 +22,7 @@ from charlstm import config as config_lib
 from charlstm.config import Config
 from data_pipeline.files import at_home, locked
 from data_pipeline.settings import setting
-from launch import chosen_corpus, dry_run, flags, program, search_space, study_report, trials
+from launch import chosen_corpus, dry_run, flags, program, run_directory, search_space, study_report, trials
 from launch.trials import PARTS, Child, Ended
 
 
@@ -197,6 +197,7 @@ def main(argv: Sequence[str]) -> int:
     (chosen, config), given = flags.parse(argv, __doc__ or "", TuneFlags(), Config())
     if not chosen.space or not chosen.study_dir:
         raise ValueError("--space and --study_dir are required: name a TOML file, and a directory for the study")
+    run_directory.named("study_dir", chosen.study_dir)
     _optuna()
     own = {field.name for field in dataclasses.fields(chosen)}
     given = [flag for flag in given if flag[2:].partition("=")[0] not in own]

@@ -11,12 +11,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-from charlstm import file_manifest
+from charlstm import file_manifest, replicas
 from charlstm.checkpoint import Checkpoints
+from charlstm.types import TrainState
 from tests.conftest import ROOT
 from tests.test_checkpoint import (
     IDENTITY,
@@ -110,6 +113,88 @@ def test_flips_that_pass_the_file_check_are_caught_by_the_arrays_digests(directo
     assert step == 1 and "params.cells.0.w_h has digest" in said[0]
 
 
+def drifted_state(step: int, devices: int = 2) -> TrainState:
+    """One float of a parameter and one of the optimizer's state are others on the last device."""
+
+    def drifted(array: Any) -> Any:
+        copies = [np.array(shard.data) for shard in array.addressable_shards]
+        copies[-1].reshape(-1).view(np.uint32)[-1] ^= 1 << 20
+        parts = [jax.device_put(copy, s.device) for copy, s in zip(copies, array.addressable_shards, strict=True)]
+        return jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
+
+    state = make_state(step, devices)
+    opt_state: Any = state.opt_state
+    return state._replace(
+        params=state.params._replace(w_out=drifted(state.params.w_out)),
+        opt_state=opt_state | {"mean": drifted(opt_state["mean"])},
+    )
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_a_state_whose_copies_have_drifted_apart_is_not_saved_and_costs_no_checkpoint(directory, devices):
+    with Checkpoints(directory, keep=1, log=print) as checkpoints:
+        for step in (3, 4, 5):
+            with pytest.raises(replicas.CopiesDiffer, match=r"device \d.* in opt_state.mean, params.w_out"):
+                checkpoints.save(drifted_state(step, devices), IDENTITY, None)
+        assert checkpoints.failed_saves == 0
+    assert names(directory) == ["1", "2"]
+    assert restored_by_a_reader(directory) == (2, [])
+
+
+def test_what_is_written_is_the_copy_that_was_digested(directory, monkeypatch):
+    """As if a copy drifted between the look at all copies and the writing."""
+    compare = replicas.compare
+    monkeypatch.setattr(replicas, "compare", lambda *args: compare(*args)._replace(differing=""))
+    with Checkpoints(directory, keep=1, log=print) as checkpoints:
+        checkpoints.save(drifted_state(3), IDENTITY, None)
+        checkpoints.wait()
+        assert checkpoints.failed_saves == 0
+    assert names(directory) == ["3"]
+    assert restored_by_a_reader(directory) == (3, [])
+
+
+def test_a_write_that_goes_wrong_is_a_failed_save_and_costs_no_checkpoint(directory, monkeypatch):
+    """What the disk keeps is not what it was given, and the sums of the files are made of what it kept."""
+    whole, said = file_manifest.seal, list[str]()
+
+    def on_a_bad_disk(staging: Path, meta: dict) -> None:
+        values = np.asarray(host_state(meta["step"]).params.cells[0].w_h).tobytes()
+        holding = next(path for path in files(staging / "params") if values in path.read_bytes())
+        flip(holding, 8 * holding.read_bytes().index(values) + 77)
+        whole(staging, meta)
+
+    with Checkpoints(directory, keep=1, log=said.append) as checkpoints:
+        monkeypatch.setattr(file_manifest, "seal", on_a_bad_disk)
+        for step in (3, 4):
+            checkpoints.save(make_state(step), IDENTITY, None)
+            checkpoints.wait()
+        assert checkpoints.failed_saves == len(said) == 2
+        for step, line in enumerate(said, 3):
+            assert f"checkpoint {step} was not saved" in line and "params.cells.0.w_h" in line
+        assert [name.partition("-")[0] for name in names(directory)] == ["1", "2", "3.corrupt"]
+        monkeypatch.undo()
+        checkpoints.save(make_state(5), IDENTITY, None)
+        checkpoints.wait()
+        assert (checkpoints.failed_saves, checkpoints.steps()) == (0, [5])
+    assert restored_by_a_reader(directory) == (5, [])
+
+
+def test_a_file_that_cannot_be_read_back_is_a_failed_save(directory, monkeypatch):
+    whole, said = file_manifest.seal, list[str]()
+
+    def on_a_bad_disk(staging: Path, meta: dict) -> None:
+        for path in files(staging / "opt_state"):
+            os.truncate(path, path.stat().st_size // 2)
+        whole(staging, meta)
+
+    monkeypatch.setattr(file_manifest, "seal", on_a_bad_disk)
+    with Checkpoints(directory, keep=1, log=said.append) as checkpoints:
+        checkpoints.save(make_state(3), IDENTITY, None)
+        checkpoints.wait()
+        assert checkpoints.failed_saves == 1 and "checkpoint 3 was not saved" in said[0]
+    assert restored_by_a_reader(directory) == (2, [])
+
+
 def test_a_step_under_another_name_is_refused(directory):
     os.rename(directory / "2", directory / "3")
     step, said = restored_by_a_reader(directory)
@@ -157,12 +242,35 @@ def test_the_same_step_damaged_twice_is_set_aside_twice(directory):
     assert restored_by_a_reader(directory) == (2, [])
 
 
-def test_the_step_that_was_asked_for_falls_back_to_the_newest_whole_one(directory):
+def test_a_step_that_was_asked_for_is_that_one_or_an_error(directory):
     save_all(directory, 3)
-    (directory / "2" / file_manifest.SEAL).unlink()
-    step, said = restored_by_a_reader(directory, step=2)
-    assert step == 3 and "checkpoint 2" in said[0] and "checkpoint 3 is the newest whole one" in said[1]
+    flip(files(directory / "2/params")[-1], 5)
+    before = names(directory)
+    with Checkpoints(directory, log=print) as checkpoints:
+        for restore in (
+            lambda: checkpoints.restore(abstract_state(), step=2),
+            lambda: checkpoints.restore_params(abstract_state().params, step=2),
+        ):
+            with pytest.raises(ValueError, match=r"checkpoint 2 in .* is damaged: .*name another one"):
+                restore()
+        (directory / "2" / file_manifest.SEAL).unlink()
+        with pytest.raises(ValueError, match=r"checkpoint 2 in .* is damaged: checkpoint.json"):
+            checkpoints.read_meta(2)
+    assert names(directory) == before
     assert restored_by_a_reader(directory, step=1) == (1, [])
+
+
+def test_where_the_best_is_damaged_the_next_best_is_used_and_said_aloud(tmp_path):
+    save_all(tmp_path, (1, 2.0), (2, 1.0), (3, 1.5), 4, keep=9)
+    flip(files(tmp_path / "2/params")[-1], 3)
+    for best, then in ((2, 3), (3, 1), (1, 4)):
+        said: list[str] = []
+        flip(files(tmp_path / str(best) / "params")[-1], 3 if best != 2 else 4)
+        with Checkpoints(tmp_path, writable=False, log=said.append) as checkpoints:
+            params, meta = checkpoints.restore_params(abstract_state().params, step="best")
+        assert meta["step"] == then and bits(params) == bits(host_state(then).params)
+        assert f"checkpoint {best} in {tmp_path} is damaged" in " ".join(said)
+        assert said[-1] == f"NOT THE BEST CHECKPOINT: checkpoint {then} is the best whole one and is used instead"
 
 
 def test_where_nothing_is_whole_every_attempt_is_refused_and_nothing_is_moved(directory):
@@ -180,8 +288,9 @@ def test_the_best_is_forgotten_when_it_is_set_aside(tmp_path):
     flip(files(tmp_path / "2/params")[-1], 3)
     with Checkpoints(tmp_path, log=print) as checkpoints:
         assert checkpoints.best() == 2
-        assert int(checkpoints.restore(abstract_state(), step=2)[0].step) == 3
+        assert checkpoints.restore_params(abstract_state().params, step="best")[1]["step"] == 1
         assert checkpoints.best() == 1
+        assert names(tmp_path)[1].startswith("2.corrupt-")
 
 
 def test_a_process_out_of_file_handles_does_not_take_its_trouble_for_damage(directory):

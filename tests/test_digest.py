@@ -59,6 +59,17 @@ def test_the_digest_equals_its_slow_twin_for_every_type(dtype):
     assert found == {name: slow_digest(array) for name, array in arrays.items()}
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+def test_the_digest_of_an_array_in_host_memory_equals_that_on_a_device(dtype, monkeypatch):
+    shapes = [(), (1,), (5,), (3, 7), (2, 3, 4), (40, 1), (1, 40)]
+    with jax.enable_x64(True):
+        arrays = {str(shape): random_bits(dtype, shape) for shape in shapes}
+        expected = digest.digests({name: jnp.asarray(array) for name, array in arrays.items()})
+    for piece in (digest.PIECE, 16, 3):  # all at once, rows together, a row in pieces
+        monkeypatch.setattr(digest, "PIECE", piece)
+        assert {name: digest.host_digest(array) for name, array in arrays.items()} == expected
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8", "bool"])
 def test_the_digest_is_the_same_on_any_number_of_devices_and_along_any_axis(dtype):
     host = random_bits(dtype, (16, 24))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from charlstm import guard, replicas, step
+from charlstm import digest, guard, replicas, step
 from charlstm import mesh as mesh_lib
 from charlstm.training_config import TrainingConfig
 from tests.test_step import V, assert_equal_bits, batch, compiled, make_config
@@ -174,16 +174,25 @@ def test_going_back_leaves_windows_out_and_carries_nothing_over(begun):
     assert_equal_bits(again.recurrent_state, begun.recurrent_state)
 
 
+@pytest.mark.parametrize("in_host_memory", [True, False])
 @pytest.mark.parametrize("devices", [2, 8])
 @pytest.mark.parametrize("odd", [0, 1])
-def test_a_bit_that_flips_on_one_device_is_found_and_the_device_named(odd, devices, begun):
+def test_a_bit_that_flips_on_one_device_is_found_and_the_device_named(odd, devices, in_host_memory, begun, monkeypatch):
+    monkeypatch.setattr(mesh_lib, "is_in_host_memory", lambda mesh: in_host_memory)  # a GPU's is not
     mesh = mesh_lib.make(jax.devices()[:devices])
     placed = mesh_lib.put(mesh, mesh_lib.REPLICATED, jax.tree.map(np.asarray, begun.params))
-    differing = replicas.comparison(mesh)
-    assert differing({"params": placed}) == ""
-    said = differing({"params": placed._replace(b_out=flipped(placed.b_out, odd))})
+    assert replicas.compare({"params": placed}, mesh) == (digest.digests({"params": placed}), "")
+    drifted = {"params": placed._replace(b_out=flipped(placed.b_out, odd))}
+    found, said = replicas.compare(drifted, mesh)
+    assert found == digest.digests(drifted)
     assert said.endswith(", in params.b_out")
     if devices == 2:  # nobody knows which of two is right
         assert "device 0 (cpu:0 of process 0), device 1 (cpu:1 of process 0) differ" in said
     else:
         assert said.startswith(f"the copy on device {odd} (cpu:{odd} of process 0) differs")
+
+
+def test_one_device_has_nothing_to_compare_with(begun):
+    mesh = mesh_lib.make(jax.devices()[:1])
+    placed = mesh_lib.put(mesh, mesh_lib.REPLICATED, jax.tree.map(np.asarray, begun.params))
+    assert replicas.compare(placed, mesh) == (digest.digests(placed), "")

@@ -17,8 +17,8 @@ RANKS = {
             *("guard", "noise", "progress"),
         ],
         2: [
-            *("file_manifest", "replicas", "averaging", "cells.lstm", "cells.gru", "cells.rnn", "cells.textbook"),
-            *("cells.mogrifier", "cells.general"),
+            *("file_manifest", "replicas", "array_files", "averaging"),
+            *("cells.lstm", "cells.gru", "cells.rnn", "cells.textbook", "cells.mogrifier", "cells.general"),
         ],
         3: ["cells.mlstm", "cells.layer_norm_lstm", "cells.cudnn", "cells.fused", "checkpoint", "metrics", "run_log"],
         4: ["layer"],
@@ -107,7 +107,7 @@ def test_every_module_has_a_rank():
 @pytest.mark.parametrize(
     ("library", "licensed"),
     [
-        ("orbax", {"charlstm.checkpoint"}),
+        ("orbax", {"charlstm.array_files"}),
         ("grain", {"data_pipeline.loader", "benchmarks.sparse_corpus"}),
         ("absl.flags", {"launch.flags"}),
         ("absl", {"launch.flags"}),

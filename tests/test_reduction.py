@@ -1,5 +1,7 @@
 """The tree of the exact reduction: one order of additions, whoever computes which part."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,3 +68,12 @@ def test_a_large_number_of_shards_needs_few_buffers():
     program = jax.jit(lambda shards: reduction.subtree_sums(lambda s: (jnp.full(size, s), s), shards, count)[0])
     memory = program.lower(jnp.arange(count, dtype=jnp.float32)).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * size * 16
+
+
+@pytest.mark.parametrize("count", [1, 2, 6, 8])
+def test_a_shards_gradient_stands_between_two_barriers(count):
+    """What they are for shows in bits on some compilers only, so they are looked for in the program."""
+    program = jax.make_jaxpr(lambda shards: reduction.subtree_sums(lambda s: (jnp.sin(s), jnp.cos(s)), shards, count))
+    found = re.findall(r"= (optimization_barrier|sin|cos|add)\b", str(program(jnp.asarray(leaves(count)))))
+    assert found[:4] == ["optimization_barrier", "sin", "cos", "optimization_barrier"], found
+    assert set(found[4:]) <= {"add"}

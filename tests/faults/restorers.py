@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from charlstm import checkpoint, mesh
+from charlstm import array_files, mesh
 from charlstm.checkpoint import Checkpoints
 from charlstm.file_manifest import SEAL
 from tests.test_checkpoint import IDENTITY, abstract_state, host_state, make_state, rewrite_seal
@@ -154,10 +154,10 @@ def all_emptied(own: Path) -> None:
 
 def other_bits_read(own: Path) -> None:
     """The files are whole, and one bit of what this process reads of them first is not what they hold."""
-    read = checkpoint._read_arrays
+    read = array_files.read
 
     def read_otherwise(directory: Path, trees: dict[str, Any]) -> dict[str, Any]:
-        checkpoint._read_arrays = read
+        array_files.read = read
         found = read(directory, trees)
         b_out = found["params"].b_out
         piece = np.array(b_out.addressable_shards[0].data)
@@ -166,7 +166,7 @@ def other_bits_read(own: Path) -> None:
         changed = jax.make_array_from_single_device_arrays(b_out.shape, b_out.sharding, pieces)
         return found | {"params": found["params"]._replace(b_out=changed)}
 
-    checkpoint._read_arrays = read_otherwise
+    array_files.read = read_otherwise
 
 
 def reading_fails(own: Path) -> None:
@@ -175,7 +175,7 @@ def reading_fails(own: Path) -> None:
     def fail(directory: Path, trees: dict[str, Any]) -> dict[str, Any]:
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    checkpoint._read_arrays = fail
+    array_files.read = fail
 
 
 ONE_SIDED: tuple[tuple[str, Damage, int | None], ...] = (
@@ -221,11 +221,11 @@ def main() -> None:
     for case in flips(folder / "many", count):
         judge(case, folder / "many")
         case.damage[process](folder / "many")  # a bit flipped again is as it was
-    read = checkpoint._read_arrays
+    read = array_files.read
     for case in cases(folder / "few"):
         own = shutil.copytree(folder / "few", folder / "damaged")
         judge(case, own)
-        checkpoint._read_arrays = read
+        array_files.read = read
         shutil.rmtree(own, ignore_errors=True)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from charlstm.file_manifest import StepDirectory
 from launch import program
+from tests.faults.by_hand import whole_steps
 from tests.faults.conftest import Seen
 from tests.jobs import ROOT, children, has_saved, job, last_line, wait_for
 
@@ -177,4 +178,18 @@ def test_a_bit_that_flips_on_one_device_is_found_and_costs_no_bit(poisoned_job, 
     assert last_line(straight)["state_digest"] == undisturbed["state_digest"]
     equal = arrays(run_dir) == arrays(straight)
     table.append(Seen("a bit of a parameter flipped on one device, rollback", 1, "40", str(equal)))
+    assert equal
+
+
+def test_a_bit_that_flips_on_one_device_is_found_by_the_next_save_and_no_checkpoint_is_lost(poisoned_job, table):
+    run_dir, status, said = poisoned_job("stop", BIT, "--keep_checkpoints=1")
+    assert status == program.DIVERGED, said
+    named = r"the copies on device 0 \(cpu:0 of process 0\), device 1 \(cpu:\d+ of process 1\) differ, in .*b_out"
+    assert re.search(rf"stopped: {named}.* after step 120; nothing of it was saved", said), said
+    assert whole_steps(run_dir) == [80]
+    healed, status, said = poisoned_job("healed", BIT, "--on_divergence=rollback")
+    assert status == program.DONE and "went back to step 80, rollback 1 of 3\n" in said, said
+    straight, _, _ = poisoned_job("straight", "pass")
+    equal = arrays(healed) == arrays(straight)
+    table.append(Seen("a bit flipped on one device, found by the next save; the same, rollback", 2, "40", str(equal)))
     assert equal

@@ -224,7 +224,7 @@ def test_a_torn_checkpoint_is_passed_over_for_the_newest_whole_one_and_both_prog
     array = max((copied / "checkpoints" / "40" / "params").rglob("*"), key=lambda path: path.stat().st_size)
     array.write_bytes(array.read_bytes()[:-100])
     before = tree(copied)
-    assert evaluate.main(["evaluate", f"--run_dir={copied}", "--checkpoint=40", "--format=json"]) == program.DONE
+    assert evaluate.main(["evaluate", f"--run_dir={copied}", "--checkpoint=latest", "--format=json"]) == program.DONE
     out, err = capsys.readouterr()
     assert json.loads(out)["step"] == 30
     assert "checkpoint 40 in" in err and "checkpoint 30 is the newest whole one and is used instead" in err
