@@ -9,7 +9,7 @@ from data_pipeline import corpora
 from data_pipeline.cutting import cut
 from data_pipeline.files import at_home
 from data_pipeline.named import NAMES
-from data_pipeline.progress import bar
+from data_pipeline.progress import bar, say_on_stderr
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import Corpus, open_corpus
 
@@ -29,7 +29,7 @@ def open_for(config: Config, given: list[str]) -> tuple[Corpus, Config]:
         )
     if not settings.corpus and not settings.train:
         raise ValueError("--corpus is empty: name a text, a prepared directory, or python")
-    corpus = open_corpus(corpora.resolve(settings, bar()))
+    corpus = open_corpus(corpora.resolve(settings, bar(), say_on_stderr))
     if "train" not in corpus.splits:
         raise ValueError(f"{corpus.directory} has no training split")
     # Of a directory that was prepared before, the vocabulary and the splits are what they are.

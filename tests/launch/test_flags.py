@@ -45,6 +45,8 @@ OTHER = {
     "valid_fraction": 0.1,
     "test_fraction": 1e-05,
     "split": "columns:50x50",
+    "file_separator": r"\0",
+    "binary": "allow",
     "train": "a.txt",
     "valid": "b.txt",
     "test": "*.txt",
