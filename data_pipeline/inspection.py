@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import os
 import shlex
 from pathlib import Path
 from typing import NamedTuple
@@ -33,11 +34,11 @@ def look_at(files: list[TextFile], separator: bytes, memo: Path, workers: int) -
 
 
 def _look(file: TextFile, separator: bytes) -> Look:
-    with named_in_errors(file.path), file.path.open("rb") as opened:
+    with named_in_errors(file.path), file.path.open("rb", buffering=0) as opened:
         head = opened.read(magic.HEAD)
         start = len(magic.BYTE_ORDER_MARK) if head.startswith(magic.BYTE_ORDER_MARK) else 0
-        opened.seek(max(start, file.bytes - len(separator)))
-        tail = opened.read(len(separator))
+        end = max(start, file.bytes - len(separator))
+        tail = os.pread(opened.fileno(), len(separator), end) if file.bytes > len(head) else head[end:]
     separated = next(n for n in range(len(tail), -1, -1) if tail.endswith(separator[:n]))
     kind = magic.kind_of(head)
     name, remedy = kind or ("", "")

@@ -20,7 +20,6 @@ from charlstm.run_log import RunLog
 from charlstm.types import ModelParams
 from data_pipeline.files import at_home
 from data_pipeline.settings import check_choices, setting
-from data_pipeline.streams import StreamPlan
 from launch import (
     allocator,
     chosen_corpus,
@@ -109,16 +108,7 @@ def _run(
     if chosen.run_dir:
         chosen_corpus.refuse_inside(run_dir, config.corpus)
     corpus, config = chosen_corpus.open_for(config, given)
-    plan = StreamPlan(
-        len(corpus.splits["train"]),
-        config.streams.batch_size,
-        config.streams.window,
-        config.training.seed,
-        config.streams.rotate_streams,
-        config.streams.reset_probability,
-        config.streams.window_deviation,
-        config.streams.short_window_probability,
-    )
+    plan = chosen_corpus.plan_for(config, corpus)
     if (flag := config.optimizer.goes_by_validation) and "valid" not in corpus.splits:
         raise ValueError(f"{flag} goes by validation scores, and {corpus.directory} has no valid split: give one")
     run_directory.separator(config, corpus.vocabulary)
@@ -140,6 +130,8 @@ def _run(
         config = config_lib.resolve(config, mesh.size)
     config, remark = recurrence.chosen(config, corpus, plan, mesh)
     remarks += [remark] if remark else []
+    separator = run_directory.separator(config, corpus.vocabulary)
+    remarks += chosen_corpus.remarks_on_separator(config, corpus, separator)
     run = Run(run_dir, config, identity, corpus, plan, mesh)
     params = _initial_params(run, chosen.initial_checkpoint, remarks.append)
     with contextlib.ExitStack() as held:
