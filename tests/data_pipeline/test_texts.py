@@ -215,6 +215,7 @@ def test_a_byte_order_mark_is_no_text_and_offsets_in_messages_are_those_of_the_f
     for vocabulary in ("bytes", "characters"):
         assert text_made_from(tmp_path / "in", setting, vocabulary=vocabulary) == "Grün\n\ufeff漢\n".encode()
     (tmp_path / "in" / "b").write_bytes("\ufeff".encode() + b"\x80x")
+    (tmp_path / "in" / "c").write_bytes(b"\xff")  # comes after it
     with pytest.raises(ValueError, match="b is not UTF-8 text: bad sequence at byte 3;"):
         text_made_from(tmp_path / "in", setting, vocabulary="characters")
 
