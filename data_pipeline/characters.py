@@ -5,12 +5,13 @@ import codecs
 import collections
 import dataclasses
 import itertools
+import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.texts import Extent, ParallelMap, Text
+from data_pipeline.texts import Extent, ParallelMap, Text, TextFile
 
 REGION = 16 << 20  # bytes of a file that are looked at as one piece
 
@@ -60,36 +61,37 @@ def index_characters(text: Text, parallel: ParallelMap) -> CharacterIndex:
     Raises:
       ValueError: a file is not UTF-8; the message has the offset of the first bad sequence.
     """
-    tasks = [(file.path, start, file.bytes) for file in text.files for start in range(0, max(file.bytes, 1), REGION)]
-    ending = len(text.ending.decode())
+    tasks = [
+        (file, region) for file in text.files for region in range(file.start, max(file.bytes, file.start + 1), REGION)
+    ]
     byte_starts, character_starts, number = [], [], -1
     position = 0  # in characters
-    for (_, region, size), (skipped, characters) in zip(tasks, parallel(count_characters, tasks), strict=True):
-        number += region == 0
-        byte_starts.append(text.starts[number] + region + skipped)
+    for (file, region), (skipped, characters) in zip(tasks, parallel(count_characters, tasks), strict=True):
+        number += region == file.start
+        byte_starts.append(text.starts[number] + region - file.start + skipped)
         character_starts.append(position)
-        position += characters + (ending if region + REGION >= size else 0)
+        position += characters + (len(file.ending.decode()) if region + REGION >= file.bytes else 0)
     return CharacterIndex(text, [*byte_starts, text.bytes], [*character_starts, position])
 
 
-def count_characters(task: tuple[Path, int, int]) -> tuple[int, int]:
+def count_characters(task: tuple[TextFile, int]) -> tuple[int, int]:
     """(bytes before the first character that starts in the region, characters that start in it).
 
-    `task` is the file, the region's first byte, and the file's size.
+    `task` is the file, and the region's first byte.
     """
-    path, region, size = task
-    start, stop = _first_start(path, region, size), _first_start(path, min(region + REGION, size), size)
-    characters = sum(map(len, read_characters([Extent(path, start, stop)])))
+    file, region = task
+    start, stop = _first_start(file, region), _first_start(file, min(region + REGION, file.bytes))
+    characters = sum(map(len, read_characters([Extent(file.path, start, stop)])))
     return start - region, characters
 
 
-def _first_start(path: Path, offset: int, size: int) -> int:
+def _first_start(file: TextFile, offset: int) -> int:
     """The first byte from `offset` on at which a character starts; `offset` + 3 at most, as no character is longer."""
-    if offset in (0, size):
+    if offset in (file.start, file.bytes):
         return offset
-    with path.open("rb") as file:
-        file.seek(offset)
-        after = file.read(3)
+    with file.path.open("rb") as opened:
+        opened.seek(offset)
+        after = opened.read(3)
     return offset + next((k for k, byte in enumerate(after) if byte & 0xC0 != 0x80), len(after))
 
 
@@ -114,7 +116,9 @@ def _decoded(decoder: codecs.IncrementalDecoder, chunk: bytes, final: bool, path
         return decoder.decode(chunk, final)
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} is not UTF-8 text: bad sequence at byte {position + error.start}; use --vocabulary=bytes for it"
+            f"{path} is not UTF-8 text: bad sequence at byte {position + error.start}; convert it from the encoding "
+            f"that it has (such as `iconv -f WINDOWS-1252 -t UTF-8 {shlex.quote(str(path))} > new.txt`) and name that, "
+            "or use --vocabulary=bytes for it"
         ) from None
 
 

@@ -1,5 +1,6 @@
 """What --corpus names, as a prepared directory."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from data_pipeline.files import Progress, at_home
@@ -9,7 +10,9 @@ from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import open_corpus
 
 
-def resolve(settings: CorpusSettings, progress: Progress | None = None) -> Path:
+def resolve(
+    settings: CorpusSettings, progress: Progress | None = None, say: Callable[[str], None] | None = None
+) -> Path:
     """The prepared directory of the corpus that `settings` name; a text is prepared into the cache where it is not yet.
 
     A prepared directory is used as it is: of the settings, only `corpus` counts then.  May be called by several
@@ -22,4 +25,4 @@ def resolve(settings: CorpusSettings, progress: Progress | None = None) -> Path:
     if not settings.train and is_prepared(directory):
         open_corpus(directory)
         return directory
-    return prepare(settings, None, progress)
+    return prepare(settings, None, progress, say=say)

@@ -1,12 +1,13 @@
 """The texts that have a name: the standard library's source, and three classic ones from the network."""
 
+import dataclasses
 import os
 import sysconfig
 from pathlib import Path
 
 from data_pipeline.downloads import Download, fetch
 from data_pipeline.files import Progress
-from data_pipeline.texts import Text, find_text, make_text, refuse_unreadable
+from data_pipeline.texts import Text, find_text, refuse_unreadable, sorted_files
 
 DOWNLOADS = {
     item.name: item
@@ -61,7 +62,9 @@ def standard_library(folder: Path) -> Text:
     paths = []
     for directory, folders, files in os.walk(folder, onerror=refuse_unreadable):
         folders[:] = [name for name in folders if name not in NOT_PYTHON]
-        paths += [Path(directory, name) for name in files if name.endswith(".py")]
+        found = [Path(directory, name) for name in files if name.endswith(".py")]
+        paths += [(path, os.path.realpath(path)) for path in found]
     if not paths:
         raise ValueError(f"this Python has no source in {folder}: name another corpus, such as --corpus=my_texts/")
-    return make_text("python", folder, paths, ending=b"\0")
+    sources = (dataclasses.replace(file, ending=b"\0") for file in sorted_files(folder, paths))
+    return Text("python", tuple(sources))

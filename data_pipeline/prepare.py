@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from data_pipeline.encoding import SMALL, parallel_map, plan, write_splits
 from data_pipeline.files import DISK_ERRORS, Meter, Progress, at_home, locked, sync_directory, written_whole
+from data_pipeline.inputs import find_texts
 from data_pipeline.manifest import (
     BLOCK_BYTES,
     FORMAT_VERSION,
@@ -25,11 +26,11 @@ from data_pipeline.manifest import (
     read_manifest,
     write_manifest,
 )
-from data_pipeline.named import NAMES, named_text
-from data_pipeline.progress import bar
+from data_pipeline.named import NAMES
+from data_pipeline.progress import bar, say_on_stderr
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import open_corpus, verify_corpus
-from data_pipeline.texts import Text, find_text, hash_files
+from data_pipeline.texts import Text, hash_files
 from data_pipeline.vocabulary import canonical_json
 
 
@@ -38,6 +39,7 @@ def prepare(
     output: Path | None = None,
     progress: Progress | None = None,
     *,
+    say: Callable[[str], None] | None = None,
     workers: int = 0,
     shard_bytes: int = SHARD_BYTES,
     block_bytes: int = BLOCK_BYTES,
@@ -51,6 +53,7 @@ def prepare(
       settings: the text, the vocabulary, the splits, the cache.
       output: where to; None: in the cache, under a name that has a digest of the text and the settings.
       progress: told what is being done, how much of it is done and how much there is.
+      say: told in one line, where there is work, what the text is.
       workers: threads or processes; 0: one for each core.
       shard_bytes, block_bytes: sizes of a shard and of what is under one checksum.
 
@@ -59,7 +62,7 @@ def prepare(
     """
     cache = at_home(settings.cache_dir)
     workers = workers or _cores()
-    texts = _find_texts(settings, cache, progress)
+    texts, described = find_texts(settings, cache, workers, progress)
     processes = settings.vocabulary == "characters" and sum(text.bytes for text in texts.values()) > SMALL
     files = [file for text in texts.values() for file in text.files]
     digests = hash_files(files, cache / "memo", workers, progress)
@@ -68,14 +71,17 @@ def prepare(
     if _is_done(output, key):
         return output
     for text in texts.values():
-        if text.folder and text.folder.resolve() in output.resolve().parents:
+        inside = text.folders.intersection(map(str, output.resolve().parents))
+        if inside:
             # The corpus would be text for the next one.
-            raise ValueError(f"{output} lies inside of the input {text.folder}: name an output outside of it")
+            raise ValueError(f"{output} lies inside of the input {min(inside)}: name an output outside of it")
     output.parent.mkdir(parents=True, exist_ok=True)
     waiting = Meter(progress, f"waiting for another preparation of {output}", 0)
     with locked(output.with_name(f".{output.name}.lock"), lambda: waiting.add(0)):
         if _is_done(output, key):
             return output
+        if say:
+            say(f"preparing {described}")
         # The workers come to rest before the partial directory is left.
         with contextlib.ExitStack() as writing, parallel_map(workers, processes, progress) as parallel:
             vocabulary, plans = plan(texts, settings, shard_bytes, parallel)
@@ -88,26 +94,12 @@ def prepare(
     return output
 
 
-def _find_texts(settings: CorpusSettings, cache: Path, progress: Progress | None) -> dict[str, Text]:
-    """Split -> its text, for explicit ones; "" -> the text to be cut, otherwise."""
-    if settings.train:
-        if settings.split != "contiguous":
-            raise ValueError(f"split={settings.split} cuts one text: it cannot be used with explicit --train files")
-        specs = {"train": settings.train, "valid": settings.valid, "test": settings.test}
-        return {split: find_text(spec) for split, spec in specs.items() if spec}
-    if settings.corpus in NAMES:
-        return {"": named_text(settings.corpus, cache, progress)}
-    near = difflib.get_close_matches(settings.corpus, NAMES, 1)
-    try:
-        return {"": find_text(settings.corpus)}
-    except ValueError as error:
-        raise ValueError(f"{error}" + (f" (or did you mean the corpus named {near[0]}?)" if near else "")) from None
-
-
 def _key(texts: dict[str, Text], digests: list[str], settings: CorpusSettings, sizes: list[int]) -> str:
     """A digest, in hex, of all that the files to be written depend on."""
     rest = iter(digests)
-    content = {split: [text.ending.hex(), [next(rest) for _ in text.files]] for split, text in texts.items()}
+    content = {
+        split: [[next(rest), file.start, file.ending.hex()] for file in text.files] for split, text in texts.items()
+    }
     how: list[object] = [settings.vocabulary]
     if settings.vocabulary == "characters":
         how.append(settings.min_count)
@@ -267,7 +259,7 @@ def main(arguments: list[str]) -> None:
         output = at_home(output)
         if options["corpus"] or options["train"]:
             there = is_prepared(output)
-            prepare(CorpusSettings(**options), output, progress, workers=workers)
+            prepare(CorpusSettings(**options), output, progress, say=say_on_stderr, workers=workers)
             done.append("already prepared" if there else "prepared")
         elif not verify:
             parser.error("--input, or --train, must name a text")

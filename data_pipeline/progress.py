@@ -1,5 +1,6 @@
-"""A progress bar in one line."""
+"""What is shown of long work: a progress bar in one line, and lines."""
 
+import contextlib
 import sys
 import time
 from typing import TextIO
@@ -29,3 +30,9 @@ def bar(stream: TextIO | None = None) -> Progress:
         out.flush()
 
     return show if out and out.isatty() else lambda doing, done, total: None
+
+
+def say_on_stderr(line: str) -> None:
+    """Prints `line` on stderr, while there is one: work does not end with the terminal it was started on."""
+    with contextlib.suppress(OSError, ValueError):
+        print(" ".join(line.split()), file=sys.stderr, flush=True)  # names may have line breaks

@@ -73,6 +73,18 @@ class CorpusSettings:
         "contiguous: train, validation, test in the order of the text; or columns:BxT, char-rnn's split: the text is B "
         "equal columns of whole windows of T symbols and the last windows of each column are held out.",
     )
+    file_separator: str = setting(
+        r"\n",
+        r"What a file ends with where another one follows: what it lacks of this is added, escapes allowed (\n, \0, "
+        r"'<|endoftext|>').  Nothing is put after the last file, nor, where this is empty, between any.",
+    )
+    binary: str = setting(
+        "refuse",
+        "Files that are no text (compressed, pictures, mostly NUL and the like): refuse them, or allow them, to learn "
+        "their bytes as they are.",
+        choices=("refuse", "allow"),
+        free=True,
+    )
     # Where explicit texts lie is free as well.
     train: str = setting(
         "", "Explicit training text (file, glob or directory) instead of --corpus and fractions.", free=True
@@ -98,6 +110,14 @@ class CorpusSettings:
             raise ValueError("--valid and --test name explicit files and need --train beside them")
         if self.split != "contiguous":
             parse_columns(self.split)
+        self.file_separator_bytes()
+
+    def file_separator_bytes(self) -> bytes:
+        """The file separator with its escapes read, in UTF-8.  Raises ValueError where it is not to be read."""
+        try:
+            return self.file_separator.encode("latin-1", "backslashreplace").decode("unicode_escape").encode("utf-8")
+        except ValueError as error:
+            raise ValueError(f"file_separator={self.file_separator!r}: {error}") from None
 
 
 def parse_columns(split: str) -> tuple[int, int]:

@@ -3,15 +3,22 @@
 import os
 from pathlib import Path
 
+import numpy as np
+
 from charlstm import config as config_lib
 from charlstm.config import Config
 from data_pipeline import corpora
 from data_pipeline.cutting import cut
 from data_pipeline.files import at_home
 from data_pipeline.named import NAMES
-from data_pipeline.progress import bar
+from data_pipeline.pieces import PiecePlan
+from data_pipeline.progress import bar, say_on_stderr
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import Corpus, open_corpus
+from data_pipeline.streams import StreamPlan, Symbols
+
+SEARCHED = 64 << 20  # symbols in which a separator is looked for: a fraction of a second
+CHUNK = 1 << 20  # symbols
 
 
 def open_for(config: Config, given: list[str]) -> tuple[Corpus, Config]:
@@ -29,7 +36,7 @@ def open_for(config: Config, given: list[str]) -> tuple[Corpus, Config]:
         )
     if not settings.corpus and not settings.train:
         raise ValueError("--corpus is empty: name a text, a prepared directory, or python")
-    corpus = open_corpus(corpora.resolve(settings, bar()))
+    corpus = open_corpus(corpora.resolve(settings, bar(), say_on_stderr))
     if "train" not in corpus.splits:
         raise ValueError(f"{corpus.directory} has no training split")
     # Of a directory that was prepared before, the vocabulary and the splits are what they are.
@@ -50,6 +57,59 @@ def open_for(config: Config, given: list[str]) -> tuple[Corpus, Config]:
             )
     where = {name: _absolute(getattr(settings, name)) for name in ("corpus", "train", "valid", "test")}
     return corpus, config_lib.replace(config, vocabulary=kind, **where)
+
+
+def plan_for(config: Config, corpus: Corpus) -> StreamPlan:
+    """How the training split is read.
+
+    Raises:
+      ValueError: splits are too short, all of which the message names.
+    """
+    streams, training, evaluation = config.streams, config.training, config.evaluation
+    refusals = []
+    if valid := corpus.splits.get("valid"):
+        try:
+            PiecePlan(len(valid), evaluation.piece, evaluation.burn_in, 1, streams.window)
+        except ValueError as error:
+            refusals.append(f"validation: {error}; give more text, or --valid_fraction=0 for none")
+    try:
+        plan = StreamPlan(
+            len(corpus.splits["train"]),
+            streams.batch_size,
+            streams.window,
+            training.seed,
+            streams.rotate_streams,
+            streams.reset_probability,
+            streams.window_deviation,
+            streams.short_window_probability,
+        )
+    except ValueError as error:
+        refusals.insert(0, str(error))
+    if refusals:
+        raise ValueError("; ".join(refusals))
+    return plan
+
+
+def remarks_on_separator(config: Config, corpus: Corpus, separator: int | None) -> list[str]:
+    """What there is to say of the separator of documents: that it was not found."""
+    split = corpus.splits["train"]
+    if separator is None or _occurs(split, (separator,)):
+        return []
+    where = "" if len(split) <= SEARCHED else f"the first {SEARCHED:,} symbols of "
+    return [
+        f"document_separator={config.streams.document_separator!r} does not occur in {where}the training split, where "
+        "no state will be zeroed for it (--file_separator puts one between files)"
+    ]
+
+
+def _occurs(split: Symbols, separator: tuple[int, ...]) -> bool:
+    """Whether the symbols `separator` stand one after the other in the first `SEARCHED` symbols of `split`."""
+    for start in range(0, min(len(split), SEARCHED), CHUNK):
+        ids = split.read(start, min(start + CHUNK + len(separator) - 1, len(split)))
+        places = max(len(ids) - len(separator) + 1, 0)
+        if np.logical_and.reduce([ids[k : k + places] == symbol for k, symbol in enumerate(separator)]).any():
+            return True
+    return False
 
 
 def refuse_inside(run_dir: Path, settings: CorpusSettings) -> None:

@@ -24,7 +24,7 @@ from charlstm.training_config import EvaluationConfig
 from charlstm.types import ModelParams
 from data_pipeline import corpora
 from data_pipeline.files import at_home
-from data_pipeline.progress import bar
+from data_pipeline.progress import bar, say_on_stderr
 from data_pipeline.settings import check_choices, setting
 from data_pipeline.shards import Corpus, open_corpus
 from launch import allocator, compilation, flags, program, run_directory
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     text = config.corpus
     if chosen.corpus:
         text = dataclasses.replace(text, corpus=chosen.corpus, train="", valid="", test="")
-    corpus = open_corpus(corpora.resolve(text, bar()))
+    corpus = open_corpus(corpora.resolve(text, bar(), say_on_stderr))
     run_directory.require_same(run_dir, identity, run_directory.Identity(corpus.vocabulary, corpus.fingerprint))
     for split in (chosen.split, *(["valid"] if chosen.search_temperature else [])):
         if split not in corpus.splits:

@@ -20,7 +20,6 @@ from charlstm.file_manifest import StepDirectory
 from charlstm.run_log import RunLog
 from data_pipeline.files import at_home
 from data_pipeline.settings import check_choices, setting
-from data_pipeline.streams import StreamPlan
 from launch import (
     allocator,
     chosen_corpus,
@@ -112,16 +111,7 @@ def _run(
     if chosen.run_dir:
         chosen_corpus.refuse_inside(run_dir, config.corpus)
     corpus, config = chosen_corpus.open_for(config, given)
-    plan = StreamPlan(
-        len(corpus.splits["train"]),
-        config.streams.batch_size,
-        config.streams.window,
-        config.training.seed,
-        config.streams.rotate_streams,
-        config.streams.reset_probability,
-        config.streams.window_deviation,
-        config.streams.short_window_probability,
-    )
+    plan = chosen_corpus.plan_for(config, corpus)
     if (flag := config.optimizer.goes_by_validation) and "valid" not in corpus.splits:
         raise ValueError(f"{flag} goes by validation scores, and {corpus.directory} has no valid split: give one")
     run_directory.separator(config, corpus.vocabulary)
@@ -137,6 +127,8 @@ def _run(
     goes_on, config, mesh, remarks = _settings_of_the_run(run_dir, config, identity, initial, mesh, mesh_of)
     config, remark = recurrence.chosen(config, corpus, plan, mesh)
     remarks += [remark] if remark else []
+    separator = run_directory.separator(config, corpus.vocabulary)
+    remarks += chosen_corpus.remarks_on_separator(config, corpus, separator)
     run = Run(run_dir, config, identity, corpus, plan, mesh)
     params = started_from = None
     if not mesh_lib.any_process(bool(StepDirectory(run_dir / "checkpoints").steps())):

@@ -30,14 +30,15 @@ RANKS = {
         9: ["reference.min_char_rnn", "reference.numpy_lstm"],
     },
     "data_pipeline": {
-        0: ["settings", "batch", "files", "vocabulary"],
+        0: ["settings", "batch", "files", "vocabulary", "magic"],
         1: ["manifest", "streams", "progress"],
         2: ["shards", "loader", "pieces"],
         3: ["texts"],
-        4: ["characters", "cutting", "downloads"],
+        4: ["characters", "cutting", "downloads", "inspection"],
         5: ["encoding", "named"],
-        6: ["prepare"],
-        7: ["corpora"],
+        6: ["inputs"],
+        7: ["prepare"],
+        8: ["corpora"],
     },
 }
 # What the model may know of the pipeline: types, formulas and settings, no files.

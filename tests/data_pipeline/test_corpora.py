@@ -261,7 +261,12 @@ def test_where_a_text_lies_is_free_as_equal_texts_have_one_fingerprint(tmp_path)
     assert open_corpus(resolve(here)).fingerprint == open_corpus(resolve(there)).fingerprint
     moved = [field for field in fields(here) if getattr(here, field.name) != getattr(there, field.name)]
     assert [field.name for field in moved if field.metadata["free"]] == [*splits, "cache_dir"]
-    assert {field.name for field in fields(here) if field.metadata["free"]} == {"corpus", *splits, "cache_dir"}
+    assert {field.name for field in fields(here) if field.metadata["free"]} == {
+        "corpus",
+        "binary",
+        *splits,
+        "cache_dir",
+    }
 
 
 def test_a_name_wins_over_a_file_of_that_name_unless_it_is_written_as_a_path(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ ValueError, whose message is one line.
 
 import shutil
 import tempfile
+from codecs import BOM_UTF8
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +149,18 @@ def test_what_a_stopped_preparation_has_left_of_these_is_made_again(stopped, pat
 ANY_FILE = st.one_of(
     st.binary(max_size=60),
     st.text(max_size=30).map(str.encode),
+    st.text(max_size=30).map(lambda text: BOM_UTF8 + text.encode()),
     st.text(min_size=1, max_size=30).flatmap(lambda text: damaged(text.encode(), st.binary(min_size=1, max_size=4))),
 )
+
+
+def as_one_text(contents: list[bytes], separator: bytes) -> bytes:
+    """The files' contents, as docs/data_format.md puts them together."""
+    filled = [content for content in (content.removeprefix(BOM_UTF8) for content in contents) if content]
+    for number, content in enumerate(filled[:-1]):
+        there = max(n for n in range(len(separator) + 1) if content.endswith(separator[:n]))
+        filled[number] = content + separator[there:]
+    return b"".join(filled)
 
 
 @fuzzed()
@@ -158,8 +169,9 @@ ANY_FILE = st.one_of(
     st.sampled_from(["bytes", "characters"]),
     st.sampled_from([(0.0, 0.0, "contiguous"), (0.2, 0.1, "contiguous"), (0.0, 0.3, "columns:2x3")]),
     st.sampled_from([(1, 5), (3, 16), (1 << 20, 16 << 20)]),
+    st.sampled_from([(r"\n", b"\n"), ("", b""), (r"\0", b"\0"), (r"\n--é\n", "\n--é\n".encode())]),
 )
-def test_a_text_is_prepared_as_it_is_or_refused_naming_file_and_byte(files, kind, how, pieces):
+def test_a_text_is_prepared_as_it_is_or_refused_naming_file_and_byte(files, kind, how, pieces, separator):
     valid, test, split = how
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(texts, "CHUNK", pieces[0])
@@ -168,7 +180,14 @@ def test_a_text_is_prepared_as_it_is_or_refused_naming_file_and_byte(files, kind
             (Path(folder) / "in" / name).parent.mkdir(parents=True, exist_ok=True)
             (Path(folder) / "in" / name).write_bytes(content)
         chosen = CorpusSettings(
-            str(Path(folder) / "in"), kind, valid_fraction=valid, test_fraction=test, split=split, cache_dir=folder
+            str(Path(folder) / "in"),
+            kind,
+            valid_fraction=valid,
+            test_fraction=test,
+            split=split,
+            file_separator=separator[0],
+            binary="allow",
+            cache_dir=folder,
         )
         try:
             directory = prepare(chosen, Path(folder) / "out", workers=2, shard_bytes=8, block_bytes=4)
@@ -181,7 +200,8 @@ def test_a_text_is_prepared_as_it_is_or_refused_naming_file_and_byte(files, kind
             shown = {name: decode(part.read(0, len(part))) for name, part in corpus.splits.items()}
             sizes = {name: part.bytes for name, part in corpus.splits.items()}
         assert directory or not list(Path(folder).glob("*out*"))
-    text: bytes | str = b"".join(content for _, content in sorted(files.items()))
+    contents = [content for _, content in sorted(files.items())]
+    text: bytes | str = as_one_text(contents, separator[1])
     if not text:
         assert "is empty" in said
         return
@@ -213,4 +233,4 @@ def test_a_file_whose_name_has_a_line_break_is_refused_in_one_line(tmp_path, cap
     with pytest.raises(SystemExit) as left:
         main([*options])
     said = capfd.readouterr().err
-    assert left.value.code == 2 and said.count("\n") == 1 and "a b is not UTF-8 text: bad sequence at byte 0" in said
+    assert left.value.code == 2 and said.count("\n") == 2 and "a b is not UTF-8 text: bad sequence at byte 0" in said

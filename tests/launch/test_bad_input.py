@@ -66,7 +66,7 @@ def test_a_binary_file_has_no_characters_and_the_first_bad_byte_is_named(argumen
     (tmp_path / "photo.jpg").write_bytes(b"hello " * 100 + b"\xff\xd8" + b"x" * 5000)
     binary = (*arguments, f"--corpus={tmp_path / 'photo.jpg'}", "--vocabulary=characters")
     sentence = refusal(train.main, *binary, f"--run_dir={tmp_path / 'run'}")
-    assert "photo.jpg is not UTF-8 text: bad sequence at byte 600; use --vocabulary=bytes" in sentence
+    assert "photo.jpg is not UTF-8 text: bad sequence at byte 600; convert it" in sentence
     assert not (tmp_path / "run").exists()
 
 

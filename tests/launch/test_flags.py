@@ -45,6 +45,8 @@ OTHER = {
     "valid_fraction": 0.1,
     "test_fraction": 1e-05,
     "split": "columns:50x50",
+    "file_separator": r"\0",
+    "binary": "allow",
     "train": "a.txt",
     "valid": "b.txt",
     "test": "*.txt",
@@ -324,7 +326,7 @@ def test_a_damaged_run_directory_is_refused_and_left_as_it_is(name, content, sen
 def test_free_settings_change_and_others_do_not():
     free = {name for name, (_, field) in config_lib.flatten(Config()).items() if field.metadata["free"]}
     assert free == {
-        *("corpus", "cache_dir", "reader_threads", "read_ahead", "num_steps", "log_every", "evaluate_every"),
+        *("corpus", "binary", "cache_dir", "reader_threads", "read_ahead", "num_steps", "log_every", "evaluate_every"),
         *("checkpoint_every", "keep_checkpoints", "piece", "burn_in", "evaluation_batch_size"),
         *("reduction", "train", "valid", "test", "on_divergence", "spike_factor", "max_skips", "max_rollbacks"),
         *("check_replicas_every", "max_failed_saves", "recurrence"),
