@@ -85,7 +85,13 @@ class Checkpoints:
         self.wait()
         self._thread.shutdown()
 
-    def save(self, state: TrainState, identity: dict[str, Any], bits_per_character: float | None) -> None:
+    def save(
+        self,
+        state: TrainState,
+        identity: dict[str, Any],
+        bits_per_character: float | None,
+        sums: dict[str, Any] | None = None,
+    ) -> None:
         """Saves `state` under its step: waits for the save before, copies to the host, and leaves the rest behind.
 
         A step that is there already is replaced, and later ones are set aside: the run went back.  A save that fails is
@@ -95,6 +101,7 @@ class Checkpoints:
           state: every leaf a jax.Array, none of size zero; may be donated or deleted on return.
           identity: plain JSON; what this state belongs to (settings, vocabulary, corpus, versions).
           bits_per_character: on validation; None or not finite where there is none to compare by.
+          sums: plain JSON; what the run's metrics had added up since their last record.
         """
         assert self._writable
         assert json.loads(json.dumps(identity)) == identity, f"not plain JSON: {identity}"
@@ -107,6 +114,7 @@ class Checkpoints:
             "step": step,
             "identity": identity,
             "bits_per_character": bits_per_character if comparable else None,
+            "sums": sums,
             "arrays": {name: {**held, "digest": found[name]} for name, held in describe(items).items()},
         }
         try:
@@ -133,7 +141,7 @@ class Checkpoints:
         return min((step for step in scores if scores[step] is not None), key=lambda step: scores[step], default=None)
 
     def read_meta(self, step: int | None = None) -> dict[str, Any]:
-        """What was saved beside the arrays: format, step, identity, bits_per_character, arrays.  No array is read.
+        """What was saved beside the arrays: format, step, identity, bits_per_character, sums, arrays.  No array is read.
 
         Args:
           step: None for the newest.  Where its seal is damaged, the newest other step that has one answers.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 SEAL = "checkpoint.json"
-FORMAT = 3
+FORMAT = 4
 _STEP = re.compile(r"0|[1-9][0-9]*")
 _LEFTOVER = re.compile(r"(0|[1-9][0-9]*)\.(saving|removed).*")
 _WHOLE, _OTHER_FORMAT, _DAMAGED, _UNREAD = range(4)  # what a process finds of a step; the worst counts for all

@@ -44,15 +44,33 @@ class Meter:
         self._epoch, self._num_steps = steps_per_epoch, settings.num_steps
         self._skips, self._max_skips, self._say = settings.on_divergence == "skip", settings.max_skips, say
         self._spike_factor = settings.spike_factor
-        self._pending: tuple[int, Metrics] | None = None
+        self._pending: tuple[int, Metrics] | None
         self._started = time.monotonic()
-        self._latest: dict[str, Any] = {}
         self.records: dict[str, dict[str, Any]] = {}
         self.skipped, self.rows_reset = 0, 0
+        self.restart(None, 0)
+
+    def restart(self, sums: dict[str, Any] | None, left_out: int) -> None:
+        """Goes on from a checkpoint: nothing that was added since then is in the next record, nor its time.
+
+        Args:
+          sums: those of the steps between the last record and the checkpoint; None where there are none.
+          left_out: windows that the run has passed over so far, which count as read in the epoch.
+        """
+        self._pending, self._left_out = None, left_out
+        self._latest: dict[str, Any] = {}  # what the last step looked at has reported
         self._reset()
+        if sums:
+            self._nats, self._symbols, self._steps = sums["nats"], sums["symbols"], sums["steps"]
+
+    def sums(self) -> dict[str, Any]:
+        """What was added up since the last record, but for time: plain JSON, and of floats every bit."""
+        assert self._pending is None, "settle() first"
+        return {"nats": self._nats, "symbols": self._symbols, "steps": self._steps}
 
     def _reset(self) -> None:
-        self._nats, self._symbols, self._steps, self._waited, self._since = 0.0, 0, 0, 0.0, time.monotonic()
+        self._nats, self._symbols, self._steps = 0.0, 0, 0
+        self._timed, self._waited, self._since = 0, 0.0, time.monotonic()  # of this process alone
 
     def next_of(self, windows: Iterator[Any]) -> Any:
         """The next batch, the time waited for it counted as input wait."""
@@ -82,6 +100,7 @@ class Meter:
         if metrics.sound:
             self._nats += float(metrics.loss) * int(metrics.symbols)
             self._symbols += int(metrics.symbols)
+            self._timed += int(metrics.symbols)
             self._steps += 1
             self._latest["grad_norm"] = float(metrics.grad_norm)
 
@@ -124,21 +143,22 @@ class Meter:
 
     def status(self) -> str:
         """The live line, of the steps since the last record."""
-        steps, nats, symbols = self._steps, self._nats, self._symbols  # once: the watchdog's thread asks, too
-        if not (steps and symbols):
+        # Once: the watchdog's thread asks, too.
+        steps, nats, symbols, latest = self._steps, self._nats, self._symbols, self._latest
+        if not (steps and symbols and latest):
             return ""
         speed = self._speed()
-        step = self._latest["step"]
+        step = latest["step"]
         left = (self._num_steps - step) * symbols / steps / max(speed["characters_per_second"], 1e-9)
         return (
-            f"step {step}/{self._num_steps}  epoch {step / self._epoch:.2f}  {nats / symbols / NATS_PER_BIT:.3f} bpc  "
+            f"step {step}/{self._num_steps}  epoch {self._epochs(step):.2f}  {nats / symbols / NATS_PER_BIT:.3f} bpc  "
             f"{speed['characters_per_second']:,.0f} chars/s  input wait {speed['input_wait']:.0%}  ETA {duration(left)}"
         )
 
     def _record(self, step: int, split: str, bits: float | None) -> dict[str, Any]:
         return {
             "step": step,
-            "epoch": round(step / self._epoch, 4),
+            "epoch": round(self._epochs(step), 4),
             "split": split,
             "bits_per_character": bits,
             "learning_rate": None,
@@ -148,10 +168,14 @@ class Meter:
             "seconds": round(time.monotonic() - self._started, 3),
         }
 
+    def _epochs(self, step: int) -> float:
+        """How often the training split has been read after `step` updates."""
+        return (step + self._left_out) / self._epoch
+
     def _speed(self) -> dict[str, float]:
         elapsed = max(time.monotonic() - self._since, 1e-9)
         return {
-            "characters_per_second": round(self._symbols / elapsed, 1),
+            "characters_per_second": round(self._timed / elapsed, 1),
             "input_wait": round(self._waited / elapsed, 4),
         }
 

@@ -61,7 +61,7 @@ def train(run: Run, params: ModelParams | None, around: Around) -> int:
     config, plan, last = run.config, run.plan, run.config.training.num_steps
     checkpoints, log, watch, _ = around
     train_step = _step(run, watch)
-    state, _ = _newest(run, params, around)
+    state, _, sums = _newest(run, params, around)
     mesh_lib.once(lambda: run_directory.write_config(run.run_dir, config))  # what is refused until here changes nothing
     start = int(state.step)
     log.rewind(start)
@@ -69,6 +69,7 @@ def train(run: Run, params: ModelParams | None, around: Around) -> int:
         log.say(f"finished: the run is at step {start} of {last}; --num_steps above that goes on")
         return program.DONE
     meter = Meter(plan.steps_per_epoch, config.training, log.say)
+    meter.restart(sums, _left_out(state))
     log.say(
         f"training on {mesh_lib.describe(run.mesh)}: step {start} of {last}, {plan.steps_per_epoch} steps an epoch, "
         f"{config.training.logical_shards} logical shards"
@@ -107,7 +108,7 @@ def train(run: Run, params: ModelParams | None, around: Around) -> int:
             except Diverged as diverged:
                 log.say(f"{'stopped' if config.training.on_divergence == 'stop' else 'diverged'}: {diverged}")
                 with watch.pause():
-                    back = _gone_back(run, params, around, save, diverged)
+                    back = _gone_back(run, params, around, meter, save, diverged)
                 if back is None:
                     return program.DIVERGED
                 state = back
@@ -157,27 +158,34 @@ def _windows(run: Run, start: int) -> Windows:
     )
 
 
-def _newest(run: Run, params: ModelParams | None, around: Around) -> tuple[TrainState, float | None]:
-    """The newest whole checkpoint of the run, and its validation score; else the state before the first update."""
+def _newest(
+    run: Run, params: ModelParams | None, around: Around
+) -> tuple[TrainState, float | None, dict[str, Any] | None]:
+    """The newest whole checkpoint: state, validation score, sums of the meter; else the state before the first step."""
     V = run.corpus.vocabulary.size
     if mesh_lib.any_process(bool(around.checkpoints.steps())):
         state, meta = around.checkpoints.restore(step_lib.abstract(run.config, V, run.mesh))
         run_directory.require_own(meta["identity"], run.config, run.identity, run.run_dir)
         around.log.say(f"continuing from the checkpoint of step {int(state.step)}")
-        return state, meta["bits_per_character"]
+        return state, meta["bits_per_character"], meta["sums"]
     state = step_lib.place(run.mesh, step_lib.init(run.config, V))
-    return (state if params is None else step_lib.started_from(run.config, state, params)), None
+    return (state if params is None else step_lib.started_from(run.config, state, params)), None, None
+
+
+def _left_out(state: TrainState) -> int:
+    """Windows of each stream that the run has passed over."""
+    return int(state.course.window) - int(state.step)
 
 
 def _gone_back(
-    run: Run, params: ModelParams | None, around: Around, save: "_Saver", diverged: Diverged
+    run: Run, params: ModelParams | None, around: Around, meter: Meter, save: "_Saver", diverged: Diverged
 ) -> TrainState | None:
     """The state that a run which diverged goes on from, saved; None where it is not to go back, or not any more."""
     training = run.config.training
     if training.on_divergence != "rollback":
         return None
     around.checkpoints.wait()
-    state, score = _newest(run, params, around)
+    state, score, sums = _newest(run, params, around)
     rollbacks = int(state.course.rollbacks) + 1
     if rollbacks > training.max_rollbacks:
         around.log.say(f"stopped: the run has gone back {training.max_rollbacks} times (max_rollbacks)")
@@ -188,6 +196,7 @@ def _gone_back(
     words = f"; windows {first} to {first + left_out - 1} of each stream are left out" if left_out else ""
     around.log.say(f"went back to step {step}, rollback {rollbacks} of {training.max_rollbacks}{words}")
     around.log.rewind(step)
+    meter.restart(sums, _left_out(state))
     save.rollbacks += 1
     save(state, score)
     return state
@@ -255,7 +264,7 @@ class _Saver:
         with self._watch.pause():
             if self._settings.check_replicas_every:
                 self.check(int(state.step), state)
-            self._checkpoints.save(state, self._own, bits_per_character)
+            self._checkpoints.save(state, self._own, bits_per_character, self._meter.sums())
             failed = self._checkpoints.failed_saves  # of this save only what failed at once; it goes on behind
             self.given_up = bool(most) and mesh_lib.any_process(failed >= most)
         self._meter.pause(time.monotonic() - began)

@@ -138,8 +138,12 @@ def test_a_state_without_optimizer_arrays_is_saved_and_restored(tmp_path):
 
 def test_meta_is_read_without_the_arrays(tmp_path):
     save_all(tmp_path, (4, 2.5), 6)
+    sums = {"nats": 0.1 + 0.2, "symbols": 3}
+    with Checkpoints(tmp_path, log=print) as checkpoints:
+        checkpoints.save(make_state(7), IDENTITY, None, sums)
     with Checkpoints(tmp_path, writable=False, log=print) as checkpoints:
-        assert checkpoints.read_meta()["step"] == 6
+        assert (checkpoints.read_meta()["step"], checkpoints.read_meta()["sums"]) == (7, sums)
+        assert checkpoints.read_meta(6)["sums"] is None
         meta = checkpoints.read_meta(4)
     assert (meta["identity"], meta["bits_per_character"]) == (IDENTITY, 2.5)
     assert meta["arrays"]["params.cells.0.w_h"]["shape"] == [16, 64]

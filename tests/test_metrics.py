@@ -232,6 +232,42 @@ def test_what_was_skipped_is_told_counted_and_left_out_of_the_mean():
     ]
 
 
+# Going on, and going back.
+
+
+def test_after_a_restart_a_line_covers_what_was_saved_and_what_came_since_and_speed_the_latter_alone(clock):
+    whole, first = meter(), meter()
+    for m in (whole, first):
+        m.add(1, reported(1.1 * BIT))
+        m.add(2, reported(2.3 * BIT, symbols=30))
+        m.settle()
+    saved = json.loads(json.dumps(first.sums()))
+    first.add(3, reported(np.nan))  # of a step that is gone back from; it is not looked at again
+    for m in (first, resumed := meter()):
+        clock.now += 100
+        m.restart(saved, 0)
+        assert m.status() == ""
+        m.add(3, reported(0.7 * BIT))
+        clock.now += 2
+        line = m.train_record()
+        assert (line["characters_per_second"], line["step"]) == (10.0, 3)
+        whole.restart(saved, 0)
+        whole.add(3, reported(0.7 * BIT))
+        assert line["bits_per_character"] == whole.train_record()["bits_per_character"]
+        assert line["bits_per_character"] == pytest.approx((1.1 * 20 + 2.3 * 30 + 0.7 * 20) / 70)
+        assert m.sums() == {"nats": 0.0, "symbols": 0, "steps": 0}
+
+
+def test_windows_left_out_count_as_read(clock):
+    m = meter()
+    m.restart(None, 5)
+    m.add(3, reported())
+    clock.now += 1
+    m.settle()
+    assert "epoch 1.00 " in m.status()
+    assert m.train_record()["epoch"] == m.evaluation_record(3, "valid", 1.0, 1.0)["epoch"] == 1.0
+
+
 def test_where_all_was_skipped_there_is_no_mean():
     m = meter(on_divergence="skip", say=lambda line: None)
     m.add(1, unsound(loss=np.inf))
