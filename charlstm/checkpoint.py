@@ -85,13 +85,7 @@ class Checkpoints:
         self.wait()
         self._thread.shutdown()
 
-    def save(
-        self,
-        state: TrainState,
-        identity: dict[str, Any],
-        bits_per_character: float | None,
-        sums: dict[str, Any] | None = None,
-    ) -> None:
+    def save(self, state: TrainState, identity: dict[str, Any], score: float | None, sums: Any = None) -> None:
         """Saves `state` under its step: waits for the save before, copies to the host, and leaves the rest behind.
 
         A step that is there already is replaced, and later ones are set aside: the run went back.  A save that fails is
@@ -99,22 +93,20 @@ class Checkpoints:
 
         Args:
           state: every leaf a jax.Array, none of size zero; may be donated or deleted on return.
-          identity: plain JSON; what this state belongs to (settings, vocabulary, corpus, versions).
-          bits_per_character: on validation; None or not finite where there is none to compare by.
-          sums: plain JSON; what the run's metrics had added up since their last record.
+          identity, sums: plain JSON; what the state belongs to (settings, text, versions), and the meter's sums.
+          score: bits per symbol on validation; None or not finite where there is none to compare by.
         """
         assert self._writable
         assert json.loads(json.dumps(identity)) == identity, f"not plain JSON: {identity}"
         self.wait()
         step, items = int(state.step), _items(state)
-        comparable = bits_per_character is not None and math.isfinite(bits_per_character)
         found = digests(items)
         meta = {
             "format": file_manifest.FORMAT,
             "step": step,
             "identity": identity,
-            "bits_per_character": bits_per_character if comparable else None,
             "sums": sums,
+            "bits_per_symbol": score if score is not None and math.isfinite(score) else None,
             "arrays": {name: {**held, "digest": found[name]} for name, held in describe(items).items()},
         }
         try:
@@ -137,11 +129,11 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step with the lowest validation metric, the earlier of equals; None where no step has one."""
-        scores = {step: meta["bits_per_character"] for step, meta in self._files.sealed().items()}
+        scores = {step: meta["bits_per_symbol"] for step, meta in self._files.sealed().items()}
         return min((step for step in scores if scores[step] is not None), key=lambda step: scores[step], default=None)
 
     def read_meta(self, step: int | None = None) -> dict[str, Any]:
-        """What was saved beside the arrays: format, step, identity, bits_per_character, sums, arrays.  No array is read.
+        """What was saved beside the arrays: format, step, identity, bits_per_symbol, sums, arrays.  No array is read.
 
         Args:
           step: None for the newest.  Where its seal is damaged, the newest other step that has one answers.

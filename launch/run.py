@@ -68,7 +68,9 @@ def train(run: Run, params: ModelParams | None, around: Around) -> int:
     if start >= last:
         log.say(f"finished: the run is at step {start} of {last}; --num_steps above that goes on")
         return program.DONE
-    meter = Meter(plan.steps_per_epoch, config.training, log.say)
+    text = run.corpus.splits["train"]
+    of_ascii = text.characters == text.bytes and not text.unknown
+    meter = Meter(plan.steps_per_epoch, config.training, log.say, run.corpus.vocabulary.kind, of_ascii)
     meter.restart(sums, _left_out(state))
     log.say(
         f"training on {mesh_lib.describe(run.mesh)}: step {start} of {last}, {plan.steps_per_epoch} steps an epoch, "
@@ -167,7 +169,7 @@ def _newest(
         state, meta = around.checkpoints.restore(step_lib.abstract(run.config, V, run.mesh))
         run_directory.require_own(meta["identity"], run.config, run.identity, run.run_dir)
         around.log.say(f"continuing from the checkpoint of step {int(state.step)}")
-        return state, meta["bits_per_character"], meta["sums"]
+        return state, meta["bits_per_symbol"], meta["sums"]
     state = step_lib.place(run.mesh, step_lib.init(run.config, V))
     return (state if params is None else step_lib.started_from(run.config, state, params)), None, None
 
@@ -218,8 +220,8 @@ def _validation(run: Run, around: Around, meter: Meter) -> Callable[[int, ModelP
             score = score_split(params)
         seconds = time.monotonic() - began
         meter.pause(seconds)
-        around.log.say(f"step {step}: validation {_in_words(score)}")
-        return meter.evaluation_record(step, "valid", score.bits_per_character, len(split) / seconds)
+        around.log.say(f"step {step}: validation {score.in_words(run.corpus.vocabulary.kind)}")
+        return meter.evaluation_record(step, "valid", score, len(split) / seconds)
 
     return validate
 
@@ -239,13 +241,8 @@ def _heard(run: Run, log: RunLog, state: TrainState, score: float) -> TrainState
     return state
 
 
-def _in_words(score: evaluate_lib.Score) -> str:
-    words = f"{score.bits_per_character:.4f} bits per character"
-    return words if score.bytes == score.characters else f"{words}, {score.bits_per_byte:.4f} per byte"
-
-
 class _Saver:
-    """Makes a checkpoint of (state, validation bits per character), after a look at the devices' copies of it.
+    """Makes a checkpoint of (state, validation bits per symbol), after a look at the devices' copies of it.
 
     Attributes:
       given_up: --max_failed_saves have failed, on one process or on all; every process knows it at the same step.
@@ -259,12 +256,12 @@ class _Saver:
         self._own = run_directory.checkpoint_identity(run.config, run.identity)
         self._settings, self._differing = run.config.training, replicas.comparison(run.mesh)
 
-    def __call__(self, state: TrainState, bits_per_character: float | None) -> None:
+    def __call__(self, state: TrainState, bits_per_symbol: float | None) -> None:
         began, most = time.monotonic(), self._settings.max_failed_saves
         with self._watch.pause():
             if self._settings.check_replicas_every:
                 self.check(int(state.step), state)
-            self._checkpoints.save(state, self._own, bits_per_character, self._meter.sums())
+            self._checkpoints.save(state, self._own, bits_per_symbol, self._meter.sums())
             failed = self._checkpoints.failed_saves  # of this save only what failed at once; it goes on behind
             self.given_up = bool(most) and mesh_lib.any_process(failed >= most)
         self._meter.pause(time.monotonic() - began)

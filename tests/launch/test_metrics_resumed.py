@@ -15,7 +15,7 @@ from launch import program, train
 
 # Checkpoints of 10, 20, 30 and 40 between lines of 7, 14, 21, 28, 35 and 40; evaluations, saved too, of 12, 24 and 36.
 FLAGS = ("--log_every=7", "--evaluate_every=12", "--keep_checkpoints=40")
-OF_TIME = ("seconds", "characters_per_second", "input_wait")
+OF_TIME = ("seconds", "symbols_per_second", "input_wait")
 STEPS_PER_EPOCH = 27  # of the text in conftest.py
 
 
@@ -108,7 +108,7 @@ def test_what_was_gone_back_from_is_in_no_line_and_windows_left_out_are_in_the_e
     found = {line["step"]: line for line in lines(folder, "back") if line["split"] == "train"}
     for first, last in ((1, 7), (22, 28), (29, 35), (36, 40)):
         mean = np.mean([losses[step] for step in range(first, last + 1)])
-        assert found[last]["bits_per_character"] == pytest.approx(mean / np.log(2), rel=1e-12)
+        assert found[last]["bits_per_symbol"] == pytest.approx(mean / np.log(2), rel=1e-12)
     assert {step: line["epoch"] for step, line in found.items()} == {
         step: round((step + (4 if step > 30 else 0)) / STEPS_PER_EPOCH, 4) for step in (7, 14, 21, 28, 35, 40)
     }

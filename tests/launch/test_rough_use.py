@@ -71,7 +71,7 @@ def test_a_text_named_from_one_directory_is_found_from_another(arguments, tmp_pa
     assert train.main(["train", *run, "--logical_shards=8"]) == program.DONE
     monkeypatch.chdir(ROOT)
     assert evaluate.main(["evaluate", f"--run_dir={tmp_path / 'run'}"]) == program.DONE
-    assert "bits per character" in capsys.readouterr().out
+    assert "bits per byte" in capsys.readouterr().out
 
 
 def test_a_text_of_two_names_is_refused(folder, arguments, tmp_path):
