@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from charlstm import config as config_lib
 from charlstm import mesh as mesh_lib
+from charlstm import schedules
 from charlstm import step as step_lib
 from charlstm.checkpoint import Checkpoints
 from charlstm.config import Config
@@ -140,6 +141,7 @@ def _run(
         config = config_lib.resolve(config, mesh.size)
     config, remark = recurrence.chosen(config, corpus, plan, mesh)
     remarks += [remark] if remark else []
+    remarks += schedules.remarks(config.optimizer, config.training, plan.steps_per_epoch, begun=is_there)
     run = Run(run_dir, config, identity, corpus, plan, mesh)
     params = _initial_params(run, chosen.initial_checkpoint, remarks.append)
     with contextlib.ExitStack() as held:
