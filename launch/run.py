@@ -209,8 +209,8 @@ def _validation(run: Run, around: Around, meter: Meter) -> Callable[[int, ModelP
     split = run.corpus.splits.get("valid")
     if split is None:
         return None
-    # What training goes by has the same bits on any number of devices.
-    shards = step_lib.shards_per_device(run.config, run.mesh.size) if run.config.optimizer.goes_by_validation else 1
+    # In the logical shards, as gradients are: the same bits on any number of devices that divides them.
+    shards = step_lib.shards_per_device(run.config, run.mesh.size)
     score_split = evaluate_lib.of_split(run.config, run.corpus.vocabulary.size, split, run.mesh, run.separator, shards)
 
     def validate(step: int, params: ModelParams) -> dict[str, Any]:

@@ -10,11 +10,13 @@ import pytest
 
 from charlstm import mesh as mesh_lib
 from charlstm import step as step_lib
-from charlstm.metrics import Meter
-from launch import program, train
+from charlstm.metrics import FIGURES, Meter
+from launch import evaluate, program, train
 
 # Checkpoints of 10, 20, 30 and 40 between lines of 7, 14, 21, 28, 35 and 40; evaluations, saved too, of 12, 24 and 36.
-FLAGS = ("--log_every=7", "--evaluate_every=12", "--keep_checkpoints=40")
+FLAGS = (
+    "--log_every=7", "--evaluate_every=12", "--keep_checkpoints=40", "--logical_shards=2", "--piece=24", "--burn_in=8",
+)  # fmt: skip
 OF_TIME = ("seconds", "symbols_per_second", "input_wait")
 STEPS_PER_EPOCH = 27  # of the text in conftest.py
 
@@ -25,9 +27,9 @@ class Killed(BaseException):
 
 @pytest.fixture(scope="module")
 def go(arguments, folder):
-    """Trains `name` on one device: (status, None where it was killed; {step: loss of its last update})."""
+    """Trains `name` on so many devices: (status, None where it was killed; {step: loss of its last update})."""
 
-    def go(name, *flags, at=None, end=None, poisoned=None):
+    def go(name, *flags, devices=1, at=None, end=None, poisoned=None):
         losses = {}
 
         def make(*args, make=step_lib.make):
@@ -49,7 +51,9 @@ def go(arguments, folder):
                 end()
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(mesh_lib, "make", lambda given=None, make=mesh_lib.make: make(given or jax.devices()[:1]))
+            patch.setattr(
+                mesh_lib, "make", lambda given=None, make=mesh_lib.make: make(given or jax.devices()[:devices])
+            )
             patch.setattr(step_lib, "make", make)
             patch.setattr(Meter, "add", add)
             try:
@@ -84,20 +88,35 @@ def straight(go, folder) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    ("end", "at", "status"),
+    ("end", "at", "status", "devices"),
     [
-        (kill, 17, None),
-        (interrupt, 17, program.STOPPED),
-        pytest.param(kill, 33, None, marks=pytest.mark.long),
-        pytest.param(interrupt, 21, program.STOPPED, marks=pytest.mark.long),  # just before a line
+        (kill, 17, None, 2),
+        (interrupt, 17, program.STOPPED, 1),
+        pytest.param(kill, 33, None, 1, marks=pytest.mark.long),
+        pytest.param(interrupt, 21, program.STOPPED, 1, marks=pytest.mark.long),  # just before a line
     ],
-    ids=["killed at 17", "Ctrl-C at 17", "killed at 33", "Ctrl-C at 21"],
+    ids=["killed at 17 on two devices", "Ctrl-C at 17", "killed at 33", "Ctrl-C at 21"],
 )
-def test_cut_short_and_resumed_it_has_the_metrics_of_the_run_that_was_not(end, at, status, go, folder, straight):
+def test_cut_short_and_resumed_it_has_the_metrics_of_the_run_that_was_not(
+    end, at, status, devices, go, folder, straight
+):
     name = f"{end.__name__} {at}"
-    assert go(name, at=at, end=end)[0] == status
+    assert go(name, devices=devices, at=at, end=end)[0] == status
     assert go(name)[0] == program.DONE
     assert but_for_time(folder, name) == straight
+
+
+def test_on_as_many_devices_as_logical_shards_the_evaluating_program_prints_the_bits_of_the_log(
+    straight, folder, monkeypatch, capsys
+):
+    monkeypatch.setattr(mesh_lib, "make", lambda given=None, make=mesh_lib.make: make(given or jax.devices()[:2]))
+    capsys.readouterr()
+    for line in straight:
+        if line["split"] == "valid":
+            flags = (f"--run_dir={folder / 'straight'}", f"--checkpoint={line['step']}", "--split=valid")
+            assert evaluate.main(["evaluate", *flags, "--format=json"]) == program.DONE
+            found = json.loads(capsys.readouterr().out)
+            assert [found[name] for name in FIGURES] == [line[name] for name in FIGURES]
 
 
 def test_what_was_gone_back_from_is_in_no_line_and_windows_left_out_are_in_the_epoch(go, folder):
