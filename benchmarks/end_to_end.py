@@ -162,7 +162,7 @@ def stalls(rows: Rows, job: Job, shape: Shape, saves: int) -> None:
         for first in range(BETWEEN_SAVES, len(lines), BETWEEN_SAVES):
             own = lines[first - 1 : first + BETWEEN_SAVES]
             passed = [after["seconds"] - before["seconds"] for before, after in pairwise(own)]
-            rate = own[1].get("characters_per_second")  # of ours: without the time held up
+            rate = own[1].get("symbols_per_second")  # of ours: without the time held up
             held.append(passed[0] - shape.symbols / rate if rate else own[1]["saving"])
             passed[0] -= held[-1]
             half = BETWEEN_SAVES // 2

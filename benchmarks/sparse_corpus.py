@@ -48,7 +48,8 @@ def make(directory: Path, shard_count: int, shard_bytes: int = SHARD_BYTES) -> P
         (directory / shard.checksums).write_bytes(checksums)
         shards.append(shard)
     symbols = shard_count * shard_bytes
-    write_manifest(directory, Manifest(Vocabulary("bytes"), {"train": SplitRecord(symbols, symbols, tuple(shards))}))
+    record = SplitRecord(symbols, symbols, symbols, 0, tuple(shards))
+    write_manifest(directory, Manifest(Vocabulary("bytes"), {"train": record}))
     return directory
 
 

@@ -84,7 +84,7 @@ class Checkpoints:
         self.wait()
         self._thread.shutdown()
 
-    def save(self, state: TrainState, identity: dict[str, Any], bits_per_character: float | None) -> None:
+    def save(self, state: TrainState, identity: dict[str, Any], score: float | None, sums: Any = None) -> None:
         """Saves `state` under its step: waits for the save before, copies to the host, and leaves the rest behind.
 
         A step that is there already is replaced, and later ones are set aside: the run went back.  A save that fails is
@@ -92,8 +92,8 @@ class Checkpoints:
 
         Args:
           state: every leaf a jax.Array, none of size zero; may be donated or deleted on return.
-          identity: plain JSON; what this state belongs to (settings, vocabulary, corpus, versions).
-          bits_per_character: on validation; None or not finite where there is none to compare by.
+          identity, sums: plain JSON; what the state belongs to (settings, text, versions), and the meter's sums.
+          score: bits per symbol on validation; None or not finite where there is none to compare by.
 
         Raises:
           CopiesDiffer: the devices do not hold the same; nothing is saved.
@@ -102,7 +102,6 @@ class Checkpoints:
         assert json.loads(json.dumps(identity)) == identity, f"not plain JSON: {identity}"
         self.wait()
         step, items = int(state.step), _items(state)
-        comparable = bits_per_character is not None and math.isfinite(bits_per_character)
         on_every_device = state._replace(recurrent_state=())._asdict()
         compared = replicas.compare(on_every_device, mesh.mesh_of(state.step))
         if compared.differing:
@@ -112,7 +111,8 @@ class Checkpoints:
             "format": file_manifest.FORMAT,
             "step": step,
             "identity": identity,
-            "bits_per_character": bits_per_character if comparable else None,
+            "sums": sums,
+            "bits_per_symbol": score if score is not None and math.isfinite(score) else None,
             "arrays": {name: {**held, "digest": found[name]} for name, held in describe(items).items()},
         }
         try:
@@ -139,7 +139,7 @@ class Checkpoints:
         return next(iter(self._files.by_score()), None)
 
     def read_meta(self, step: int | None = None) -> dict[str, Any]:
-        """What was saved beside the arrays: format, step, identity, bits_per_character, arrays.  No array is read.
+        """What was saved beside the arrays: format, step, identity, bits_per_symbol, sums, arrays.  No array is read.
 
         Args:
           step: None for the newest that has a whole seal.

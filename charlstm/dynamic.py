@@ -25,8 +25,9 @@ import numpy as np
 
 from charlstm import model
 from charlstm.config import Config
-from charlstm.evaluate import Score, Split, nats_at, scores
+from charlstm.evaluate import Split, nats_at, scores
 from charlstm.loss import cross_entropy
+from charlstm.metrics import Score
 from charlstm.types import ModelParams
 from data_pipeline.batch import Batch
 from data_pipeline.pieces import PiecePlan, read_pieces

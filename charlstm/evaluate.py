@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from charlstm import mesh as mesh_lib
 from charlstm import model
 from charlstm.config import Config
 from charlstm.loss import NATS_PER_BIT, cross_entropy
+from charlstm.metrics import Score
 from charlstm.types import ModelParams, RecurrentState
 from data_pipeline.batch import Batch
 from data_pipeline.pieces import PiecePlan, read_pieces
@@ -22,6 +23,8 @@ class Split(Protocol):
     """A split of a corpus."""
 
     bytes: int  # of the original text
+    characters: int | None  # that start in it; None where it is not UTF-8
+    unknown: int  # symbols that are not in the vocabulary
 
     def __len__(self) -> int: ...
 
@@ -29,22 +32,6 @@ class Split(Protocol):
     def dtype(self) -> np.dtype: ...
 
     def read(self, start: int, stop: int, /) -> np.ndarray: ...
-
-
-class Score(NamedTuple):
-    """Bits are sums; the figures per symbol and per byte are divided once."""
-
-    bits: float
-    characters: int  # symbols of the vocabulary
-    bytes: int  # of the same text as it lay on disk
-
-    @property
-    def bits_per_character(self) -> float:
-        return self.bits / self.characters
-
-    @property
-    def bits_per_byte(self) -> float:
-        return self.bits / self.bytes
 
 
 def of_split(
@@ -93,7 +80,7 @@ def at_temperatures(
 def scores(nats_K: np.ndarray, vocabulary_size: int, split: Split) -> list[Score]:
     """Of sums over symbols 1 .. N-1 of `split`."""
     bits_K = nats_K / NATS_PER_BIT + math.log2(vocabulary_size)
-    return [Score(bits, len(split), split.bytes) for bits in bits_K.tolist()]
+    return [Score(bits, len(split), split.characters, split.bytes, split.unknown) for bits in bits_K.tolist()]
 
 
 def _sum(nats_BK: jax.Array) -> np.ndarray:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 SEAL = "checkpoint.json"
-FORMAT = 3
+FORMAT = 4
 _STEP = re.compile(r"0|[1-9][0-9]*")
 _LEFTOVER = re.compile(r"(0|[1-9][0-9]*)\.(saving|removed).*")
 _WHOLE, _OTHER_FORMAT, _DAMAGED, _UNREAD = range(4)  # what a process finds of a step; the worst counts for all
@@ -157,7 +157,7 @@ class StepDirectory:
 
     def by_score(self) -> list[int]:
         """The steps that were validated, the lowest score first, the earlier of equals first."""
-        scores = {step: meta["bits_per_character"] for step, meta in self.sealed().items()}
+        scores = {step: meta["bits_per_symbol"] for step, meta in self.sealed().items()}
         return sorted((step for step in scores if scores[step] is not None), key=lambda step: scores[step])
 
     def read(self, step: int, items: Collection[str] | None = None) -> dict[str, Any]:

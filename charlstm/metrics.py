@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,45 @@ class Diverged(Exception):
         self.step, self.windows_at_fault = step, windows_at_fault
 
 
+FIGURES = ("bits_per_symbol", "bits_per_character", "bits_per_byte")
+
+
+class Score(NamedTuple):
+    """The bits of a text, a sum, and what it is divided by, once."""
+
+    bits: float
+    symbols: int
+    characters: int | None  # Unicode code points of the same text; None where they are not known, or it is not UTF-8
+    bytes: int | None  # of the same text as it lay on disk; None where they are not known
+    unknown: int = 0  # symbols that are not in the vocabulary
+
+    @property
+    def bits_per_symbol(self) -> float:
+        return self.bits / self.symbols
+
+    @property
+    def bits_per_character(self) -> float | None:
+        return self.bits / self.characters if self.characters else None
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """None where symbols are unknown: they stand for any number of bytes, which the model does not tell."""
+        return self.bits / self.bytes if self.bytes and not self.unknown else None
+
+    def figures(self) -> dict[str, float | None]:
+        """The three, as they are named wherever they are written; None where one does not apply."""
+        return {name: getattr(self, name) for name in FIGURES}
+
+    def in_words(self, kind: str) -> str:
+        """Of a vocabulary of `kind`: what a symbol is comes first, and the other figure where it is another."""
+        named = {"byte": self.bits_per_byte, "character": self.bits_per_character}
+        first, other = ("byte", "character") if kind == "bytes" else ("character", "byte")
+        words = f"{self.bits_per_symbol:.4f} bits per {first}"
+        if named[other] not in (None, self.bits_per_symbol):
+            words += f" ({named[other]:.4f} per {other})"
+        return words + (f", {100 * self.unknown / self.symbols:.2g}% of the symbols unknown" if self.unknown else "")
+
+
 class Meter:
     """Adds up what the steps report.  Looks at a step's metrics one step late, so that the device never waits.
 
@@ -39,20 +78,47 @@ class Meter:
         steps_per_epoch: int,
         settings: TrainingConfig,
         say: Callable[[str], None],
+        kind: str = "bytes",
+        of_ascii: bool = False,
     ) -> None:
-        """Of a run of `settings`; `say` takes a line about what was skipped."""
+        """Of a run of `settings`.
+
+        Args:
+          say: takes a line about what was skipped.
+          kind: what the symbols are: bytes or characters.
+          of_ascii: every symbol of the training text is a character of one byte, and known.
+        """
+        self._of_bytes, self._of_ascii = kind == "bytes", of_ascii
         self._epoch, self._num_steps = steps_per_epoch, settings.num_steps
         self._skips, self._max_skips, self._say = settings.on_divergence == "skip", settings.max_skips, say
         self._spike_factor = settings.spike_factor
-        self._pending: tuple[int, Metrics] | None = None
+        self._pending: tuple[int, Metrics] | None
         self._started = time.monotonic()
-        self._latest: dict[str, Any] = {}
         self.records: dict[str, dict[str, Any]] = {}
         self.skipped, self.rows_reset = 0, 0
+        self.restart(None, 0)
+
+    def restart(self, sums: dict[str, Any] | None, left_out: int) -> None:
+        """Goes on from a checkpoint: nothing that was added since then is in the next record, nor its time.
+
+        Args:
+          sums: those of the steps between the last record and the checkpoint; None where there are none.
+          left_out: windows that the run has passed over so far, which count as read in the epoch.
+        """
+        self._pending, self._left_out = None, left_out
+        self._latest: dict[str, Any] = {}  # what the last step looked at has reported
         self._reset()
+        if sums:
+            self._nats, self._symbols, self._steps = sums["nats"], sums["symbols"], sums["steps"]
+
+    def sums(self) -> dict[str, Any]:
+        """What was added up since the last record, but for time: plain JSON, and of floats every bit."""
+        assert self._pending is None, "settle() first"
+        return {"nats": self._nats, "symbols": self._symbols, "steps": self._steps}
 
     def _reset(self) -> None:
-        self._nats, self._symbols, self._steps, self._waited, self._since = 0.0, 0, 0, 0.0, time.monotonic()
+        self._nats, self._symbols, self._steps = 0.0, 0, 0
+        self._timed, self._waited, self._since = 0, 0.0, time.monotonic()  # of this process alone
 
     def next_of(self, windows: Iterator[Any]) -> Any:
         """The next batch, the time waited for it counted as input wait."""
@@ -82,6 +148,7 @@ class Meter:
         if metrics.sound:
             self._nats += float(metrics.loss) * int(metrics.symbols)
             self._symbols += int(metrics.symbols)
+            self._timed += int(metrics.symbols)
             self._steps += 1
             self._latest["grad_norm"] = float(metrics.grad_norm)
 
@@ -107,8 +174,12 @@ class Meter:
         """A line of metrics.jsonl for the steps since the last one."""
         self.settle()
         step = self._latest["step"]
-        bits = self._nats / self._symbols / NATS_PER_BIT if self._steps else None  # None: all were skipped
-        record = self._record(step, "train", bits) | self._speed()
+        score = None  # all were skipped
+        if self._steps:
+            characters = self._symbols if self._of_ascii or not self._of_bytes else None
+            in_bytes = self._symbols if self._of_ascii or self._of_bytes else None
+            score = Score(self._nats / NATS_PER_BIT, self._symbols, characters, in_bytes)
+        record = self._record(step, "train", score) | self._speed()
         record |= {k: self._latest[k] for k in ("learning_rate", "grad_norm")}
         if mesh_lib.is_one_of_several():
             waits = mesh_lib.gather(str(record["input_wait"]))
@@ -117,48 +188,55 @@ class Meter:
         self._reset()
         return record
 
-    def evaluation_record(self, step: int, split: str, bits_per_character: float, speed: float) -> dict[str, Any]:
-        """A line of metrics.jsonl for an evaluation that read `speed` characters a second."""
-        self.records[split] = self._record(step, split, bits_per_character) | {"characters_per_second": round(speed, 1)}
+    def evaluation_record(self, step: int, split: str, score: Score, speed: float) -> dict[str, Any]:
+        """A line of metrics.jsonl for an evaluation that read `speed` symbols a second."""
+        self.records[split] = self._record(step, split, score) | {"symbols_per_second": round(speed, 1)}
         return self.records[split]
 
     def status(self) -> str:
         """The live line, of the steps since the last record."""
-        steps, nats, symbols = self._steps, self._nats, self._symbols  # once: the watchdog's thread asks, too
-        if not (steps and symbols):
+        # Once: the watchdog's thread asks, too.
+        steps, nats, symbols, latest = self._steps, self._nats, self._symbols, self._latest
+        if not (steps and symbols and latest):
             return ""
         speed = self._speed()
-        step = self._latest["step"]
-        left = (self._num_steps - step) * symbols / steps / max(speed["characters_per_second"], 1e-9)
+        step = latest["step"]
+        left = (self._num_steps - step) * symbols / steps / max(speed["symbols_per_second"], 1e-9)
+        per_symbol, unit = ("bpb", "bytes") if self._of_bytes else ("bpc", "chars")
+        speeds = f"{speed['symbols_per_second']:,.0f} {unit}/s  input wait {speed['input_wait']:.0%}"
         return (
-            f"step {step}/{self._num_steps}  epoch {step / self._epoch:.2f}  {nats / symbols / NATS_PER_BIT:.3f} bpc  "
-            f"{speed['characters_per_second']:,.0f} chars/s  input wait {speed['input_wait']:.0%}  ETA {duration(left)}"
+            f"step {step}/{self._num_steps}  epoch {self._epochs(step):.2f}  "
+            f"{nats / symbols / NATS_PER_BIT:.3f} {per_symbol}  {speeds}  ETA {duration(left)}"
         )
 
-    def _record(self, step: int, split: str, bits: float | None) -> dict[str, Any]:
+    def _record(self, step: int, split: str, score: Score | None) -> dict[str, Any]:
         return {
             "step": step,
-            "epoch": round(step / self._epoch, 4),
+            "epoch": round(self._epochs(step), 4),
             "split": split,
-            "bits_per_character": bits,
+            **(score.figures() if score else dict.fromkeys(FIGURES)),
             "learning_rate": None,
             "grad_norm": None,
-            "characters_per_second": None,
+            "symbols_per_second": None,
             "input_wait": None,
             "seconds": round(time.monotonic() - self._started, 3),
         }
 
+    def _epochs(self, step: int) -> float:
+        """How often the training split has been read after `step` updates."""
+        return (step + self._left_out) / self._epoch
+
     def _speed(self) -> dict[str, float]:
         elapsed = max(time.monotonic() - self._since, 1e-9)
         return {
-            "characters_per_second": round(self._symbols / elapsed, 1),
+            "symbols_per_second": round(self._timed / elapsed, 1),
             "input_wait": round(self._waited / elapsed, 4),
         }
 
 
 def finite_score(step: int, record: dict[str, Any]) -> float:
-    """The bits per character of an evaluation's record.  Raises Diverged where they are not finite."""
-    score = record["bits_per_character"]
+    """The bits per symbol of an evaluation's record.  Raises Diverged where they are not finite."""
+    score = record["bits_per_symbol"]
     if not np.isfinite(score):
         raise Diverged(step, f"{record['split']} score={score} is not finite at step {step}")
     return score

@@ -28,7 +28,7 @@ def start() -> Progress:
 
 
 def heard(settings: OptimizerConfig, progress: Progress, score: float) -> Progress:
-    """The progress, in numpy's arrays, after an evaluation that gave `score` bits per character."""
+    """The progress, in numpy's arrays, after an evaluation that gave `score` bits per symbol."""
     evaluations, best, without_gain = int(progress.evaluations) + 1, float(np.float32(score)), 0
     if best >= progress.best:
         best, without_gain = float(progress.best), int(progress.without_gain) + 1

@@ -62,10 +62,10 @@ class RunLog:
 
     def rewind(self, step: int) -> None:
         """Drops the lines of metrics.jsonl after `step`: a run that goes on from a checkpoint makes them again."""
-        if self._metrics is None or not self._metrics.path.exists():
+        if self._metrics is None or not (written := self._metrics.text()):
             return
         kept = []
-        for line in self._metrics.path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in written.splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
@@ -126,14 +126,20 @@ class Lines:
             if len(self._waiting) > 2**24:
                 raise
 
+    def text(self) -> str:
+        """All lines, those that wait as well."""
+        there = self.path.read_bytes() if self.path.exists() else b""
+        return (there + self._waiting).decode("utf-8", "replace")
+
     def replace(self, text: str) -> None:
-        """Has the file hold `text` and nothing else, in one stroke."""
+        """Has the file hold `text` and nothing else, in one stroke; no line waits after that."""
         beside = self.path.with_suffix(f"{self.path.suffix}.tmp")
         with open(beside, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, self.path)
+        self._waiting.clear()
 
     def close(self) -> None:
         """Raises OSError where there are lines left."""

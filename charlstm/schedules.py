@@ -21,12 +21,12 @@ Differences of steps are taken in int32, and only then divided: float32 cannot t
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 
-from charlstm.training_config import OptimizerConfig, parse_epochs
+from charlstm.training_config import OptimizerConfig, TrainingConfig, parse_epochs
 from charlstm.types import Progress
 
 Schedule = Callable[[jax.Array, Progress], jax.Array]
@@ -87,3 +87,50 @@ def _decay(config: OptimizerConfig, steps_per_epoch: int, decay_steps: int) -> S
     if epochs := parse_epochs(config.drop_epochs):
         return lambda step, _: decayed((jnp.asarray(epochs, jnp.int32) <= step // steps_per_epoch).sum())
     return lambda step, _: decayed(step // decay_steps)
+
+
+def remarks(config: OptimizerConfig, training: TrainingConfig, steps_per_epoch: int, begun: bool) -> Iterator[str]:
+    """What a run of this length has of its schedule that may not be meant, a sentence each; nothing where all is well.
+
+    Args:
+      begun: the run goes on, with the decay_steps that it began with.
+    """
+    num_steps = training.num_steps
+    end, final = config.decay_steps or num_steps, config.learning_rate * config.final_fraction
+    if config.schedule in ("linear", "cosine") and end < num_steps:
+        remedy = f"a decay over {num_steps} steps is a new run" if begun else "--decay_steps=0 is the whole run"
+        yield (
+            f"the learning rate is {final:g} from step {end} on, for {(num_steps - end) / num_steps:.0%} of the "
+            f"{num_steps} steps{', which learn nothing' if not final else ''}, as decay_steps={end}: {remedy}"
+        )
+    if config.warmup_steps > num_steps:
+        yield (
+            f"the learning rate comes to {num_steps / config.warmup_steps:.0%} of {config.learning_rate:g} and no "
+            f"further, as warmup_steps={config.warmup_steps} and num_steps={num_steps}"
+        )
+    first = _first_drop(config, steps_per_epoch, end)
+    if first is not None and first >= num_steps:
+        yield (
+            f"the learning rate never drops: with schedule={config.schedule} it would first drop at step {first}, and "
+            f"num_steps={num_steps}"
+        )
+    waits = {"the learning rate never drops": (config.plateau_patience, config.plateau_latest, "schedule=plateau")}
+    waits["the average never begins"] = config.average_patience, config.average_latest, "average=asgd"
+    for what, (patience, latest, flag) in waits.items():
+        heard = (num_steps - 1) // training.evaluate_every if training.evaluate_every else 0  # before the last update
+        needed = min(patience + 1, latest or patience + 1)
+        if flag in (f"schedule={config.schedule}", f"average={config.average}") and patience and heard < needed:
+            yield (
+                f"{what}: {flag} waits for {needed} evaluations or more, and the run has {heard}, as evaluate_every="
+                f"{training.evaluate_every} and num_steps={num_steps}"
+            )
+
+
+def _first_drop(config: OptimizerConfig, steps_per_epoch: int, decay_steps: int) -> int | None:
+    """The step at which an exponential or stepwise schedule first leaves the full rate; None of any other."""
+    if config.schedule == "exponential":
+        return config.decay_start_epoch * steps_per_epoch
+    if config.schedule != "step":
+        return None
+    epochs = parse_epochs(config.drop_epochs)
+    return epochs[0] * steps_per_epoch if epochs else decay_steps

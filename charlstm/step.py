@@ -63,7 +63,7 @@ def started_from(config: Config, state: TrainState, params: ModelParams) -> Trai
 
 
 def heard(config: Config, mesh: Mesh, state: TrainState, score: float) -> TrainState:
-    """`state` when validation has said `score`, bits per character: what every process agrees on."""
+    """`state` when validation has said `score`, bits per symbol: what every process agrees on."""
     told = progress.heard(config.optimizer, jax.tree.map(np.asarray, state.progress), score)
     return state._replace(progress=mesh_lib.put(mesh, mesh_lib.REPLICATED, told))
 

@@ -35,8 +35,8 @@ def train(
     Args:
       next_batch: gives the batch of step `state.step`, then the next one, and so on.
       evaluate: (step, params or their average) -> a line of metrics.jsonl; None where there is no validation split.
-      heard: (state, validation bits per character) -> the state that training goes on from.
-      save: makes a checkpoint of (state, validation bits per character or None).
+      heard: (state, validation bits per symbol) -> the state that training goes on from.
+      save: makes a checkpoint of (state, validation bits per symbol or None).
       check: (step, state) -> None where the devices' copies are equal.
 
     Raises:

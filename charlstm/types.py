@@ -73,7 +73,7 @@ class Progress(NamedTuple):
     """What validation has said to a run that goes by it, and what came of it; replicated (progress.py)."""
 
     evaluations: jax.Array  # int32 []: scores heard
-    best: jax.Array  # float32 []: the lowest of them, bits per character; inf before the first
+    best: jax.Array  # float32 []: the lowest of them, bits per symbol; inf before the first
     without_gain: jax.Array  # int32 []: how many came after the lowest
     dropped: jax.Array  # bool []: --schedule=plateau has lowered the rate
     averaged: jax.Array  # int32 []: parameters that the average is of; 0 until it begins (averaging.py)

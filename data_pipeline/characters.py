@@ -14,6 +14,7 @@ import numpy as np
 from data_pipeline.texts import Extent, ParallelMap, Text, TextFile
 
 REGION = 16 << 20  # bytes of a file that are looked at as one piece
+CONTINUATION = bytes(range(0x80, 0xC0))  # bytes of UTF-8 at which no character starts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +121,44 @@ def _decoded(decoder: codecs.IncrementalDecoder, chunk: bytes, final: bool, path
             f"that it has (such as `iconv -f WINDOWS-1252 -t UTF-8 {shlex.quote(str(path))} > new.txt`) and name that, "
             "or use --vocabulary=bytes for it"
         ) from None
+
+
+class StartCount:
+    """Counts the characters that start in stretches of a text, which may be cut anywhere, within a character too.
+
+    Attributes:
+      characters: so many; None where a stretch is not UTF-8, but for the halves of characters at its ends.
+    """
+
+    def __init__(self) -> None:
+        self.characters: int | None = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self.begin()
+
+    def begin(self) -> None:
+        """Ends a stretch, and begins another."""
+        if self.characters is not None and self._decoder.getstate()[0]:
+            self.characters += 1  # it starts here, and ends in another stretch
+        self._decoder.reset()
+        self._before = 0  # bytes of a character that started in another stretch; -1 once one has started in this
+
+    def add(self, chunk: bytes) -> None:
+        """The next bytes of the stretch."""
+        if self.characters is None:
+            return
+        if self._before >= 0:
+            started = chunk.lstrip(CONTINUATION)
+            self._before += len(chunk) - len(started)
+            if self._before > 3:  # no character is so long
+                self.characters = None
+                return
+            if started:
+                self._before = -1
+            chunk = started
+        try:
+            self.characters += len(self._decoder.decode(chunk))
+        except UnicodeDecodeError:
+            self.characters = None
 
 
 def count_each(extents: list[Extent]) -> tuple[np.ndarray, np.ndarray]:

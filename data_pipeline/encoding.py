@@ -11,11 +11,11 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_pipeline.characters import count_all, index_characters, read_characters
+from data_pipeline.characters import StartCount, count_all, index_characters, read_characters
 from data_pipeline.cutting import Span, cut, shard_spans
 from data_pipeline.files import Progress, sealed, unsealed, written_whole
 from data_pipeline.manifest import Shard, SplitRecord
@@ -37,13 +37,24 @@ class ShardTask:
     extents: tuple[Extent, ...]
     block_bytes: int
 
-    def pieces(self) -> Iterator[np.ndarray]:
-        """The ids, a chunk at a time."""
+    def pieces(self, starts: StartCount) -> Iterator[np.ndarray]:
+        """The ids, a chunk at a time; of bytes, their characters are counted on the way."""
         if self.vocabulary.kind == "bytes":
             for extent in self.extents:
-                yield from (np.frombuffer(chunk, np.uint8) for chunk in extent.read())
+                for chunk in extent.read():
+                    starts.add(chunk)
+                    yield np.frombuffer(chunk, np.uint8)
+                starts.begin()
         else:
             yield from (self.vocabulary.encode(text, unknown="map") for text in read_characters(self.extents))
+
+
+class Written(NamedTuple):
+    """A shard on disk, and what was counted when it was written."""
+
+    shard: Shard
+    characters: int | None
+    unknown: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +69,7 @@ class SplitPlan:
 def parallel_map(workers: int, processes: bool, progress: Progress | None) -> Iterator[Callable[[str], ParallelMap]]:
     """Yields a function that gives a `ParallelMap` for work of some description, which `progress` is told of.
 
-    Threads do, where the work is hashing and copying.  Decoding UTF-8 holds the interpreter's lock, and needs
+    Threads do, where there is little work.  Decoding UTF-8 holds the interpreter's lock, and much of it needs
     `processes`; these are spawned, as forking a program that has threads (JAX has) may hang.
     """
     pool: concurrent.futures.Executor
@@ -149,22 +160,33 @@ def write_splits(
     written = iter(parallel(_write_once, tasks))
     records = {}
     for split, planned in plans.items():
-        shards = tuple(next(written) for _ in planned.shards)
-        records[split] = SplitRecord(sum(shard.symbols for shard in shards), planned.bytes, shards)
+        shards, characters, unknown = zip(*(next(written) for _ in planned.shards), strict=True)
+        symbols, whole = sum(shard.symbols for shard in shards), None if None in characters else sum(characters)
+        records[split] = SplitRecord(symbols, planned.bytes, whole, sum(unknown), shards)
     assert next(written, None) is None
     return records
 
 
-def _write_once(task: ShardTask) -> Shard:
+def _write_once(task: ShardTask) -> Written:
     """Writes a shard and, last, a note of it: what a killed preparation left is known whole by its note."""
     note = task.directory / f"{task.file}.json"
     known = unsealed(note)
     if known is not None:
-        shard = Shard(**json.loads(known))
+        shard_fields, *counts = json.loads(known)
+        shard = Shard(**shard_fields)
         sizes = shard_sizes(shard, task.vocabulary.dtype.itemsize, task.block_bytes)
         if all((task.directory / name).exists() for name in sizes):
-            return shard
-    shard = write_shard(task.directory, task.file, task.pieces(), task.block_bytes)
+            return Written(shard, *counts)
+    starts, unknown, characters = StartCount(), 0, task.vocabulary.kind == "characters"
+
+    def counted() -> Iterator[np.ndarray]:
+        nonlocal unknown
+        for ids in task.pieces(starts):
+            unknown += int(np.count_nonzero(ids == 0)) if characters else 0
+            yield ids
+
+    shard = write_shard(task.directory, task.file, counted(), task.block_bytes)
+    written = Written(shard, shard.symbols if characters else starts.characters, unknown)
     with written_whole(note) as out:
-        out.write(sealed(canonical_json(dataclasses.asdict(shard))))
-    return shard
+        out.write(sealed(canonical_json([dataclasses.asdict(shard), *written[1:]])))
+    return written

@@ -10,7 +10,7 @@ from typing import Any
 from data_pipeline.files import written_whole
 from data_pipeline.vocabulary import Vocabulary, canonical_json
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 IDS_VERSION = 1  # enters the fingerprint, to which runs are held: the ids are those of format 1
 NAME = "manifest.json"
 SPLITS = ("train", "valid", "test")
@@ -39,6 +39,8 @@ class SplitRecord:
 
     symbols: int
     bytes: int  # of the original text
+    characters: int | None  # code points that start in it; None where it is not UTF-8
+    unknown: int  # symbols that are not in the vocabulary
     shards: tuple[Shard, ...]
 
 
@@ -160,7 +162,9 @@ def _split(name: str, tree: dict[str, Any]) -> SplitRecord:
             raise ValueError(f"{file!r} is not the name of a shard")
         digests = _digest(shard, "sha256"), _digest(shard, "checksums_sha256")
         shards.append(Shard(file, _field(shard, "symbols", int), *digests))
-    record = SplitRecord(_field(tree, "symbols", int), _field(tree, "bytes", int), tuple(shards))
+    characters = None if tree.get("characters", "") is None else _field(tree, "characters", int)
+    counts = _field(tree, "symbols", int), _field(tree, "bytes", int), characters, _field(tree, "unknown", int)
+    record = SplitRecord(*counts, tuple(shards))
     if record.symbols != sum(shard.symbols for shard in shards) or any(shard.symbols < 1 for shard in shards):
         raise ValueError(f"the shards of split {name} do not add up to its {record.symbols} symbols")
     return record

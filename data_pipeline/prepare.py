@@ -63,7 +63,7 @@ def prepare(
     cache = at_home(settings.cache_dir)
     workers = workers or _cores()
     texts, described = find_texts(settings, cache, workers, progress)
-    processes = settings.vocabulary == "characters" and sum(text.bytes for text in texts.values()) > SMALL
+    processes = sum(text.bytes for text in texts.values()) > SMALL
     files = [file for text in texts.values() for file in text.files]
     digests = hash_files(files, cache / "memo", workers, progress)
     key = _key(texts, digests, settings, [shard_bytes, block_bytes])

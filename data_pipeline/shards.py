@@ -73,7 +73,7 @@ class Split:
     def __init__(self, directory: Path, record: SplitRecord, dtype: np.dtype, block_bytes: int, keep_blocks: int = 64):
         self._directory, self._record, self._block_bytes = directory, record, block_bytes
         self.dtype = dtype
-        self.bytes = record.bytes  # of the original text
+        self.bytes, self.characters, self.unknown = record.bytes, record.characters, record.unknown
         self._starts = np.cumsum([0, *(shard.symbols for shard in record.shards)])
         self._maps: Recent[tuple[MappedFile, bytes]] = Recent(OPEN_SHARDS)
         self._blocks: Recent[np.ndarray] = Recent(keep_blocks)

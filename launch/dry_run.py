@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from charlstm import config as config_lib
 from charlstm import mesh as mesh_lib
-from charlstm import model
+from charlstm import model, schedules
 from charlstm import step as step_lib
 from charlstm.config import Config
 from charlstm.metrics import duration
@@ -39,6 +39,7 @@ def report(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, form: s
         print(json.dumps({"parameters": parameters, "flops_per_step": arithmetic, "seconds_per_step": seconds}))
         return
     memory = _memory(config, V, plan, mesh)
+    remarks = schedules.remarks(config.optimizer, config.training, plan.steps_per_epoch, begun=False)
     left, whole = config.training.num_steps * seconds, config.training.num_steps * arithmetic
     rows = [
         ("devices", mesh_lib.describe(mesh)),
@@ -55,7 +56,8 @@ def report(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, form: s
         ("symbols per step", f"{symbols:,}"),
         ("steps per epoch", f"{plan.steps_per_epoch:,}"),
         ("steps", f"{config.training.num_steps:,} ({config.training.num_steps / plan.steps_per_epoch:.2f} epochs)"),
-        ("time per step", f"{seconds:.4g} s, {symbols / seconds:,.0f} characters/s ({how})"),
+        ("learning rate", "; ".join([f"{config.optimizer.learning_rate:g}, {config.optimizer.schedule}", *remarks])),
+        ("time per step", f"{seconds:.4g} s, {symbols / seconds:,.0f} symbols/s ({how})"),
         ("ETA", duration(left)),
     ]
     for name, value in rows:

@@ -18,8 +18,7 @@ from charlstm import dynamic
 from charlstm import evaluate as evaluate_lib
 from charlstm import mesh as mesh_lib
 from charlstm.config import Config
-from charlstm.evaluate import Score
-from charlstm.metrics import duration
+from charlstm.metrics import Score, duration
 from charlstm.training_config import EvaluationConfig
 from charlstm.types import ModelParams
 from data_pipeline import corpora
@@ -95,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
     if chosen.format == "json":
         print(json.dumps(_fields(chosen, adaptation, step, temperature, scores, seconds)))
     else:
-        print("\n".join(_lines(chosen, step, temperature, scores, seconds)))
+        print("\n".join(_lines(chosen, corpus.vocabulary.kind, step, temperature, scores, seconds)))
     return program.DONE
 
 
@@ -147,22 +146,18 @@ def _progress(doing: str) -> Callable[[int, int], None]:
     return progress
 
 
-def _lines(chosen: EvaluateFlags, step: int, temperature: float, scores: list[Score], seconds: float) -> Iterator[str]:
+def _lines(
+    chosen: EvaluateFlags, kind: str, step: int, temperature: float, scores: list[Score], seconds: float
+) -> Iterator[str]:
     name = f"{chosen.split}, dynamic" if chosen.dynamic else chosen.split
     first = scores[0]
-    yield (
-        f"{name}: {_figures(first)} at step {step}, {first.characters:,} characters of {first.bytes:,} bytes in "
-        f"{duration(seconds)}"
-    )
+    plain = first.characters is None or (kind == "bytes" and first.characters == first.bytes)
+    length = f"{first.bytes:,} bytes" if plain else f"{first.characters:,} characters of {first.bytes:,} bytes"
+    yield f"{name}: {first.in_words(kind)} at step {step}, {length} in {duration(seconds)}"
     if chosen.search_temperature:
         where = "this very split" if chosen.split == "valid" else "the validation split"
         end = " and the last one tried" if temperature in (TEMPERATURES[0], TEMPERATURES[-1]) else ""
-        yield f"{name}: {_figures(scores[1])} at temperature {temperature:.3f}, the best on {where}{end}"
-
-
-def _figures(score: Score) -> str:
-    per_byte = "" if score.bytes == score.characters else f" ({score.bits_per_byte:.4f} per byte)"
-    return f"{score.bits_per_character:.4f} bits per character{per_byte}"
+        yield f"{name}: {scores[1].in_words(kind)} at temperature {temperature:.3f}, the best on {where}{end}"
 
 
 def _fields(
@@ -176,20 +171,18 @@ def _fields(
     fields = {
         "split": chosen.split,
         "step": step,
-        "bits_per_character": scores[0].bits_per_character,
-        "bits_per_byte": scores[0].bits_per_byte,
+        **scores[0].figures(),
+        "symbols": scores[0].symbols,
         "characters": scores[0].characters,
         "bytes": scores[0].bytes,
+        "unknown_share": scores[0].unknown / scores[0].symbols,
         "seconds": round(seconds, 3),
     }
     if chosen.dynamic:
         fields |= dataclasses.asdict(adaptation)
     if chosen.search_temperature:
-        fields |= {
-            "temperature": temperature,
-            "bits_per_character_at_temperature": scores[1].bits_per_character,
-            "bits_per_byte_at_temperature": scores[1].bits_per_byte,
-        }
+        at_temperature = {f"{name}_at_temperature": value for name, value in scores[1].figures().items()}
+        fields |= {"temperature": temperature, **at_temperature}
     return fields
 
 

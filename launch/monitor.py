@@ -20,9 +20,11 @@ from data_pipeline.settings import setting
 # What there is to tell, without the prefix charlstm_.  What ends in _total is a counter.
 METRICS = {
     "step": "Updates made since the beginning of the run.",
-    "train_bits_per_character": "Training loss over the steps of the last record, bits per character.",
-    "validation_bits_per_character": "Loss of the last evaluation of the validation split, bits per character.",
-    "characters_per_second": "Training speed of all processes together over the steps of the last record.",
+    "train_bits_per_character": "Training loss over the steps of the last record, bits per Unicode character.",
+    "train_bits_per_byte": "The same, bits per byte.",
+    "validation_bits_per_character": "Last score of the validation split, bits per Unicode character.",
+    "validation_bits_per_byte": "The same, bits per byte.",
+    "symbols_per_second": "Training speed of all processes together over the steps of the last record.",
     "input_wait_ratio": "Part of that time in which this process waited for input, 0 to 1.",
     "checkpoint_age_seconds": "Seconds since the newest checkpoint was whole on disk.",
     "checkpoint_failures_in_a_row": "Saves that failed since the last one that succeeded.",
@@ -103,8 +105,10 @@ def of_records(latest: Mapping[str, Mapping[str, Any]]) -> dict[str, float | Non
     train, valid = latest.get("train", {}), latest.get("valid", {})
     return {
         "train_bits_per_character": train.get("bits_per_character"),
+        "train_bits_per_byte": train.get("bits_per_byte"),
         "validation_bits_per_character": valid.get("bits_per_character"),
-        "characters_per_second": train.get("characters_per_second"),
+        "validation_bits_per_byte": valid.get("bits_per_byte"),
+        "symbols_per_second": train.get("symbols_per_second"),
         "input_wait_ratio": train.get("input_wait"),
     }
 

@@ -61,14 +61,17 @@ def train(run: Run, params: ModelParams | None, around: Around) -> int:
     config, plan, last = run.config, run.plan, run.config.training.num_steps
     checkpoints, log, watch, _ = around
     train_step = _step(run, watch)
-    state, _ = _newest(run, params, around)
+    state, _, sums = _newest(run, params, around)
     mesh_lib.once(lambda: run_directory.write_config(run.run_dir, config))  # what is refused until here changes nothing
     start = int(state.step)
     log.rewind(start)
     if start >= last:
         log.say(f"finished: the run is at step {start} of {last}; --num_steps above that goes on")
         return program.DONE
-    meter = Meter(plan.steps_per_epoch, config.training, log.say)
+    text = run.corpus.splits["train"]
+    of_ascii = text.characters == text.bytes and not text.unknown
+    meter = Meter(plan.steps_per_epoch, config.training, log.say, run.corpus.vocabulary.kind, of_ascii)
+    meter.restart(sums, _left_out(state))
     log.say(
         f"training on {mesh_lib.describe(run.mesh)}: step {start} of {last}, {plan.steps_per_epoch} steps an epoch, "
         f"{config.training.logical_shards} logical shards"
@@ -107,7 +110,7 @@ def train(run: Run, params: ModelParams | None, around: Around) -> int:
             except Diverged as diverged:
                 log.say(f"{'stopped' if config.training.on_divergence == 'stop' else 'diverged'}: {diverged}")
                 with watch.pause():
-                    back = _gone_back(run, params, around, save, diverged)
+                    back = _gone_back(run, params, around, meter, save, diverged)
                 if back is None:
                     return program.DIVERGED
                 state = back
@@ -157,27 +160,34 @@ def _windows(run: Run, start: int) -> Windows:
     )
 
 
-def _newest(run: Run, params: ModelParams | None, around: Around) -> tuple[TrainState, float | None]:
-    """The newest whole checkpoint of the run, and its validation score; else the state before the first update."""
+def _newest(
+    run: Run, params: ModelParams | None, around: Around
+) -> tuple[TrainState, float | None, dict[str, Any] | None]:
+    """The newest whole checkpoint: state, validation score, sums of the meter; else the state before the first step."""
     V = run.corpus.vocabulary.size
     if mesh_lib.any_process(bool(around.checkpoints.steps())):
         state, meta = around.checkpoints.restore(step_lib.abstract(run.config, V, run.mesh))
         run_directory.require_own(meta["identity"], run.config, run.identity, run.run_dir)
         around.log.say(f"continuing from the checkpoint of step {int(state.step)}")
-        return state, meta["bits_per_character"]
+        return state, meta["bits_per_symbol"], meta["sums"]
     state = step_lib.place(run.mesh, step_lib.init(run.config, V))
-    return (state if params is None else step_lib.started_from(run.config, state, params)), None
+    return (state if params is None else step_lib.started_from(run.config, state, params)), None, None
+
+
+def _left_out(state: TrainState) -> int:
+    """Windows of each stream that the run has passed over."""
+    return int(state.course.window) - int(state.step)
 
 
 def _gone_back(
-    run: Run, params: ModelParams | None, around: Around, save: "_Saver", diverged: Diverged
+    run: Run, params: ModelParams | None, around: Around, meter: Meter, save: "_Saver", diverged: Diverged
 ) -> TrainState | None:
     """The state that a run which diverged goes on from, saved; None where it is not to go back, or not any more."""
     training = run.config.training
     if training.on_divergence != "rollback":
         return None
     around.checkpoints.wait()
-    state, score = _newest(run, params, around)
+    state, score, sums = _newest(run, params, around)
     rollbacks = int(state.course.rollbacks) + 1
     if rollbacks > training.max_rollbacks:
         around.log.say(f"stopped: the run has gone back {training.max_rollbacks} times (max_rollbacks)")
@@ -188,6 +198,7 @@ def _gone_back(
     words = f"; windows {first} to {first + left_out - 1} of each stream are left out" if left_out else ""
     around.log.say(f"went back to step {step}, rollback {rollbacks} of {training.max_rollbacks}{words}")
     around.log.rewind(step)
+    meter.restart(sums, _left_out(state))
     save.rollbacks += 1
     save(state, score)
     return state
@@ -198,8 +209,8 @@ def _validation(run: Run, around: Around, meter: Meter) -> Callable[[int, ModelP
     split = run.corpus.splits.get("valid")
     if split is None:
         return None
-    # What training goes by has the same bits on any number of devices.
-    shards = step_lib.shards_per_device(run.config, run.mesh.size) if run.config.optimizer.goes_by_validation else 1
+    # In the logical shards, as gradients are: the same bits on any number of devices that divides them.
+    shards = step_lib.shards_per_device(run.config, run.mesh.size)
     score_split = evaluate_lib.of_split(run.config, run.corpus.vocabulary.size, split, run.mesh, run.separator, shards)
 
     def validate(step: int, params: ModelParams) -> dict[str, Any]:
@@ -209,8 +220,8 @@ def _validation(run: Run, around: Around, meter: Meter) -> Callable[[int, ModelP
             score = score_split(params)
         seconds = time.monotonic() - began
         meter.pause(seconds)
-        around.log.say(f"step {step}: validation {_in_words(score)}")
-        return meter.evaluation_record(step, "valid", score.bits_per_character, len(split) / seconds)
+        around.log.say(f"step {step}: validation {score.in_words(run.corpus.vocabulary.kind)}")
+        return meter.evaluation_record(step, "valid", score, len(split) / seconds)
 
     return validate
 
@@ -230,13 +241,8 @@ def _heard(run: Run, log: RunLog, state: TrainState, score: float) -> TrainState
     return state
 
 
-def _in_words(score: evaluate_lib.Score) -> str:
-    words = f"{score.bits_per_character:.4f} bits per character"
-    return words if score.bytes == score.characters else f"{words}, {score.bits_per_byte:.4f} per byte"
-
-
 class _Saver:
-    """Makes a checkpoint of (state, validation bits per character), after a look at the devices' copies of it.
+    """Makes a checkpoint of (state, validation bits per symbol), after a look at the devices' copies of it.
 
     Attributes:
       given_up: --max_failed_saves have failed, on one process or on all; every process knows it at the same step.
@@ -250,11 +256,11 @@ class _Saver:
         self._own = run_directory.checkpoint_identity(run.config, run.identity)
         self._settings, self._mesh = run.config.training, run.mesh
 
-    def __call__(self, state: TrainState, bits_per_character: float | None) -> None:
+    def __call__(self, state: TrainState, bits_per_symbol: float | None) -> None:
         began, most = time.monotonic(), self._settings.max_failed_saves
         with self._watch.pause():
             try:
-                self._checkpoints.save(state, self._own, bits_per_character)
+                self._checkpoints.save(state, self._own, bits_per_symbol, self._meter.sums())
             except replicas.CopiesDiffer as found:
                 raise _drifted(int(state.step), str(found)) from None
             failed = self._checkpoints.failed_saves  # of this save only what failed at once; it goes on behind

@@ -224,15 +224,7 @@ def continued(run_dir: Path, wanted: Config, identity: Identity, initial: str) -
     flat = config_lib.flatten(wanted)
     values = {name: getattr(getattr(wanted, flat[name][0]), name) for name in changed}
     remarks = [f"changed since the run was started or last continued: {change}" for change in free]
-    config = config_lib.replace(run_config, **values)
-    optimizer, last = config.optimizer, config.training.num_steps
-    if optimizer.schedule in ("linear", "cosine") and last > optimizer.decay_steps:
-        rate = optimizer.learning_rate * optimizer.final_fraction
-        remarks.append(
-            f"the learning rate stays at {rate:g} after step {optimizer.decay_steps}, as the run was started with "
-            f"decay_steps={optimizer.decay_steps}: a decay over {last} steps is a new run"
-        )
-    return config, remarks
+    return config_lib.replace(run_config, **values), remarks
 
 
 def require_same(run_dir: Path, run: Identity, now: Identity) -> None:

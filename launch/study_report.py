@@ -25,7 +25,7 @@ def report(study: Any, study_dir: Path) -> str:
     if not finished:
         return lines[0]
     searched = list(finished[0].user_attrs["values"])
-    rows = [["trial", "bits per character", "parameters", "updates", "seconds", *searched, ""]]
+    rows = [["trial", "bits per symbol", "parameters", "updates", "seconds", *searched, ""]]
     for trial in scored[:BEST]:
         facts = trial.user_attrs
         updates = max(step for step, _ in trials.evaluations(trials.run_dir(study_dir, trial.number)))

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from charlstm import config as config_lib
 from charlstm import mesh as mesh_lib
+from charlstm import schedules
 from charlstm import step as step_lib
 from charlstm.checkpoint import Checkpoints
 from charlstm.config import Config
@@ -129,6 +130,7 @@ def _run(
     remarks += [remark] if remark else []
     separator = run_directory.separator(config, corpus.vocabulary)
     remarks += chosen_corpus.remarks_on_separator(config, corpus, separator)
+    remarks += schedules.remarks(config.optimizer, config.training, plan.steps_per_epoch, begun=goes_on)
     run = Run(run_dir, config, identity, corpus, plan, mesh)
     params = started_from = None
     if not mesh_lib.any_process(bool(StepDirectory(run_dir / "checkpoints").steps())):

@@ -67,8 +67,8 @@ def run_dir(study_dir: Path, number: int) -> Path:
 
 
 def evaluations(directory: Path) -> list[tuple[int, float]]:
-    """(step, bits per character) of each evaluation of the validation split that a run has made."""
-    return [(line["step"], line["bits_per_character"]) for line in records(directory) if line["split"] == "valid"]
+    """(step, bits per symbol) of each evaluation of the validation split that a run has made."""
+    return [(line["step"], line["bits_per_symbol"]) for line in records(directory) if line["split"] == "valid"]
 
 
 def records(directory: Path) -> list[dict[str, Any]]:
@@ -83,7 +83,7 @@ def training_seconds(directory: Path, symbols: int) -> float:
     seconds, before = 0.0, 0
     for line in records(directory):
         if line["split"] == "train":
-            seconds += (line["step"] - before) * symbols / max(line["characters_per_second"], 1e-9)
+            seconds += (line["step"] - before) * symbols / max(line["symbols_per_second"], 1e-9)
             before = line["step"]
     return seconds
 

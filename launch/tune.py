@@ -152,7 +152,7 @@ class Study:
         scores = [bits for _, bits in trials.evaluations(run_dir)]
         if ended.status == program.DONE:
             self.optuna.tell(trial, min(scores))
-            _say(f"trial {number}: {min(scores):.4f} bits per character")
+            _say(f"trial {number}: {min(scores):.4f} bits per symbol")
         elif ended.pruned or ended.status == program.DIVERGED:
             self.optuna.tell(trial, state=states.PRUNED)
             why = "the others do better" if ended.pruned else ended.last_words

@@ -70,21 +70,21 @@ class Run:
         return [record for record in map(json.loads, lines) if record["split"] == split]
 
     def curve(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """(characters read, bits per character) at each record of a split."""
+        """(symbols read, bits per symbol) at each record of a split."""
         streams, records = self.config["streams"], self.records(split)
         steps = np.array([record["step"] for record in records])
-        bits = np.array([record["bits_per_character"] for record in records])
+        bits = np.array([record["bits_per_symbol"] for record in records])
         return steps * streams["batch_size"] * streams["window"], bits
 
     @property
     def final(self) -> float:
-        """Bits per character on the validation split at the end."""
-        return self.records("valid")[-1]["bits_per_character"]
+        """Bits per symbol on the validation split at the end."""
+        return self.records("valid")[-1]["bits_per_symbol"]
 
     @property
     def pace(self) -> float:
-        """Characters a second between two records, of the fastest: when other programs left the processor alone."""
-        return max(record["characters_per_second"] for record in self.records("train"))
+        """Symbols a second between two records, of the fastest: when other programs left the processor alone."""
+        return max(record["symbols_per_second"] for record in self.records("train"))
 
 
 def parameters(config: ModelConfig, vocabulary_size: int) -> int:

@@ -138,10 +138,14 @@ def test_a_state_without_optimizer_arrays_is_saved_and_restored(tmp_path):
 
 def test_meta_is_read_without_the_arrays(tmp_path):
     save_all(tmp_path, (4, 2.5), 6)
+    sums = {"nats": 0.1 + 0.2, "symbols": 3}
+    with Checkpoints(tmp_path, log=print) as checkpoints:
+        checkpoints.save(make_state(7), IDENTITY, None, sums)
     with Checkpoints(tmp_path, writable=False, log=print) as checkpoints:
-        assert checkpoints.read_meta()["step"] == 6
+        assert (checkpoints.read_meta()["step"], checkpoints.read_meta()["sums"]) == (7, sums)
+        assert checkpoints.read_meta(6)["sums"] is None
         meta = checkpoints.read_meta(4)
-    assert (meta["identity"], meta["bits_per_character"]) == (IDENTITY, 2.5)
+    assert (meta["identity"], meta["bits_per_symbol"]) == (IDENTITY, 2.5)
     assert meta["arrays"]["params.cells.0.w_h"]["shape"] == [16, 64]
     assert "params.embedding" not in meta["arrays"]
 
@@ -178,7 +182,7 @@ def test_a_step_that_is_saved_again_is_replaced(tmp_path):
     with Checkpoints(tmp_path, log=print) as checkpoints:
         checkpoints.save(other, IDENTITY, 1.25)
         restored, meta = checkpoints.restore(abstract_state())
-    assert bits(restored) == bits(other) and meta["bits_per_character"] == 1.25
+    assert bits(restored) == bits(other) and meta["bits_per_symbol"] == 1.25
     assert names(tmp_path) == ["3"]
 
 
@@ -262,7 +266,7 @@ def test_another_format_is_refused_and_never_taken_for_damage(tmp_path):
     rewrite_seal(tmp_path / "2", lambda meta: meta.update(format=99))
     with Checkpoints(tmp_path, log=print) as checkpoints:
         for ask in (checkpoints.read_meta, lambda: checkpoints.restore(abstract_state())):
-            with pytest.raises(ValueError, match="format 99 and this version reads 3"):
+            with pytest.raises(ValueError, match="format 99 and this version reads 4"):
                 ask()
     assert names(tmp_path) == ["1", "2"]
 

@@ -104,7 +104,7 @@ def test_a_model_that_does_not_learn_has_the_static_score(separator):
     temperatures = (1.0, 0.9)
     found = dynamic.score(config, still, params(config), ones(params(config)), text, separator, temperatures)
     for score, expected in zip(found, static(config, text, separator, temperatures=temperatures), strict=True):
-        assert score.bits_per_character == pytest.approx(expected.bits_per_character, abs=1e-6)
+        assert score.bits_per_symbol == pytest.approx(expected.bits_per_symbol, abs=1e-6)
         assert (score.characters, score.bytes) == (1403, 1500)
 
 
@@ -130,7 +130,7 @@ def test_a_word_that_is_new_and_comes_again_is_learned_and_the_trained_parameter
     before = jax.tree.map(np.array, trained)
     squares = dynamic.mean_square(config, Adaptation(), trained, Given(usual))
     learning, still = (
-        dynamic.score(config, settings, trained, squares, text)[0].bits_per_character
+        dynamic.score(config, settings, trained, squares, text)[0].bits_per_symbol
         for settings in (Adaptation(), Adaptation(dynamic_learning_rate=0))
     )
     assert learning < 0.8 * still
@@ -182,7 +182,7 @@ def test_a_score_at_a_temperature_is_that_of_logits_divided_by_it_whatever_the_d
         expected = evaluate.of_split(config, V, Text(), mesh.make(jax.devices()[:1]))(cooled)
         assert score.bits == pytest.approx(expected.bits, rel=1e-6)
     for score, other in zip(found, static(config, Text(), devices=2, temperatures=temperatures), strict=True):
-        assert other.bits_per_character == pytest.approx(score.bits_per_character, abs=1e-6)
+        assert other.bits_per_symbol == pytest.approx(score.bits_per_symbol, abs=1e-6)
 
 
 @pytest.mark.parametrize("power", [-20, 0, 33])

@@ -17,7 +17,7 @@ V = 20
 
 class Text:
     dtype = np.dtype(np.uint8)
-    bytes = 1500
+    bytes, characters, unknown = 1500, 1000, 0
 
     def __init__(self, symbols=1000):
         # Markov enough for the carried state to matter.
@@ -55,7 +55,7 @@ def test_in_the_same_parts_it_has_the_same_bits_on_any_number_of_devices():
 
 
 def test_the_figure_does_not_depend_on_batch_size_devices_or_window():
-    expected = score(make()).bits_per_character
+    expected = score(make()).bits_per_symbol
     assert abs(expected - math.log2(V)) > 0.005
     for changes, devices in (
         ({"evaluation_batch_size": 1}, 1),
@@ -64,7 +64,7 @@ def test_the_figure_does_not_depend_on_batch_size_devices_or_window():
         ({"window": 130}, 4),
         ({"window": 7}, 8),
     ):
-        assert score(make(**changes), devices).bits_per_character == pytest.approx(expected, abs=1e-6)
+        assert score(make(**changes), devices).bits_per_symbol == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -81,14 +81,14 @@ def test_one_piece_is_the_plain_forward_pass_over_the_whole_split(kind):
     nats = np.asarray(cross_entropy(logits, ids[:, 1:].T), np.float64).sum()
     expected = (nats / math.log(2) + math.log2(V)) / len(text)  # the first symbol is charged log2(V) bits
     found = score(config)
-    assert found.bits_per_character == pytest.approx(expected, abs=1e-6)
+    assert found.bits_per_symbol == pytest.approx(expected, abs=1e-6)
     assert found.bits_per_byte == pytest.approx(expected * 1000 / 1500, abs=1e-6)
     assert (found.characters, found.bytes) == (1000, 1500)
 
 
 def test_burn_in_comes_close_to_carried_state():
     sequential, warm, cold = (
-        score(make(piece=piece, burn_in=burn_in)).bits_per_character
+        score(make(piece=piece, burn_in=burn_in)).bits_per_symbol
         for piece, burn_in in ((10**6, 0), (100, 60), (100, 0))
     )
     assert abs(warm - sequential) < abs(cold - sequential) / 10

@@ -141,7 +141,8 @@ def step_directory(tmp_path_factory) -> file_manifest.StepDirectory:
         "format": file_manifest.FORMAT,
         "step": 7,
         "identity": run_directory.checkpoint_identity(CONFIG, IDENTITIES[1]),
-        "bits_per_character": 1.25,
+        "bits_per_symbol": 1.25,
+        "sums": {"nats": 0.1, "symbols": 20, "steps": 1},
         "arrays": {"params.w": {"dtype": "float32", "shape": [16, 4], "digest": "0123456789abcdef"}},
     }
     file_manifest.seal(folder / "7", meta)

@@ -220,6 +220,19 @@ def test_lines_that_a_full_disk_does_not_take_are_there_once_it_takes_them(tmp_p
     assert [line.split()[-1] for line in (tmp_path / "log.txt").read_text().splitlines()] == ["2", "3"]
 
 
+def test_rewinding_drops_the_lines_that_wait_as_well(tmp_path, full):
+    log = RunLog(tmp_path, io.StringIO())
+    log.record({"step": 1})
+    full(17)
+    for step in (2, 3, 4):
+        log.record({"step": step})
+    full(resource.RLIM_INFINITY)
+    log.rewind(3)
+    log.record({"step": 5})
+    log.close()
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3, 5]
+
+
 def test_lines_that_the_disk_never_took_are_told_of_at_the_end(tmp_path, full):
     log = RunLog(tmp_path, io.StringIO())
     full(10)

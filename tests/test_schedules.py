@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from charlstm import progress, schedules
-from charlstm.training_config import OptimizerConfig
+from charlstm.training_config import OptimizerConfig, TrainingConfig
 
 SCHEDULES = ("constant", "linear", "cosine", "exponential", "step", "plateau")
 TURN = 2**24  # float32 cannot tell TURN and TURN + 1 apart
@@ -196,3 +196,87 @@ def test_a_decay_rate_of_zero_means_a_tenth_where_the_rate_drops_seldom_and_else
 def test_a_decay_rate_below_zero_is_refused():
     with pytest.raises(ValueError, match=r"decay_rate=-0.5 must be 0 or more"):
         OptimizerConfig(decay_rate=-0.5)
+
+
+# What is said of a schedule that a run of this length does not see.
+
+PLATEAU = dict(schedule="plateau", plateau_patience=3)
+
+
+def remarks(num_steps=100, evaluate_every=10, begun=False, **settings) -> list[str]:
+    training = TrainingConfig(num_steps=num_steps, evaluate_every=evaluate_every)
+    return list(schedules.remarks(OptimizerConfig(**settings), training, 10, begun))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            dict(schedule="cosine", decay_steps=6),
+            "the learning rate is 0 from step 6 on, for 94% of the 100 steps, which learn nothing, as decay_steps=6: "
+            "--decay_steps=0 is the whole run",
+        ),
+        (
+            dict(schedule="linear", decay_steps=80, final_fraction=0.5, learning_rate=0.01, begun=True),
+            "the learning rate is 0.005 from step 80 on, for 20% of the 100 steps, as decay_steps=80: a decay over 100 "
+            "steps is a new run",
+        ),
+        (
+            dict(warmup_steps=400, learning_rate=0.01),
+            "the learning rate comes to 25% of 0.01 and no further, as warmup_steps=400 and num_steps=100",
+        ),
+        (
+            dict(schedule="exponential"),
+            "the learning rate never drops: with schedule=exponential it would first drop at step 100, and "
+            "num_steps=100",
+        ),
+        (
+            dict(schedule="step"),
+            "the learning rate never drops: with schedule=step it would first drop at step 100, and num_steps=100",
+        ),
+        (
+            dict(schedule="step", drop_epochs="12,14", decay_steps=5),
+            "the learning rate never drops: with schedule=step it would first drop at step 120, and num_steps=100",
+        ),
+        (
+            PLATEAU | dict(evaluate_every=30),
+            "the learning rate never drops: schedule=plateau waits for 4 evaluations or more, and the run has 3, as "
+            "evaluate_every=30 and num_steps=100",
+        ),
+        (
+            dict(average="asgd", average_latest=10),  # the evaluation after the last step is too late
+            "the average never begins: average=asgd waits for 10 evaluations or more, and the run has 9, as "
+            "evaluate_every=10 and num_steps=100",
+        ),
+    ],
+)
+def test_what_a_run_does_not_see_of_its_schedule_is_said(settings, said):
+    assert remarks(**settings) == [said]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(decay_steps=5),
+        dict(schedule="cosine"),
+        dict(schedule="cosine", decay_steps=100, warmup_steps=100),
+        dict(schedule="linear", decay_steps=500),
+        dict(schedule="exponential", decay_start_epoch=9),
+        dict(schedule="step", decay_steps=99),
+        dict(schedule="step", drop_epochs="9,20"),
+        PLATEAU | dict(evaluate_every=24),
+        PLATEAU | dict(evaluate_every=30, plateau_latest=3),
+        dict(average="asgd", average_patience=0, evaluate_every=0),
+        dict(average="ema", evaluate_every=1000),
+    ],
+)
+def test_of_a_schedule_that_a_run_sees_nothing_is_said(settings):
+    assert remarks(**settings) == []
+
+
+@pytest.mark.parametrize("settings", [dict(schedule="exponential"), dict(schedule="step", drop_epochs="3")])
+def test_the_step_of_the_first_drop_is_that_of_the_schedule(settings):
+    settings = settings | dict(learning_rate=1.0, decay_start_epoch=4, decay_rate=0.5)
+    first = schedules._first_drop(OptimizerConfig(**settings), 10, 100)
+    np.testing.assert_array_equal(rates([first - 1, first], **settings), np.float32([1, 0.5]))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from charlstm import digest, guard, progress, trainer
-from charlstm.metrics import Diverged, Meter
+from charlstm.metrics import Diverged, Meter, Score
 from charlstm.run_log import RunLog
 from charlstm.trainer import due
 from charlstm.training_config import TrainingConfig
@@ -18,9 +18,13 @@ from charlstm.types import Metrics, ModelParams, TrainState
 
 LAST = 11
 KEYS = {
-    "step", "epoch", "split", "bits_per_character", "learning_rate", "grad_norm", "characters_per_second",
-    "input_wait", "seconds",
+    "step", "epoch", "split", "bits_per_symbol", "bits_per_character", "bits_per_byte", "learning_rate", "grad_norm",
+    "symbols_per_second", "input_wait", "seconds",
 }  # fmt: skip
+
+
+def scored(bits) -> Score:
+    return Score(bits, 1, 1, 1)
 
 
 class Terminal(io.StringIO):
@@ -75,7 +79,7 @@ class Run:
         # It is given the parameters after `step` updates, neither older nor newer ones.
         assert list(np.asarray(params)) == [*range(step), *[-1] * (LAST - step)]
         self.evaluated.append(step)
-        return self.meter.evaluation_record(step, "valid", step / 100, 1.0)
+        return self.meter.evaluation_record(step, "valid", scored(step / 100), 1.0)
 
     def hear(self, state, score):
         self.heard[int(state.step)] = score
@@ -185,7 +189,9 @@ def test_what_is_evaluated_is_the_average_where_one_is_kept(tmp_path):
     run = Run(tmp_path, evaluate_every=0)
     run.first = run.first._replace(average=ModelParams(None, (), None, jnp.zeros(())))
     given = []
-    run.evaluate = lambda step, params: given.append(params) or run.meter.evaluation_record(step, "valid", 1.0, 1.0)
+    run.evaluate = lambda step, params: (
+        given.append(params) or run.meter.evaluation_record(step, "valid", scored(1.0), 1.0)
+    )
     run.train()
     assert given == [run.first.average]
 
@@ -193,7 +199,7 @@ def test_what_is_evaluated_is_the_average_where_one_is_kept(tmp_path):
 def test_a_line_of_training_is_of_the_steps_since_the_line_before(tmp_path):
     run = Run(tmp_path, log_every=4, evaluate_every=3)
     run.train()
-    nats = [line["bits_per_character"] * np.log(2) for line in run.lines if line["split"] == "train"]
+    nats = [line["bits_per_symbol"] * np.log(2) for line in run.lines if line["split"] == "train"]
     assert nats == pytest.approx([(1 + 2 + 3 + 4) / 4, (5 + 6 + 7 + 8) / 4, (9 + 10 + 11) / 3])
 
 
@@ -315,7 +321,7 @@ def test_a_run_that_is_stopped_in_a_step_that_is_not_finite_saves_nothing_of_it(
 
 def test_a_score_that_is_not_finite_stops_the_run_and_nothing_of_it_is_saved_or_recorded(tmp_path):
     run = Run(tmp_path, evaluate_every=4, checkpoint_every=3)
-    run.evaluate = lambda step, params: run.meter.evaluation_record(step, "valid", np.nan, 1.0)
+    run.evaluate = lambda step, params: run.meter.evaluation_record(step, "valid", scored(np.nan), 1.0)
     with pytest.raises(Diverged, match="not finite at step 4"):
         run.train()
     assert (run.saves, run.recorded("valid")) == ([3], [])
@@ -327,7 +333,7 @@ def test_a_score_that_is_not_finite_stops_the_run_and_nothing_of_it_is_saved_or_
 def test_log_txt_has_a_line_for_each_line_of_training_in_the_metrics(tmp_path):
     Run(tmp_path, log_every=4).train()
     log = (tmp_path / "log.txt").read_text()
-    assert [int(n) for n in re.findall(r"^\S+ \S+ step (\d+)/11  epoch \S+  \S+ bpc ", log, re.MULTILINE)] == [4, 8, 11]
+    assert [int(n) for n in re.findall(r"^\S+ \S+ step (\d+)/11  epoch \S+  \S+ bpb ", log, re.MULTILINE)] == [4, 8, 11]
     assert log.count("\n") == 3
 
 

@@ -66,7 +66,7 @@ def test_a_manifest_is_read_as_it_was_written_or_refused(corpus, data):
         ("text.txt", "next.txt"),
         ('"block_bytes": 8', '"block_bytes": 1000000'),
         ("train-00000.ids", "train-00001.ids"),  # of the same size: another text
-        ('"format_version": 2', '"format_version": "a\\nb"'),
+        ('"format_version": 3', '"format_version": "a\\nb"'),
         ('"dtype": "', '"dtype": "\\n'),
         ('"kind"', '"a\\nb"'),
     ],

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline import characters, texts
+from data_pipeline import characters, encoding, texts
+from data_pipeline.characters import StartCount
 from data_pipeline.cutting import cut, shard_spans
 from data_pipeline.prepare import prepare
 from data_pipeline.settings import CorpusSettings
@@ -71,6 +72,62 @@ def test_the_vocabulary_is_of_the_training_split_alone(setting):
     assert corpus.vocabulary.characters == "ab"
     assert text_of(corpus, "test").decode() == "\N{REPLACEMENT CHARACTER}a" * 5
     assert corpus.splits["test"].bytes == len("éa".encode()) * 5
+
+
+@pytest.mark.parametrize("split", ["contiguous", "columns:3x7"])
+@pytest.mark.parametrize("vocabulary", ["bytes", "characters"])
+def test_the_characters_of_each_split_are_counted_wherever_it_is_cut(setting, vocabulary, split):
+    # Shards of 7 bytes or fewer symbols cut within characters of 2, 3 and 4 bytes, as do splits and columns.
+    text = "سلام 漢字 🙂 näe é" * 20
+    how = setting(text, vocabulary=vocabulary, split=split, valid_fraction=0.3, test_fraction=0.2)
+    corpus = open_corpus(prepare(how, shard_bytes=7 if vocabulary == "bytes" else 8, block_bytes=2))
+    for name, held in corpus.splits.items():
+        starts = sum(byte & 0xC0 != 0x80 for byte in text_of(corpus, name))
+        assert held.characters == (starts if vocabulary == "bytes" else len(held)) < held.bytes
+    if vocabulary == "bytes" and split == "contiguous":
+        assert sum(held.characters for held in corpus.splits.values()) == len(text)
+
+
+@pytest.mark.parametrize(
+    "bad", ["café".encode("latin-1"), "é".encode() + b"\xa9", b"\xed\xa0\x80", b"\xa9" * 4, b"\xc3\n"]
+)
+def test_characters_of_what_is_not_utf8_are_not_counted(tmp_path, setting, bad):
+    (tmp_path / "text").write_bytes("é".encode() * 50 + bad + b" " * 50)
+    corpus = open_corpus(prepare(setting(tmp_path / "text", valid_fraction=0.1, test_fraction=0.1)))
+    assert corpus.splits["train"].characters is None
+    assert corpus.splits["test"].characters == len(corpus.splits["test"])
+
+
+@given(st.lists(st.sampled_from(["a", "é", "漢", "🙂"]), max_size=30), st.data())
+def test_a_count_of_starts_does_not_depend_on_chunks_or_where_stretches_are_cut(text, data):
+    content, starts, begun = "".join(text).encode(), StartCount(), 0
+    for stop in [*sorted(data.draw(st.sets(st.integers(0, len(content))))), len(content)]:
+        starts.add(content[begun:stop])
+        if data.draw(st.booleans()):
+            starts.begin()
+        begun = stop
+    starts.begin()
+    assert starts.characters == len(text)
+
+
+def test_a_preparation_that_goes_on_has_the_counts_of_the_shards_that_were_there(setting, tmp_path, monkeypatch):
+    how = setting("abcé" * 21 + "zé" * 8, vocabulary="characters", valid_fraction=0, test_fraction=0.16)
+    expected = files_of(prepare(how, tmp_path / "whole", shard_bytes=4))
+    written = []
+
+    def fails(task, write=encoding._write_once):
+        if len(written) == 23:  # of 25
+            raise OSError("the disk is gone")
+        written.append(write(task))
+        return written[-1]
+
+    monkeypatch.setattr(encoding, "_write_once", fails)
+    with pytest.raises(OSError):
+        prepare(how, tmp_path / "out", shard_bytes=4, workers=1)
+    monkeypatch.undo()
+    assert files_of(prepare(how, tmp_path / "out", shard_bytes=4)) == expected
+    test = open_corpus(tmp_path / "out").splits["test"]
+    assert (test.unknown, test.characters, len(test)) == (8, 16, 16)
 
 
 def test_min_count_makes_rare_characters_unknown(setting):

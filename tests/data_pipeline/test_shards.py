@@ -32,7 +32,7 @@ def make(directory: Path, ids: np.ndarray, shard_symbols: int, vocabulary: Vocab
         part = ids[start : start + shard_symbols].astype(vocabulary.dtype)
         # In pieces that are no multiple of a block.
         shards.append(write_shard(directory, f"train-{number:05d}.ids", np.array_split(part, 3), block_bytes))
-    record = SplitRecord(len(ids), 3 * len(ids), tuple(shards))
+    record = SplitRecord(len(ids), 3 * len(ids), None, 0, tuple(shards))
     manifest = Manifest(vocabulary, {"train": record}, (Source("a.txt", 3, "0" * 64),), "key", block_bytes)
     write_manifest(directory, manifest)
     return directory
@@ -206,7 +206,7 @@ def test_reading_all_of_a_large_split_does_not_make_the_process_larger(tmp_path)
     crc = np.full(size // block, zlib.crc32(bytes(block)), "<u4")
     (tmp_path / "train-00000.crc").write_bytes(crc.tobytes())
     digests = "0" * 64, hashlib.sha256(crc.tobytes()).hexdigest()
-    record = SplitRecord(size, size, (Shard("train-00000.ids", size, *digests),))
+    record = SplitRecord(size, size, None, 0, (Shard("train-00000.ids", size, *digests),))
     write_manifest(tmp_path, Manifest(Vocabulary("bytes"), {"train": record}, block_bytes=block))
     code = (
         "import re\n"
@@ -226,14 +226,17 @@ def test_reading_all_of_a_large_split_does_not_make_the_process_larger(tmp_path)
     "change, complaint",
     [
         ({"format": "other"}, "not the manifest of a prepared corpus"),
-        ({"format_version": 1}, "format version 1, and this program reads 2"),
+        ({"format_version": 2}, "format version 2, and this program reads 3"),
         ({"dtype": "uint8"}, "dtype 'uint8', where 1001 symbols need uint16"),
         ({"block_bytes": 63}, "block_bytes=63 is not a positive multiple of 2"),
         ({"block_bytes": "64"}, "field 'block_bytes' is missing or not a json int"),
         ({"fingerprint": "0" * 64}, "is not that of the contents"),
         ({"vocabulary": {"kind": "bytes"}}, "dtype 'uint16', where 256 symbols need uint8"),
         ({"splits": {"other": {}}}, "split 'other' is not one of train, valid, test"),
-        ({"splits": {"train": {"symbols": 1, "bytes": 1, "shards": []}}}, "do not add up to its 1 symbols"),
+        (
+            {"splits": {"train": {"symbols": 1, "bytes": 1, "characters": 1, "unknown": 0, "shards": []}}},
+            "do not add up to its 1 symbols",
+        ),
         (
             {"splits": {"train": {"shards": [{"file": "../secret.ids", "symbols": 1, "sha256": "0" * 64}]}}},
             "'../secret.ids' is not the name of a shard",

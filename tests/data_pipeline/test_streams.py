@@ -54,7 +54,7 @@ def on_disk(directory, ids, shard_symbols=97, block_bytes=64):
         write_shard(directory, f"train-{number:05}.ids", [ids[start : start + shard_symbols]], block_bytes)
         for number, start in enumerate(range(0, len(ids), shard_symbols))
     )
-    split = SplitRecord(len(ids), len(ids), shards)
+    split = SplitRecord(len(ids), len(ids), None, 0, shards)
     write_manifest(directory, Manifest(vocabulary, {"train": split}, block_bytes=block_bytes))
     return open_corpus(directory).splits["train"]
 

@@ -45,8 +45,8 @@ def main(arguments: list[str]) -> int:
         step = part * int(given["evaluate_every"])
         score = 2 + abs(math.log10(rate) + 2) + 1 / part + 10 * spoiled
         with path.open("a") as file:
-            file.write(json.dumps({"step": step, "split": "train", "characters_per_second": 100.0}) + "\n")
-            file.write(json.dumps({"step": step, "split": "valid", "bits_per_character": score}) + "\n")
+            file.write(json.dumps({"step": step, "split": "train", "symbols_per_second": 100.0}) + "\n")
+            file.write(json.dumps({"step": step, "split": "valid", "bits_per_symbol": score}) + "\n")
     return 0
 
 

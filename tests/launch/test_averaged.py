@@ -74,8 +74,8 @@ def turns(run_dir) -> list[int]:
     for step, line in records(run_dir, "valid").items():
         if step == 40:  # evaluated as it is the last
             continue
-        gain = line["bits_per_character"] < best
-        best, without = (line["bits_per_character"], 0) if gain else (best, without + 1)
+        gain = line["bits_per_symbol"] < best
+        best, without = (line["bits_per_symbol"], 0) if gain else (best, without + 1)
         if without in (1, 2):
             found.setdefault(without, step)
     return [found[1], found[2]]
@@ -106,8 +106,8 @@ def test_killed_before_and_after_each_turn_and_at_its_evaluation_it_ends_with_th
         assert max(map(int, (p.name for p in (straight.parent / name / "checkpoints").iterdir()))) < at
         ended = records(go(name, devices), "valid")
         assert ended[40]["state_digest"] == records(straight, "valid")[40]["state_digest"]
-        assert {s: r["bits_per_character"] for s, r in ended.items()} == {
-            s: r["bits_per_character"] for s, r in records(straight, "valid").items()
+        assert {s: r["bits_per_symbol"] for s, r in ended.items()} == {
+            s: r["bits_per_symbol"] for s, r in records(straight, "valid").items()
         }
 
 
@@ -125,14 +125,14 @@ def test_the_average_is_what_is_validated_evaluated_and_sampled(straight, capsys
     with Checkpoints(straight / "checkpoints", writable=False, log=print) as checkpoints:
         params, meta = checkpoints.restore_params(average, step=40)
         held, _ = checkpoints.restore_params(average, step=40, item="average")
-        assert checkpoints.best() == min(logged, key=lambda step: logged[step]["bits_per_character"])
+        assert checkpoints.best() == min(logged, key=lambda step: logged[step]["bits_per_symbol"])
     assert_equal_bits(average, held)
     assert np.abs(average.b_out - params.b_out).max() > 1e-3
-    assert meta["bits_per_character"] == logged[40]["bits_per_character"]
+    assert meta["bits_per_symbol"] == logged[40]["bits_per_symbol"]
     capsys.readouterr()
     evaluate.main(["evaluate", f"--run_dir={straight}", "--split=valid", "--checkpoint=40", "--format=json"])
     said = capsys.readouterr()
-    assert json.loads(said.out)["bits_per_character"] == pytest.approx(logged[40]["bits_per_character"], abs=1e-6)
+    assert json.loads(said.out)["bits_per_symbol"] == pytest.approx(logged[40]["bits_per_symbol"], abs=1e-6)
     assert "the average of the parameters (average=asgd)" in said.err
     sample.main(["sample", f"--run_dir={straight}", "--length=3"])
     assert "the average of the parameters (average=asgd)" in capsys.readouterr().err

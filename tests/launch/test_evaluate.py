@@ -21,15 +21,18 @@ from charlstm import step as step_lib
 from charlstm.checkpoint import Checkpoints
 from charlstm.config import Config
 from charlstm.dynamic import Adaptation
-from charlstm.evaluate import Score
 from charlstm.loss import cross_entropy
+from charlstm.metrics import Score
 from data_pipeline.corpora import resolve
 from data_pipeline.shards import open_corpus
 from launch import evaluate, run_directory
 from tests.conftest import ROOT
 
-KEYS = {"split", "step", "bits_per_character", "bits_per_byte", "characters", "bytes", "seconds"}
-SCORES = {3: 2.75, 5: 2.5, 7: 2.625}  # step -> bits per character on validation: the best is neither end
+KEYS = {
+    "split", "step", "bits_per_symbol", "bits_per_character", "bits_per_byte", "symbols", "characters", "bytes",
+    "unknown_share", "seconds",
+}  # fmt: skip
+SCORES = {3: 2.75, 5: 2.5, 7: 2.625}  # step -> bits per symbol on validation: the best is neither end
 TEXT = "".join(np.random.default_rng(0).choice(list("abcd é€\n"), 4000))
 CHARACTERS = {"train": 3600, "valid": 200, "test": 200}  # of which "test" is the end of the text
 
@@ -38,9 +41,9 @@ def params_of(config, step, V):
     return model.init(config.model, V, keys.named(jax.random.key(step), "init"))
 
 
-def make_run(folder, scores, vocabulary="characters", **changes):
+def make_run(folder, scores, vocabulary="characters", text=TEXT, **changes):
     """A run that was never trained, with a checkpoint of each step of `scores`; folder/run."""
-    (folder / "text.txt").write_text(TEXT, "utf-8")
+    (folder / "text.txt").write_bytes(text.encode() if isinstance(text, str) else text)
     small = {
         "num_layers": 1, "hidden_size": 8, "batch_size": 8, "window": 16, "initializer": "normal", "init_scale": 1.0,
         "piece": 10**6, "corpus": str(folder / "text.txt"), "cache_dir": str(folder / "cache"),
@@ -127,11 +130,42 @@ def test_of_text_with_long_characters_a_byte_has_fewer_bits_than_a_character(spl
     assert ratio == pytest.approx(found["bytes"] / found["characters"], rel=1e-12)
 
 
-def test_of_a_vocabulary_of_bytes_the_two_figures_are_one(json_of, run, bytes_run):
+def test_of_a_vocabulary_of_bytes_a_symbol_is_a_byte_and_characters_are_counted_apart(json_of, run, bytes_run):
     found = json_of(bytes_run)
-    assert found["bits_per_byte"] == found["bits_per_character"]
-    assert found["bytes"] == found["characters"] == len(TEXT.encode()) - 4960 - 275  # 90 %, 5 %, and what is left
-    assert "per byte" not in run(bytes_run)
+    text = TEXT.encode()[4960 + 275 :]  # after 90 % and 5 %
+    assert (found["symbols"], found["bytes"]) == (len(text), len(text))
+    assert found["characters"] == sum(byte & 0xC0 != 0x80 for byte in text) < len(text)
+    bits = found["bits_per_symbol"] * len(text)
+    assert found["bits_per_byte"] * found["bytes"] == pytest.approx(bits, rel=1e-12)
+    assert found["bits_per_character"] * found["characters"] == pytest.approx(bits, rel=1e-12)
+    assert re.fullmatch(
+        f"test: {found['bits_per_byte']:.4f} bits per byte \\({found['bits_per_character']:.4f} per character\\) at "
+        f"step 5, {found['characters']} characters of {found['bytes']} bytes in \\w+\n",
+        run(bytes_run),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "vocabulary", "words", "length", "none"),
+    [
+        ("plain text\n" * 300, "bytes", "{:.4f} bits per byte", "165 bytes", ()),
+        ("plain text\n" * 300, "characters", "{:.4f} bits per character", "165 characters of 165 bytes", ()),
+        (b"caf\xe9 au\n" * 400, "bytes", "{:.4f} bits per byte", "160 bytes", ("bits_per_character",)),
+        (
+            "plain text\n" * 300 + "\u0645\u062b" * 40, "characters",
+            "{:.4f} bits per character, 47% of the symbols unknown", "169 characters of 249 bytes", ("bits_per_byte",),
+        ),
+    ],
+    ids=["ascii bytes", "ascii characters", "latin-1", "unknown"],
+)  # fmt: skip
+def test_a_figure_that_does_not_apply_is_null_and_not_printed(
+    text, vocabulary, words, length, none, tmp_path, run, json_of
+):
+    run_dir = make_run(tmp_path, {5: None}, vocabulary, text=text)
+    found = json_of(run_dir)
+    assert {name for name in found if found[name] is None} - {"characters"} == set(none)
+    line = f"test: {words.format(found['bits_per_symbol'])} at step 5, {length} in "
+    assert run(run_dir).startswith(line)
 
 
 def test_as_text_the_result_is_one_line_with_the_figures_of_json(run, json_of, characters_run):
@@ -276,7 +310,7 @@ def test_no_temperature_is_searched_on_the_split_that_is_scored():
 
     def score(split, temperatures):
         asked.append((split, len(temperatures)))
-        return [Score(1 + abs(math.log(t / best[split])), 1, 1) for t in temperatures]
+        return [Score(1 + abs(math.log(t / best[split])), 1, 1, 1) for t in temperatures]
 
     temperature, scores = evaluate.search(score, "test")
     assert temperature == 0.5 and [s.bits for s in scores] == pytest.approx([1 + math.log(2), 1 + math.log(4)])
@@ -321,6 +355,6 @@ def test_stdout_has_the_result_alone_and_another_number_of_devices_gives_the_sam
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("\n") == 1
     here, there = json_of(characters_run, "--piece=50"), json.loads(done.stdout)
-    assert there.pop("bits_per_character") == pytest.approx(here.pop("bits_per_character"), abs=1e-6)
-    assert there.pop("bits_per_byte") == pytest.approx(here.pop("bits_per_byte"), abs=1e-6)
+    for name in ("bits_per_symbol", "bits_per_character", "bits_per_byte"):
+        assert there.pop(name) == pytest.approx(here.pop(name), abs=1e-6)
     assert there | {"seconds": 0} == here | {"seconds": 0}

@@ -435,6 +435,6 @@ def test_a_dry_run_prints_its_table_and_makes_no_run(arguments, capsys, tmp_path
     assert table["bytes per all-reduce"].startswith(f"{4 * (model + 1) / 1000:.1f} KB, once a step")
     assert table["steps per epoch"] == "27" and table["steps"].startswith("2 (0.07 epochs)")
     assert re.fullmatch(r"[\d.]+ [KM]B \(.*temporaries\)", table["memory per device"])
-    assert re.fullmatch(r"[\d.e-]+ s, [\d,]+ characters/s \(\d+ steps timed\)", table["time per step"])
+    assert re.fullmatch(r"[\d.e-]+ s, [\d,]+ symbols/s \(\d+ steps timed\)", table["time per step"])
     assert "ETA" in table and table["logical shards"] == "8, 1 a device"
     assert not list(tmp_path.iterdir())

@@ -23,7 +23,7 @@ def test_processes_and_devices_redrawn_at_every_restart_end_with_the_same_bits(j
         assert running.returncode == program.DONE, said
         assert f"[0] training on {processes * devices} x cpu in {processes} process" in said
     assert last_line(run_dir)["state_digest"] == undisturbed["state_digest"]
-    assert last_line(run_dir)["bits_per_character"] == undisturbed["bits_per_character"]  # on the validation split
+    assert last_line(run_dir)["bits_per_symbol"] == undisturbed["bits_per_symbol"]  # on the validation split
     # Each process has its own log, and what the first has to say the others do not repeat.
     assert "finished" in (run_dir / "logs" / "process-0.txt").read_text()
     assert "finished" not in (run_dir / "logs" / "process-3.txt").read_text()

@@ -214,13 +214,27 @@ def test_where_one_process_cannot_listen_all_refuse_and_none_keeps_its_port(on_t
 
 
 def test_the_latest_records_are_what_is_told_of_training_and_validation():
-    train_record = {"bits_per_character": 2.5, "characters_per_second": 9e4, "input_wait": 0.25, "step": 7}
-    of_train = {"train_bits_per_character": 2.5, "characters_per_second": 9e4, "input_wait_ratio": 0.25}
-    valid = {"bits_per_character": 3.5, "characters_per_second": 1.0, "input_wait": None}
-    nothing = dict.fromkeys((*of_train, "validation_bits_per_character"))
+    train_record = {
+        "bits_per_character": None,
+        "bits_per_byte": 2.5,
+        "symbols_per_second": 9e4,
+        "input_wait": 0.25,
+        "step": 7,
+    }
+    of_train = {
+        "train_bits_per_character": None,
+        "train_bits_per_byte": 2.5,
+        "symbols_per_second": 9e4,
+        "input_wait_ratio": 0.25,
+    }
+    valid = {"bits_per_character": 3.5, "bits_per_byte": 1.5, "symbols_per_second": 1.0, "input_wait": None}
+    nothing = dict.fromkeys((*of_train, "validation_bits_per_character", "validation_bits_per_byte"))
     assert monitor.of_records({}) == nothing
     assert monitor.of_records({"train": train_record}) == nothing | of_train
-    assert monitor.of_records({"valid": valid}) == nothing | {"validation_bits_per_character": 3.5}
+    assert monitor.of_records({"valid": valid}) == nothing | {
+        "validation_bits_per_character": 3.5,
+        "validation_bits_per_byte": 1.5,
+    }
     assert nothing.keys() <= METRICS.keys()
 
 
@@ -269,8 +283,8 @@ def test_both_processes_of_a_job_are_scraped_while_it_trains(job_flags, tmp_path
         told = {name.removeprefix("charlstm_"): value for name, (_, _, value) in found.items()}
         assert (told["devices"], told["processes"], told["checkpoint_failures_in_a_row"]) == (4, 2, 0)
         assert 0 <= told["checkpoint_age_seconds"] < 120 and 0 <= told["input_wait_ratio"] <= 1
-        assert 0 < told["train_bits_per_character"] < 9 and 0 < told["validation_bits_per_character"] < 9
-        assert told["characters_per_second"] > 0
+        assert 0 < told["train_bits_per_byte"] < 9 and 0 < told["validation_bits_per_byte"] < 9
+        assert told["symbols_per_second"] > 0
         assert first["step"] + 20 <= told["step"] <= last_line(run_dir)["step"] + 5
     with pytest.raises(urllib.error.URLError):
         get(port)

@@ -74,5 +74,5 @@ def test_what_a_gpu_has_trained_is_scored_and_sampled_where_there_is_none(copied
     assert path.read_text() != before
     for flags_ in ((), ("--dynamic",)):
         assert evaluate.main(["evaluate", f"--run_dir={copied}", "--split=valid", *flags_]) == program.DONE
-        assert "bits per character" in capsys.readouterr().out
+        assert "bits per byte" in capsys.readouterr().out
     assert sample.main(["sample", f"--run_dir={copied}", "--length=5", "--prompt=abc"]) == program.DONE

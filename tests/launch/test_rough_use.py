@@ -1,6 +1,7 @@
 """What is done to a run that is no mistake in its flags: its window closed, itself started twice, its text moved."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -71,7 +72,7 @@ def test_a_text_named_from_one_directory_is_found_from_another(arguments, tmp_pa
     assert train.main(["train", *run, "--logical_shards=8"]) == program.DONE
     monkeypatch.chdir(ROOT)
     assert evaluate.main(["evaluate", f"--run_dir={tmp_path / 'run'}"]) == program.DONE
-    assert "bits per character" in capsys.readouterr().out
+    assert "bits per byte" in capsys.readouterr().out
 
 
 def test_a_text_of_two_names_is_refused(folder, arguments, tmp_path):
@@ -98,9 +99,21 @@ def test_metrics_that_a_failing_disk_left_do_not_stop_a_run(copied, arguments):
 def test_a_run_that_goes_on_beyond_the_end_of_its_decay_says_so(arguments, capsys, tmp_path):
     run = (*arguments, "--schedule=cosine", "--final_fraction=0.5", "--num_steps=2", f"--run_dir={tmp_path / 'run'}")
     assert train.main(["train", *run]) == program.DONE
-    assert "the learning rate stays" not in capsys.readouterr().err
+    assert "the learning rate is" not in capsys.readouterr().err
     assert train.main(["train", *run, "--num_steps=4"]) == program.DONE
-    assert "the learning rate stays at 0.005 after step 2, as the run was started with" in capsys.readouterr().err
+    said = (
+        "the learning rate is 0.005 from step 2 on, for 50% of the 4 steps, as decay_steps=2: a decay over 4 steps is "
+    )
+    assert said in capsys.readouterr().err
+
+
+def test_a_decay_that_ends_long_before_the_run_is_said_when_it_starts_and_by_a_dry_run(arguments, capsys, tmp_path):
+    run = (*arguments, "--schedule=cosine", "--decay_steps=1", "--num_steps=3", f"--run_dir={tmp_path / 'run'}")
+    said = "the learning rate is 0 from step 1 on, for 67% of the 3 steps, which learn nothing, as decay_steps=1"
+    assert train.main(["train", *run, "--dry_run"]) == program.DONE
+    assert re.search(rf"^learning rate +0\.01, cosine; {said}", capsys.readouterr().out, re.M)
+    assert train.main(["train", *run]) == program.DONE
+    assert said in capsys.readouterr().err and said in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_a_run_of_one_device_goes_on_on_eight_with_the_fast_reduction_and_not_otherwise(

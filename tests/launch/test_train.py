@@ -29,8 +29,8 @@ from tests.conftest import ROOT
 
 COLUMNS = 100
 KEYS = {
-    "step", "epoch", "split", "bits_per_character", "learning_rate", "grad_norm", "characters_per_second",
-    "input_wait", "seconds",
+    "step", "epoch", "split", "bits_per_symbol", "bits_per_character", "bits_per_byte", "learning_rate", "grad_norm",
+    "symbols_per_second", "input_wait", "seconds",
 }  # fmt: skip
 SETTINGS = (
     "--batch_size=8", "--window=16", "--num_layers=1", "--hidden_size=8", "--embedding_size=4", "--num_steps=20",
@@ -166,7 +166,9 @@ def test_the_lines_of_metrics_are_of_the_documented_keys_at_the_steps_asked_for(
     steps_per_epoch = StreamPlan(3600, 8, 16).steps_per_epoch
     for line in lines:
         assert line["epoch"] == pytest.approx(line["step"] / steps_per_epoch, abs=1e-4)
-        assert 0 < line["bits_per_character"] < 6 and line["characters_per_second"] > 0
+        assert 0 < line["bits_per_symbol"] < 6 and line["symbols_per_second"] > 0
+        assert line["bits_per_character"] == line["bits_per_symbol"]
+        assert (line["bits_per_byte"] is None) == (line["split"] == "train")  # the text is not ASCII
         if line["split"] == "train":
             assert line["learning_rate"] == pytest.approx(0.002) and line["grad_norm"] > 0
             assert 0 <= line["input_wait"] <= 1
@@ -186,9 +188,9 @@ def test_the_digest_of_the_last_line_is_that_of_the_last_checkpoint(trained):
 
 
 def test_the_checkpoints_of_validated_steps_have_their_scores(trained):
-    scores = {line["step"]: line["bits_per_character"] for line in lines_of(trained) if line["split"] == "valid"}
+    scores = {line["step"]: line["bits_per_symbol"] for line in lines_of(trained) if line["split"] == "valid"}
     with Checkpoints(trained / "checkpoints", writable=False, log=print) as checkpoints:
-        saved = {step: checkpoints.read_meta(step)["bits_per_character"] for step in checkpoints.steps()}
+        saved = {step: checkpoints.read_meta(step)["bits_per_symbol"] for step in checkpoints.steps()}
     assert saved == dict.fromkeys((5, 10, 15)) | scores
     assert scores.keys() == {8, 16, 20}
 

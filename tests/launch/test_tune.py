@@ -144,7 +144,7 @@ def test_a_trial_is_a_run_like_any_other_and_the_first_has_the_flags_own_values(
     capsys.readouterr()
     assert evaluate.main(["evaluate", f"--run_dir={run_dir}", "--split=valid", "--format=json"]) == program.DONE
     scored = json.loads(capsys.readouterr().out)
-    assert scored["bits_per_character"] == pytest.approx(trial.value, abs=1e-6)
+    assert scored["bits_per_symbol"] == pytest.approx(trial.value, abs=1e-6)
     assert trial.user_attrs["seconds"] > 0
     assert trial.user_attrs["parameters"] == 256 * 4 + (4 + 8) * 32 + 2 * 32 + 8 * 256 + 256
 
