@@ -192,8 +192,8 @@ def _named(symbol: str) -> str:
 def _before_all_text(config: Config, vocabulary: Vocabulary) -> np.ndarray:
     """What is read, and not shown, where there is no prompt: one symbol, or none."""
     separator = run_directory.separator(config, vocabulary)
-    if separator is not None:
-        return np.array([separator])
+    if separator:
+        return np.array(separator)
     return vocabulary.encode("\n") if vocabulary.kind == "bytes" or "\n" in vocabulary.characters else np.array([])
 
 
