@@ -29,7 +29,7 @@ from charlstm.evaluate import Split, nats_at, scores
 from charlstm.loss import cross_entropy
 from charlstm.metrics import Score
 from charlstm.types import ModelParams
-from data_pipeline.batch import Batch
+from data_pipeline.batch import Batch, Separator
 from data_pipeline.pieces import PiecePlan, read_pieces
 from data_pipeline.settings import check_at_least, check_numbers, setting
 
@@ -67,7 +67,7 @@ def mean_square(
     settings: Adaptation,
     params: ModelParams,
     train: Split,
-    separator: int | None = None,
+    separator: Separator = (),
     progress: Progress = lambda done, total: None,
 ) -> ModelParams:
     """MS: the mean over windows of the training text of the squared gradient, shaped like the parameters.
@@ -76,7 +76,7 @@ def mean_square(
 
     Args:
       params: θ_0, on one device.
-      separator: id of the symbol before which the state is zeroed, or None.
+      separator: what ends a document; its last symbol is read with zero state.
       progress: is told of how many batches are done, of how many: none at first.
     """
     plan = PiecePlan(len(train), -(-len(train) // PLACES), 0, PLACES, settings.dynamic_window)
@@ -99,7 +99,7 @@ def score(
     params: ModelParams,
     mean_square: ModelParams,
     split: Split,
-    separator: int | None = None,
+    separator: Separator = (),
     temperatures: Sequence[float] = (1.0,),
     progress: Progress = lambda done, total: None,
 ) -> list[Score]:
@@ -110,7 +110,7 @@ def score(
     Args:
       params: θ_0, on one device; they are left as they are.
       mean_square: MS.
-      separator: id of the symbol before which the state is zeroed, or None.
+      separator: what ends a document; its last symbol is read with zero state.
       progress: is told of how many symbols have been scored, of how many: none at first.
 
     Raises:

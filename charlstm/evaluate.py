@@ -15,7 +15,7 @@ from charlstm.config import Config
 from charlstm.loss import NATS_PER_BIT, cross_entropy
 from charlstm.metrics import Score
 from charlstm.types import ModelParams, RecurrentState
-from data_pipeline.batch import Batch
+from data_pipeline.batch import Batch, Separator
 from data_pipeline.pieces import PiecePlan, read_pieces
 
 
@@ -35,7 +35,7 @@ class Split(Protocol):
 
 
 def of_split(
-    config: Config, vocabulary_size: int, split: Split, mesh: Mesh, separator: int | None = None, shards: int = 1
+    config: Config, vocabulary_size: int, split: Split, mesh: Mesh, separator: Separator = (), shards: int = 1
 ) -> Callable[[ModelParams], Score]:
     """A function params -> score of the whole of `split`, on all devices of `mesh`.
 
@@ -52,7 +52,7 @@ def at_temperatures(
     vocabulary_size: int,
     split: Split,
     mesh: Mesh,
-    separator: int | None = None,
+    separator: Separator = (),
     temperatures: Sequence[float] = (1.0,),
     shards: int = 1,
 ) -> Callable[[ModelParams], list[Score]]:

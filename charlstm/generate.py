@@ -23,9 +23,11 @@ from charlstm import keys, model
 from charlstm import mesh as mesh_lib
 from charlstm.model_config import ModelConfig
 from charlstm.types import ModelParams, RecurrentState
+from data_pipeline.batch import Separator, ends_separator, looks_back
 from data_pipeline.settings import setting
 
 CHUNK = 64  # symbols of one call of the device
+MOST_NOISE = 1 << 26  # random numbers of one call, where a symbol of each row takes no more
 WINDOW = 128  # symbols of the prompt read by one call
 # One row would be a product of a vector and a matrix, which is added up in another order than that of two matrices:
 # with two rows at least on each device, the only row has the very bits of the first of a few.
@@ -71,7 +73,7 @@ def generate(
     length: int,
     seed: int,
     unknown_id: int | None = None,
-    separator: int | None = None,
+    separator: Separator = (),
     chunk: int = CHUNK,
     window: int = WINDOW,
 ) -> Iterator[Chunk]:
@@ -85,8 +87,9 @@ def generate(
       length: symbols made of each.
       seed: 0 to 2**32 - 1; the same seed makes the same text.
       unknown_id: a symbol that is never drawn.
-      separator: the symbol before which the state is reset, for a model that was trained so.
-      chunk: symbols made by one call of the device; does not change the text.
+      separator: what ends a document, for a model that was trained with documents apart.  Its last symbol is read from
+        the first state, in the prompt as well as in what is made.
+      chunk: symbols made by one call of the device, fewer where the rows are very many; does not change the text.
       window: symbols of the prompt read by one call; does not change the text.
 
     Yields:
@@ -97,21 +100,24 @@ def generate(
     mesh = mesh_lib.make(sorted(jnp.asarray(params.b_out).devices(), key=lambda device: device.id))
     count = mesh.size * max(-(-rows // mesh.size), LEAST_ROWS)
     key, V = jax.random.key(seed), params.b_out.shape[0]
+    chunk = max(1, min(chunk, MOST_NOISE // (count * V)))
     row_keys = _row_keys(keys.named(key, "sample"), count)
     prompt = np.asarray(prompt, np.int32)
     state = _after(config, params, prompt[:-1], separator, window)
     state = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), state)
+    back = looks_back(separator)
     if len(prompt):
-        last_R = jnp.full(count, prompt[-1])
+        last_RK = jnp.tile(_with_nothing_before(prompt, back)[-1 - back :], (count, 1))
     else:
-        last_R = _first_symbols(_row_keys(keys.named(key, "first"), count), V, unknown_id)
+        first_R = _first_symbols(_row_keys(keys.named(key, "first"), count), V, unknown_id)
+        last_RK = jnp.pad(first_R[:, None], ((0, 0), (back, 0)), constant_values=-1)
     previous: tuple[jax.Array, jax.Array] | None = None
     for start in range(0, length, chunk):
         gumbel_TRV = None
         if sampling.temperature:
             gumbel_TRV = _noise(row_keys, np.int32(start), mesh, chunk, V, params.b_out.dtype)
-        state, last_R, made = _make_chunk(
-            params, state, last_R, gumbel_TRV, mesh, config, sampling, unknown_id, separator, chunk
+        state, last_RK, made = _make_chunk(
+            params, state, last_RK, gumbel_TRV, mesh, config, sampling, unknown_id, separator, chunk
         )
         if previous is not None:
             yield _fetch(previous, rows, chunk)
@@ -136,7 +142,7 @@ def _first_symbols(row_keys: jax.Array, vocabulary_size: int, unknown_id: int | 
 
 
 def _after(
-    config: ModelConfig, params: ModelParams, ids: np.ndarray, separator: int | None, window: int
+    config: ModelConfig, params: ModelParams, ids: np.ndarray, separator: Separator, window: int
 ) -> RecurrentState:
     """The state [1, H] of each layer after reading `ids` from the first state, whole windows at a time.
 
@@ -147,19 +153,20 @@ def _after(
     missing = -len(ids) % window
     padded = np.concatenate([np.zeros(missing, np.int32), ids])
     reset = np.arange(len(padded)) == missing
+    reset[missing:] |= ends_separator(_with_nothing_before(ids, looks_back(separator)), separator)
     for start in range(0, len(padded), window):
         part = slice(start, start + window)
-        state = _read_window(params, state, padded[None, part], reset[None, part], config, separator)
+        state = _read_window(params, state, padded[None, part], reset[None, part], config)
     return state
 
 
-@partial(jax.jit, static_argnames=("config", "separator"))
-def _read_window(params, state, ids_BT, reset_BT, config, separator):
-    return model.apply(config, params, state, ids_BT, reset_BT | _ends_document(ids_BT, separator))[0]
+def _with_nothing_before(ids: np.ndarray, count: int) -> np.ndarray:
+    return np.concatenate([np.full(count, -1, np.int32), ids])
 
 
-def _ends_document(ids: jax.Array, separator: int | None) -> jax.Array:
-    return jnp.zeros(ids.shape, bool) if separator is None else ids == separator
+@partial(jax.jit, static_argnames="config")
+def _read_window(params, state, ids_BT, reset_BT, config):
+    return model.apply(config, params, state, ids_BT, reset_BT)[0]
 
 
 @partial(jax.jit, static_argnames=("mesh", "symbols", "vocabulary_size", "dtype"))
@@ -182,26 +189,29 @@ def _noise(row_keys, start, mesh: Mesh, symbols, vocabulary_size, dtype):
     static_argnames=("mesh", "config", "sampling", "unknown_id", "separator", "symbols"),
     donate_argnames="state",
 )
-def _make_chunk(params, state, last_R, gumbel_TRV, mesh: Mesh, config, sampling, unknown_id, separator, symbols):
-    """The next `symbols` of every row: (state, last symbols, (ids, log-probabilities) [T, R])."""
+def _make_chunk(params, state, last_RK, gumbel_TRV, mesh: Mesh, config, sampling, unknown_id, separator, symbols):
+    """The next `symbols` of every row: (state, last symbols, (ids, log-probabilities) [T, R]).
+
+    `last_RK` are the K symbols before, as many as the separator has, and at least one.
+    """
 
     def make_one(params, carry, gumbel_RV):
-        state, last_R = carry
-        reset_R = _ends_document(last_R, separator)
-        state, logits_TRV = model.apply(config, params, state, last_R[:, None], reset_R[:, None])
+        state, last_RK = carry
+        state, logits_TRV = model.apply(config, params, state, last_RK[:, -1:], ends_separator(last_RK, separator))
         logits_RV = logits_TRV[0]
         next_R = choose(_without(logits_RV, unknown_id), gumbel_RV, sampling)
         log_probability_R1 = jnp.take_along_axis(jax.nn.log_softmax(logits_RV, axis=1), next_R[:, None], axis=1)
-        return (state, next_R), (next_R, log_probability_R1[:, 0])
+        last_RK = jnp.concatenate([last_RK[:, 1:], next_R[:, None]], axis=1)
+        return (state, last_RK), (next_R, log_probability_R1[:, 0])
 
-    def of_rows(params, state, last_R, gumbel_TRV):
+    def of_rows(params, state, last_RK, gumbel_TRV):
         params = model.with_projected_symbols(config, params)
-        (state, last_R), made = jax.lax.scan(partial(make_one, params), (state, last_R), gumbel_TRV, symbols)
-        return state, last_R, made
+        (state, last_RK), made = jax.lax.scan(partial(make_one, params), (state, last_RK), gumbel_TRV, symbols)
+        return state, last_RK, made
 
     given, made = (WHOLE, ROWS, ROWS, COLUMNS), (ROWS, ROWS, COLUMNS)
     return jax.shard_map(of_rows, mesh=mesh, in_specs=given, out_specs=made, check_vma=False)(
-        params, state, last_R, gumbel_TRV
+        params, state, last_RK, gumbel_TRV
     )
 
 

@@ -2,6 +2,9 @@
 
 from typing import Any, NamedTuple
 
+# The ids of the symbols that end a document, one after the other; none where documents are not told apart.
+Separator = tuple[int, ...]
+
 
 class Batch(NamedTuple):
     """One window of every stream: arrays `[B, T]`, or this process's rows of them; T is the window's own length.
@@ -13,6 +16,28 @@ class Batch(NamedTuple):
     inputs: Any  # [B, T] symbol ids, uint8 / uint16 / uint32 as on disk
     targets: Any  # [B, T] likewise
     reset: Any  # [B, T] bool: zero the stream's state before symbol t is read
+
+
+def ends_separator(ids: Any, separator: Separator) -> Any:
+    """Whether each symbol is the last one of an occurrence of `separator`, bool `[..., n]`.
+
+    Occurrences may overlap: of three newlines the second and the third end one of two.  So the answer depends on the
+    len(separator) symbols up to this one, and not on where the reading began.
+
+    Args:
+      ids: array of numpy or JAX `[..., k + n]`: the n symbols, and before them the k = `looks_back(separator)` symbols
+        that precede them in the text, -1 where there are none.
+    """
+    first = ids[..., looks_back(separator) :]
+    found = first != first if not separator else True
+    for place, symbol in enumerate(separator):
+        found = found & (ids[..., place : place + first.shape[-1]] == symbol)
+    return found
+
+
+def looks_back(separator: Separator) -> int:
+    """How many symbols before one say, with it, whether an occurrence of `separator` ends there."""
+    return max(0, len(separator) - 1)
 
 
 def rows_of_process(rows: int, index: int, count: int) -> range:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.batch import Batch
+from data_pipeline.batch import Batch, Separator
 from data_pipeline.streams import StreamPlan, Symbols
 
 RUN_SYMBOLS = 2**14  # symbols of a stream in one reading: a few large reads cost far less than one for each window
@@ -23,7 +23,7 @@ class WindowSource:
     Windows are cut from runs of up to 16 Ki symbols of every stream, read in one go; the two newest runs are kept.
     """
 
-    def __init__(self, split: Symbols, plan: StreamPlan, rows: range, separator: int | None = None) -> None:
+    def __init__(self, split: Symbols, plan: StreamPlan, rows: range, separator: Separator = ()) -> None:
         self._split, self._plan, self._rows, self._separator = split, plan, rows, separator
         symbols = min(RUN_SYMBOLS, RUN_TOTAL // len(rows))
         self._run_windows = min(max(1, symbols // plan.window), plan.steps_per_epoch)
@@ -104,7 +104,7 @@ def open_windows(
     *,
     rows: range,
     start_step: int = 0,
-    separator: int | None = None,
+    separator: Separator = (),
     threads: int = 1,
     read_ahead: int = 8,
 ) -> Windows:
@@ -115,7 +115,7 @@ def open_windows(
       plan: which symbols each stream reads at each step.
       rows: the streams of this process (`batch.rows_of_process`).
       start_step: the first step wanted; far ones cost no more than 0.
-      separator: id of the symbol that ends a document, or None.
+      separator: what ends a document.
       threads: background threads that read; one or two.
       read_ahead: windows held ready, at most.
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data_pipeline.batch import Batch
+from data_pipeline.batch import Batch, Separator, ends_separator, looks_back
 from data_pipeline.streams import Symbols
 
 
@@ -49,7 +49,7 @@ class PiecePlan:
 
 
 def read_pieces(
-    split: Symbols, plan: PiecePlan, rows: range, separator: int | None = None
+    split: Symbols, plan: PiecePlan, rows: range, separator: Separator = ()
 ) -> Iterator[tuple[Batch, np.ndarray]]:
     """Every window of every group of pieces, as (batch, scored): rows `rows` of them.
 
@@ -63,21 +63,23 @@ def read_pieces(
 
 
 def _window(
-    split: Symbols, plan: PiecePlan, pieces: list[int], start: int, separator: int | None
+    split: Symbols, plan: PiecePlan, pieces: list[int], start: int, separator: Separator
 ) -> tuple[Batch, np.ndarray]:
     T, N = plan.window, plan.symbols
-    text = np.zeros((len(pieces), T + 1), np.int64)  # symbol ids; positions outside of the split stay 0
+    before = 1 + looks_back(separator)
+    text = np.full((len(pieces), before + T), -1, np.int64)  # symbol ids; positions outside of the split stay -1
     first_target = np.array(pieces, np.int64) * plan.piece - plan.warm_up + start
     for row, first in enumerate(first_target):
-        low, high = max(int(first) - 1, 0), min(int(first) + T, N)
+        earliest = int(first) - before
+        low, high = max(earliest, 0), min(int(first) + T, N)
         if low < high:
-            text[row, low - (first - 1) : high - (first - 1)] = split.read(low, high)
+            text[row, low - earliest : high - earliest] = split.read(low, high)
     target = first_target[:, None] + np.arange(T)  # [B, T] positions of the targets; the input is the one before
     begin = np.array(pieces, np.int64)[:, None] * plan.piece
     scored = (target >= np.maximum(begin, 1)) & (target < np.minimum(begin + plan.piece, N))
     reset = target <= 1  # symbol 0 is the first that is ever read
     if start == 0:
         reset[:, 0] = True
-    if separator is not None:
-        reset |= text[:, :-1] == separator
-    return Batch(text[:, :-1].astype(np.int32), text[:, 1:].astype(np.int32), reset), scored
+    reset |= ends_separator(text[:, :-1], separator)
+    ids = np.maximum(text[:, before - 1 :], 0).astype(np.int32)
+    return Batch(ids[:, :-1], ids[:, 1:], reset), scored

@@ -149,7 +149,9 @@ class StreamSettings:
         choices=("stream", "document"),
     )
     document_separator: str = setting(
-        r"\x00", r"The one symbol that ends a document, escapes allowed (\x00, \n); used by --reset_state=document."
+        r"\x00",
+        r"What ends a document where --reset_state=document, one symbol or several: \n\n, \0, <|endoftext|>.  Escapes "
+        r"are \n \r \t \f \v \0 \\ \xHH \uHHHH \UHHHHHHHH; in a vocabulary of bytes \xHH is a byte.",
     )
     reset_probability: float = setting(
         0.01,

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from data_pipeline.batch import Batch
+from data_pipeline.batch import Batch, Separator, ends_separator, looks_back
 
 
 class Symbols(Protocol):
@@ -122,7 +122,7 @@ class StreamPlan:
         first = self.offset(epoch) + self.start(epoch, window)
         return [(first + b * self.symbols // self.batch_size) % self.symbols for b in rows]
 
-    def read(self, split: Symbols, step: int, rows: range, *, windows: int = 1, separator: int | None = None) -> Batch:
+    def read(self, split: Symbols, step: int, rows: range, *, windows: int = 1, separator: Separator = ()) -> Batch:
         """The batch of `step`, or `windows` batches from `step` on laid end to end.
 
         Args:
@@ -130,32 +130,35 @@ class StreamPlan:
           step: training step, from 0 on.
           rows: the streams wanted, R of them.
           windows: K windows of each stream in one reading, all of the same epoch.
-          separator: id of the symbol that ends a document, or None.  The separator itself is read with zero state and
-            predicts the first symbol of the next document; the document before it has predicted the separator.
+          separator: what ends a document.  Its last symbol is read with zero state and predicts the first symbol of the
+            next document; the document before has predicted all of the separator.
 
         Returns:
           Arrays [R, symbols of the windows]; ids in the split's dtype.  `reset` is True at the first symbol of an
-          epoch, at the first symbol of the split (what lies before it on the circle is unrelated text), at each
-          separator, and before a window that `resets` draws.
+          epoch, at the first symbol of the split (what lies before it on the circle is unrelated text), at the
+          last symbol of each separator that lies within the split, wherever the reading begins, and before a window
+          that `resets` draws.
         """
         assert len(split) == self.symbols, (len(split), self)
         epoch, first = divmod(step, self.steps_per_epoch)
         assert step >= 0 and 0 < windows <= self.steps_per_epoch - first, (step, windows)
         starts = [self.start(epoch, first + window) for window in range(windows + 1)]
         length = starts[-1] - starts[0]
-        ids = np.empty((len(rows), length + 1), split.dtype)
-        reset = np.zeros((len(rows), length), bool)
-        for row, start in enumerate(self.positions(step, rows)):
-            _read_circle(split, start, ids[row])
+        positions, back = self.positions(step, rows), looks_back(separator)
+        ids = np.empty((len(rows), back + length + 1), split.dtype)
+        for row, start in enumerate(positions):
+            _read_circle(split, (start - back) % self.symbols, ids[row])
+        reset = ends_separator(ids[:, :-1], separator)
+        for row, start in enumerate(positions):
             seam = (self.symbols - start) % self.symbols  # how far ahead the circle closes
-            reset[row, seam : seam + 1] = True  # an empty slice where that lies beyond this reading
-        inputs, targets = ids[:, :-1], ids[:, 1:]
+            # Slices are empty where they lie beyond this reading.  What began before the seam is no separator.
+            reset[row, : max(0, back - start)] = reset[row, seam : seam + back] = False
+            reset[row, seam : seam + 1] = True
+        inputs, targets = ids[:, back:-1], ids[:, back + 1 :]
         if first == 0:
             reset[:, 0] = True
         for window in range(windows):
             reset[:, starts[window] - starts[0]] |= self.resets(step + window, rows)
-        if separator is not None:
-            reset |= inputs == separator
         return Batch(inputs, targets, reset)
 
 

@@ -5,11 +5,15 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+# \n and its like, \xHH, \uHHHH, \UHHHHHHHH; or a backslash that begins none of them, as the whole match.
+ESCAPE = re.compile(r"\\(?:([\\fnrtv]|0(?![0-9]))|x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8}))|\\")
+ESCAPES = dict(zip(r"\fnrtv0", "\\\f\n\r\t\v\0", strict=True))
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # what id 0 of a character vocabulary, and invalid UTF-8, are shown as
 
 
@@ -97,16 +101,40 @@ class Vocabulary:
             return ids.astype(np.uint8).tobytes()
         return self.decode(ids).encode("utf-8")
 
-    def symbol_id(self, symbol: str) -> int:
-        """The id of `symbol`.  Raises ValueError where it is not exactly one symbol of the vocabulary."""
-        ids = self.encode(symbol)
-        if len(ids) != 1:
-            raise ValueError(f"{symbol!r} is {len(ids)} symbols in a vocabulary of {self.kind}: give exactly one")
-        return int(ids[0])
+    def encode_escaped(self, text: str) -> np.ndarray:
+        r"""The ids `[symbols]` of `text` with its escapes replaced, of `self.dtype`.
 
-    def decoder(self) -> "Decoder":
-        """A decoder for ids that arrive a few at a time."""
-        return Decoder(self)
+        Escapes are \n \r \t \f \v \0 \\ \xHH \uHHHH \UHHHHHHHH.  \xHH is the byte HH in a vocabulary of bytes, and the
+        character U+00HH in one of characters.
+
+        Raises:
+          ValueError: a backslash begins none of them, or a symbol is not in the vocabulary.
+        """
+
+        def replace(found: re.Match) -> str:
+            named, byte, *code_points = found.groups()
+            if named:
+                return ESCAPES[named]
+            if byte and self.kind == "bytes":
+                return bytes.fromhex(byte).decode("ascii", "surrogateescape")
+            code = next((int(digits, 16) for digits in (byte, *code_points) if digits), -1)
+            if not 0 <= code < 0x110000 or 0xD800 <= code < 0xE000:
+                wrong = text[found.start() : found.end() if code >= 0 else found.start() + 2]
+                raise ValueError(
+                    rf"{wrong} is not an escape: use \n \r \t \f \v \0 \xHH \uHHHH \UHHHHHHHH, or \\ for a backslash"
+                )
+            return chr(code)
+
+        plain = ESCAPE.sub(replace, text)
+        ids = self.encode(plain, "map")
+        if self.kind == "characters" and not ids.all():
+            position = int(np.argmin(ids != 0))
+            raise ValueError(f"{_named(plain[position])} at position {position} is not in the vocabulary")
+        return ids
+
+    def decoder(self, errors: str = "replace") -> "Decoder":
+        """A decoder for ids that arrive a few at a time; `errors` as for `bytes.decode`."""
+        return Decoder(self, errors)
 
     def to_json(self) -> dict[str, Any]:
         """The json object of the manifest; `from_json` reads it."""
@@ -156,16 +184,16 @@ class Vocabulary:
 class Decoder:
     """Turns ids into text as they arrive; of a UTF-8 sequence that is not whole yet, nothing is shown."""
 
-    def __init__(self, vocabulary: Vocabulary):
+    def __init__(self, vocabulary: Vocabulary, errors: str):
         self._vocabulary = vocabulary
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors)
 
     def feed(self, ids: np.ndarray) -> str:
         """The text that `ids` `[symbols]` completes."""
         return self._utf8.decode(self._vocabulary.decode_bytes(ids))
 
     def flush(self) -> str:
-        """What was still held back: U+FFFD for an unfinished sequence, or nothing."""
+        """What was still held back: an unfinished sequence, with `replace` as U+FFFD, or nothing."""
         return self._utf8.decode(b"", final=True)
 
 

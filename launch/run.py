@@ -19,7 +19,7 @@ from charlstm.config import Config
 from charlstm.metrics import Diverged, Meter, duration
 from charlstm.run_log import RunLog
 from charlstm.types import Metrics, ModelParams, TrainState
-from data_pipeline.batch import Batch
+from data_pipeline.batch import Batch, Separator
 from data_pipeline.loader import Windows, open_windows
 from data_pipeline.shards import Corpus
 from data_pipeline.streams import StreamPlan
@@ -39,7 +39,7 @@ class Run(NamedTuple):
     mesh: mesh_lib.Mesh
 
     @property
-    def separator(self) -> int | None:
+    def separator(self) -> Separator:
         return run_directory.separator(self.config, self.corpus.vocabulary)
 
 

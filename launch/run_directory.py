@@ -28,6 +28,7 @@ from charlstm.checkpoint import Checkpoints, Wanted
 from charlstm.config import Config
 from charlstm.file_manifest import SEAL, StepDirectory
 from charlstm.types import ModelParams
+from data_pipeline.batch import Separator
 from data_pipeline.files import at_home, locked, owner_file, written_whole
 from data_pipeline.vocabulary import Vocabulary
 
@@ -242,15 +243,22 @@ def require_same(run_dir: Path, run: Identity, now: Identity) -> None:
         )
 
 
-def separator(config: Config, vocabulary: Vocabulary) -> int | None:
-    """The id of the symbol that ends a document, where the run resets state there."""
+def separator(config: Config, vocabulary: Vocabulary) -> Separator:
+    """What ends a document, where the run resets state there; otherwise nothing.
+
+    Raises:
+      ValueError: it is no text of the vocabulary, or none at all.
+    """
     if config.streams.reset_state != "document":
-        return None
-    text = config.streams.document_separator.encode("latin-1", "backslashreplace")
+        return ()
+    text = config.streams.document_separator
     try:
-        return vocabulary.symbol_id(text.decode("unicode_escape"))
+        ids = vocabulary.encode_escaped(text)
     except ValueError as error:
-        raise ValueError(f"document_separator={config.streams.document_separator!r}: {error}") from None
+        raise ValueError(f"document_separator={text!r}: {error}") from None
+    if not len(ids):
+        raise ValueError("document_separator='' ends no document: give what does, or --reset_state=stream")
+    return tuple(ids.tolist())
 
 
 def restore_params(

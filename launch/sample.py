@@ -3,14 +3,18 @@
     python -m launch.sample --run_dir=runs/mine --prompt="Once" --length=2000 --temperature=0.8 --num_samples=3
 
 stdout has the prompt, its continuation as it is made, and a newline.  Of several samples the first is shown as it is
-made and the others follow it, each after an empty line and a line "--- sample 2 of 3 ---".  Without a prompt the text
-begins as after a newline (after a document separator, where the run resets state at those); where the vocabulary has no
-newline, after a symbol drawn at random.  An unknown symbol is never written.  All else goes to stderr.
+made and the others follow it, each after an empty line and a line "--- sample 2 of 3 ---".  Of a vocabulary of bytes a
+file or a pipe gets the very bytes; a terminal gets valid text, with U+FFFD for bytes that are not UTF-8.  An unknown
+symbol is never written.  All else goes to stderr.
+
+Where the run resets state at documents, each sample is one document: the separator is read before the prompt, as before
+every document in training, and the sample ends before the next one; neither is shown.  Elsewhere the text begins with
+the prompt; without one, as after a newline; where the vocabulary has no newline, after a symbol drawn at random.
 
 --format=json prints one object a line for each sample: sample (its number), prompt, text (the continuation alone),
-symbols (each with symbol, a character or the value of a byte, and logprob), logprob (their sum), bits_per_character,
-seed, and checkpoint (its step).  Log-probabilities are natural logarithms, and the model's own: at temperature 1, of
-all symbols.
+lossy (whether text has U+FFFD for bytes that are not UTF-8), symbols (each with symbol, a character or the value of a
+byte, and logprob), logprob (their sum), bits_per_character or for a vocabulary of bytes bits_per_byte, seed, and
+checkpoint (its step).  Log-probabilities are natural logarithms, and the model's own: at temperature 1, of all symbols.
 """
 
 import dataclasses
@@ -25,13 +29,15 @@ from typing import Any
 import numpy as np
 
 from charlstm import generate as generate_lib
-from charlstm.config import Config
 from charlstm.generate import Chunk, Sampling
 from charlstm.loss import NATS_PER_BIT
+from data_pipeline.batch import Separator
 from data_pipeline.files import at_home
-from data_pipeline.settings import check_choices, setting
+from data_pipeline.settings import LARGEST_INT, check_choices, setting
 from data_pipeline.vocabulary import Vocabulary
 from launch import compilation, cores, flags, program, run_directory
+
+MOST_SAMPLES = 1 << 16  # side by side, each with a state and with noise of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +47,17 @@ class SampleFlags:
     run_dir: str = setting("", "The run to sample from.  Required.")
     checkpoint: str = setting("best", "best (on validation; the newest where none was validated), latest, or a step.")
     prompt: str = setting("", "Text that is read first, and continued.")
-    prompt_file: str = setting("", "A file of text instead of --prompt, read as it is, its last newline too.")
+    prompt_file: str = setting(
+        "", "A file of text instead of --prompt, - for stdin, read as it is, its last newline too."
+    )
     length: int = setting(2000, "Symbols to write after the prompt.")
     num_samples: int = setting(1, "Continuations written, side by side in one batch on the device.")
     seed: int = setting(0, "Same seed, same text.")
-    stop: str = setting("", "A sample ends before this string, which is not shown.")
+    stop: str = setting(
+        "",
+        "A sample ends before this string, which is not shown; escapes as for --document_separator.  Where the run "
+        "resets state at documents it is by default their separator; --stop= writes on.",
+    )
     unknown: str = setting(
         "refuse",
         "A symbol of the prompt that is not in the vocabulary is refused, or mapped to the unknown symbol.",
@@ -59,6 +71,15 @@ class SampleFlags:
             raise ValueError(f"length={self.length} must not be negative")
         if self.num_samples < 1:
             raise ValueError(f"num_samples={self.num_samples} must be at least 1")
+        if self.num_samples > MOST_SAMPLES:
+            raise ValueError(
+                f"num_samples={self.num_samples} must be at most {MOST_SAMPLES}: make the others with another --seed"
+            )
+        if (symbols := self.num_samples * self.length) > LARGEST_INT:
+            raise ValueError(
+                f"num_samples={self.num_samples} of length={self.length} are {symbols} symbols, and at most "
+                f"{LARGEST_INT} can be made at a time: lower one of them"
+            )
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"seed={self.seed} must be from 0 to {(1 << 32) - 1}")
         if self.prompt and self.prompt_file:
@@ -68,32 +89,51 @@ class SampleFlags:
 class Sample:
     """One text as it grows: what may be shown of it, and where it stops.
 
+    Args:
+      vocabulary: of the ids.
+      prompt: ids [symbols] that are shown first.
+      stop: ids [symbols] before which the text ends; none where it does not.
+      before_stop: ids [symbols] before the continuation in which the stop string may begin already.
+      errors: what becomes of bytes that are not UTF-8, as for `bytes.decode`.
+
     Attributes:
       ids, log_probabilities: of the symbols after the prompt, up to the stop string.
       stopped: the stop string was met.
     """
 
-    def __init__(self, vocabulary: Vocabulary, prompt: np.ndarray, stop: np.ndarray) -> None:
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        prompt: np.ndarray,
+        stop: np.ndarray,
+        before_stop: np.ndarray | None = None,
+        errors: str = "replace",
+    ) -> None:
         self.ids: list[int] = []
         self.log_probabilities: list[float] = []
         self.stopped = False
-        self._decoder, self._stop, self._taken = vocabulary.decoder(), stop.tolist(), 0
+        self._decoder, self._stop, self._taken = vocabulary.decoder(errors), stop.tolist(), 0
+        # The last symbols, too few for a stop string, which would have been met before.
+        self._end: list[int] = [] if before_stop is None else self._too_few(before_stop.tolist())
         self._prompt_text = self._decoder.feed(prompt)
 
     def feed(self, ids: np.ndarray, log_probabilities: np.ndarray) -> None:
         """Adds symbols; those from the stop string on are dropped."""
         if self.stopped:
             return
-        first = max(0, len(self.ids) - len(self._stop) + 1)  # an earlier stop would have been met before
+        before, end = len(self.ids), self._end + ids.tolist()
         self.ids += ids.tolist()
         self.log_probabilities += log_probabilities.tolist()
-        if not self._stop:
-            return
-        for start in range(first, len(self.ids) - len(self._stop) + 1):
-            if self.ids[start : start + len(self._stop)] == self._stop:
+        for start in range(len(end) - len(self._stop) + 1 if self._stop else 0):
+            if end[start : start + len(self._stop)] == self._stop:
                 self.stopped = True
-                del self.ids[start:], self.log_probabilities[start:]
+                kept = max(0, before - len(self._end) + start)
+                del self.ids[kept:], self.log_probabilities[kept:]
                 return
+        self._end = self._too_few(end)
+
+    def _too_few(self, ids: list[int]) -> list[int]:
+        return ids[max(0, len(ids) - len(self._stop) + 1) :]
 
     def take(self, last: bool = False) -> str:
         """The text, prompt first, that was not taken yet and can be shown.
@@ -108,19 +148,22 @@ class Sample:
 
     def _beginning_of_stop(self) -> int:
         """How many symbols at the end may be the beginning of the stop string."""
-        lengths = range(min(len(self._stop) - 1, len(self.ids)), 0, -1)
-        return next((n for n in lengths if self.ids[-n:] == self._stop[:n]), 0)
+        lengths = range(len(self._end), 0, -1)
+        return min(len(self.ids), next((n for n in lengths if self._end[-n:] == self._stop[:n]), 0))
 
 
 def main(argv: Sequence[str]) -> int:
-    (chosen, sampling), _ = flags.parse(argv, __doc__ or "", SampleFlags(), Sampling())
+    (chosen, sampling), given = flags.parse(argv, __doc__ or "", SampleFlags(), Sampling())
     if not chosen.run_dir:
         raise ValueError("--run_dir is required: name the run to sample from")
     run_directory.named("run_dir", chosen.run_dir)
     run_dir = at_home(chosen.run_dir)
     config, identity = run_directory.read(run_dir)
     vocabulary = identity.vocabulary
+    separator = run_directory.separator(config, vocabulary)
     prompt, stop = _prompt(chosen, vocabulary), _stop(chosen.stop, vocabulary)
+    if not any(flag.startswith("--stop=") for flag in given):
+        stop = np.array(separator, np.int32)
 
     compilation.prepare()
     mesh = cores.mesh_of_samples(chosen.num_samples)
@@ -129,15 +172,18 @@ def main(argv: Sequence[str]) -> int:
     chunks = generate_lib.generate(
         config.model,
         params,
-        prompt if len(prompt) else _before_all_text(config, vocabulary),
+        np.concatenate([_unseen(prompt, separator, vocabulary), prompt]),
         sampling,
         rows=chosen.num_samples,
         length=chosen.length,
         seed=chosen.seed,
         unknown_id=0 if vocabulary.kind == "characters" else None,
-        separator=run_directory.separator(config, vocabulary),
+        separator=separator,
     )
-    samples = [Sample(vocabulary, prompt, stop) for _ in range(chosen.num_samples)]
+    errors = "surrogateescape" if chosen.format == "text" and _gets_bytes(sys.stdout, vocabulary) else "replace"
+    # A document ends with its separator, wherever that begins; another stop string begins in the continuation.
+    before_stop = prompt if tuple(stop.tolist()) == separator else None
+    samples = [Sample(vocabulary, prompt, stop, before_stop, errors) for _ in range(chosen.num_samples)]
     began = time.monotonic()
     if chosen.format == "json":
         for _ in _grow(samples, chunks):
@@ -145,7 +191,7 @@ def main(argv: Sequence[str]) -> int:
         for number, sample in enumerate(samples, 1):
             print(json.dumps({"sample": number} | _fields(sample, vocabulary, prompt, chosen.seed, step)))
     else:
-        _print_text(samples, chunks)
+        _print_text(samples, chunks, errors)
     made, seconds = sum(len(sample.ids) for sample in samples), time.monotonic() - began
     print(f"{made:,} symbols in {seconds:.1f} s, {made / seconds:,.0f} a second", file=sys.stderr)
     return program.DONE
@@ -156,8 +202,10 @@ def _prompt(chosen: SampleFlags, vocabulary: Vocabulary) -> np.ndarray:
     name, text = "prompt", chosen.prompt
     if chosen.prompt_file:
         name = "prompt_file"
+        path = 0 if chosen.prompt_file == "-" else at_home(chosen.prompt_file)
         try:
-            text = at_home(chosen.prompt_file).read_bytes().decode("utf-8", "surrogateescape")
+            with open(path, "rb", closefd=path != 0) as file:
+                text = file.read().decode("utf-8", "surrogateescape")
         except OSError as error:
             raise ValueError(f"prompt_file={chosen.prompt_file} cannot be read: {error.strerror}") from None
     try:
@@ -174,12 +222,10 @@ def _prompt(chosen: SampleFlags, vocabulary: Vocabulary) -> np.ndarray:
 
 def _stop(text: str, vocabulary: Vocabulary) -> np.ndarray:
     """The ids [symbols] of the stop string."""
-    ids = vocabulary.encode(text, "map")
-    if (position := _first_unknown(ids, vocabulary)) is not None:
-        raise ValueError(
-            f"stop={text!r} can never be met: {_named(text[position])} at position {position} is not in the vocabulary"
-        )
-    return ids
+    try:
+        return vocabulary.encode_escaped(text)
+    except ValueError as error:
+        raise ValueError(f"stop={text!r} can never be met: {error}") from None
 
 
 def _first_unknown(ids: np.ndarray, vocabulary: Vocabulary) -> int | None:
@@ -190,12 +236,16 @@ def _named(symbol: str) -> str:
     return f"{symbol!r} (U+{ord(symbol):04X})"
 
 
-def _before_all_text(config: Config, vocabulary: Vocabulary) -> np.ndarray:
-    """What is read, and not shown, where there is no prompt: one symbol, or none."""
-    separator = run_directory.separator(config, vocabulary)
-    if separator is not None:
-        return np.array([separator])
-    return vocabulary.encode("\n") if vocabulary.kind == "bytes" or "\n" in vocabulary.characters else np.array([])
+def _unseen(prompt: np.ndarray, separator: Separator, vocabulary: Vocabulary) -> np.ndarray:
+    """The ids [symbols] that are read before the prompt and not shown."""
+    has_newline = vocabulary.kind == "bytes" or "\n" in vocabulary.characters
+    newline = vocabulary.encode("\n" if has_newline and not len(prompt) else "")
+    return np.array(separator, np.int32) if separator else newline
+
+
+def _gets_bytes(stdout: Any, vocabulary: Vocabulary) -> bool:
+    """Whether the very bytes of a text are written: to what is a file or a pipe, and no terminal."""
+    return vocabulary.kind == "bytes" and isinstance(stdout, io.TextIOWrapper) and not stdout.isatty()
 
 
 def _grow(samples: list[Sample], chunks: Iterable[Chunk]) -> Iterator[None]:
@@ -208,9 +258,12 @@ def _grow(samples: list[Sample], chunks: Iterable[Chunk]) -> Iterator[None]:
             return
 
 
-def _print_text(samples: list[Sample], chunks: Iterable[Chunk]) -> None:
+def _print_text(samples: list[Sample], chunks: Iterable[Chunk], errors: str = "replace") -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # what the terminal cannot show must not end the text
+        if errors == "surrogateescape":  # together with the decoder's, each byte is written as it is
+            sys.stdout.reconfigure(encoding="utf-8", errors=errors)
+        else:
+            sys.stdout.reconfigure(errors="replace")  # what the terminal cannot show must not end the text
     live, *others = samples
     try:
         print(live.take(), end="", flush=True)
@@ -225,16 +278,18 @@ def _print_text(samples: list[Sample], chunks: Iterable[Chunk]) -> None:
 def _fields(sample: Sample, vocabulary: Vocabulary, prompt: np.ndarray, seed: int, step: int) -> dict[str, Any]:
     """The object of --format=json."""
     ids, total = np.array(sample.ids, np.int32), math.fsum(sample.log_probabilities)
-    symbols = sample.ids if vocabulary.kind == "bytes" else vocabulary.decode(ids)
+    text, is_bytes = vocabulary.decode(ids), vocabulary.kind == "bytes"
+    symbols = sample.ids if is_bytes else text
     return {
         "prompt": vocabulary.decode(prompt),
-        "text": vocabulary.decode(ids),
+        "text": text,
+        "lossy": text.encode("utf-8") != vocabulary.decode_bytes(ids),
         "symbols": [
             {"symbol": symbol, "logprob": value}
             for symbol, value in zip(symbols, sample.log_probabilities, strict=True)
         ],
         "logprob": total,
-        "bits_per_character": -total / NATS_PER_BIT / len(ids) if len(ids) else None,
+        "bits_per_byte" if is_bytes else "bits_per_character": -total / NATS_PER_BIT / len(ids) if len(ids) else None,
         "seed": seed,
         "checkpoint": step,
     }

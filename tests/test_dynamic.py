@@ -26,7 +26,7 @@ def ones(tree):
     return jax.tree.map(jnp.ones_like, tree)
 
 
-def static(config, split, separator=None, devices=1, temperatures=(1.0,)):
+def static(config, split, separator=(), devices=1, temperatures=(1.0,)):
     grid = mesh.make(jax.devices()[:devices])
     placed = mesh.put(grid, mesh.REPLICATED, params(config))
     return evaluate.at_temperatures(config, V, split, grid, separator, temperatures)(placed)
@@ -97,7 +97,7 @@ def test_scores_and_gradients_are_those_of_the_plain_equations(monkeypatch):
 # Against the static score.
 
 
-@pytest.mark.parametrize("separator", [None, 3])
+@pytest.mark.parametrize("separator", [(), (3,), (3, 4)])
 def test_a_model_that_does_not_learn_has_the_static_score(separator):
     still = Adaptation(dynamic_learning_rate=0, dynamic_decay=0)
     config, text = make(piece=10**6, **ONE), Text(1403)  # two calls of the device, a first and a last window of 4 and 3
@@ -194,7 +194,7 @@ def test_logits_that_are_too_large_by_a_factor_are_best_divided_by_it(power):
     p = p._replace(w_out=0 * p.w_out[:, :4], b_out=jnp.asarray(factor * np.log(frequencies), jnp.float32))
 
     def score(split, temperatures):
-        return evaluate.at_temperatures(make(**ONE), 4, text, grid, None, temperatures)(p)
+        return evaluate.at_temperatures(make(**ONE), 4, text, grid, (), temperatures)(p)
 
     temperature, (at_one, best) = search(score, "valid")
     assert temperature == pytest.approx(factor)

@@ -41,7 +41,7 @@ def params(config: Config):
     return jax.tree.map(lambda leaf: jnp.where(leaf == 0, 0.5, leaf * 1.5), drawn)  # trained initial states begin at 0
 
 
-def score(config: Config, devices: int = 1, separator=None, shards: int = 1) -> evaluate.Score:
+def score(config: Config, devices: int = 1, separator=(), shards: int = 1) -> evaluate.Score:
     grid = mesh.make(jax.devices()[:devices])
     score_split = evaluate.of_split(config, V, Text(), grid, separator, shards)
     return score_split(mesh.put(grid, mesh.REPLICATED, params(config)))
@@ -94,8 +94,22 @@ def test_burn_in_comes_close_to_carried_state():
     assert abs(warm - sequential) < abs(cold - sequential) / 10
 
 
-def test_a_separator_resets_the_state_in_evaluation_too():
-    assert score(make(), separator=3).bits != score(make()).bits
+@pytest.mark.parametrize("separator", [(3,), (3, 4), (4, 4, 5)], ids=str)
+def test_a_separator_resets_the_state_in_evaluation_too_the_same_whatever_the_windows(separator):
+    whole = {"piece": 10**6}
+    text = Text().ids.astype(np.int32)
+    ends = [tuple(text[max(q - len(separator) + 1, 0) : q + 1]) == separator for q in range(len(text) - 1)]
+    config = make(**whole)
+    _, logits = model.apply(
+        config.model, params(config), model.initial_state(config.model, 1), text[None, :-1], np.array([ends])
+    )
+    expected = np.asarray(cross_entropy(logits, text[None, 1:].T), np.float64).sum() / math.log(2) + math.log2(V)
+    assert sum(ends) > 3 and abs(score(config).bits - expected) > 1e-3
+    for changes in ({}, {"window": 7}, {"window": 130}):
+        assert score(make(**whole, **changes), separator=separator).bits == pytest.approx(expected, rel=1e-6)
+    in_pieces = score(make(), separator=separator).bits
+    for changes, devices in (({"evaluation_batch_size": 3}, 2), ({"window": 7, "evaluation_batch_size": 64}, 8)):
+        assert score(make(**changes), devices, separator).bits == pytest.approx(in_pieces, rel=1e-6)
 
 
 def test_evaluation_leaves_the_parameters_as_they_were():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from charlstm import generate as generate_lib
 from charlstm import mesh as mesh_lib
 from charlstm import model
 from charlstm.generate import Sampling, choose, generate
@@ -33,9 +34,17 @@ def sampled(sampling=GREEDY, *, config=CONFIG, params=None, prompt=PROMPT, rows=
     return ids, log_probabilities
 
 
-def full_pass(ids_RT, config=CONFIG, separator=None):
+def ends(ids_RT, separator):
+    """Whether each symbol is the last of a separator, looked up one by one."""
+    k, (R, T) = len(separator), ids_RT.shape
+    return np.array(
+        [[k > 0 and tuple(ids_RT[r, max(t - k + 1, 0) : t + 1]) == separator for t in range(T)] for r in range(R)]
+    )
+
+
+def full_pass(ids_RT, config=CONFIG, separator=()):
     """Log-softmax of the symbol after each of `ids`, [R, T, V], by one call of the model."""
-    reset_RT = np.zeros(ids_RT.shape, bool) if separator is None else ids_RT == separator
+    reset_RT = ends(ids_RT, separator)
 
     @jax.jit
     def log_softmax(params, inputs_RT):
@@ -67,13 +76,13 @@ def test_greedy_text_is_the_argmax_of_a_full_pass_over_it():
     np.testing.assert_array_equal(ids, best[:, len(PROMPT) - 1 : -1])
 
 
-@pytest.mark.parametrize("separator", [None, 5], ids=["", "documents"])
+@pytest.mark.parametrize("separator", [(), (5,), (8, 5)], ids=["", "documents", "separators of two"])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn", "mlstm", "layer_norm_lstm"])
 def test_log_probabilities_are_the_models_own_by_a_full_pass(cell, separator):
     config = dataclasses.replace(CONFIG, cell=cell)
     sampling = Sampling(temperature=1.7, top_k=8, top_p=0.95)
-    ids, log_probabilities = sampled(sampling, config=config, rows=3, separator=separator, unknown_id=0)
-    assert separator is None or (ids == separator).any()
+    ids, log_probabilities = sampled(sampling, config=config, length=150, separator=separator, unknown_id=0)
+    assert not separator or ends(ids, separator).any()
     expected = full_pass(with_prompt(ids), config, separator)[:, len(PROMPT) - 1 : -1]
     expected = np.take_along_axis(expected, ids[:, :, None], axis=2)[:, :, 0]
     np.testing.assert_allclose(log_probabilities, expected, rtol=1e-4, atol=1e-5)
@@ -87,6 +96,14 @@ def test_the_text_does_not_depend_on_the_chunk_size(chunk):
     np.testing.assert_allclose(log_probabilities, other_log_probabilities, rtol=1e-5, atol=1e-6)
 
 
+def test_where_the_rows_are_very_many_one_call_makes_fewer_symbols_of_the_same_text(monkeypatch):
+    ids, _ = sampled(Sampling(), rows=5)
+    monkeypatch.setattr(generate_lib, "MOST_NOISE", 3 * 5 * V)
+    chunks = list(generate(CONFIG, make_params(), PROMPT, Sampling(), rows=5, length=40, seed=7))
+    assert {chunk.ids.shape for chunk in chunks} == {(5, 3), (5, 1)}
+    np.testing.assert_array_equal(np.concatenate([chunk.ids for chunk in chunks], axis=1), ids)
+
+
 @pytest.mark.parametrize("rows", [1, 20])
 def test_a_row_has_the_same_bits_however_many_rows_are_beside_it(rows):
     ids, log_probabilities = sampled(Sampling(), length=100)
@@ -98,8 +115,9 @@ def test_a_row_has_the_same_bits_however_many_rows_are_beside_it(rows):
 
 @pytest.mark.parametrize("window", [1, 4])
 def test_a_prompt_read_in_windows_is_a_prompt_read_at_once(window):
-    ids, log_probabilities = sampled(Sampling(), window=len(PROMPT))
-    other_ids, other_log_probabilities = sampled(Sampling(), window=window)
+    separator = (3, 5, 8)  # straddles two windows of either length
+    ids, log_probabilities = sampled(Sampling(), separator=separator, window=len(PROMPT))
+    other_ids, other_log_probabilities = sampled(Sampling(), separator=separator, window=window)
     np.testing.assert_array_equal(ids, other_ids)
     np.testing.assert_allclose(log_probabilities, other_log_probabilities, rtol=1e-5, atol=1e-6)
 
@@ -201,7 +219,7 @@ def test_without_a_prompt_each_row_begins_after_a_symbol_of_its_own_and_never_th
 
 def test_what_precedes_a_document_separator_is_forgotten_where_documents_are_apart():
     other = np.concatenate([[1, 2, 3], PROMPT])
-    for separator, same in ((int(PROMPT[0]), True), (None, False)):
+    for separator, same in (((int(PROMPT[0]),), True), ((3, 1), True), ((2, 6, 5), True), ((), False), ((3, 4), False)):
         first = sampled(Sampling(), separator=separator)[1]
         second = sampled(Sampling(), separator=separator, prompt=other)[1]
         assert np.allclose(first, second, rtol=1e-5) == same

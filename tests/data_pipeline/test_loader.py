@@ -47,12 +47,12 @@ PLANS = [StreamPlan(6 * 10 * 13 + 5, 6, 10, seed=1), StreamPlan(2 * 1024 * 41 + 
 @pytest.mark.parametrize(("threads", "read_ahead"), [(1, 1), (1, 8), (2, 5)])
 def test_windows_read_ahead_are_the_windows_of_the_plan_in_order(plan, threads, read_ahead):
     text, rows = random_text(plan.symbols), range(1, plan.batch_size)
-    with open_windows(text, plan, rows=rows, separator=2, threads=threads, read_ahead=read_ahead) as windows:
+    with open_windows(text, plan, rows=rows, separator=(2,), threads=threads, read_ahead=read_ahead) as windows:
         for step in range(2 * plan.steps_per_epoch + 3):
             assert windows.position == step
             batch = next(windows)
             assert isinstance(batch, Batch)
-            assert equal(batch, plan.read(text, step, rows, separator=2))
+            assert equal(batch, plan.read(text, step, rows, separator=(2,)))
 
 
 @pytest.mark.parametrize("plan", PLANS)

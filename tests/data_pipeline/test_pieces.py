@@ -20,7 +20,7 @@ class Text:
         return self.ids[start:stop]
 
 
-def follow(text: Text, plan: PiecePlan, separator=None):
+def follow(text: Text, plan: PiecePlan, separator=()):
     """Every scored target as (position, symbols read since the reset before it), by plain bookkeeping."""
     context = [[] for _ in range(plan.batch_size)]
     for batch, scored in read_pieces(text, plan, range(plan.batch_size), separator):
@@ -74,8 +74,25 @@ def test_rows_of_several_processes_together_are_the_global_batch():
 def test_state_is_reset_at_a_document_separator():
     text = Text(90)
     text.ids[[30, 55]] = 501
-    for _, context in follow(text, PiecePlan(90, 90, 0, 1, 8), separator=501):
+    for _, context in follow(text, PiecePlan(90, 90, 0, 1, 8), separator=(501,)):
         assert 501 not in context[1:]
+
+
+@pytest.mark.parametrize("separator", [(1,), (0, 0), (1, 0, 1), (0, 1, 0, 0, 1, 0, 1)], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_a_separator_ends_where_it_ends_in_the_split_whatever_pieces_and_windows_it_is_read_in(case, separator):
+    text, plan, k = Text(case[0]), PiecePlan(*case), len(separator)
+    text.ids %= 2
+    for group, (batch, _) in enumerate(read_pieces(text, plan, range(plan.batch_size), separator)):
+        group, index = divmod(group, plan.windows)
+        for row in range(plan.batch_size):
+            begin = max((group * plan.batch_size + row) * plan.piece - plan.warm_up - 1, 0)  # the first that is read
+            for t in range(plan.window):
+                q = (group * plan.batch_size + row) * plan.piece - plan.warm_up + index * plan.window + t - 1
+                if begin <= q < len(text):
+                    assert batch.inputs[row, t] == text.ids[q]
+                    ends = q >= k - 1 and tuple(text.ids[q - k + 1 : q + 1]) == separator
+                    assert batch.reset[row, t] == (q == begin or ends)
 
 
 def test_a_split_of_one_symbol_is_refused():

@@ -122,10 +122,10 @@ def test_the_rows_of_all_processes_are_the_global_batch_across_shards_and_epochs
     ids = np.random.default_rng(0).integers(0, symbol_count, plan.symbols)
     split = on_disk(tmp_path, ids)  # 11 shards
     for step in range(3 * plan.steps_per_epoch):
-        whole = plan.read(Text(ids.astype(dtype)), step, range(8), separator=2)
+        whole = plan.read(Text(ids.astype(dtype)), step, range(8), separator=(2,))
         for process_count in (1, 2, 4):
             shares = [rows_of_process(8, p, process_count) for p in range(process_count)]
-            parts = [plan.read(split, step, rows, separator=2) for rows in shares]
+            parts = [plan.read(split, step, rows, separator=(2,)) for rows in shares]
             for name in whole._fields:
                 together = np.concatenate([getattr(part, name) for part in parts])
                 np.testing.assert_array_equal(together, getattr(whole, name))
@@ -138,8 +138,9 @@ def test_windows_read_together_are_the_windows_read_one_by_one_end_to_end(plan, 
     first = data.draw(st.integers(0, plan.steps_per_epoch - 1))
     count = data.draw(st.integers(1, plan.steps_per_epoch - first))
     step = epoch * plan.steps_per_epoch + first
-    together = plan.read(text, step, rows, windows=count, separator=3)
-    singly = [plan.read(text, s, rows, separator=3) for s in range(step, step + count)]
+    separator = data.draw(st.sampled_from([(3,), (6, 0), (2, 3, 4)]))
+    together = plan.read(text, step, rows, windows=count, separator=separator)
+    singly = [plan.read(text, s, rows, separator=separator) for s in range(step, step + count)]
     for name in together._fields:
         joined = np.concatenate([getattr(batch, name) for batch in singly], axis=1)
         np.testing.assert_array_equal(getattr(together, name), joined)
@@ -151,7 +152,7 @@ def test_state_is_zeroed_at_the_start_of_a_stream_at_the_seam_and_at_each_separa
     plan = StreamPlan(12, batch_size=2, window=3)
     epoch = next(e for e in range(1, 100) if plan.offset(e) == 4)  # streams begin at 4 and at 10
     step, rows = epoch * plan.steps_per_epoch, range(2)
-    first, second = (plan.read(text, s, rows, separator=ord("|")) for s in (step, step + 1))
+    first, second = (plan.read(text, s, rows, separator=(ord("|"),)) for s in (step, step + 1))
 
     def lines(ids):
         return ["".join(map(chr, row)) for row in ids]
@@ -162,6 +163,38 @@ def test_state_is_zeroed_at_the_start_of_a_stream_at_the_seam_and_at_each_separa
     assert second.reset.tolist() == [[False, False, True], [False, True, False]]
     plain = plan.read(text, step + 1, rows)
     assert not plain.reset.any()
+
+
+@given(plans(), st.lists(st.integers(0, 2), min_size=1, max_size=5), st.integers(0, 2**32), st.data())
+def test_whether_a_separator_ends_at_a_symbol_depends_on_its_place_in_the_split_alone(plan, separator, seed, data):
+    """The slow twin: look at each place of the text by itself.  Windows, epochs and processes have no part in it."""
+    text = np.random.default_rng(seed).integers(0, 3, plan.symbols).astype(np.uint8)
+    k = len(separator)
+    ends = [q >= k - 1 and text[q - k + 1 : q + 1].tolist() == separator for q in range(plan.symbols)]
+    step = data.draw(st.integers(0, 3 * plan.steps_per_epoch))
+    first = data.draw(st.integers(0, plan.batch_size - 1))
+    rows = range(first, data.draw(st.integers(first + 1, plan.batch_size)))
+    batch = plan.read(Text(text), step, rows, separator=tuple(separator))
+    for row, start in enumerate(plan.positions(step, rows)):
+        for t in range(plan.window):
+            q = (start + t) % plan.symbols
+            begins = q == 0 or (t == 0 and step % plan.steps_per_epoch == 0)
+            assert batch.inputs[row, t] == text[q] and batch.targets[row, t] == text[(q + 1) % plan.symbols]
+            assert batch.reset[row, t] == (begins or ends[q])
+
+
+def test_a_separator_that_straddles_two_windows_or_the_start_of_a_stream_is_one_and_across_the_seam_it_is_none():
+    #                0    1    2    3    4    5    6    7    8    9   10   11
+    text = Text([*map(ord, "|ab||cd|||e|")])
+    plan = StreamPlan(12, batch_size=3, window=2, rotate=False)  # streams begin at 0, 4 and 8
+    first, second = (plan.read(text, step, range(3), separator=(ord("|"),) * 2) for step in (0, 1))
+    assert first.reset.tolist() == [[True, False], [True, False], [True, True]]
+    assert second.reset.tolist() == [[False, False], [False, False], [False, False]]
+    epoch = next(e for e in range(100) if StreamPlan(12, 3, 2).offset(e) == 5)  # streams begin at 5, 9 and 1
+    plan = StreamPlan(12, batch_size=3, window=2)
+    first, second = (plan.read(text, 2 * epoch + w, range(3), separator=(ord("|"),) * 2) for w in (0, 1))
+    assert first.reset.tolist() == [[True, False], [True, False], [True, False]]
+    assert second.reset.tolist() == [[False, True], [False, True], [False, True]]
 
 
 def test_a_window_that_begins_at_the_seam_is_reset_at_its_first_symbol_only():

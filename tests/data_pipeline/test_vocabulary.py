@@ -59,14 +59,45 @@ def test_the_dtype_is_the_smallest_that_holds_every_id(characters, dtype):
     assert vocabulary.encode(text[-1]).tolist() == [characters]
 
 
-def test_symbol_id_takes_exactly_one_symbol():
-    assert BYTES.symbol_id("\x00") == 0 and GREEK.symbol_id("λ") == 6
-    with pytest.raises(ValueError, match="'é' is 2 symbols in a vocabulary of bytes: give exactly one"):
-        BYTES.symbol_id("é")
-    with pytest.raises(ValueError, match="'' is 0 symbols"):
-        GREEK.symbol_id("")
-    with pytest.raises(ValueError, match="not in the vocabulary"):
-        GREEK.symbol_id("z")
+@pytest.mark.parametrize(
+    ("text", "of_bytes", "of_characters"),
+    [
+        (r"a\n\r\t\f\v\0\\", b"a\n\r\t\f\v\0\\", "a\n\r\t\f\v\0\\"),
+        (r"\x00\xe9\xC3", b"\0\xe9\xc3", "\0\xe9\xc3"),
+        (r"\xc3\xa9é", "éé".encode(), "\xc3\xa9é"),
+        (r"\u00e9\U0001F600", "é😀".encode(), "é😀"),
+        (r"\\n\\\n", rb"\n" + b"\\\n", "\\n\\\n"),
+        ("\udce9\n", b"\xe9\n", None),
+        ("<|endoftext|>", b"<|endoftext|>", "<|endoftext|>"),
+        ("", b"", ""),
+    ],
+    ids=range(8),
+)
+def test_escapes_stand_for_symbols_and_in_bytes_for_bytes(text, of_bytes, of_characters):
+    assert BYTES.encode_escaped(text).tobytes() == of_bytes
+    if of_characters is not None:
+        vocabulary = Vocabulary("characters", "".join(sorted(set(of_characters)))) if of_characters else GREEK
+        assert vocabulary.decode(vocabulary.encode_escaped(text)) == of_characters
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        *(("\\", "\\"), ("a\\", "\\"), ("\\\n", "\\\n"), (r"\q", r"\q"), (r"\N{DASH}", r"\N"), (r"\012", r"\0")),
+        *((r"\x", r"\x"), (r"\xg0", r"\x"), (r"\u12", r"\u"), (r"\ud800", r"\ud800"), (r"\U00110000", r"\U00110000")),
+    ],
+)
+@pytest.mark.parametrize("vocabulary", [BYTES, GREEK], ids=["bytes", "characters"])
+def test_what_is_no_escape_is_refused_with_those_that_are(vocabulary, text, wrong):
+    with pytest.raises(ValueError) as caught:
+        vocabulary.encode_escaped(text)
+    allowed = r"\n \r \t \f \v \0 \xHH \uHHHH \UHHHHHHHH, or \\ for a backslash"
+    assert str(caught.value) == f"{wrong} is not an escape: use {allowed}"
+
+
+def test_an_escape_for_what_is_not_in_the_vocabulary_is_refused():
+    with pytest.raises(ValueError, match=r"^'z' \(U\+007A\) at position 1 is not in the vocabulary$"):
+        GREEK.encode_escaped(r"λ\x7a")
 
 
 @given(st.binary(max_size=40), st.integers(1, 5))

@@ -103,9 +103,9 @@ def test_a_far_step_is_found_without_adding_up_those_before():
 def test_read_ahead_from_any_step_they_are_the_windows_of_the_plan(start):
     plan = StreamPlan(3 * 6000, 3, 100, 5, deviation=4, short_probability=0.1)  # runs of 163 windows, epochs of 63
     text = Text(np.random.default_rng(7).integers(0, 5, plan.symbols).astype(np.uint8))
-    with open_windows(text, plan, rows=range(1, 3), start_step=start, separator=2) as windows:
+    with open_windows(text, plan, rows=range(1, 3), start_step=start, separator=(2,)) as windows:
         for step in range(start, start + 30):
-            assert equal(next(windows), plan.read(text, step, range(1, 3), separator=2))
+            assert equal(next(windows), plan.read(text, step, range(1, 3), separator=(2,)))
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,11 @@ def test_an_empty_or_missing_corpus_is_refused(corpus, sentence, tmp_path):
         (["--batch_size=4"], "batch_size=4 cannot be split over 8 devices: use 8"),
         (["--logical_shards=3"], "batch_size=16 cannot be split into logical_shards=3"),
         (["--logical_shards=4"], "logical_shards=4 cannot be split exactly over 8 devices: use 1, 2, 4 devices"),
-        (["--reset_state=document", "--document_separator=ab"], "document_separator='ab'"),
+        (["--reset_state=document", "--document_separator="], "document_separator='' ends no document: give what does"),
+        (
+            ["--reset_state=document", r"--document_separator=\q"],
+            r"document_separator='\\q': \q is not an escape: use \n",
+        ),
         (["--valid_fraction=0.00001", "--test_fraction=0", "--split=columns:9x900"], "split=columns:9x900"),
         (["--initial_checkpoint=nowhere"], "nowhere is not a run: it has no config.json"),
     ],

@@ -83,7 +83,13 @@ def test_the_text_crosses_epoch_borders_where_the_tests_say(text, tmp_path):
     [
         ("--cell=lstm",),
         pytest.param(
-            ("--cell=gru", "--reset_state=document", "--document_separator= ", "--zoneout=.1", "--train_initial_state"),
+            (
+                "--cell=gru",
+                "--reset_state=document",
+                r"--document_separator=\x20a",
+                "--zoneout=.1",
+                "--train_initial_state",
+            ),
             marks=pytest.mark.long,
         ),
         pytest.param(

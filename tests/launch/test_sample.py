@@ -38,14 +38,14 @@ def params_of(step, vocabulary):
     return model.init(CONFIG.model, vocabulary.size, keys.named(jax.random.key(step), "init"))
 
 
-def make_run(run_dir, vocabulary):
+def make_run(run_dir, vocabulary, config=CONFIG):
     identity = run_directory.Identity(vocabulary, "f" * 64)
-    run_directory.create(run_dir, CONFIG, identity, [])
+    run_directory.create(run_dir, config, identity, [])
     with Checkpoints(run_dir / "checkpoints", log=print) as checkpoints:
         for step, score in SCORES.items():
-            state = step_lib.init(CONFIG, vocabulary.size)
+            state = step_lib.init(config, vocabulary.size)
             state = state._replace(step=jnp.asarray(step, jnp.int32), params=params_of(step, vocabulary))
-            own = run_directory.checkpoint_identity(CONFIG, identity)
+            own = run_directory.checkpoint_identity(config, identity)
             checkpoints.save(step_lib.place(mesh_lib.make(), state), own, score)
     return run_dir
 
@@ -60,21 +60,50 @@ def characters_run(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("characters") / "run", Vocabulary("characters", "abcdé€"))
 
 
-@pytest.fixture
-def run(capsys):
-    """Runs the program in this process: its stdout."""
+class Stdout(io.TextIOWrapper):
+    """A stdout that keeps what it gets, as a file or as a terminal would."""
 
-    def run(run_dir, *arguments):
-        assert sample.main(["sample", f"--run_dir={run_dir}", "--length=60", *arguments]) == 0
-        return capsys.readouterr().out
+    def __init__(self, terminal=False, encoding="utf-8"):
+        super().__init__(io.BytesIO(), encoding)
+        self.terminal = terminal
+
+    def isatty(self):
+        return self.terminal
+
+
+@pytest.fixture
+def run_for_bytes(monkeypatch):
+    """Runs the program in this process: the bytes of its stdout."""
+
+    def run(run_dir, *arguments, **kind):
+        with monkeypatch.context() as patched:
+            stdout = Stdout(**kind)
+            patched.setattr(sys, "stdout", stdout)
+            assert sample.main(["sample", f"--run_dir={run_dir}", "--length=60", *arguments]) == 0
+            stdout.flush()
+            return stdout.buffer.getvalue()
 
     return run
+
+
+@pytest.fixture
+def run(run_for_bytes):
+    """As `run_for_bytes`, what a terminal shows."""
+    return lambda *arguments: run_for_bytes(*arguments, terminal=True).decode()
+
+
+@pytest.fixture(scope="module")
+def documents_run(tmp_path_factory):
+    """A run that tells documents apart, by "ba"."""
+    config = config_lib.replace(CONFIG, reset_state="document", document_separator=r"b\x61")
+    return make_run(tmp_path_factory.mktemp("documents") / "run", Vocabulary("characters", "abcdé€"), config)
 
 
 @contextlib.contextmanager
 def process(run_dir, *arguments):
     command = [sys.executable, "-m", "launch.sample", f"--run_dir={run_dir}", *arguments]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as started:
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as started:
         try:
             yield started
         finally:
@@ -84,9 +113,9 @@ def process(run_dir, *arguments):
 # What of a text can be shown.
 
 
-def grow(ids, chunk, *, vocabulary=BYTES, prompt=b"", stop=b""):
+def grow(ids, chunk, *, vocabulary=BYTES, prompt=b"", stop=b"", **options):
     """The sample of `ids` that arrive `chunk` at a time, and what was shown after each arrival."""
-    grown = Sample(vocabulary, np.frombuffer(prompt, np.uint8), np.frombuffer(stop, np.uint8))
+    grown = Sample(vocabulary, np.frombuffer(prompt, np.uint8), np.frombuffer(stop, np.uint8), **options)
     shown = [grown.take()]
     for start in range(0, len(ids), chunk):
         part = np.array(list(ids[start : start + chunk]))
@@ -117,6 +146,28 @@ def test_only_what_may_be_the_stop_string_is_held_back():
 def test_a_stop_string_may_begin_in_the_continuation_only():
     grown, _ = grow(b"bab", 1, prompt=b"a", stop=b"ab")
     assert bytes(grown.ids) == b"b"
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5])
+def test_a_separator_may_begin_in_the_prompt_but_lie_there_it_may_not(chunk):
+    def ended(prompt, text):
+        before = np.frombuffer(prompt, np.uint8)
+        grown, shown = grow(text, chunk, prompt=prompt, stop=b"abc", before_stop=before)
+        assert "".join(shown).encode() == prompt + bytes(grown.ids)
+        assert len(grown.log_probabilities) == len(grown.ids)
+        return bytes(grown.ids), grown.stopped
+
+    assert ended(b"xa", b"bcd") == ended(b"ab", b"c") == (b"", True)
+    assert ended(b"ab", b"abcd") == (b"", True)
+    assert ended(b"abc", b"xbc") == (b"xbc", False)
+    assert ended(b"a", b"xbabcd") == (b"xb", True)
+
+
+def test_bytes_that_are_no_utf8_are_kept_where_the_decoder_is_told_so():
+    for text in (bytes(range(256)), "é€😀".encode()[:-1], b"\xe2\x82\xe2\x82\xac\xed\xa0\x80"):
+        for chunk in (1, 3, 300):
+            shown = "".join(grow(text, chunk, prompt=text, errors="surrogateescape")[1])
+            assert shown.encode("utf-8", "surrogateescape") == text + text
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5])
@@ -183,7 +234,8 @@ def test_json_has_every_symbol_with_its_log_probability(run, bytes_run):
         assert bytes(s["symbol"] for s in o["symbols"]).decode("utf-8", "replace") == o["text"]
         np.testing.assert_allclose([s["logprob"] for s in o["symbols"]], expected[number], rtol=1e-5)
         assert o["logprob"] == pytest.approx(expected[number].sum(), rel=1e-5)
-        assert o["bits_per_character"] == pytest.approx(-o["logprob"] / 60 / math.log(2))
+        assert o["bits_per_byte"] == pytest.approx(-o["logprob"] / 60 / math.log(2))
+        assert "bits_per_character" not in o and o["lossy"] == (UNKNOWN in o["text"])
         assert (o["sample"], o["seed"], o["checkpoint"]) == (number + 1, 0, 3)
 
 
@@ -193,6 +245,8 @@ def test_json_of_a_vocabulary_of_characters_has_characters_and_never_the_unknown
     assert "".join(s["symbol"] for s in made["symbols"]) == made["text"]
     assert len(made["text"]) == 60
     assert set(made["text"]) == set("abcdé€")
+    assert made["bits_per_character"] == pytest.approx(-made["logprob"] / 60 / math.log(2))
+    assert "bits_per_byte" not in made and not made["lossy"]
 
 
 @pytest.mark.parametrize(("which", "step"), [("best", 3), ("latest", 5), ("3", 3), ("5", 5)])
@@ -209,6 +263,28 @@ def test_a_sample_ends_before_the_stop_string(run, characters_run):
     whole = run(characters_run, "--prompt=ab")[2:-1]
     stop = whole[20:22]
     assert run(characters_run, "--prompt=ab", f"--stop={stop}") == f"ab{whole.partition(stop)[0]}\n"
+
+
+def test_a_stop_string_may_have_escapes(run, characters_run):
+    whole = run(characters_run, "--prompt=ab")[2:-1]
+    assert (
+        run(characters_run, "--prompt=ab", r"--stop=\x63\u20ac") == f"ab{whole.partition('c€')[0]}\n" != f"ab{whole}\n"
+    )
+
+
+def test_a_file_or_a_pipe_gets_the_very_bytes_that_the_model_makes_and_a_terminal_valid_text(run_for_bytes, bytes_run):
+    ids = np.frombuffer(prompt := b"caf\xe9 ", np.uint8)
+    chunks = generate(CONFIG.model, params_of(3, BYTES), ids, Sampling(), rows=3, length=60, seed=0)
+    made = [row.tobytes() for row in np.concatenate([chunk.ids for chunk in chunks], axis=1).astype(np.uint8)]
+    expected = b"".join(
+        (b"" if not n else b"\n--- sample %d of 3 ---\n" % (n + 1)) + prompt + text + b"\n"
+        for n, text in enumerate(made)
+    )
+    arguments = ["--prompt=" + prompt.decode("utf-8", "surrogateescape"), "--num_samples=3"]
+    for encoding in ("utf-8", "latin-1", "ascii"):
+        assert run_for_bytes(bytes_run, *arguments, encoding=encoding) == expected
+    assert run_for_bytes(bytes_run, *arguments, terminal=True).decode() != expected.decode("utf-8", "surrogateescape")
+    assert b"\xe9" not in run_for_bytes(bytes_run, *arguments, "--format=json")
 
 
 def test_a_prompt_from_a_file_is_read_to_its_last_newline(run, bytes_run, tmp_path):
@@ -231,6 +307,44 @@ def test_an_unknown_symbol_of_the_prompt_is_mapped_when_asked(run, characters_ru
     assert run(characters_run, "--prompt=abx", "--unknown=map").startswith(f"ab{UNKNOWN}")
 
 
+# Where documents are apart.
+
+
+def after(text, seed=0):
+    """What the model of `documents_run` writes after it has read `text`, and with which log-probabilities."""
+    vocabulary = Vocabulary("characters", "abcdé€")
+    separator = tuple(vocabulary.encode("ba").tolist())
+    options = {"rows": 1, "length": 60, "seed": seed, "unknown_id": 0, "separator": separator}
+    chunk = next(generate(CONFIG.model, params_of(3, vocabulary), vocabulary.encode(text), Sampling(), **options))
+    return vocabulary.decode(chunk.ids[0]), chunk.log_probabilities[0]
+
+
+@pytest.mark.parametrize("prompt", ["", "cd", "cdba€", "b"])
+def test_where_documents_are_apart_a_separator_is_read_before_the_prompt(run, documents_run, prompt):
+    made = json.loads(run(documents_run, f"--prompt={prompt}", "--stop=", "--format=json"))
+    assert (made["prompt"], len(made["text"])) == (prompt, 60)
+    logprobs = np.array([symbol["logprob"] for symbol in made["symbols"]])
+    # Of what precedes it, only the last symbol of the separator counts, read from the first state: as in training.
+    for text in ("ba", "€baba"):
+        np.testing.assert_allclose(logprobs, after(text + prompt)[1], rtol=1e-4)
+    assert "ba" in prompt or not np.allclose(logprobs[:3], after(prompt or "c")[1][:3], rtol=1e-3)
+
+
+@pytest.mark.parametrize("prompt", ["", "cd", "cdba€", "b"])
+def test_where_documents_are_apart_one_is_written_unless_told_otherwise(run, documents_run, prompt):
+    stopped = 0
+    for seed in range(4):
+        whole, _ = after("ba" + prompt, seed)
+        arguments = [f"--prompt={prompt}", f"--seed={seed}"]
+        assert run(documents_run, *arguments, "--stop=") == f"{prompt}{whole}\n"
+        begun = prompt[-1:]
+        document = (begun + whole).partition("ba")[0][len(begun) :]
+        for stop in ([], [r"--stop=\x62a"]):
+            assert run(documents_run, *arguments, *stop) == f"{prompt}{document}\n"
+        stopped += document != whole
+    assert stopped
+
+
 # What is refused.
 
 
@@ -238,13 +352,21 @@ def test_an_unknown_symbol_of_the_prompt_is_mapped_when_asked(run, characters_ru
     ("arguments", "message"),
     [
         (["--prompt=abxc"], r"prompt: 'x' \(U\+0078\) at position 2 is not in the vocabulary.*--unknown=map"),
-        (["--stop=a\n"], r"stop='a\\n' can never be met: '\\n' \(U\+000A\) at position 1"),
+        (["--stop=a\n"], r"stop='a\\n' can never be met: '\\n' \(U\+000A\) at position 1 is not in the vocabulary"),
+        ([r"--stop=a\n"], r"stop='a\\\\n' can never be met: '\\n' \(U\+000A\) at position 1 is not in the vocabulary"),
+        ([r"--stop=a\q"], r"stop='a\\\\q' can never be met: \\q is not an escape: use \\n"),
         (["--prompt=a", "--prompt_file=b"], "--prompt and --prompt_file=b are both given"),
         (["--prompt_file=/nowhere/prompt.txt"], "prompt_file=/nowhere/prompt.txt cannot be read: No such file"),
         (["--temperature=-1"], "temperature=-1.0 must be at least 0"),
         (["--top_p=0"], "top_p=0.0 must be more than 0"),
         (["--length=-1"], "length=-1 must not be negative"),
         (["--num_samples=0"], "num_samples=0 must be at least 1"),
+        (
+            ["--num_samples=100000000"],
+            "num_samples=100000000 must be at most 65536: make the others with another --seed",
+        ),
+        (["--length=2147483648"], "2147483648 symbols, and at most 2147483647"),
+        (["--num_samples=65536", "--length=32768"], "num_samples=65536 of length=32768 are 2147483648 symbols"),
         (["--seed=-1"], "seed=-1 must be from 0 to 4294967295"),
         (["--checkpoint=4"], "4"),
         (["--checkpoint=newest"], "checkpoint='newest' is neither"),
@@ -268,12 +390,14 @@ def test_a_run_without_checkpoints_is_refused(tmp_path):
 # The program as a process.
 
 
-def test_the_same_seed_makes_the_same_text_in_two_processes_and_only_the_text_is_on_stdout(run, bytes_run):
-    arguments = ["--prompt=Once", "--num_samples=2", "--length=60", "--seed=9"]
-    with process(bytes_run, *arguments) as first, process(bytes_run, *arguments) as second:
-        texts = [started.communicate()[0] for started in (first, second)]
+def test_the_same_seed_makes_the_same_bytes_in_two_processes_and_only_those_are_on_stdout(run_for_bytes, bytes_run):
+    arguments, prompt = ["--num_samples=2", "--length=60", "--seed=9"], b"caf\xe9 \xc3"
+    given = "--prompt=" + os.fsdecode(prompt)
+    with process(bytes_run, *arguments, given) as first, process(bytes_run, *arguments, "--prompt_file=-") as second:
+        texts = [first.communicate()[0], second.communicate(prompt)[0]]
         assert (first.returncode, second.returncode) == (0, 0)
-    assert texts[0] == texts[1] == run(bytes_run, *arguments).encode()
+    assert texts[0] == texts[1] == run_for_bytes(bytes_run, *arguments, given)
+    assert texts[0].startswith(prompt)
 
 
 def test_an_interrupt_and_a_closed_pipe_end_the_text_quietly(bytes_run):
