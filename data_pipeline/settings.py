@@ -7,6 +7,8 @@ setting is written down once.
 import dataclasses
 from typing import Any
 
+from data_pipeline.vocabulary import Vocabulary
+
 # What steps, sizes and rates are on the device: int32 and float32.
 LARGEST_INT, LARGEST_FLOAT = 2**31 - 1, 3.4e38
 
@@ -115,7 +117,7 @@ class CorpusSettings:
     def file_separator_bytes(self) -> bytes:
         """The file separator with its escapes read, in UTF-8.  Raises ValueError where it is not to be read."""
         try:
-            return self.file_separator.encode("latin-1", "backslashreplace").decode("unicode_escape").encode("utf-8")
+            return Vocabulary("bytes").encode_escaped(self.file_separator).tobytes()
         except ValueError as error:
             raise ValueError(f"file_separator={self.file_separator!r}: {error}") from None
 

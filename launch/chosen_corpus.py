@@ -3,11 +3,10 @@
 import os
 from pathlib import Path
 
-import numpy as np
-
 from charlstm import config as config_lib
 from charlstm.config import Config
 from data_pipeline import corpora
+from data_pipeline.batch import Separator, ends_separator, looks_back
 from data_pipeline.cutting import cut
 from data_pipeline.files import at_home
 from data_pipeline.named import NAMES
@@ -90,10 +89,10 @@ def plan_for(config: Config, corpus: Corpus) -> StreamPlan:
     return plan
 
 
-def remarks_on_separator(config: Config, corpus: Corpus, separator: int | None) -> list[str]:
+def remarks_on_separator(config: Config, corpus: Corpus, separator: Separator) -> list[str]:
     """What there is to say of the separator of documents: that it was not found."""
     split = corpus.splits["train"]
-    if separator is None or _occurs(split, (separator,)):
+    if not separator or _occurs(split, separator):
         return []
     where = "" if len(split) <= SEARCHED else f"the first {SEARCHED:,} symbols of "
     return [
@@ -102,12 +101,11 @@ def remarks_on_separator(config: Config, corpus: Corpus, separator: int | None) 
     ]
 
 
-def _occurs(split: Symbols, separator: tuple[int, ...]) -> bool:
-    """Whether the symbols `separator` stand one after the other in the first `SEARCHED` symbols of `split`."""
+def _occurs(split: Symbols, separator: Separator) -> bool:
+    """Whether the separator stands in the first `SEARCHED` symbols of `split`."""
     for start in range(0, min(len(split), SEARCHED), CHUNK):
-        ids = split.read(start, min(start + CHUNK + len(separator) - 1, len(split)))
-        places = max(len(ids) - len(separator) + 1, 0)
-        if np.logical_and.reduce([ids[k : k + places] == symbol for k, symbol in enumerate(separator)]).any():
+        stop = min(start + CHUNK + looks_back(separator), len(split))
+        if stop - start >= len(separator) and ends_separator(split.read(start, stop), separator).any():
             return True
     return False
 

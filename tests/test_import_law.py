@@ -30,8 +30,8 @@ RANKS = {
         9: ["reference.min_char_rnn", "reference.numpy_lstm"],
     },
     "data_pipeline": {
-        0: ["settings", "batch", "files", "vocabulary", "magic"],
-        1: ["manifest", "streams", "progress"],
+        0: ["batch", "files", "vocabulary", "magic"],
+        1: ["settings", "manifest", "streams", "progress"],
         2: ["shards", "loader", "pieces"],
         3: ["texts"],
         4: ["characters", "cutting", "downloads", "inspection"],
