@@ -121,7 +121,7 @@ def main(argv: Sequence[str]) -> int:
     vocabulary = identity.vocabulary
     prompt, stop = _prompt(chosen, vocabulary), _stop(chosen.stop, vocabulary)
 
-    compilation.prepare()
+    compilation.keep()
     mesh = cores.mesh_of_samples(chosen.num_samples)
     params, step = run_directory.restore_params(run_dir, config, identity, mesh, chosen.checkpoint)
     print(f"{run_dir}: the checkpoint of step {step}", file=sys.stderr)

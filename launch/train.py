@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
     if not chosen.run_dir and not chosen.dry_run:
         raise ValueError("--run_dir is required: name a directory for the run, such as --run_dir=runs/mine")
     allocator.keep(dry_run.temporaries(_settings_there(chosen.run_dir, config), cores.usable()))
-    compilation.prepare()
+    compilation.keep()
     mesh_of = cores.mesh_of(joined)
     job.join(joined)
     try:
