@@ -89,6 +89,7 @@ def test_programs_with_other_options_are_kept_apart(tmp_path):
 PLAIN = """
 import jax
 from charlstm import config as config_lib, digest, mesh as mesh_lib, step
+from data_pipeline import corpora
 from data_pipeline.loader import open_windows
 from data_pipeline.shards import open_corpus
 from data_pipeline.streams import StreamPlan
@@ -99,7 +100,7 @@ import sys
 jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))
 config, identity = run_directory.read(Path(sys.argv[1]))
 mesh = mesh_lib.make()
-corpus = open_corpus(next(Path(sys.argv[3]).glob("*/manifest.json")).parent)
+corpus = open_corpus(corpora.resolve(config.corpus))
 plan = StreamPlan(len(corpus.splits["train"]), config.streams.batch_size, config.streams.window, config.training.seed,
     reset_probability=config.streams.reset_probability)
 V = corpus.vocabulary.size
@@ -126,6 +127,6 @@ def test_a_plain_interpreter_has_the_bits_of_the_programs(tmp_path):
     how = {"cwd": ROOT, "check": True, "capture_output": True, "text": True}
     subprocess.run([sys.executable, "-m", "launch.train", *flags], env=one, **how)
     for devices in "12":
-        command = [sys.executable, "-c", PLAIN, str(tmp_path / "run"), devices, str(tmp_path / "cache")]
+        command = [sys.executable, "-c", PLAIN, str(tmp_path / "run"), devices]
         said = subprocess.run(command, env=plain | {"PYTHONPATH": str(ROOT)}, **how).stdout
         assert said.strip() == last_line(tmp_path / "run")["state_digest"]
