@@ -1,4 +1,4 @@
-"""What does not fit in memory is refused before anything runs; where memory runs out all the same, a run ends quickly."""
+"""What does not fit in memory is refused before anything runs; where memory runs out all the same, a run ends soon."""
 
 import json
 import logging
@@ -65,7 +65,10 @@ def test_a_device_that_has_no_memory_ends_the_process_in_one_line_while_the_othe
         ("--mogrifier_rounds=1000000", r"mogrifier_rounds=1000000 must be at most 64"),
         ("--batch_size=1000000000", r"batch_size=1000000000 x 16 symbols of a window must be at most 2147483647"),
         ("--window=1000000000", r"batch_size=16 x 1000000000 symbols of a window must be at most 2147483647"),
-        ("--hidden_size=1000000000", r"take [\d,.]+ TB, and there are [\d.]+ [GT]B of memory on this machine: lower hid"),
+        (
+            "--hidden_size=1000000000",
+            r"take [\d,.]+ TB, and there are [\d.]+ [GT]B of memory on this machine: lower hid",
+        ),
         ("--embedding_size=2147483647", r"take [\d.]+ [GT]B, and there are [\d.]+ [GT]B of memory on this machine"),
         ("--hidden_size=1000000000 --dry_run", r"take [\d,.]+ TB, and there are 1,000.0 TB at most on any machine"),
     ],
