@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from charlstm import model
+from charlstm import compiler, model
 from charlstm.config import Config
 from charlstm.evaluate import Split, nats_at, scores
 from charlstm.loss import cross_entropy
@@ -148,7 +148,7 @@ def _loss(params, carry, batch: Batch, scored_BT, config):
     return nats_TB.sum() / count, (carry, logits_TBV)
 
 
-@partial(jax.jit, static_argnames="config", donate_argnames=("total", "carry"))
+@partial(compiler.jit, static_argnames="config", donate_argnames=("total", "carry"))
 def _add_squares(total, carry, params, batch: Batch, scored_BT, config):
     """Adds the squared gradients of a window of every row, one row after the other."""
 
@@ -161,7 +161,7 @@ def _add_squares(total, carry, params, batch: Batch, scored_BT, config):
     return jax.lax.scan(add, total, (carry, batch, scored_BT))
 
 
-@partial(jax.jit, static_argnames=("config", "temperatures"), donate_argnames=("learned", "carry"))
+@partial(compiler.jit, static_argnames=("config", "temperatures"), donate_argnames=("learned", "carry"))
 def _learn(learned, carry, windows, params, rates, decay, config, temperatures):
     """Scores and learns from one window after the other: (parameters, state, nats_RK of R windows)."""
 

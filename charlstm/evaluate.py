@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from charlstm import compiler, model
 from charlstm import mesh as mesh_lib
-from charlstm import model
 from charlstm.config import Config
 from charlstm.loss import NATS_PER_BIT, cross_entropy
 from charlstm.metrics import Score
@@ -122,4 +122,5 @@ def make_window(
             check_vma=False,
         ),
         donate_argnums=1,
+        compiler_options=compiler.options(),
     )

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from charlstm import keys, model
+from charlstm import compiler, keys, model
 from charlstm import mesh as mesh_lib
 from charlstm.model_config import ModelConfig
 from charlstm.types import ModelParams, RecurrentState
@@ -130,7 +130,7 @@ def _fetch(made: tuple[jax.Array, jax.Array], rows: int, symbols: int) -> Chunk:
     return Chunk(*(np.asarray(array_TR).T[:rows, :symbols] for array_TR in made))
 
 
-@partial(jax.jit, static_argnames="rows")
+@partial(compiler.jit, static_argnames="rows")
 def _row_keys(key: jax.Array, rows: int) -> jax.Array:
     return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows, dtype=jnp.int32))
 
@@ -164,12 +164,12 @@ def _with_nothing_before(ids: np.ndarray, count: int) -> np.ndarray:
     return np.concatenate([np.full(count, -1, np.int32), ids])
 
 
-@partial(jax.jit, static_argnames="config")
+@partial(compiler.jit, static_argnames="config")
 def _read_window(params, state, ids_BT, reset_BT, config):
     return model.apply(config, params, state, ids_BT, reset_BT)[0]
 
 
-@partial(jax.jit, static_argnames=("mesh", "symbols", "vocabulary_size", "dtype"))
+@partial(compiler.jit, static_argnames=("mesh", "symbols", "vocabulary_size", "dtype"))
 def _noise(row_keys, start, mesh: Mesh, symbols, vocabulary_size, dtype):
     """Gumbel noise TRV for positions from `start` on."""
 
@@ -185,7 +185,7 @@ def _noise(row_keys, start, mesh: Mesh, symbols, vocabulary_size, dtype):
 
 
 @partial(
-    jax.jit,
+    compiler.jit,
     static_argnames=("mesh", "config", "sampling", "unknown_id", "separator", "symbols"),
     donate_argnames="state",
 )

@@ -82,6 +82,13 @@ def device_kind(mesh: Mesh) -> str:
     return mesh.devices.flat[0].device_kind
 
 
+def memory_of_a_device(mesh: Mesh) -> int | None:
+    """Bytes of a device's own memory that JAX may use; None where that is the host's, or not told."""
+    if mesh.devices.flat[0].platform == "cpu":
+        return None
+    return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
+
+
 def has_cudnn(mesh: Mesh) -> bool:
     """Whether the devices are GPUs, whose maker's library has an LSTM of its own."""
     return mesh.devices.flat[0].platform == "gpu"

@@ -5,6 +5,7 @@ import dataclasses
 from data_pipeline.settings import check_at_least, check_choices, check_numbers, setting
 
 FUSED_UNITS = 128  # a layer that is read fused has a multiple of them: its kernels' blocks are of so many threads
+MOST_LAYERS, MOST_ROUNDS = 256, 64  # each is traced and compiled by itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +74,9 @@ class ModelConfig:
         check_choices(self)
         check_numbers(self)
         check_at_least(self, 1, "num_layers", "hidden_size")
+        for name, most in (("num_layers", MOST_LAYERS), ("mogrifier_rounds", MOST_ROUNDS)):
+            if getattr(self, name) > most:
+                raise ValueError(f"{name}={getattr(self, name)} must be at most {most}: more take hours to compile")
         check_at_least(self, 0, "init_scale")
         if self.embedding_size < 0:
             raise ValueError(f"embedding_size={self.embedding_size} must be 0 (one-hot) or more")

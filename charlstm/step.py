@@ -17,7 +17,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
-from charlstm import averaging, guard, keys, model, optimizers, progress, reduction, schedules
+from charlstm import averaging, compiler, guard, keys, model, optimizers, progress, reduction, schedules
 from charlstm import mesh as mesh_lib
 from charlstm.config import Config
 from charlstm.loss import activation_penalties, cross_entropy
@@ -185,6 +185,7 @@ def make(config: Config, vocabulary_size: int, mesh: Mesh, steps_per_epoch: int)
             check_vma=False,
         ),
         donate_argnums=0,
+        compiler_options=compiler.options(),
     )
 
 

@@ -171,6 +171,11 @@ class StreamSettings:
             raise ValueError(f"short_window_probability={self.short_window_probability} must be from 0 to 1")
         check_at_least(self, 1, "batch_size", "window", "reader_threads", "read_ahead")
         check_at_least(self, 0, "window_deviation")
+        if self.batch_size * self.longest_window > LARGEST_INT:
+            raise ValueError(
+                f"batch_size={self.batch_size} x {self.longest_window} symbols of a window must be at most "
+                f"{LARGEST_INT} symbols an update: lower batch_size or window"
+            )
         length = self.window // 2 if self.short_window_probability else self.window
         if length <= 2 * self.window_deviation:
             raise ValueError(

@@ -1,18 +1,12 @@
-"""How programs are compiled: with the same bits on any number of cores, and kept for the next start.
+"""What was compiled is kept for the next start, on this machine: the same run starts again in half the time.
 
-On a CPU, XLA divides what it can among threads, as many as it sees cores: operations on the elements of a large array,
-which then may round otherwise than where they are whole; sums, whose parts are added up at the end (docs/decisions.md).
-It is told to divide products alone, which are not cut within a sum.  The cores are devices (cores.py).
-
-Compiled programs are kept on this machine: the same run starts again in half the time.  They lie in
-~/.cache/charlstm/compiled, a folder for each kind of processor, as JAX writes them, compressed and with a checksum; the
-folder may be removed at any time.  JAX's own settings go before these: JAX_COMPILATION_CACHE_DIR is another place, and
-JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
+Compiled programs lie in ~/.cache/charlstm/compiled, a folder for each kind of processor, as JAX writes them, compressed
+and with a checksum; the folder may be removed at any time.  JAX's own settings go before these:
+JAX_COMPILATION_CACHE_DIR is another place, and JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
 """
 
 import contextlib
 import hashlib
-import os
 import platform
 import warnings
 from pathlib import Path
@@ -20,25 +14,6 @@ from pathlib import Path
 import jax
 
 DIRECTORY = "~/.cache/charlstm/compiled"
-# How XLA's flags are set; measured in docs/decisions.md.
-FLAGS = {
-    "xla_disable_hlo_passes": "cpu-parallel-task-assigner",  # operations on elements are not divided
-    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",  # the one that divides has no sums
-    "xla_cpu_prefer_vector_width": "512",  # bits, where the processor has them; by itself XLA takes 256
-}
-
-
-def prepare() -> None:
-    """Has programs compiled so, and kept; before anything is compiled."""
-    tell_xla()
-    keep()
-
-
-def tell_xla() -> None:
-    """Sets FLAGS in the environment; those that XLA_FLAGS has stay as they are."""
-    told = os.environ.get("XLA_FLAGS", "")
-    more = [f"--{flag}={value}" for flag, value in FLAGS.items() if flag not in told]
-    os.environ["XLA_FLAGS"] = " ".join([told, *more]).strip()
 
 
 def keep(directory: str = DIRECTORY) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import time
 
 import jax
@@ -18,6 +17,8 @@ from charlstm.metrics import duration
 from data_pipeline.batch import Batch
 from data_pipeline.shards import Corpus
 from data_pipeline.streams import StreamPlan
+from launch import memory
+from launch.memory import in_bytes
 
 TIMED_STEPS = 3  # at least, and for
 TIMED_SECONDS = 1.0
@@ -27,20 +28,30 @@ RATE = 1e13  # products and sums in a second, of which the arithmetic is told in
 
 
 def report(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, form: str = "text") -> None:
-    """Prints the table, or with the form "json" one line of its numbers.  Raises ValueError as the run itself would."""
+    """Prints the table, or with the form "json" one line of its numbers.  Raises ValueError as the run itself would.
+
+    What does not fit in memory is not timed: its seconds are null.
+    """
     shards = step_lib.shards_per_device(config, mesh.size)
     V, symbols = corpus.vocabulary.size, config.streams.batch_size * config.streams.window
     state = jax.eval_shape(lambda: step_lib.init(config, V))
     parameters, arithmetic = count_parameters(config, V), flops(config, V)
     even = config_lib.replace(config, window_deviation=0, short_window_probability=0.0)  # windows of a usual length
     even_plan = dataclasses.replace(plan, deviation=0, short_probability=0.0)
-    seconds, how = _seconds_a_step(even, corpus, even_plan, mesh)
+    longest = config_lib.replace(even, window=config.streams.longest_window)
+    train_step = step_lib.make(longest, V, mesh, plan.steps_per_epoch)
+    update = memory.compiled_update(train_step, longest, V, corpus.splits["train"].dtype, mesh)
+    too_much = memory.too_much(update, config, mesh)
+    seconds, how = (None, "") if too_much else _seconds_a_step(even, corpus, even_plan, mesh)
     if form == "json":
         print(json.dumps({"parameters": parameters, "flops_per_step": arithmetic, "seconds_per_step": seconds}))
         return
-    memory = _memory(config, V, plan, mesh)
     remarks = schedules.remarks(config.optimizer, config.training, plan.steps_per_epoch, begun=False)
-    left, whole = config.training.num_steps * seconds, config.training.num_steps * arithmetic
+    whole = config.training.num_steps * arithmetic
+    timing = [("time per step", "not timed: it does not fit"), ("does not fit", too_much)]
+    if seconds is not None:
+        speed = f"{seconds:.4g} s, {symbols / seconds:,.0f} symbols/s ({how})"
+        timing = [("time per step", speed), ("ETA", duration(config.training.num_steps * seconds))]
     rows = [
         ("devices", mesh_lib.describe(mesh)),
         ("corpus", f"{corpus.directory.name}: {plan.symbols:,} training symbols, vocabulary of {V}"),
@@ -50,15 +61,18 @@ def report(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, form: s
             "arithmetic",
             f"{arithmetic:.2g} FLOP an update, {whole:.2g} in all: {duration(whole / RATE)} at {RATE:.0e} a second",
         ),
-        ("memory per device", memory),
+        (
+            "memory per device",
+            f"{in_bytes(update.on_a_device)} ({in_bytes(update.held)} state and batch, {in_bytes(update.temporary)} "
+            "temporaries)",
+        ),
         ("bytes per all-reduce", f"{in_bytes(4 * (parameters + 1))}, once a step ({config.training.reduction})"),
         ("logical shards", f"{config.training.logical_shards}, {shards} a device"),
         ("symbols per step", f"{symbols:,}"),
         ("steps per epoch", f"{plan.steps_per_epoch:,}"),
         ("steps", f"{config.training.num_steps:,} ({config.training.num_steps / plan.steps_per_epoch:.2f} epochs)"),
         ("learning rate", "; ".join([f"{config.optimizer.learning_rate:g}, {config.optimizer.schedule}", *remarks])),
-        ("time per step", f"{seconds:.4g} s, {symbols / seconds:,.0f} symbols/s ({how})"),
-        ("ETA", duration(left)),
+        *timing,
     ]
     for name, value in rows:
         print(f"{name:<22}{value}")
@@ -91,21 +105,6 @@ def temporaries(config: Config, devices: int) -> int:
     return 4 * (3 * symbols * gates + 2 * sum(leaf.size for leaf in jax.tree.leaves(params)))
 
 
-def _memory(config: Config, V: int, plan: StreamPlan, mesh: Mesh) -> str:
-    """Of the compiled step: state, batch and temporaries, as XLA lays them out."""
-    train_step = step_lib.make(config, V, mesh, plan.steps_per_epoch)
-    shape = (config.streams.batch_size, config.streams.longest_window)
-    ids = jax.ShapeDtypeStruct(shape, np.uint8)
-    batch = Batch(ids, ids, jax.ShapeDtypeStruct(shape, np.bool_))
-    state = step_lib.abstract(config, V, mesh)
-    batch = mesh_lib.abstract(mesh, mesh_lib.BY_STREAM, batch)
-    analysis = train_step.lower(state, batch).compile().memory_analysis()
-    if analysis is None:
-        return "not told by this backend"
-    held, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
-    return f"{in_bytes(held + temporary)} ({in_bytes(held)} state and batch, {in_bytes(temporary)} temporaries)"
-
-
 def _seconds_a_step(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh) -> tuple[float, str]:
     """A few steps timed: of whole windows, or, where that takes too long here, of short ones scaled up."""
     T = config.streams.window
@@ -131,33 +130,15 @@ def timed(
     own = plan.read(corpus.splits["train"], 0, rows)
     batch = mesh_lib.put(mesh, mesh_lib.BY_STREAM, Batch(*(a[:, : config.streams.window] for a in own)))
     times: list[float] = []
-    while len(times) < 1 + steps or mesh_lib.any_process(sum(times[1:]) < at_least):  # clocks differ
-        began = time.monotonic()
-        state, metrics = train_step(state, batch)
-        jax.block_until_ready((state, metrics))
-        times.append(time.monotonic() - began)
+    with memory.watched(mesh) as watch:
+        while len(times) < 1 + steps or mesh_lib.any_process(sum(times[1:]) < at_least):  # clocks differ
+            began = time.monotonic()
+            state, metrics = train_step(state, batch)
+            watch(metrics.loss)
+            jax.block_until_ready((state, metrics))
+            times.append(time.monotonic() - began)
     return times[1:]
 
 
 def _median(times: list[float]) -> float:
     return float(np.median(times))
-
-
-def require_memory(config: Config, vocabulary_size: int) -> None:
-    """Raises ValueError where the state alone is more than this machine can hold: XLA would abort the process."""
-    state = jax.eval_shape(lambda: step_lib.init(config, vocabulary_size))
-    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > there:
-        raise ValueError(
-            f"parameters and optimizer state take {in_bytes(needed)} and this machine has {in_bytes(there)} of "
-            "memory: lower hidden_size, num_layers or embedding_size"
-        )
-
-
-def in_bytes(count: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

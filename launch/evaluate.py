@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError(f"{corpus.directory} has no {split} split, only {', '.join(corpus.splits)}")
 
     allocator.keep()
-    compilation.prepare()
+    compilation.keep()
     mesh = mesh_lib.make()
     if chosen.dynamic:
         mesh = mesh_lib.make(list(mesh.devices.flat[:1]))

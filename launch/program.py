@@ -70,10 +70,14 @@ def _status(name: str, main: Callable[[Sequence[str]], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except (ValueError, OSError, RuntimeError) as error:
-        out_of_memory = "out of memory" in str(error).lower() or "RESOURCE_EXHAUSTED" in str(error)
+        out_of_memory = is_out_of_memory(error)
         if os.environ.get("CHARLSTM_TRACEBACK") or (isinstance(error, RuntimeError) and not out_of_memory):
             raise
         return explain(name, error, out_of_memory)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return "out of memory" in str(error).lower() or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def explain(name: str, error: Exception, out_of_memory: bool = False) -> int:

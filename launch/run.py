@@ -10,6 +10,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
+import jax
+
 from charlstm import evaluate as evaluate_lib
 from charlstm import mesh as mesh_lib
 from charlstm import replicas, trainer
@@ -23,7 +25,7 @@ from data_pipeline.batch import Batch, Separator
 from data_pipeline.loader import Windows, open_windows
 from data_pipeline.shards import Corpus
 from data_pipeline.streams import StreamPlan
-from launch import monitor, program, run_directory
+from launch import memory, monitor, program, run_directory
 from launch.monitor import Monitor
 from launch.watchdog import Watchdog
 
@@ -52,15 +54,15 @@ class Around(NamedTuple):
     told: Monitor
 
 
-def train(run: Run, params: ModelParams | None, around: Around) -> int:
+def train(run: Run, train_step: step_lib.TrainStep, params: ModelParams | None, around: Around) -> int:
     """Trains to --num_steps, or until it is told to stop; the exit status.
 
     Args:
+      train_step: of `step.make`.
       params: what a run without a checkpoint starts from; None: from what is drawn.
     """
     config, plan, last = run.config, run.plan, run.config.training.num_steps
     checkpoints, log, watch, _ = around
-    train_step = _step(run, watch)
     state, _, sums = _newest(run, params, around)
     mesh_lib.once(lambda: run_directory.write_config(run.run_dir, config))  # what is refused until here changes nothing
     start = int(state.step)
@@ -83,7 +85,8 @@ def train(run: Run, params: ModelParams | None, around: Around) -> int:
     watch.about = lambda: {"num_steps": last, "status": meter.status()}
     around.told.values = lambda: _figures(run, around, meter, save)
 
-    with _signals() as asked_to_stop:
+    with _signals() as asked_to_stop, memory.watched(run.mesh) as seen:
+        step = _step(train_step, watch, seen)
         times = itertools.count()
 
         def stopping(step: int) -> bool:
@@ -96,7 +99,7 @@ def train(run: Run, params: ModelParams | None, around: Around) -> int:
                     state = trainer.train(
                         config.training,
                         state,
-                        train_step,
+                        step,
                         lambda: mesh_lib.put(run.mesh, mesh_lib.BY_STREAM, meter.next_of(windows)),
                         evaluate=validate,
                         heard=lambda state, score: _heard(run, log, state, score),
@@ -133,16 +136,17 @@ def _ending(run: Run, around: Around, step: int, began: float, given_up: bool) -
     return program.DONE
 
 
-def _step(run: Run, watch: Watchdog) -> step_lib.TrainStep:
-    """The training step.  It is compiled for each length of a window that it meets, which is no step to `watch`."""
-    train_step = step_lib.make(run.config, run.corpus.vocabulary.size, run.mesh, run.plan.steps_per_epoch)
+def _step(train_step: step_lib.TrainStep, watch: Watchdog, seen: Callable[[jax.Array], None]) -> step_lib.TrainStep:
+    """`train_step`, which is compiled for each length of a window that it meets: that is no step to `watch`."""
     met = set[int]()
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         length = batch.inputs.shape[1]
         with contextlib.nullcontext() if length in met else watch.pause():
             met.add(length)
-            return train_step(state, batch)
+            state, metrics = train_step(state, batch)
+        seen(metrics.loss)
+        return state, metrics
 
     return step
 

@@ -165,7 +165,7 @@ def main(argv: Sequence[str]) -> int:
     if not any(flag.startswith("--stop=") for flag in given):
         stop = np.array(separator, np.int32)
 
-    compilation.prepare()
+    compilation.keep()
     mesh = cores.mesh_of_samples(chosen.num_samples)
     params, step = run_directory.restore_params(run_dir, config, identity, mesh, chosen.checkpoint)
     print(f"{run_dir}: the checkpoint of step {step}", file=sys.stderr)

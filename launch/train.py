@@ -30,6 +30,7 @@ from launch import (
     flags,
     initial_checkpoint,
     job,
+    memory,
     monitor,
     program,
     recurrence,
@@ -76,8 +77,10 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError("--run_dir is required: name a directory for the run, such as --run_dir=runs/mine")
     if chosen.run_dir:
         run_directory.named("run_dir", chosen.run_dir)
-    allocator.keep(dry_run.temporaries(_settings_there(chosen.run_dir, config), cores.usable()))
-    compilation.prepare()
+    settings = _settings_there(chosen.run_dir, config)
+    memory.require_possible(settings, dry=chosen.dry_run)
+    allocator.keep(dry_run.temporaries(settings, cores.usable()))
+    compilation.keep()
     mesh_of = cores.mesh_of(joined)
     job.join(joined)
     try:
@@ -116,7 +119,7 @@ def _run(
     if (flag := config.optimizer.goes_by_validation) and "valid" not in corpus.splits:
         raise ValueError(f"{flag} goes by validation scores, and {corpus.directory} has no valid split: give one")
     run_directory.separator(config, corpus.vocabulary)
-    dry_run.require_memory(config, corpus.vocabulary.size)
+    memory.require_possible(config, corpus.vocabulary.size, chosen.dry_run)
     if chosen.dry_run:
         config, _ = recurrence.chosen(config_lib.resolve(config, mesh.size), corpus, plan, mesh)
         dry_run.report(config, corpus, plan, mesh, chosen.dry_run_format)
@@ -132,6 +135,8 @@ def _run(
     remarks += chosen_corpus.remarks_on_separator(config, corpus, separator)
     remarks += schedules.remarks(config.optimizer, config.training, plan.steps_per_epoch, begun=goes_on)
     run = Run(run_dir, config, identity, corpus, plan, mesh)
+    train_step = step_lib.make(config, corpus.vocabulary.size, mesh, plan.steps_per_epoch)
+    remarks += _require_memory(run, train_step)
     params = started_from = None
     if not mesh_lib.any_process(bool(StepDirectory(run_dir / "checkpoints").steps())):
         if goes_on and (started_from := run_directory.read_initial(run_dir)):
@@ -152,7 +157,21 @@ def _run(
         checkpoints = Checkpoints(run_dir / "checkpoints", keep=config.training.keep_checkpoints, log=log.say)
         held.callback(checkpoints.close)
         log.trouble = lambda: f"  NOT SAVED, {failed} times" if (failed := checkpoints.failed_saves) else ""
-        return run_lib.train(run, params, Around(checkpoints, log, watch, told))
+        return run_lib.train(run, train_step, params, Around(checkpoints, log, watch, told))
+
+
+def _require_memory(run: Run, train_step: step_lib.TrainStep) -> list[str]:
+    """A remark where the memory is short, before anything is made.  Raises ValueError where an update cannot run."""
+
+    def update() -> memory.Update:
+        sizes = run.identity.vocabulary.size, run.corpus.splits["train"].dtype
+        found = memory.compiled_update(train_step, run.config, *sizes, run.mesh)
+        if why := memory.too_much(found, run.config, run.mesh):
+            raise ValueError(why)
+        return found
+
+    remark = memory.close(mesh_lib.together(update), run.mesh)
+    return [remark] if remark else []
 
 
 def _settings_of_the_run(

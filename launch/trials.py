@@ -152,4 +152,6 @@ def num_steps_within(seconds: float, arguments: Sequence[str], words: Path) -> i
         raise ValueError(f"launch.train refuses the trial: {ended.last_words}")
     per_step = json.loads(answer.read_text("utf-8"))["seconds_per_step"]
     answer.unlink()
+    if per_step is None:
+        raise ValueError("the trial does not fit in memory: search smaller models or batches")
     return max(1, round(seconds / per_step / PARTS)) * PARTS

@@ -30,10 +30,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from launch import compilation  # noqa: E402
 from tests.jobs import STEPS, last_line  # noqa: E402
-
-compilation.tell_xla()  # as the programs are, that runs in this process and in others have the same bits
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("charlstm", "data_pipeline", "launch", "benchmarks")
 RANKS = {
     "charlstm": {
-        0: ["model_config", "training_config", "types", "keys", "cells.window"],
+        0: ["model_config", "training_config", "types", "keys", "compiler", "cells.window"],
         1: [
             *("config", "initializers", "projection", "loss", "optimizers", "schedules", "mesh", "digest", "reduction"),
             *("guard", "noise", "progress"),
@@ -143,6 +143,18 @@ def test_only_launch_writes_the_environment():
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             written = ast.unparse(node) if isinstance(node, (ast.Assign, ast.Call)) else ""
             assert not written.startswith(writes), path
+
+
+def test_every_program_of_the_library_is_compiled_with_its_options():
+    integers = {"charlstm.digest", "charlstm.replicas"}  # have the same sums however they are divided
+    within = {"charlstm.cells.fused", "charlstm.compiler"}
+    for path in files():
+        if not module_name(path).startswith("charlstm.") or module_name(path) in integers | within:
+            continue
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            told = isinstance(node, ast.Call) and any(word.arg == "compiler_options" for word in node.keywords)
+            named = [part for part in ast.iter_child_nodes(node) if ast.unparse(part) == "jax.jit"]
+            assert told or not named, f"{path} compiles without compiler.options()"
 
 
 def test_importing_starts_no_backend_parses_no_flag_and_changes_no_environment():

@@ -15,7 +15,7 @@ from data_pipeline.batch import Batch
 from data_pipeline.loader import open_windows
 from data_pipeline.shards import open_corpus
 from data_pipeline.streams import StreamPlan
-from launch import allocator, compilation, cores, dry_run
+from launch import allocator, cores, dry_run
 
 
 def config_of(shape: Shape, **changes: object) -> Config:
@@ -31,7 +31,6 @@ def training(shape: dict, **changes: object) -> Contestant:
     sizes = Shape(**shape)
     config = config_of(sizes, **changes)
     allocator.keep(dry_run.temporaries(config, cores.usable()))
-    compilation.tell_xla()
     mesh = mesh_lib.make()
     config = config_lib.resolve(config, mesh.size)
     if "recurrence" not in changes and mesh_lib.has_mosaic(mesh) and not config.model.beyond("fused"):
@@ -65,7 +64,6 @@ def matrix_product(size: int, dtype: str) -> Contestant:
 
 def sampling(shape: dict, samples: int, length: int) -> Contestant:
     """`length` symbols of each of `samples` texts, at temperature 1, as `launch.sample` makes them."""
-    compilation.tell_xla()
     sizes, mesh = Shape(**shape), cores.mesh_of_samples(samples)
     config, prompt = config_of(sizes).model, np.zeros(1, np.int32)
     params = mesh_lib.put(mesh, mesh_lib.REPLICATED, model.init(config, sizes.V, jax.random.key(0)))

@@ -46,6 +46,7 @@ def poisoned_make(config, vocabulary_size, mesh, steps_per_epoch):
         {poison}
         return train_step(state, batch)
 
+    poisoned_step.lower = train_step.lower
     return poisoned_step
 
 step.make = poisoned_make

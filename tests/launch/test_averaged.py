@@ -159,6 +159,7 @@ def disturbed(monkeypatch):
                 first = int(state.step) == at and len(seen[at]) == 1
                 return train_step(disturb(state) if first else state, batch)
 
+            step.lower = train_step.lower
             return step
 
         monkeypatch.setattr(step_lib, "make", make)

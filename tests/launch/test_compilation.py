@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from launch import compilation
 from tests.conftest import ROOT
 from tests.jobs import last_line
 
@@ -40,13 +39,3 @@ def test_a_home_that_cannot_be_written_stops_nothing(arguments, tmp_path):
     (tmp_path / ".cache").write_text("a file, not a directory")
     assert started(tmp_path / "run", tmp_path, arguments)[0] == {}
     assert last_line(tmp_path / "run")["step"] == 4
-
-
-@pytest.mark.parametrize("told", ["", "--xla_dump_to=x", "--xla_disable_hlo_passes=a"])
-def test_flags_of_the_users_own_stay_and_those_that_are_missing_are_added_once(told, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", told)
-    compilation.tell_xla()
-    compilation.tell_xla()
-    flags = dict(flag[2:].split("=") for flag in os.environ["XLA_FLAGS"].split())
-    assert flags == compilation.FLAGS | dict([told[2:].split("=")] if told else [])
-    assert len(os.environ["XLA_FLAGS"].split()) == len(flags)
