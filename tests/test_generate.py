@@ -219,7 +219,14 @@ def test_without_a_prompt_each_row_begins_after_a_symbol_of_its_own_and_never_th
 
 def test_what_precedes_a_document_separator_is_forgotten_where_documents_are_apart():
     other = np.concatenate([[1, 2, 3], PROMPT])
-    for separator, same in (((int(PROMPT[0]),), True), ((3, 1), True), ((2, 6, 5), True), ((), False), ((3, 4), False)):
+    for separator, same in (
+        ((int(PROMPT[0]),), True),
+        ((3, 1), True),
+        ((2, 6, 5), True),
+        ((9, 7, 9), True),
+        ((), False),
+        ((3, 4), False),
+    ):
         first = sampled(Sampling(), separator=separator)[1]
         second = sampled(Sampling(), separator=separator, prompt=other)[1]
         assert np.allclose(first, second, rtol=1e-5) == same

@@ -78,11 +78,12 @@ def test_state_is_reset_at_a_document_separator():
         assert 501 not in context[1:]
 
 
-@pytest.mark.parametrize("separator", [(1,), (0, 0), (1, 0, 1), (0, 1, 0, 0, 1, 0, 1)], ids=str)
+@pytest.mark.parametrize("separator", [(1,), (0, 0), (1, 0, 1), (0, 0, 0, 1)], ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_a_separator_ends_where_it_ends_in_the_split_whatever_pieces_and_windows_it_is_read_in(case, separator):
     text, plan, k = Text(case[0]), PiecePlan(*case), len(separator)
     text.ids %= 2
+    text.ids[:2] = 0, 1  # nothing precedes it, and no zeros
     for group, (batch, _) in enumerate(read_pieces(text, plan, range(plan.batch_size), separator)):
         group, index = divmod(group, plan.windows)
         for row in range(plan.batch_size):

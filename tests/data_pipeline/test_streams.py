@@ -165,11 +165,11 @@ def test_state_is_zeroed_at_the_start_of_a_stream_at_the_seam_and_at_each_separa
     assert not plain.reset.any()
 
 
-@given(plans(), st.lists(st.integers(0, 2), min_size=1, max_size=5), st.integers(0, 2**32), st.data())
-def test_whether_a_separator_ends_at_a_symbol_depends_on_its_place_in_the_split_alone(plan, separator, seed, data):
+@given(plans(), st.integers(1, 3), st.integers(1, 5), st.integers(0, 2**32), st.data())
+def test_whether_a_separator_ends_at_a_symbol_depends_on_its_place_in_the_split_alone(plan, symbols, k, seed, data):
     """The slow twin: look at each place of the text by itself.  Windows, epochs and processes have no part in it."""
-    text = np.random.default_rng(seed).integers(0, 3, plan.symbols).astype(np.uint8)
-    k = len(separator)
+    text = np.random.default_rng(seed).integers(0, symbols, plan.symbols).astype(np.uint8)
+    separator = data.draw(st.lists(st.integers(0, symbols - 1), min_size=k, max_size=k))
     ends = [q >= k - 1 and text[q - k + 1 : q + 1].tolist() == separator for q in range(plan.symbols)]
     step = data.draw(st.integers(0, 3 * plan.steps_per_epoch))
     first = data.draw(st.integers(0, plan.batch_size - 1))
@@ -195,6 +195,11 @@ def test_a_separator_that_straddles_two_windows_or_the_start_of_a_stream_is_one_
     first, second = (plan.read(text, 2 * epoch + w, range(3), separator=(ord("|"),) * 2) for w in (0, 1))
     assert first.reset.tolist() == [[True, False], [True, False], [True, False]]
     assert second.reset.tolist() == [[False, True], [False, True], [False, True]]
+    alike, separator = Text(np.zeros(12, np.uint8)), (0, 0, 0, 0)  # the first one within the split ends at 3
+    for window in (1, 2, 6):
+        plan = StreamPlan(12, batch_size=1, window=window, rotate=False)
+        resets = [plan.read(alike, step, range(1), separator=separator).reset[0] for step in range(12 // window)]
+        assert np.concatenate(resets).tolist() == [True, False, False] + [True] * 9
 
 
 def test_a_window_that_begins_at_the_seam_is_reset_at_its_first_symbol_only():
