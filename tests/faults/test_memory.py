@@ -1,4 +1,4 @@
-"""Memory that runs out on two devices: refused by the compiled sizes, or, where these are not looked at, ended soon."""
+"""Memory that runs out on two devices: refused from the compiled sizes; where it runs out all the same, ended soon."""
 
 import os
 import subprocess
