@@ -26,7 +26,7 @@ PEERS = {
     "haiku": "benchmarks.peers.autodiff.haiku",
     "textbook twin": "benchmarks.peers.autodiff.twin",
 }
-VARIANTS = ("ours by scan", "ours by cuDNN", "ours in float32")
+VARIANTS = ("ours by scan", "ours in float32")
 RATES = ("benchmarks.peers.ours.matrix_product", "benchmarks.peers.pytorch.matrix_product")
 
 
@@ -59,8 +59,6 @@ def compare(rows: Rows, shape: Shape, rounds: int, gpu: bool, quick: bool, only:
     if shape.dtype == "bfloat16":
         matches = {name: matches[name] for name in ("ours", "PyTorch")}
         matches["ours in float32"] = PEERS["ours"], dataclasses.replace(shape, dtype="float32"), {}
-    elif gpu and shape.cell == "lstm":
-        matches["ours by cuDNN"] = PEERS["ours"], shape, {"recurrence": "cudnn"}
     if gpu and shape.cell == "lstm":
         matches["ours by scan"] = PEERS["ours"], shape, {"recurrence": "scan"}
     matches = {name: match for name, match in matches.items() if name == "ours" or not only or name in only}

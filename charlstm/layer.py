@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from charlstm.cells import cudnn, general, gru, layer_norm_lstm, lstm, mlstm, mogrifier, rnn
+from charlstm.cells import general, gru, layer_norm_lstm, lstm, mlstm, mogrifier, rnn
 from charlstm.model_config import ModelConfig
 from charlstm.noise import Noise, kept_by_row, row_mask
 from charlstm.types import CellParams, CellState
@@ -68,15 +68,13 @@ def read(
 
     Args:
       params: w_h as `recurrent_weights` gives it.
-      inputs_TBX: x W_x, or x itself where the recurrence projects it (`projects_inside`).
+      inputs_TBX: x W_x, or x itself for a mogrifier (`takes_raw_input`).
       noise: None for none.
       number: of the layer, which names its masks.
 
     Returns:
       The state after the window, and h_TBH in the compute dtype.
     """
-    if config.recurrence == "cudnn":
-        return cudnn.recurrence(params, state, inputs_TBX, reset_TB)
     T, H, mask_BH = len(inputs_TBX), state.h.shape[1], None
     if noise is not None and config.state_dropout:
         mask_BH = row_mask(noise, config.state_dropout, f"state_dropout.{number}", H, state.h.dtype)

@@ -89,11 +89,6 @@ def memory_of_a_device(mesh: Mesh) -> int | None:
     return (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
 
 
-def has_cudnn(mesh: Mesh) -> bool:
-    """Whether the devices are GPUs, whose maker's library has an LSTM of its own."""
-    return mesh.devices.flat[0].platform == "gpu"
-
-
 def has_mosaic(mesh: Mesh) -> bool:
     """Whether kernels of our own run on the devices: NVIDIA's GPUs of the Hopper generation and newer, by this JAX."""
     device = mesh.devices.flat[0]

@@ -132,7 +132,7 @@ def with_projected_symbols(config: ModelConfig, params: ModelParams) -> ModelPar
     embedding_size.  And where the recurrence projects its inputs itself.
     """
     table_VE, p = params.embedding, params.cells[0]
-    if table_VE is None or config.projects_inside or len(table_VE) > 2 * table_VE.shape[1]:
+    if table_VE is None or config.takes_raw_input or len(table_VE) > 2 * table_VE.shape[1]:
         return params
     w_VX = dense(table_VE[None], p.w_x, None, _compute_dtype(config, params))[0]
     w_out = table_VE.T if params.w_out is None else params.w_out
@@ -155,11 +155,11 @@ def _read(
         drawn_for = (noise, getattr(config, which), f"{which}.{layer}", each_symbol)
         if x_TBD is None:  # one-hot symbols, or at once their projection
             V = p.w_x.shape[0]
-            w_VX = jnp.eye(V, dtype=dtype) if config.projects_inside else p.w_x
+            w_VX = jnp.eye(V, dtype=dtype) if config.takes_raw_input else p.w_x
             inputs_TBX = drop_symbols(lookup(w_VX, inputs_TB, dtype), inputs_TB, V, *drawn_for)
         else:
             inputs_TBX = drop(x_TBD, *drawn_for)
-            if not config.projects_inside:
+            if not config.takes_raw_input:
                 inputs_TBX = dense(inputs_TBX, p.w_x, None, dtype)
         layer_state, x_TBD = layer_lib.read(
             config, p, layer_state, inputs_TBX.astype(dtype), reset_TB, noise, layer, dtype

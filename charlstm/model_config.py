@@ -61,8 +61,8 @@ class ModelConfig:
     recurrence: str = setting(
         "scan",
         "How an LSTM reads a window: scan, as XLA compiles the loop, on any device; fused, by kernels of our own, on "
-        "NVIDIA's GPUs from Hopper on; cudnn, by NVIDIA's, in float32; auto: the fastest, timed as the run begins.",
-        choices=("scan", "fused", "cudnn", "auto"),
+        "NVIDIA's GPUs from Hopper on; auto: the faster one, timed as the run begins.",
+        choices=("scan", "fused", "auto"),
         free=True,  # the equations are the same; bits are not
     )
     remat: bool = setting(
@@ -145,16 +145,12 @@ class ModelConfig:
 
     def beyond(self, recurrence: str) -> str:
         """The first setting that this way of reading a window does not know; "" where it computes this model."""
-        if recurrence not in ("fused", "cudnn"):
+        if recurrence != "fused":
             return ""
         others = ["cell"] if self.cell != "lstm" else []
         options = ["train_initial_state", "zoneout", "zoneout_cell", "mogrifier_rounds"]
-        if recurrence == "cudnn":
-            others += ["compute_dtype"] if self.compute_dtype != "float32" else []
-            options += ["cap_input_gate", "state_dropout"]
         others += [name for name in options if getattr(self, name)]
-        if recurrence == "fused":
-            others += [name for name in ("hidden_size", "last_hidden_size") if getattr(self, name) % FUSED_UNITS]
+        others += [name for name in ("hidden_size", "last_hidden_size") if getattr(self, name) % FUSED_UNITS]
         return f"{others[0]}={getattr(self, others[0])}" if others else ""
 
     @property
@@ -163,9 +159,9 @@ class ModelConfig:
         return dataclasses.replace(self, recurrence="scan")
 
     @property
-    def projects_inside(self) -> bool:
+    def takes_raw_input(self) -> bool:
         """Whether the recurrence takes a layer's input itself, not its projection x W_x."""
-        return bool(self.mogrifier_rounds) or self.recurrence == "cudnn"
+        return bool(self.mogrifier_rounds)
 
     @property
     def has_fast_path(self) -> bool:

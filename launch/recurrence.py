@@ -13,7 +13,7 @@ from data_pipeline.streams import StreamPlan
 from launch import dry_run
 
 TIMED_STEPS = 5
-NEEDS = {"fused": "an NVIDIA GPU of the Hopper generation or newer, and JAX 0.11 or newer", "cudnn": "an NVIDIA GPU"}
+NEEDS = {"fused": "an NVIDIA GPU of the Hopper generation or newer, and JAX 0.11 or newer"}
 
 
 def chosen(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh) -> tuple[Config, str]:
@@ -23,7 +23,7 @@ def chosen(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh) -> tupl
       ValueError: what is asked for by name needs another device.
     """
     asked, device = config.model.recurrence, mesh_lib.device_kind(mesh)
-    had = {"fused": mesh_lib.has_mosaic(mesh), "cudnn": mesh_lib.has_cudnn(mesh)}
+    had = {"fused": mesh_lib.has_mosaic(mesh)}
     if not had.get(asked, True):
         raise ValueError(
             f"recurrence={asked} needs {NEEDS[asked]}, and there is {device}, JAX {jax.__version__}: use scan or auto"

@@ -20,7 +20,7 @@ RANKS = {
             *("file_manifest", "replicas", "array_files", "averaging"),
             *("cells.lstm", "cells.gru", "cells.rnn", "cells.textbook", "cells.mogrifier", "cells.general"),
         ],
-        3: ["cells.mlstm", "cells.layer_norm_lstm", "cells.cudnn", "cells.fused", "checkpoint", "metrics", "run_log"],
+        3: ["cells.mlstm", "cells.layer_norm_lstm", "cells.fused", "checkpoint", "metrics", "run_log"],
         4: ["layer"],
         5: ["model"],
         6: ["step", "generate"],
