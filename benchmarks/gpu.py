@@ -19,8 +19,9 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,23 @@ class Programs:
         if process.returncode and not (until and until.exists()):
             raise RuntimeError(f"{command[0]} has ended with status {process.returncode}: {words[-600:]}")
         return out
+
+    def lines(self, *command: str) -> Iterator[str]:
+        """The lines that `python -m command` prints, as they come.  Raises as `run`, after those that there were."""
+        with tempfile.TemporaryFile("w+") as words:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *command], env=os.environ | SHARED, text=True, stdout=subprocess.PIPE,
+                stderr=words, start_new_session=True,
+            )  # fmt: skip
+            late = threading.Timer(self._deadline - time.monotonic(), os.killpg, (process.pid, signal.SIGKILL))
+            late.start()
+            assert process.stdout is not None
+            yield from process.stdout
+            late.cancel()
+            if process.wait():
+                words.seek(0)
+                said = words.read()[-600:]
+                raise RuntimeError(f"{command[0]} has ended with status {process.returncode}, or took too long: {said}")
 
     def text(self) -> Path:
         """Two megabytes of the standard library's source."""
@@ -168,7 +186,7 @@ def sampling(programs: Programs, add: Add) -> None:
 
 
 def _rows_of(programs: Programs, add: Add, benchmark: str, *flags: str) -> None:
-    for line in programs.run(f"benchmarks.{benchmark}", *flags).splitlines():
+    for line in programs.lines(f"benchmarks.{benchmark}", *flags):
         if line.startswith("{"):
             row = json.loads(line)
             add(**{name: value for name, value in row.items() if name not in ("benchmark", "load")})
