@@ -112,7 +112,7 @@ def train(run: Run, train_step: step_lib.TrainStep, params: ModelParams | None, 
                 break
             except Diverged as diverged:
                 log.say(f"{'stopped' if config.training.on_divergence == 'stop' else 'diverged'}: {diverged}")
-                with watch.pause():
+                with watch.pause("going back"):
                     back = _gone_back(run, params, around, meter, save, diverged)
                 if back is None:
                     return program.DIVERGED
@@ -142,7 +142,7 @@ def _step(train_step: step_lib.TrainStep, watch: Watchdog, seen: Callable[[jax.A
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         length = batch.inputs.shape[1]
-        with contextlib.nullcontext() if length in met else watch.pause():
+        with contextlib.nullcontext() if length in met else watch.pause("compiling"):
             met.add(length)
             state, metrics = train_step(state, batch)
         seen(metrics.loss)
@@ -220,7 +220,7 @@ def _validation(run: Run, around: Around, meter: Meter) -> Callable[[int, ModelP
     def validate(step: int, params: ModelParams) -> dict[str, Any]:
         around.log.status(f"step {step}: evaluating the validation split")
         began = time.monotonic()
-        with around.watch.pause():
+        with around.watch.pause("evaluating"):
             score = score_split(params)
         seconds = time.monotonic() - began
         meter.pause(seconds)
@@ -262,7 +262,7 @@ class _Saver:
 
     def __call__(self, state: TrainState, bits_per_symbol: float | None) -> None:
         began, most = time.monotonic(), self._settings.max_failed_saves
-        with self._watch.pause():
+        with self._watch.pause("saving"):
             try:
                 self._checkpoints.save(state, self._own, bits_per_symbol, self._meter.sums())
             except replicas.CopiesDiffer as found:
