@@ -9,6 +9,7 @@ devices of one process are neighbours, so a process holds one run of rows.
 """
 
 import itertools
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -31,6 +32,9 @@ PATIENCE_MS = 24 * 3600 * 1000
 _meetings: dict[str, Iterator[int]] = defaultdict(itertools.count)
 # How a disk that is full, slow or gone shows: TensorStore raises ValueError, the runtime RuntimeError.
 FAILURES = (OSError, ValueError, RuntimeError)
+_LOST = re.compile(
+    r"(process \d+: )?[A-Z_]+: .*(?i:gloo|nccl|coordination.?service|connection closed by peer|heartbeat)", re.DOTALL
+)
 Result = TypeVar("Result")
 
 
@@ -56,9 +60,15 @@ def join_cluster(heartbeat_timeout: int) -> None:
 
 
 def tells_of_a_lost_process(error: Exception) -> bool:
-    """Whether `error`, raised in one of several processes, is how the loss of another one shows here."""
-    words = ("gloo", "nccl", "coordination service", "connection closed by peer", "heartbeat", "unavailable")
-    return any(word in str(error).lower() for word in words)
+    """Whether `error`, raised in one of several processes, is how the loss of another one shows here.
+
+    That is an error of JAX's runtime, which begins with a status code: of a collective, or of the coordination service.
+    An error of a disk may be "temporarily unavailable", or name a file with such a word in it.
+    """
+    if isinstance(error, OSError) or "[OS error " in str(error):  # the latter is TensorStore's
+        return False
+    out_of_reach = isinstance(error, jax.errors.JaxRuntimeError) and str(error).startswith("UNAVAILABLE: ")
+    return out_of_reach or _LOST.match(str(error)) is not None
 
 
 def make(devices: list[jax.Device] | None = None) -> Mesh:

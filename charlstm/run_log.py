@@ -112,6 +112,8 @@ class RunLog:
 class Lines:
     """A file that lines are added to.  Those that the disk does not take wait for the next one that it does."""
 
+    MOST = 2**24  # bytes that wait
+
     def __init__(self, path: Path) -> None:
         """Raises OSError where the file is there and cannot be written."""
         self.path, self._waiting = path, bytearray()
@@ -119,11 +121,13 @@ class Lines:
             self._write()
 
     def add(self, line: str) -> None:
-        self._waiting += line.encode("utf-8") + b"\n"
+        """Raises OSError where too much is waiting: the line is lost."""
+        self._waiting += (encoded := line.encode("utf-8") + b"\n")
         try:
             self._write()
         except OSError:
-            if len(self._waiting) > 2**24:
+            if len(self._waiting) > self.MOST:
+                del self._waiting[-len(encoded) :]
                 raise
 
     def text(self) -> str:

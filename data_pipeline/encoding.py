@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_pipeline import terminal
 from data_pipeline.characters import StartCount, count_all, index_characters, read_characters
 from data_pipeline.cutting import Span, cut, shard_spans
 from data_pipeline.files import Progress, sealed, unsealed, written_whole
@@ -95,6 +96,7 @@ def parallel_map(workers: int, processes: bool, progress: Progress | None) -> It
 def _die_with_parent() -> None:
     """In a worker process: leaves Ctrl-C to the parent, and ends when the parent was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    terminal.unblock()  # a pool that breaks ends its other workers by SIGTERM
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -1,5 +1,10 @@
 """Turns text into a prepared corpus:  python -m data_pipeline.prepare --input='books/*.txt' --output=data/books"""
 
+if __name__ == "__main__":  # before what takes long to import
+    from data_pipeline import startup
+
+    startup.attach("prepare", "; the same command goes on")
+
 import argparse
 import contextlib
 import dataclasses
@@ -245,7 +250,7 @@ def main(arguments: list[str]) -> None:
     """Prepares, verifies, or both.
 
     Where it cannot, it says why in one line on stderr.  Exit statuses: 2 a mistake in flags or files; 74 the disk is
-    full or fails; 130 stopped by Ctrl-C.
+    full or fails; 130 stopped by Ctrl-C, 143 by SIGTERM.
     """
     parser = _parser()
     options = vars(parser.parse_args(arguments))
@@ -269,8 +274,6 @@ def main(arguments: list[str]) -> None:
         corpus = open_corpus(output)
     except (ValueError, OSError) as error:
         parser.fail(74 if isinstance(error, OSError) and error.errno in DISK_ERRORS else 2, str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, "prepare: stopped; the same command goes on\n")
     sizes = ", ".join(f"{name} {len(split)}" for name, split in corpus.splits.items())
     vocabulary = f"{corpus.vocabulary.size} symbols in the vocabulary"
     print(f"{' and '.join(done)}: {output}, {vocabulary}, {sizes}", file=sys.stderr)

@@ -7,6 +7,11 @@ With --search_temperature there is a second score, at the soft-max temperature t
 Neither changes the run.
 """
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from data_pipeline import startup
+
+    startup.attach("launch.evaluate")
+
 import dataclasses
 import json
 import sys

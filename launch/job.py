@@ -2,10 +2,12 @@
 
 import dataclasses
 import os
+import signal
 import sys
 from typing import NoReturn
 
 from charlstm import mesh as mesh_lib
+from data_pipeline import terminal
 from data_pipeline.settings import check_choices, setting
 from launch import program
 
@@ -50,6 +52,8 @@ def join(chosen: JobFlags) -> None:
         mesh_lib.join_cluster(chosen.heartbeat_timeout)
     elif chosen.coordinator:
         mesh_lib.join(chosen.coordinator, chosen.num_processes, chosen.process_id, chosen.heartbeat_timeout)
+    if chosen.has_others:
+        terminal.cede(signal.SIGTERM)  # JAX tells the others of it
 
 
 def leave_alone(error: Exception) -> None:

@@ -8,6 +8,11 @@ directory as logs/process-N.txt.  When one process dies the others are ended, an
 again from its newest checkpoint.  Ctrl-C and SIGTERM reach all of them; a second Ctrl-C kills them.
 """
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from data_pipeline import startup
+
+    startup.attach("launch.local")
+
 import contextlib
 import ctypes
 import dataclasses
@@ -23,13 +28,15 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Protocol
 
 from charlstm.run_log import Lines
+from data_pipeline import terminal
 from data_pipeline.files import at_home
 from data_pipeline.settings import setting
 from launch import flags, program, restarts, train
+
+TRAIN = (sys.executable, "-m", "launch.train")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +60,11 @@ class Processes:
     """The processes of one start of the job, from their start until all have ended.
 
     Attributes:
-      told_to_stop: by a signal to this program.
+      told_to_stop, killed: by a signal to this program.
     """
 
     def __init__(self, chosen: LocalFlags, arguments: Sequence[str], log_dir: Path) -> None:
-        self._chosen, self._log_dir, self.told_to_stop = chosen, log_dir, False
+        self._chosen, self._log_dir, self.told_to_stop, self.killed = chosen, log_dir, False, False
         self._stopped: dict[int, float] = {}  # since when
         coordinator = f"localhost:{_free_port()}"
         self._started = [self._start(number, coordinator, arguments) for number in range(chosen.processes)]
@@ -68,7 +75,7 @@ class Processes:
     def _start(self, number: int, coordinator: str, arguments: Sequence[str]) -> subprocess.Popen[str]:
         own = [f"--coordinator={coordinator}", f"--num_processes={self._chosen.processes}", f"--process_id={number}"]
         return subprocess.Popen(
-            [sys.executable, "-m", "launch.train", *arguments, *own],
+            [*TRAIN, *arguments, *own],
             env=os.environ | _devices(number, self._chosen.devices_per_process),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -82,10 +89,10 @@ class Processes:
         """Copies what a process says to the terminal and to its file."""
         assert process.stdout is not None
         log = Lines(self._log_dir / f"process-{number}.txt")
-        for line in process.stdout:
-            sys.stderr.write(f"[{number}] {line}")
-            sys.stderr.flush()
-            log.add(line.rstrip("\n"))
+        for line in process.stdout:  # to the end, whatever comes: a process whose pipe is full does not get on
+            with contextlib.suppress(OSError):  # more is waiting for a full disk than is kept
+                log.add(line.rstrip("\n"))
+            print(f"[{number}] {line}", end="", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):  # the disk is still full
             log.close()
 
@@ -137,6 +144,8 @@ def main(argv: Sequence[str]) -> int:
         processes = Processes(chosen, arguments, log_dir)
         with passed_on(processes):
             statuses = processes.wait()
+        if processes.killed:
+            terminal.leave(signal.SIGINT)
         again, sentence = policy.after(statuses, processes.told_to_stop)
         print(sentence, file=sys.stderr, flush=True)
         if not again:
@@ -171,7 +180,8 @@ def _free_port() -> int:
 
 
 def die_with(parent: int) -> None:
-    """In a child: is killed when `parent`, this program, dies, however that happens (Linux only)."""
+    """In a child: hears signals, and is killed when `parent`, this program, dies, however that happens (Linux only)."""
+    terminal.unblock()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:  # it has died before that
@@ -179,9 +189,10 @@ def die_with(parent: int) -> None:
 
 
 class Started(Protocol):
-    """What was started, and can be told to stop."""
+    """What was started, and can be told to stop, and killed, by a signal to this program."""
 
     told_to_stop: bool
+    killed: bool
 
     def send(self, number: int) -> None: ...
 
@@ -190,17 +201,17 @@ class Started(Protocol):
 def passed_on(processes: Started) -> Iterator[None]:
     """Ctrl-C and SIGTERM go to all processes, as SIGTERM; a second Ctrl-C kills them."""
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        processes.told_to_stop = True
-        processes.send(signal.SIGTERM)
-        signal.signal(signal.SIGINT, lambda *_: processes.send(signal.SIGKILL))
+    def pass_on(number: int) -> None:
+        if processes.told_to_stop and number == signal.SIGINT:
+            processes.killed = True
+            processes.send(signal.SIGKILL)
+        else:
+            processes.told_to_stop = True
+            processes.send(signal.SIGTERM)
+            terminal.say("told to stop: what runs finishes its step and is saved; Ctrl-C again kills it")
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with terminal.reacting(pass_on):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +20,7 @@ from charlstm.config import Config
 from charlstm.metrics import Diverged, Meter, duration
 from charlstm.run_log import RunLog
 from charlstm.types import Metrics, ModelParams, TrainState
+from data_pipeline import terminal
 from data_pipeline.batch import Batch, Separator
 from data_pipeline.loader import Windows, open_windows
 from data_pipeline.shards import Corpus
@@ -85,7 +85,7 @@ def train(run: Run, train_step: step_lib.TrainStep, params: ModelParams | None, 
     watch.about = lambda: {"num_steps": last, "status": meter.status()}
     around.told.values = lambda: _figures(run, around, meter, save)
 
-    with _signals() as asked_to_stop, memory.watched(run.mesh) as seen:
+    with _signals(watch) as asked_to_stop, memory.watched(run.mesh) as seen:
         step = _step(train_step, watch, seen)
         times = itertools.count()
 
@@ -112,13 +112,14 @@ def train(run: Run, train_step: step_lib.TrainStep, params: ModelParams | None, 
                 break
             except Diverged as diverged:
                 log.say(f"{'stopped' if config.training.on_divergence == 'stop' else 'diverged'}: {diverged}")
-                with watch.pause():
+                with watch.pause("going back"):
                     back = _gone_back(run, params, around, meter, save, diverged)
                 if back is None:
                     return program.DIVERGED
                 state = back
         checkpoints.wait()
-    return _ending(run, around, int(state.step), began, save.given_up)
+        terminal.settle(status := _ending(run, around, int(state.step), began, save.given_up))
+    return status
 
 
 def _ending(run: Run, around: Around, step: int, began: float, given_up: bool) -> int:
@@ -142,7 +143,7 @@ def _step(train_step: step_lib.TrainStep, watch: Watchdog, seen: Callable[[jax.A
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         length = batch.inputs.shape[1]
-        with contextlib.nullcontext() if length in met else watch.pause():
+        with contextlib.nullcontext() if length in met else watch.pause("compiling"):
             met.add(length)
             state, metrics = train_step(state, batch)
         seen(metrics.loss)
@@ -220,7 +221,7 @@ def _validation(run: Run, around: Around, meter: Meter) -> Callable[[int, ModelP
     def validate(step: int, params: ModelParams) -> dict[str, Any]:
         around.log.status(f"step {step}: evaluating the validation split")
         began = time.monotonic()
-        with around.watch.pause():
+        with around.watch.pause("evaluating"):
             score = score_split(params)
         seconds = time.monotonic() - began
         meter.pause(seconds)
@@ -262,7 +263,7 @@ class _Saver:
 
     def __call__(self, state: TrainState, bits_per_symbol: float | None) -> None:
         began, most = time.monotonic(), self._settings.max_failed_saves
-        with self._watch.pause():
+        with self._watch.pause("saving"):
             try:
                 self._checkpoints.save(state, self._own, bits_per_symbol, self._meter.sums())
             except replicas.CopiesDiffer as found:
@@ -298,7 +299,7 @@ def _figures(run: Run, around: Around, meter: Meter, save: "_Saver") -> dict[str
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
+def _signals(watch: Watchdog) -> Iterator[Callable[[], bool]]:
     """Whether Ctrl-C or SIGTERM came since.  The first lets the step finish and be saved; a second Ctrl-C does not.
 
     Of several processes, JAX catches SIGTERM and tells the others of it; Ctrl-C is then as good as SIGTERM.
@@ -306,18 +307,14 @@ def _signals() -> Iterator[Callable[[], bool]]:
     came: list[int] = []
     several = mesh_lib.is_one_of_several()
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def note(number: int) -> None:
+        if came and number == signal.SIGINT:
+            terminal.leave(number)
         came.append(number)
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
         if several:
             os.kill(os.getpid(), signal.SIGTERM)
+        if len(came) == 1:
+            terminal.say(f"told to stop: saves and ends after {watch.doing}; a second Ctrl-C ends it at once, unsaved")
 
-    numbers = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number in numbers:
-        signal.signal(number, note)
-    try:
+    with terminal.reacting(note):
         yield lambda: bool(came)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -17,6 +17,11 @@ byte, and logprob), logprob (their sum), bits_per_character or for a vocabulary 
 checkpoint (its step).  Log-probabilities are natural logarithms, and the model's own: at temperature 1, of all symbols.
 """
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from data_pipeline import startup
+
+    startup.attach("launch.sample")
+
 import dataclasses
 import io
 import json
@@ -31,6 +36,7 @@ import numpy as np
 from charlstm import generate as generate_lib
 from charlstm.generate import Chunk, Sampling
 from charlstm.loss import NATS_PER_BIT
+from data_pipeline import terminal
 from data_pipeline.batch import Separator
 from data_pipeline.files import at_home
 from data_pipeline.settings import LARGEST_INT, check_choices, setting
@@ -38,6 +44,7 @@ from data_pipeline.vocabulary import Vocabulary
 from launch import compilation, cores, flags, program, run_directory
 
 MOST_SAMPLES = 1 << 16  # side by side, each with a state and with noise of its own
+ENDING = 2.0  # seconds in which a text that is interrupted may come to its end: it is whole UTF-8, and a line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +196,8 @@ def main(argv: Sequence[str]) -> int:
         for _ in _grow(samples, chunks):
             pass
         for number, sample in enumerate(samples, 1):
-            print(json.dumps({"sample": number} | _fields(sample, vocabulary, prompt, chosen.seed, step)))
+            fields = {"sample": number} | _fields(sample, vocabulary, prompt, chosen.seed, step)
+            print(json.dumps(fields), flush=True)
     else:
         _print_text(samples, chunks, errors)
     made, seconds = sum(len(sample.ids) for sample in samples), time.monotonic() - began
@@ -265,12 +273,22 @@ def _print_text(samples: list[Sample], chunks: Iterable[Chunk], errors: str = "r
         else:
             sys.stdout.reconfigure(errors="replace")  # what the terminal cannot show must not end the text
     live, *others = samples
-    try:
+    came: list[int] = []
+
+    def interrupted(number: int) -> None:
+        came.append(number)
+        time.sleep(ENDING)
+        terminal.leave(number)
+
+    with terminal.reacting(interrupted):
         print(live.take(), end="", flush=True)
         for _ in _grow(samples, chunks):
             print(live.take(), end="", flush=True)
-    finally:  # when interrupted too
+            if came:
+                break
         print(live.take(last=True), flush=True)
+        if came:
+            terminal.leave(came[0])
     for number, sample in enumerate(others, 2):
         print(f"\n--- sample {number} of {len(samples)} ---\n{sample.take(last=True)}", flush=True)
 

@@ -3,6 +3,11 @@
 python -m launch.train --flagfile=configs/large.flags --corpus=my_texts/ --run_dir=runs/mine
 """
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from data_pipeline import startup
+
+    startup.attach("launch.train")
+
 import contextlib
 import dataclasses
 import sys

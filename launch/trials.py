@@ -9,20 +9,19 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_pipeline import terminal
 from data_pipeline.files import locked
 from launch import program
-from launch.local import die_with, passed_on
+from launch.local import TRAIN, die_with, passed_on
 
 PARTS = 10  # evaluations of a trial, at equal distances; trials are compared where they have made as many
 LOOK_EVERY = 0.5  # seconds
-TRAIN = (sys.executable, "-m", "launch.train")
 
 
 class _Taken(Exception):
@@ -101,12 +100,12 @@ class Child:
     """A process of launch.train.
 
     Attributes:
-      told_to_stop: by a signal to this program.
+      told_to_stop, killed: by a signal to this program.
     """
 
     def __init__(self, arguments: Sequence[str], words: Path, out: Any = None) -> None:
         """What it says is added to the file `words`, but for stdout where `out` is a file for that."""
-        self.told_to_stop, self._words = False, words
+        self.told_to_stop, self.killed, self._words = False, False, words
         words.parent.mkdir(parents=True, exist_ok=True)
         with words.open("ab") as file:
             self._process = subprocess.Popen(
@@ -123,7 +122,7 @@ class Child:
             os.killpg(self._process.pid, number)
 
     def wait(self, hopeless: Callable[[], bool] = lambda: False) -> Ended:
-        """Waits for its end, which is told to come once `hopeless()`."""
+        """Waits for its end, which is told to come once `hopeless()`.  Leaves this program where it was `killed`."""
         pruned = False
         with passed_on(self):
             while self._process.poll() is None:
@@ -131,6 +130,8 @@ class Child:
                 if not pruned and not self.told_to_stop and hopeless():
                     pruned = True
                     self.send(signal.SIGTERM)
+        if self.killed:
+            terminal.leave(signal.SIGINT)
         lines = self._words.read_text("utf-8", "replace").splitlines()
         return Ended(self._process.returncode, self.told_to_stop, pruned, lines[-1] if lines else "stopped")
 

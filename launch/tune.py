@@ -9,6 +9,11 @@ is worse than the median of the others.  The same command in another terminal is
 same command again goes on with it, and with the trials that were cut short.
 """
 
+if __name__ == "__main__":  # before what takes seconds to import
+    from data_pipeline import startup
+
+    startup.attach("launch.tune")
+
 import dataclasses
 import json
 import sys

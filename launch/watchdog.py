@@ -1,14 +1,15 @@
 """A run that does not get on ends loudly, and says where it hangs.
 
 A process that is stopped, or alive but stuck, keeps all the others waiting in a collective for ever: JAX notices only
-those that are dead.  So a thread of every process watches its steps.  Every second it also writes a heartbeat, by which
-a person, or the watchdog of another process, sees how far this one is.
+those that are dead.  So a thread of every process watches its steps.  Another one writes a heartbeat every second, by
+which a person, or the watchdog of another process, sees how far this one is: it may hang with the file system.
 """
 
 import contextlib
 import dataclasses
 import faulthandler
 import json
+import math
 import os
 import platform
 import statistics
@@ -24,6 +25,8 @@ from data_pipeline.settings import setting
 from launch import program
 
 SILENT = 5.0  # seconds without a heartbeat after which a process is called silent
+STARVED = 1.0  # seconds that a thread may be late on a busy machine
+PATIENCE = 5.0  # seconds for what may hang, when the process ends
 KNOWN = 5  # steps whose time must be known before one can be called long
 
 
@@ -35,7 +38,9 @@ class WatchdogFlags:
         30.0, "A step that takes this many times as long as most, and --step_timeout_least, hangs; 0: no watchdog."
     )
     step_timeout_least: float = setting(30.0, "Seconds that a step may always take.")
-    pause_timeout: float = setting(1800.0, "Seconds that compiling, restoring, evaluating or saving may take.")
+    pause_timeout: float = setting(
+        1800.0, "Seconds that compiling, restoring, evaluating or saving may take; 0: as long as it takes."
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -48,58 +53,78 @@ class Watchdog:
 
     Attributes:
       step: the last that the run has come to the end of.
-      about: what a heartbeat says of the run, besides its step; called by the watchdog's thread.
+      about: what a heartbeat says of the run, besides its step; called by another thread.
     """
 
     def __init__(self, chosen: WatchdogFlags, process: int, directory: Path, period: float = 1.0) -> None:
-        """Starts the thread.
+        """Starts the threads.
 
         Args:
           directory: where the heartbeats of all processes are, `process-N.json`.
-          period: seconds between two looks.
+          period: seconds between two looks, and between two heartbeats.
         """
         self.about: Callable[[], dict[str, Any]] = dict
         self._chosen, self._process, self._directory = chosen, process, directory
-        self.step, self._times, self._since, self._paused = 0, deque[float](maxlen=99), time.monotonic(), True
+        self.step, self._times, self._since, self._pause = 0, deque[float](maxlen=99), time.monotonic(), "starting"
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, args=(period,), name="watchdog", daemon=True)
         directory.mkdir(parents=True, exist_ok=True)
-        self._thread.start()
+        self._beating = threading.Thread(target=self._beat, args=(period,), name="heartbeat", daemon=True)
+        self._watching = threading.Thread(target=self._watch, args=(period,), name="watchdog", daemon=True)
+        self._beating.start()
+        self._watching.start()
 
     def beat(self, step: int) -> None:
         """The run has come to the end of `step`."""
         now = time.monotonic()
-        if not self._paused:
+        if not self._pause:
             self._times.append(now - self._since)
-        self.step, self._since, self._paused = step, now, False
+        self.step, self._since, self._pause = step, now, ""
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
+    def pause(self, doing: str) -> Iterator[None]:
         """What is done in this block is no step."""
-        self._since, self._paused = time.monotonic(), True
+        self._since, self._pause = time.monotonic(), doing
         yield
         self._since = time.monotonic()
 
+    @property
+    def doing(self) -> str:
+        """What is being done now."""
+        return self._pause or "a step"
+
     def stop(self) -> None:
         self._done.set()
-        self._thread.join()
+        self._watching.join()
+        self._beating.join(PATIENCE)
+        if self._beating.is_alive():  # the file system hangs
+            return
         with contextlib.suppress(OSError):
             _heartbeat(self._directory, self._process).unlink(missing_ok=True)
             self._directory.rmdir()  # the last one
 
     def allowed(self) -> float:
         """Seconds that what is being done now may take."""
-        if self._paused or len(self._times) < KNOWN:
-            return self._chosen.pause_timeout
+        if self._pause or len(self._times) < KNOWN:
+            return self._chosen.pause_timeout or math.inf
         return max(self._chosen.step_timeout_least, self._chosen.step_timeout_factor * statistics.median(self._times))
 
     def _watch(self, period: float) -> None:
+        """Touches no file: all that hangs must be seen from here."""
+        looked = time.monotonic()
+        while not self._done.wait(period):
+            now, before = time.monotonic(), looked
+            looked = now
+            if now - before > 2 * period + STARVED:
+                # The whole process was stopped (Ctrl-Z, SIGSTOP), and this thread with it: that is no hanging.
+                self._since = min(self._since + now - before, now)
+            waited = now - self._since
+            if self._chosen.step_timeout_factor and waited > self.allowed():
+                self._end(waited)
+
+    def _beat(self, period: float) -> None:
         while not self._done.wait(period):
             with contextlib.suppress(OSError):  # a full disk stops no run
                 self._write_heartbeat()
-            waited = time.monotonic() - self._since
-            if self._chosen.step_timeout_factor and waited > self.allowed():
-                self._end(waited)
 
     def _write_heartbeat(self) -> None:
         path = _heartbeat(self._directory, self._process)
@@ -113,15 +138,36 @@ class Watchdog:
 
     def _end(self, waited: float) -> None:
         """Says what hangs, and where in the program, and ends the process: nothing of it can be saved any more."""
-        what = "a pause" if self._paused else "a step"
-        print(
-            f"process {self._process} hangs: {what} after step {self.step} has taken {waited:.0f} s of "
-            f"{self.allowed():.0f} s allowed{behind(self._directory, self._process)}; all its threads:",
-            file=sys.stderr,
+        try:
+            said = threading.Thread(target=self._say, args=(waited, _stacks()), name="last words", daemon=True)
+            said.start()
+            said.join(2 * PATIENCE)  # the terminal may hang as well
+        finally:
+            os._exit(program.HANGS)
+
+    def _say(self, waited: float, stacks: str) -> None:
+        others = [""]
+        look = threading.Thread(
+            target=lambda: others.append(behind(self._directory, self._process)), name="others", daemon=True
         )
-        sys.stderr.flush()
-        faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        os._exit(program.HANGS)
+        look.start()
+        look.join(PATIENCE)  # the file system may hang
+        print(
+            f"process {self._process} hangs: {self.doing} after step {self.step} has taken {waited:.0f} s of "
+            f"{self.allowed():.0f} s allowed{others[-1]}; all its threads:\n{stacks}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _stacks() -> str:
+    """Where all threads are.  By way of a pipe: faulthandler itself would wait for a terminal that takes nothing."""
+    out, into = os.pipe()
+    os.set_blocking(into, False)
+    faulthandler.dump_traceback(into, all_threads=True)
+    os.close(into)
+    with open(out, encoding="utf-8", errors="replace") as text:
+        return text.read()
 
 
 def behind(directory: Path, own: int) -> str:

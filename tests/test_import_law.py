@@ -30,8 +30,8 @@ RANKS = {
         9: ["reference.min_char_rnn", "reference.numpy_lstm"],
     },
     "data_pipeline": {
-        0: ["batch", "files", "vocabulary", "magic"],
-        1: ["settings", "manifest", "streams", "progress"],
+        0: ["batch", "files", "vocabulary", "magic", "terminal"],
+        1: ["settings", "manifest", "streams", "progress", "startup"],
         2: ["shards", "loader", "pieces"],
         3: ["texts"],
         4: ["characters", "cutting", "downloads", "inspection"],
@@ -172,6 +172,23 @@ def test_importing_starts_no_backend_parses_no_flag_and_changes_no_environment()
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_program_answers_ctrl_c_before_it_imports_anything():
+    stems = ("launch/train", "launch/evaluate", "launch/sample", "launch/tune", "launch/local", "data_pipeline/prepare")
+    programs = [ROOT / f"{stem}.py" for stem in stems]
+    run = [path for path in files() if "\n    program.run(" in path.read_text("utf-8")]
+    assert set(run) <= set(programs)
+    for path in programs:
+        first = ast.parse(path.read_text("utf-8")).body[1]  # after the docstring
+        assert ast.unparse(first).startswith(
+            "if __name__ == '__main__':\n    from data_pipeline import startup\n    startup.attach("
+        ), path
+    # Which takes no time itself: what is not part of the interpreter is imported when signals are held back.
+    outside = [node for node in ast.parse((ROOT / "data_pipeline" / "startup.py").read_text("utf-8")).body[1:-1]]
+    assert list(map(ast.unparse, outside)) == ["import _signal"]
+    used = imports(ROOT / "data_pipeline" / "terminal.py")
+    assert {name.partition(".")[0] for name in used} <= sys.stdlib_module_names
 
 
 def test_the_data_pipeline_imports_without_jax():

@@ -11,7 +11,7 @@ import termios
 
 import pytest
 
-from charlstm.run_log import RunLog
+from charlstm.run_log import Lines, RunLog
 
 
 class Terminal(io.StringIO):
@@ -239,6 +239,18 @@ def test_lines_that_the_disk_never_took_are_told_of_at_the_end(tmp_path, full):
     log.note("step 2")
     with pytest.raises(OSError, match=r"log\.txt"):
         log.close()
+
+
+def test_what_waits_for_a_full_disk_is_bounded_and_whole_lines(tmp_path, full, monkeypatch):
+    monkeypatch.setattr(Lines, "MOST", 20)
+    lines = Lines(tmp_path / "lines.txt")
+    full(0)
+    lines.add("the first")
+    with pytest.raises(OSError):
+        lines.add("the second, that is long")
+    full(resource.RLIM_INFINITY)
+    lines.add("the third")
+    assert (tmp_path / "lines.txt").read_text() == "the first\nthe third\n"
 
 
 @pytest.mark.parametrize("stream", [Terminal, io.StringIO], ids=["terminal", "pipe"])

@@ -1,5 +1,6 @@
 """`python -m data_pipeline.prepare` as a program."""
 
+import os
 import subprocess
 import sys
 
@@ -9,18 +10,37 @@ from data_pipeline.prepare import main
 from tests.conftest import ROOT
 from tests.data_pipeline.test_prepare import POEM
 
+# Ctrl-C at a terminal comes to all processes that were started in it; those of the pool may not even have begun.
+INTERRUPTED = """
+if __name__ == "__main__":
+    from data_pipeline import terminal
+    terminal.attach("prepare", "; the same command goes on")
+import os, runpy, signal, time
+import data_pipeline.encoding, data_pipeline.progress
+def interrupt(doing, done, total):
+    if doing == "indexing":
+        os.killpg(0, signal.SIGINT)
+        time.sleep(30)
+if __name__ == "__main__":
+    data_pipeline.encoding.SMALL = 0
+    data_pipeline.progress.bar = lambda: interrupt
+    runpy.run_module("data_pipeline.prepare", run_name="__main__", alter_sys=True)
+"""
 
-def test_a_preparation_that_is_interrupted_says_in_one_line_how_to_go_on(tmp_path):
+
+@pytest.mark.parametrize("workers", [1, 2], ids=["threads", "processes"])
+def test_a_preparation_that_is_interrupted_says_in_one_line_how_to_go_on(workers, tmp_path):
     (tmp_path / "a.txt").write_text(POEM)
-    code = (
-        "import os, signal, sys\n"
-        "import data_pipeline.prepare as program\n"
-        "program.bar = lambda: lambda doing, done, total: os.kill(os.getpid(), signal.SIGINT)\n"
-        "program.main(sys.argv[1:])\n"
-    )
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
     options = (f"--input={tmp_path}/a.txt", f"--output={tmp_path}/out", f"--cache_dir={tmp_path}/cache")
-    done = subprocess.run([sys.executable, "-c", code, *options], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (130, "prepare: stopped; the same command goes on\n")
+    options += ("--vocabulary=characters", f"--workers={workers}")
+    command, environment = (
+        [sys.executable, str(tmp_path / "interrupted.py"), *options],
+        os.environ | {"PYTHONPATH": ROOT},
+    )
+    # Its stderr ends when the last of its processes has ended.
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, start_new_session=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "prepare: interrupted; the same command goes on\n")
     assert run(*options).returncode == 0
 
 

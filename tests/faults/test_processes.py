@@ -87,7 +87,7 @@ def test_a_process_that_hangs_is_named_and_the_job_started_again_ends_with_the_s
         os.kill(children(running.pid)[process], fault)
         _, said = running.communicate(timeout=300)
     assert running.returncode == program.DONE, said
-    hangs = re.compile(r"process (\d) hangs: a (step|pause) after step \d+ has taken \d+ s of \d+ s allowed")
+    hangs = re.compile(r"process (\d) hangs: (a step|\w+) after step \d+ has taken \d+ s of \d+ s allowed")
     named = {int(process) for process, _ in hangs.findall(said)}
     if fault == signal.SIGSTOP:
         assert named == {1 - process} and f"; process {process} is silent since " in said

@@ -90,6 +90,38 @@ def test_what_a_process_refuses_the_job_refuses_once_and_is_not_started_again(jo
     assert "starting again" not in done.stderr
 
 
+# Of a job whose processes say more than a pipe holds; the first start dies, the second diverges.
+TALKATIVE = """
+import os, signal, sys
+for n in range(10_000):
+    print("line", n, file=sys.stderr)
+print("whole", file=sys.stderr, flush=True)
+run_dir = next(argument.partition("=")[2] for argument in sys.argv if argument.startswith("--run_dir="))
+if "--process_id=1" in sys.argv:
+    sys.exit(71)
+if os.path.exists(mark := os.path.join(run_dir, "mark")):
+    sys.exit(3)
+open(mark, "w").close()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+OF_THE_TALKATIVE = """
+import sys
+from launch import local, program
+local.TRAIN = (sys.executable, "-c", sys.argv.pop(1))
+program.run("launch.local", local.main)
+"""
+
+
+@pytest.mark.parametrize("gone", ["2>/dev/full", "2> >(head -3 >/dev/null)"])
+def test_a_terminal_that_goes_away_or_fails_changes_neither_the_job_nor_its_logs_nor_the_status(gone, tmp_path):
+    flags = ("--processes=2", "--restarts=1", "--", f"--run_dir={tmp_path}")
+    done = process("bash", "-c", f'"$0" -c "$@" {gone}', sys.executable, OF_THE_TALKATIVE, TALKATIVE, *flags)
+    assert (done.returncode, done.stdout, done.stderr) == (program.DIVERGED, "", "")
+    for number in range(2):
+        lines = (tmp_path / "logs" / f"process-{number}.txt").read_text().splitlines()
+        assert len(lines) == 2 * 10_001 and lines[10_000] == lines[-1] == "whole"
+
+
 # When a job is started again.
 
 

@@ -1,5 +1,8 @@
 """What takes too long ends its process, with the place where it hangs.  Of jobs, see tests/faults."""
 
+import contextlib
+import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +24,7 @@ for step in range(steps):
     watch.beat(step)
     time.sleep(0.005)
 if pause:
-    with watch.pause():
+    with watch.pause("evaluating"):
         time.sleep(100)
 time.sleep(100)
 """
@@ -31,7 +34,7 @@ time.sleep(100)
     ("steps", "then", "words"),
     [
         (9, "step", "process 3 hangs: a step after step 8 has taken"),
-        (9, "pause", "process 3 hangs: a pause after step 8 has taken"),
+        (9, "pause", "process 3 hangs: evaluating after step 8 has taken"),
         (2, "step", "process 3 hangs: a step after step 1 has taken"),  # too few steps to know how long one takes
     ],
 )
@@ -41,6 +44,62 @@ def test_what_takes_too_long_ends_the_process_with_the_stacks_of_its_threads(ste
     assert done.returncode == program.HANGS == 70
     assert done.stderr.startswith(words) and "all its threads:" in done.stderr
     assert 'File "<string>"' in done.stderr and "watchdog.py" in done.stderr
+
+
+IMPATIENT = HANGING.replace("watch = ", "from launch import watchdog; watchdog.PATIENCE = 0.5; watch = ")
+
+
+def test_a_file_system_that_hangs_keeps_no_process_from_ending(tmp_path):
+    # To open a FIFO that nobody reads, or writes, waits for ever.
+    os.mkfifo(tmp_path / "process-3.new")  # its own heartbeat
+    os.mkfifo(tmp_path / "process-1.json")  # that of another one
+    command = [sys.executable, "-c", IMPATIENT, str(tmp_path), "9", "step"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == program.HANGS
+    assert done.stderr.startswith("process 3 hangs: a step after step 8 has taken")
+
+
+def test_a_terminal_that_hangs_keeps_no_process_from_ending(tmp_path):
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writer, b"x" * 65536):
+            pass
+    os.set_blocking(writer, True)
+    try:
+        command = [sys.executable, "-c", IMPATIENT, str(tmp_path), "9", "step"]
+        assert subprocess.run(command, cwd=ROOT, stderr=writer, timeout=60).returncode == program.HANGS
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+@pytest.mark.parametrize(
+    ("between_looks", "hangs"),
+    [([1.0] * 60, True), ([1.0, 1.0, 500.0, 1.0, 500.0] * 8, False), ([1.0, 500.0] + [1.0] * 60, True)],
+    ids=["hung", "stopped", "stopped, then hung"],
+)
+def test_time_in_which_the_whole_process_was_stopped_is_not_time_hung(between_looks, hangs, tmp_path, monkeypatch):
+    watch = Watchdog(WatchdogFlags(10.0, 2.0, 50.0), 0, tmp_path, period=1000)
+    watch.stop()
+    now, gaps, ended = [watchdog.time.monotonic()], iter(between_looks), []
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+
+    class Clock:
+        def wait(self, period: float) -> bool:
+            now[0] += (gap := next(gaps, 0.0))
+            return not gap or bool(ended)
+
+    watch._done, watch._end = Clock(), ended.append
+    watch._watch(period=1.0)
+    assert bool(ended) == hangs
+    assert all(waited < 60 for waited in ended)
+
+
+def test_a_timeout_of_0_is_none(tmp_path):
+    watch = Watchdog(WatchdogFlags(pause_timeout=0.0), 0, tmp_path, period=1000)
+    assert watch.allowed() == math.inf
+    watch.stop()
 
 
 def test_a_process_that_gets_on_is_left_alone_and_leaves_no_heartbeat(tmp_path):
@@ -68,7 +127,7 @@ def test_the_time_allowed_is_that_of_most_steps_times_the_factor_and_never_less_
         step(number, 1.0)
     assert watch.allowed() == 10
     for number in range(20, 60):
-        with watch.pause():
+        with watch.pause("evaluating"):
             assert watch.allowed() == 500
             now[0] += 300
         step(number, 0.001)  # what is left of a step after a pause does not count

@@ -1,0 +1,165 @@
+"""A program and the terminal it was started in: Ctrl-C from its first line on, and output that nobody reads any more.
+
+From `attach` on,
+
+    SIGINT, SIGTERM  end the program at once, with one line and exit status 130 or 143, unless it is `reacting`
+    SIGHUP           changes nothing: closing the window does not end what was started in it
+    stderr           never fails: what it does not take is dropped
+
+Signals are answered in a thread of their own.  The main thread may be in a compiler for minutes, where Python cannot
+answer, or in a finalizer or a callback of a library, where an exception is swallowed.  A signal that was ignored when
+the program was started, as Ctrl-C is by what a script starts in the background, stays ignored.
+"""
+
+import contextlib
+import io
+import os
+import select
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+PATIENCE = 5.0  # seconds for a terminal that is there and takes nothing: stopped by Ctrl-S, or a pager
+NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
+Reaction = Callable[[int], None]  # to the signal of that number
+
+_name, _hint = "", ""  # of the program, once it is attached
+_settled: int | None = None  # its exit status, once that is known
+_ceded = set[int]()  # signals that a library answers
+_leaving = threading.Lock()  # one thread says the last line
+
+
+def attach(name: str, hint: str = "") -> None:
+    """Makes this process that of the program `name`; before it imports what takes seconds.
+
+    Args:
+      hint: stands at the end of the line that says that the program was interrupted.
+    """
+    global _name, _hint
+    if _name:
+        return
+    _name, _hint = name, hint
+    for descriptor in (0, 1, 2):  # the next file opened would get the number of one that is closed, and be written in
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # has the lowest number that is free
+    sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)
+    buffer = io.BufferedWriter(_Stderr(2, "w", closefd=False))
+    encoding = sys.stderr.encoding if sys.stderr else "utf-8"
+    sys.stderr = io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=True)
+    # That we leave processes of multiprocessing behind, which then clean up, is no news.
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    numbers = {number for number in NUMBERS if signal.getsignal(number) != signal.SIG_IGN}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, set(NUMBERS) - numbers)
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # in the threads to come as well
+    answering = threading.Thread(target=_answer, args=(numbers,), name="signals", daemon=True)
+    answering.start()
+    for number in numbers:  # a library may unblock them: multiprocessing does
+        signal.signal(number, lambda number, frame: signal.pthread_kill(answering.ident or 0, number))
+
+
+def unblock() -> None:
+    """In a process that this one has started: makes it hear signals again."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, NUMBERS)
+
+
+def cede(number: int) -> None:
+    """Leaves signal `number` to the handler that a library has installed."""
+    _ceded.add(number)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+
+
+def settle(status: int) -> None:
+    """From here on a signal ends the program with `status`: what it was started for is done."""
+    global _settled
+    _settled = status
+
+
+def say(line: str) -> None:
+    """Writes a line on stderr, in the place of a live line where it is a terminal."""
+    print(("\r\033[K" if sys.stderr.isatty() else "") + line, file=sys.stderr, flush=True)
+
+
+def leave(number: int) -> NoReturn:
+    """Ends the program because signal `number` came.  Raises KeyboardInterrupt in a process that is not a program's."""
+    if not _name:
+        raise KeyboardInterrupt(number)
+    _leaving.acquire()
+    say(f"{_name}: {'terminated' if number == signal.SIGTERM else 'interrupted'}{_hint}")
+    # Not by Python's own way out: it takes libraries down that may be in the midst of compiling, and crashes.
+    os._exit(128 + number)
+
+
+_reaction: Reaction = leave
+
+
+@contextlib.contextmanager
+def reacting(reaction: Reaction) -> Iterator[None]:
+    """Has `reaction` answer Ctrl-C and SIGTERM in this block, in a thread beside the main one.
+
+    In a process that is not a program's, such as a notebook's, it is called by the main one.
+    """
+    global _reaction
+    if not _name:
+        with _handled(reaction):
+            yield
+        return
+    before, _reaction = _reaction, reaction
+    try:
+        yield
+    finally:
+        _reaction = before
+
+
+def has_lost_its_reader(descriptor: int) -> bool:
+    """Whether nobody can read any more what is written to a pipe."""
+    asked = select.poll()
+    asked.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in asked.poll(0))
+
+
+class _Stderr(io.FileIO):
+    """Takes whatever is written: it is lost where the terminal, the reader or the disk behind it is gone or full."""
+
+    _stalled = False
+
+    def write(self, data: Any, /) -> int:
+        taken: int | None = None
+        with contextlib.suppress(OSError):
+            asked = select.poll()
+            asked.register(self.fileno(), select.POLLOUT)
+            self._stalled = not asked.poll(0 if self._stalled else 1000 * PATIENCE)
+            if not self._stalled:
+                taken = super().write(memoryview(data)[: select.PIPE_BUF])  # more might wait for the reader
+        return len(data) if taken is None else taken
+
+
+def _answer(numbers: set[signal.Signals]) -> None:
+    while True:
+        number = signal.sigwait(numbers)
+        if _settled is not None:
+            os._exit(_settled)
+        if number in _ceded:
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
+        else:
+            _reaction(number)
+
+
+@contextlib.contextmanager
+def _handled(reaction: Reaction) -> Iterator[None]:
+    """`reacting`, by Python's own handlers; threads beside the main one can have none."""
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in NUMBERS} if main else {}
+    ours = [number for number, handler in before.items() if handler != signal.SIG_IGN]
+    for number in ours:
+        signal.signal(number, lambda number, frame: reaction(number))
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, before[number])
