@@ -105,7 +105,7 @@ def test_a_model_that_does_not_learn_has_the_static_score(separator):
     found = dynamic.score(config, still, params(config), ones(params(config)), text, separator, temperatures)
     for score, expected in zip(found, static(config, text, separator, temperatures=temperatures), strict=True):
         assert score.bits_per_symbol == pytest.approx(expected.bits_per_symbol, abs=1e-6)
-        assert (score.characters, score.bytes) == (1403, 1500)
+        assert (score.symbols, score.bytes) == (1403, 1500)
 
 
 def test_of_two_symbols_the_first_costs_log2_of_the_vocabulary():
