@@ -43,6 +43,7 @@ def go(arguments, folder):
                 losses[number + 1] = float(metrics.loss)
                 return state, metrics
 
+            step.lower = train_step.lower
             return step
 
         def add(self, step, metrics, add=Meter.add):
