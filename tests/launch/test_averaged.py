@@ -134,7 +134,7 @@ def test_the_average_is_what_is_validated_evaluated_and_sampled(straight, capsys
     said = capsys.readouterr()
     assert json.loads(said.out)["bits_per_symbol"] == pytest.approx(logged[40]["bits_per_symbol"], abs=1e-6)
     assert "the average of the parameters (average=asgd)" in said.err
-    sample.main(["sample", f"--run_dir={straight}", "--length=3"])
+    sample.main(["sample", f"--run_dir={straight}", "--length=3", "--format=json"])
     assert "the average of the parameters (average=asgd)" in capsys.readouterr().err
 
 

@@ -169,7 +169,7 @@ def test_a_step_that_is_asked_for_and_damaged_is_refused_by_every_program(main, 
 
 def test_where_the_best_is_damaged_a_program_says_so_aloud(copied, capsys):
     flip(max((copied / "checkpoints/40/params").rglob("*"), key=lambda path: path.stat().st_size), 1000)
-    assert sample.main(["sample", f"--run_dir={copied}", "--length=5"]) == program.DONE
+    assert sample.main(["sample", f"--run_dir={copied}", "--length=5", "--format=json"]) == program.DONE
     assert "NOT THE BEST CHECKPOINT: checkpoint 30 is" in capsys.readouterr().err
 
 

@@ -65,4 +65,4 @@ def test_what_a_gpu_has_trained_is_scored_and_sampled_where_there_is_none(argume
     for flags_ in ((), ("--dynamic",)):
         assert evaluate.main(["evaluate", f"--run_dir={run_dir}", "--split=valid", *flags_]) == program.DONE
         assert "bits per byte" in capsys.readouterr().out
-    assert sample.main(["sample", f"--run_dir={run_dir}", "--length=5", "--prompt=abc"]) == program.DONE
+    assert sample.main(["sample", f"--run_dir={run_dir}", "--length=5", "--format=json"]) == program.DONE
