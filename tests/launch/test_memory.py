@@ -162,7 +162,12 @@ def test_the_update_is_compiled_once(arguments, tmp_path, caplog):
     jax.config.update("jax_log_compiles", True)
     try:
         with caplog.at_level(logging.WARNING):
-            assert train.main(["train", *arguments, f"--run_dir={tmp_path / 'run'}", "--num_steps=2"]) == program.DONE
+            assert (
+                train.main(
+                    ["train", *arguments, "--valid_fraction=0", f"--run_dir={tmp_path / 'run'}", "--num_steps=2"]
+                )
+                == program.DONE
+            )
     finally:
         jax.config.update("jax_log_compiles", False)
     assert caplog.text.count("Compiling jit(local_step)") == 1, caplog.text
