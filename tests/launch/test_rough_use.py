@@ -132,7 +132,7 @@ def test_a_run_of_one_device_goes_on_on_eight_with_the_fast_reduction_and_not_ot
 
 def test_what_no_machine_can_hold_is_refused_before_it_is_tried(arguments, tmp_path):
     huge = (*arguments, "--hidden_size=2000000", f"--run_dir={tmp_path / 'run'}")
-    assert "this machine has" in refusal(train.main, *huge)
+    assert "of memory on this machine" in refusal(train.main, *huge)
     assert not (tmp_path / "run").exists()
 
 
