@@ -52,6 +52,8 @@ def report(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, form: s
     if seconds is not None:
         speed = f"{seconds:.4g} s, {symbols / seconds:,.0f} symbols/s ({how})"
         timing = [("time per step", speed), ("ETA", duration(config.training.num_steps * seconds))]
+    sizes = f"{in_bytes(update.held)} state and batch, {in_bytes(update.temporary)} temporaries"
+    taken = f"{in_bytes(update.on_a_device)} ({sizes})" if update.on_a_device else "not told by this backend"
     rows = [
         ("devices", mesh_lib.describe(mesh)),
         ("corpus", f"{corpus.directory.name}: {plan.symbols:,} training symbols, vocabulary of {V}"),
@@ -61,11 +63,7 @@ def report(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, form: s
             "arithmetic",
             f"{arithmetic:.2g} FLOP an update, {whole:.2g} in all: {duration(whole / RATE)} at {RATE:.0e} a second",
         ),
-        (
-            "memory per device",
-            f"{in_bytes(update.on_a_device)} ({in_bytes(update.held)} state and batch, {in_bytes(update.temporary)} "
-            "temporaries)",
-        ),
+        ("memory per device", taken),
         ("bytes per all-reduce", f"{in_bytes(4 * (parameters + 1))}, once a step ({config.training.reduction})"),
         ("logical shards", f"{config.training.logical_shards}, {shards} a device"),
         ("symbols per step", f"{symbols:,}"),

@@ -90,6 +90,8 @@ def compiled_update(train_step: Any, config: Config, vocabulary_size: int, dtype
     batch = mesh_lib.abstract(mesh, mesh_lib.BY_STREAM, Batch(ids, ids, jax.ShapeDtypeStruct(shape, np.bool_)))
     state = step_lib.abstract(config, vocabulary_size, mesh)
     told = train_step.lower(state, batch).compile().memory_analysis()
+    if told is None:  # not every backend tells; then nothing is refused
+        return Update(0, 0, len(mesh.local_devices))
     fresh = told.output_size_in_bytes - told.alias_size_in_bytes  # of the state, all is written in place
     return Update(told.argument_size_in_bytes, told.temp_size_in_bytes + fresh, len(mesh.local_devices))
 

@@ -171,3 +171,18 @@ def test_the_update_is_compiled_once(arguments, tmp_path, caplog):
     finally:
         jax.config.update("jax_log_compiles", False)
     assert caplog.text.count("Compiling jit(local_step)") == 1, caplog.text
+
+
+def test_where_the_backend_does_not_tell_sizes_nothing_is_refused():
+    class Step:
+        def lower(self, *_):
+            return self
+
+        compile = lower
+
+        def memory_analysis(self):
+            return None
+
+    config, mesh = config_lib.resolve(Config(), 1), mesh_lib.make(jax.devices()[:1])
+    update = memory.compiled_update(Step(), config, 256, "uint8", mesh)
+    assert update.on_a_device == 0 and memory.too_much(update, config, mesh) == ""
