@@ -21,21 +21,21 @@ def corpus_of(text: str, folder, **values) -> Corpus:
 def test_a_separator_is_found_wherever_it_stands(start, tmp_path, monkeypatch):
     monkeypatch.setattr(chosen_corpus, "CHUNK", 4)
     split = corpus_of("." * start + "ab" + "." * 10, tmp_path, valid_fraction=0).splits["train"]
-    assert chosen_corpus._occurs(split, b"a") and chosen_corpus._occurs(split, b"ab")
-    assert chosen_corpus._occurs(split, b"ab" + b"." * 10)
-    assert not any(chosen_corpus._occurs(split, separator) for separator in (b"ba", b"aa", b"c", b"." * 11 + b"a"))
+    assert chosen_corpus._occurs(split, tuple(b"a")) and chosen_corpus._occurs(split, tuple(b"ab"))
+    assert chosen_corpus._occurs(split, tuple(b"ab" + b"." * 10))
+    assert not any(chosen_corpus._occurs(split, tuple(separator)) for separator in (b"ba", b"aa", b"c", b"." * 11 + b"a"))
 
 
 def test_a_separator_that_is_not_there_is_said_and_of_a_long_text_how_much_was_searched(tmp_path, monkeypatch):
     corpus = corpus_of("one\ntwo\n" * 100, tmp_path)
     config = config_lib.replace(Config(), reset_state="document")
-    assert chosen_corpus.remarks_on_separator(config, corpus, ord("\n")) == []
-    assert chosen_corpus.remarks_on_separator(config, corpus, None) == []
+    assert chosen_corpus.remarks_on_separator(config, corpus, (ord("\n"),)) == []
+    assert chosen_corpus.remarks_on_separator(config, corpus, ()) == []
     said = r"document_separator='\\x00' does not occur in {}the training split, where no state will be zeroed for it"
-    (line,) = chosen_corpus.remarks_on_separator(config, corpus, 0)
+    (line,) = chosen_corpus.remarks_on_separator(config, corpus, (0,))
     assert line.startswith(said.format(""))
     monkeypatch.setattr(chosen_corpus, "SEARCHED", 100)
-    (line,) = chosen_corpus.remarks_on_separator(config, corpus, 0)
+    (line,) = chosen_corpus.remarks_on_separator(config, corpus, (0,))
     assert line.startswith(said.format("the first 100 symbols of "))
 
 
