@@ -59,6 +59,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy -p benchmarks
 
 # The lock holds for Python 3.11 to 3.13 at once; `make lock` writes it anew.
 $(VENV)/installed: requirements.lock

@@ -10,8 +10,8 @@ import numpy as np
 from benchmarks.peers.ours import config_of
 from benchmarks.shapes import Shape
 from charlstm import config as config_lib
-from charlstm import mesh as mesh_lib
-from charlstm import step as step_lib
+from charlstm import distributed
+from charlstm.training import step as step_lib
 from data_pipeline.batch import Batch
 
 NAMES = ("all-reduce", "all-to-all", "all-gather", "reduce-scatter", "collective-permute")
@@ -32,10 +32,10 @@ def in_program(text: str) -> dict[str, Any]:
 
 def of_step(shape: Shape, devices: int, reduction: str) -> dict[str, Any]:
     """Those of an update on the first `devices` devices."""
-    mesh = mesh_lib.make(list(mesh_lib.make().devices.flat[:devices]))
+    mesh = distributed.make(list(distributed.make().devices.flat[:devices]))
     config = config_lib.resolve(config_of(shape, reduction=reduction), devices)
     ids = np.zeros((shape.B, shape.T), np.uint8)
-    batch = mesh_lib.abstract(mesh, mesh_lib.BY_STREAM, Batch(ids, ids, ids.astype(bool)))
+    batch = distributed.abstract(mesh, distributed.BY_STREAM, Batch(ids, ids, ids.astype(bool)))
     lowered = step_lib.make(config, shape.V, mesh, 1000).lower(step_lib.abstract(config, shape.V, mesh), batch)
     program = lowered.compile().as_text()
     assert program is not None

@@ -43,7 +43,13 @@ class Job:
         files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
         text = b"".join(path.read_bytes() for path in files)
         self._text.write_bytes((text * 10)[: megabytes * 10**6])
-        command = [sys.executable, "-m", "data_pipeline.prepare", f"--input={self._text}", f"--output={folder}/corpus"]
+        command = [
+            sys.executable,
+            "-m",
+            "launch.prepare",
+            f"--input={self._text}",
+            f"--output={folder}/corpus",
+        ]
         subprocess.run([*command, "--valid_fraction=0", "--test_fraction=0"], check=True, stderr=subprocess.PIPE)
 
     def ours(

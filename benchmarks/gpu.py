@@ -113,7 +113,8 @@ class Programs:
 def tests(programs: Programs, add: Add) -> None:
     flags = [] if programs.quick else ["-m", "gpu"]
     out = programs.run(
-        "pytest", "-n", "0", "-p", "no:cacheprovider", *flags, "tests/cells/test_fused.py", "tests/test_digest.py",
+        "pytest", "-n", "0", "-p", "no:cacheprovider", *flags, "tests/model/ops/test_lstm_pallas.py",
+        "tests/run/test_digest.py",
         environment={"CHARLSTM_TEST_ON_GPU": "1"} if has_gpu() else {},
     )  # fmt: skip
     add(said=out.strip().splitlines()[-1])

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from charlstm.cells import fused, lstm
-from charlstm.mesh import has_mosaic, make
+from charlstm.distributed import has_mosaic, make
+from charlstm.model.cells import lstm
+from charlstm.model.ops import lstm_pallas
 from charlstm.types import CellParams, CellState
 
 T, B, H = 48, 32, 256
@@ -84,7 +85,7 @@ def reference(path: str) -> None:
 
 def compare(path: str) -> None:
     expected = np.load(path)
-    backends = {"scan": lstm.recurrence} | ({"fused": fused.recurrence} if has_mosaic(make()) else {})
+    backends = {"scan": lstm.recurrence} | ({"fused": lstm_pallas.recurrence} if has_mosaic(make()) else {})
     for (backend, recurrence), precision, (variant, masked), bias in itertools.product(
         backends.items(), PRECISIONS, CASES, FORGET_BIASES
     ):

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.files import written_whole
+from data_pipeline.atomic_files import written_whole
 from data_pipeline.vocabulary import Vocabulary, canonical_json
 
 FORMAT_VERSION = 3

@@ -5,7 +5,7 @@ import sys
 import time
 from typing import TextIO
 
-from data_pipeline.files import Progress
+from data_pipeline.atomic_files import Progress
 
 WIDTH = 30
 

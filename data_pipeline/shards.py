@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from data_pipeline.files import Progress, written_whole
+from data_pipeline.atomic_files import Progress, written_whole
 from data_pipeline.manifest import NAME, Shard, Source, SplitRecord, read_manifest
 from data_pipeline.vocabulary import Vocabulary
 

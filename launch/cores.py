@@ -10,10 +10,10 @@ import jax
 from jax.sharding import Mesh
 
 from charlstm import config as config_lib
-from charlstm import mesh as mesh_lib
-from charlstm import step as step_lib
+from charlstm import distributed
 from charlstm.config import Config
-from launch.job import JobFlags
+from charlstm.training import step as step_lib
+from launch.cluster import JobFlags
 
 LEAST_ROWS = 8  # streams or samples of a device: a product with fewer does too little with the weights that it reads
 
@@ -25,7 +25,7 @@ def mesh_of(joined: JobFlags) -> Callable[[Config], Mesh]:
     them (XLA_FLAGS or JAX_NUM_CPU_DEVICES), and then as many as the run's streams and logical shards can be split over.
     """
     if joined.has_others or not _become_devices():
-        return lambda config: mesh_lib.make()
+        return lambda config: distributed.make()
     return _shared
 
 
@@ -33,9 +33,9 @@ def mesh_of_samples(count: int) -> Mesh:
     """The devices that make `count` samples side by side, made before JAX starts: the first one, or a CPU's cores."""
     if count >= 2 * LEAST_ROWS:  # with fewer, the cores share each product
         _become_devices()
-    mesh = mesh_lib.make()
+    mesh = distributed.make()
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return mesh_lib.make(list(mesh.devices.flat[: max(1, min(mesh.size, count // LEAST_ROWS)) if on_cpu else 1]))
+    return distributed.make(list(mesh.devices.flat[: max(1, min(mesh.size, count // LEAST_ROWS)) if on_cpu else 1]))
 
 
 def _become_devices() -> bool:
@@ -53,12 +53,12 @@ def usable() -> int:
 
 
 def _shared(config: Config) -> Mesh:
-    mesh = mesh_lib.make()
+    mesh = distributed.make()
     if mesh.devices.flat[0].platform != "cpu":
         return mesh
     most = max(1, min(mesh.size, config.streams.batch_size // LEAST_ROWS))
     count = next((n for n in range(most, 0, -1) if _splits(config, n)), 1)
-    return mesh_lib.make(list(mesh.devices.flat[:count]))
+    return distributed.make(list(mesh.devices.flat[:count]))
 
 
 def _splits(config: Config, devices: int) -> bool:

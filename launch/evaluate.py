@@ -19,19 +19,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from charlstm import dynamic
-from charlstm import evaluate as evaluate_lib
-from charlstm import mesh as mesh_lib
+from charlstm import distributed
 from charlstm.config import Config
-from charlstm.metrics import Score, duration
-from charlstm.training_config import EvaluationConfig
+from charlstm.config.training import EvaluationConfig
+from charlstm.inference import dynamic_evaluation as dynamic
+from charlstm.inference import evaluate as evaluate_lib
+from charlstm.inference.score import Score
+from charlstm.run import run_directory
+from charlstm.run.metrics import duration
 from charlstm.types import ModelParams
-from data_pipeline import corpora
-from data_pipeline.files import at_home
+from data_pipeline.atomic_files import at_home
+from data_pipeline.build import corpora
 from data_pipeline.progress import bar, say_on_stderr
 from data_pipeline.settings import check_choices, setting
 from data_pipeline.shards import Corpus, open_corpus
-from launch import allocator, compilation, flags, program, run_directory
+from launch import allocator, cli, compilation, flags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,26 +87,26 @@ def main(argv: Sequence[str]) -> int:
 
     allocator.keep()
     compilation.keep()
-    mesh = mesh_lib.make()
+    mesh = distributed.make()
     if chosen.dynamic:
-        mesh = mesh_lib.make(list(mesh.devices.flat[:1]))
+        mesh = distributed.make(list(mesh.devices.flat[:1]))
     params, step = run_directory.restore_params(run_dir, config, identity, mesh, chosen.checkpoint)
     config = dataclasses.replace(config, evaluation=evaluation)
     began = time.monotonic()
     score = _scorer(config, corpus, mesh, params, adaptation if chosen.dynamic else None)
     temperature, scores = search(score, chosen.split) if chosen.search_temperature else (1.0, score(chosen.split))
     seconds = time.monotonic() - began
-    if not mesh_lib.is_first_process():
-        return program.DONE
+    if not distributed.is_first_process():
+        return cli.DONE
     if chosen.format == "json":
         print(json.dumps(_fields(chosen, adaptation, step, temperature, scores, seconds)))
     else:
         print("\n".join(_lines(chosen, corpus.vocabulary.kind, step, temperature, scores, seconds)))
-    return program.DONE
+    return cli.DONE
 
 
 def _scorer(
-    config: Config, corpus: Corpus, mesh: mesh_lib.Mesh, params: ModelParams, adaptation: dynamic.Adaptation | None
+    config: Config, corpus: Corpus, mesh: distributed.Mesh, params: ModelParams, adaptation: dynamic.Adaptation | None
 ) -> Scorer:
     """A function (split, temperatures) -> scores."""
     separator = run_directory.separator(config, corpus.vocabulary)
@@ -200,4 +202,4 @@ def _differences(settings: Any, usual: Any) -> str:
 
 
 if __name__ == "__main__":
-    program.run("launch.evaluate", main)
+    cli.run("launch.evaluate", main)

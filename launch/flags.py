@@ -10,19 +10,22 @@ import difflib
 import json
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from absl import flags
 
-from data_pipeline.files import at_home
+from data_pipeline.atomic_files import at_home
 
 
 class Help(Exception):
     """The user asked for help; the message is the help."""
 
 
-def parse(argv: Sequence[str], description: str, *groups: Any) -> tuple[list[Any], list[str]]:
+def parse(
+    argv: Sequence[str], description: str, *groups: Any, renamed: Mapping[str, str] = MappingProxyType({})
+) -> tuple[list[Any], list[str]]:
     """Parses `argv` into settings.
 
     Args:
@@ -30,6 +33,7 @@ def parse(argv: Sequence[str], description: str, *groups: Any) -> tuple[list[Any
       description: the first lines of the help.
       *groups: dataclass instances whose fields are settings, and whose values are the defaults.  A group whose fields
         are themselves such dataclasses is a tree of groups.
+      renamed: flags of another name than their field's, by field.
 
     Returns:
       The groups with the values given, and the flags given as lines of a flagfile, flagfiles resolved.
@@ -42,10 +46,10 @@ def parse(argv: Sequence[str], description: str, *groups: Any) -> tuple[list[Any
     values = flags.FlagValues()
     for leaf in leaves:
         for field in dataclasses.fields(leaf):
-            _define(values, leaf, field)
+            _define(values, leaf, field, renamed)
     arguments = list(argv[1:])
     if {"--help", "-help", "-h", "--helpshort", "--helpfull", "-?"} & set(arguments):
-        raise Help(_help(description, leaves))
+        raise Help(_help(description, leaves, renamed))
     try:
         arguments = _flagfiles_first(arguments, values)
         if any(re.match("--?undefok(=|$)", argument) for argument in arguments):
@@ -58,7 +62,7 @@ def parse(argv: Sequence[str], description: str, *groups: Any) -> tuple[list[Any
     if rest:
         raise ValueError(f"unexpected argument {rest[0]!r}: every setting is a flag, --name=value")
     given = [f"--{name}={_quoted(_text(values[name].value))}" for name in values if values[name].present]
-    return [_filled(group, values) for group in groups], given
+    return [_filled(group, values, renamed) for group in groups], given
 
 
 def _leaves(group: Any) -> list[Any]:
@@ -66,17 +70,17 @@ def _leaves(group: Any) -> list[Any]:
     return fields if fields and all(map(dataclasses.is_dataclass, fields)) else [group]
 
 
-def _define(values: flags.FlagValues, leaf: Any, field: dataclasses.Field) -> None:
+def _define(values: flags.FlagValues, leaf: Any, field: dataclasses.Field, renamed: Mapping[str, str]) -> None:
     default, choices = getattr(leaf, field.name), field.metadata["choices"]
-    text = field.metadata["help"]
+    name, text = renamed.get(field.name, field.name), field.metadata["help"]
     if isinstance(default, bool):
-        flags.DEFINE_bool(field.name, default, text, flag_values=values)
-        values[field.name].parser = _Switch()
+        flags.DEFINE_bool(name, default, text, flag_values=values)
+        values[name].parser = _Switch()
     elif isinstance(default, int | float):
-        flags.DEFINE(_Number(type(default)), field.name, default, text, flag_values=values)
+        flags.DEFINE(_Number(type(default)), name, default, text, flag_values=values)
     else:
         parser = _OneOf(choices) if choices else flags.ArgumentParser()
-        flags.DEFINE(parser, field.name, default, text, flag_values=values)
+        flags.DEFINE(parser, name, default, text, flag_values=values)
 
 
 class _OneOf(flags.ArgumentParser):
@@ -171,10 +175,11 @@ def _unquoted(value: str, where: str) -> str:
         raise ValueError(f"{where}: {value} is not a whole json string: {error.msg}") from None
 
 
-def _filled(group: Any, values: flags.FlagValues) -> Any:
+def _filled(group: Any, values: flags.FlagValues, renamed: Mapping[str, str]) -> Any:
     if _leaves(group) == [group]:
-        return dataclasses.replace(group, **{f.name: values[f.name].value for f in dataclasses.fields(group)})
-    filled = {f.name: _filled(getattr(group, f.name), values) for f in dataclasses.fields(group)}
+        names = [field.name for field in dataclasses.fields(group)]
+        return dataclasses.replace(group, **{name: values[renamed.get(name, name)].value for name in names})
+    filled = {f.name: _filled(getattr(group, f.name), values, renamed) for f in dataclasses.fields(group)}
     return dataclasses.replace(group, **filled)
 
 
@@ -197,7 +202,7 @@ def _choices(field: dataclasses.Field) -> str:
     return "" if all(choice in field.metadata["help"] for choice in choices) else f"  One of {', '.join(choices)}."
 
 
-def _help(description: str, leaves: list[Any]) -> str:
+def _help(description: str, leaves: list[Any], renamed: Mapping[str, str]) -> str:
     lines = [
         description.rstrip(),
         "",
@@ -207,8 +212,12 @@ def _help(description: str, leaves: list[Any]) -> str:
         lines += ["", (leaf.__doc__ or "").strip().splitlines()[0], ""]
         for field in dataclasses.fields(leaf):
             default = getattr(leaf, field.name)
-            name = f"  --{field.name}={_text(default)}" if default != "" else f"  --{field.name}="
-            text = textwrap.wrap(field.metadata["help"] + _choices(field), 72)
+            flag = renamed.get(field.name, field.name)
+            name = f"  --{flag}={_text(default)}" if default != "" else f"  --{flag}="
+            help_text = field.metadata["help"] + _choices(field)
+            for old, new in renamed.items():
+                help_text = help_text.replace(f"--{old}", f"--{new}")
+            text = textwrap.wrap(help_text, 72)
             if len(name) < 34:
                 lines.append(f"{name:<34}{text[0]}")
                 text = text[1:]

@@ -30,11 +30,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from charlstm.run_log import Lines
+from charlstm.run.log import Lines
 from data_pipeline import terminal
-from data_pipeline.files import at_home
+from data_pipeline.atomic_files import at_home
 from data_pipeline.settings import setting
-from launch import flags, program, restarts, train
+from launch import cli, flags, restarts, train
 
 TRAIN = (sys.executable, "-m", "launch.train")
 
@@ -185,7 +185,7 @@ def die_with(parent: int) -> None:
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:  # it has died before that
-        os._exit(program.LOST)
+        os._exit(cli.LOST)
 
 
 class Started(Protocol):
@@ -215,4 +215,4 @@ def passed_on(processes: Started) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    program.run("launch.local", main)
+    cli.run("launch.local", main)

@@ -5,12 +5,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from charlstm.file_manifest import StepDirectory
-from launch import program
+from charlstm.run.step_directory import StepDirectory
+from launch import cli
 
-ENDED_WELL = (program.DONE, program.STOPPED)
+ENDED_WELL = (cli.DONE, cli.STOPPED)
 # Started again, the job would end so again.
-FINAL = (program.MISTAKE, program.DIVERGED, program.NOT_SAVED, program.INTERRUPTED)
+FINAL = (cli.MISTAKE, cli.DIVERGED, cli.NOT_SAVED, cli.INTERRUPTED)
 FUTILE = 2  # deaths in a row at the same checkpoint, after which it is not trusted any more
 LONGEST_PAUSE = 60.0  # seconds
 
@@ -57,17 +57,17 @@ class Policy:
 
 def describe(statuses: Sequence[int]) -> str:
     """Which processes ended how, those first that did not merely follow another."""
-    followers = (*ENDED_WELL, program.LOST, -signal.SIGABRT)
+    followers = (*ENDED_WELL, cli.LOST, -signal.SIGABRT)
     order = sorted(range(len(statuses)), key=lambda p: (statuses[p] in followers, p))
     return ", ".join(f"process {p} {_ending(statuses[p])}" for p in order if statuses[p] not in ENDED_WELL)
 
 
 def status_of_the_job(statuses: Sequence[int]) -> int:
     """The exit status for all: that of the process that did not merely follow another."""
-    for status in (*FINAL, program.STOPPED):
+    for status in (*FINAL, cli.STOPPED):
         if status in statuses:
             return status
-    return program.DONE if all(status == program.DONE for status in statuses) else program.LOST
+    return cli.DONE if all(status == cli.DONE for status in statuses) else cli.LOST
 
 
 def _ending(status: int) -> str:

@@ -11,22 +11,22 @@ from typing import Any, NamedTuple
 
 import jax
 
-from charlstm import evaluate as evaluate_lib
-from charlstm import mesh as mesh_lib
-from charlstm import replicas, trainer
-from charlstm import step as step_lib
-from charlstm.checkpoint import Checkpoints
+from charlstm import distributed
 from charlstm.config import Config
-from charlstm.metrics import Diverged, Meter, duration
-from charlstm.run_log import RunLog
+from charlstm.inference import evaluate as evaluate_lib
+from charlstm.run import loop, memory, replicas, run_directory
+from charlstm.run.checkpoint import Checkpoints
+from charlstm.run.log import RunLog
+from charlstm.run.metrics import Diverged, Meter, duration
+from charlstm.training import step as step_lib
 from charlstm.types import Metrics, ModelParams, TrainState
 from data_pipeline import terminal
 from data_pipeline.batch import Batch, Separator
 from data_pipeline.loader import Windows, open_windows
 from data_pipeline.shards import Corpus
 from data_pipeline.streams import StreamPlan
-from launch import memory, monitor, program, run_directory
-from launch.monitor import Monitor
+from launch import cli, prometheus
+from launch.prometheus import Monitor
 from launch.watchdog import Watchdog
 
 
@@ -38,7 +38,7 @@ class Run(NamedTuple):
     identity: run_directory.Identity
     corpus: Corpus
     plan: StreamPlan
-    mesh: mesh_lib.Mesh
+    mesh: distributed.Mesh
 
     @property
     def separator(self) -> Separator:
@@ -64,18 +64,18 @@ def train(run: Run, train_step: step_lib.TrainStep, params: ModelParams | None, 
     config, plan, last = run.config, run.plan, run.config.training.num_steps
     checkpoints, log, watch, _ = around
     state, _, sums = _newest(run, params, around)
-    mesh_lib.once(lambda: run_directory.write_config(run.run_dir, config))  # what is refused until here changes nothing
+    distributed.once(lambda: run_directory.write_config(run.run_dir, config))
     start = int(state.step)
     log.rewind(start)
     if start >= last:
         log.say(f"finished: the run is at step {start} of {last}; --num_steps above that goes on")
-        return program.DONE
+        return cli.DONE
     text = run.corpus.splits["train"]
     of_ascii = text.characters == text.bytes and not text.unknown
     meter = Meter(plan.steps_per_epoch, config.training, log.say, run.corpus.vocabulary.kind, of_ascii)
     meter.restart(sums, _left_out(state))
     log.say(
-        f"training on {mesh_lib.describe(run.mesh)}: step {start} of {last}, {plan.steps_per_epoch} steps an epoch, "
+        f"training on {distributed.describe(run.mesh)}: step {start} of {last}, {plan.steps_per_epoch} steps an epoch, "
         f"{config.training.logical_shards} logical shards"
     )
     began, save = time.monotonic(), _Saver(run, around, meter)
@@ -85,22 +85,22 @@ def train(run: Run, train_step: step_lib.TrainStep, params: ModelParams | None, 
     watch.about = lambda: {"num_steps": last, "status": meter.status()}
     around.told.values = lambda: _figures(run, around, meter, save)
 
-    with _signals(watch) as asked_to_stop, memory.watched(run.mesh) as seen:
+    with _signals(watch) as asked_to_stop, memory.watched(run.mesh, cli.end_if_out_of_memory) as seen:
         step = _step(train_step, watch, seen)
         times = itertools.count()
 
         def stopping(step: int) -> bool:
             watch.beat(step)
-            return save.given_up or mesh_lib.stop_agreed(next(times), asked_to_stop())
+            return save.given_up or distributed.stop_agreed(next(times), asked_to_stop())
 
         while True:
             try:
                 with _windows(run, int(state.course.window)) as windows:
-                    state = trainer.train(
+                    state = loop.train(
                         config.training,
                         state,
                         step,
-                        lambda: mesh_lib.put(run.mesh, mesh_lib.BY_STREAM, meter.next_of(windows)),
+                        lambda: distributed.put(run.mesh, distributed.BY_STREAM, meter.next_of(windows)),
                         evaluate=validate,
                         heard=lambda state, score: _heard(run, log, state, score),
                         save=save,
@@ -115,7 +115,7 @@ def train(run: Run, train_step: step_lib.TrainStep, params: ModelParams | None, 
                 with watch.pause("going back"):
                     back = _gone_back(run, params, around, meter, save, diverged)
                 if back is None:
-                    return program.DIVERGED
+                    return cli.DIVERGED
                 state = back
         checkpoints.wait()
         terminal.settle(status := _ending(run, around, int(state.step), began, save.given_up))
@@ -128,13 +128,13 @@ def _ending(run: Run, around: Around, step: int, began: float, given_up: bool) -
     if around.checkpoints.failed_saves:
         left = f"the checkpoint of step {max(steps)}" if (steps := around.checkpoints.steps()) else "the beginning"
         say(f"ended at step {step}, which could not be saved; the same command goes on from {left}")
-        return program.NOT_SAVED
+        return cli.NOT_SAVED
     if step < last:
         why = "as saves had failed (max_failed_saves)" if given_up else "by a signal"
         say(f"stopped {why} at step {step}, saved; the same command goes on")
-        return program.STOPPED
+        return cli.STOPPED
     say(f"finished: {last} steps, {duration(time.monotonic() - began)} in this process")
-    return program.DONE
+    return cli.DONE
 
 
 def _step(train_step: step_lib.TrainStep, watch: Watchdog, seen: Callable[[jax.Array], None]) -> step_lib.TrainStep:
@@ -157,7 +157,7 @@ def _windows(run: Run, start: int) -> Windows:
     return open_windows(
         run.corpus.splits["train"],
         run.plan,
-        rows=mesh_lib.process_rows(run.mesh, streams.batch_size),
+        rows=distributed.process_rows(run.mesh, streams.batch_size),
         start_step=start,
         separator=run.separator,
         threads=streams.reader_threads,
@@ -170,7 +170,7 @@ def _newest(
 ) -> tuple[TrainState, float | None, dict[str, Any] | None]:
     """The newest whole checkpoint: state, validation score, sums of the meter; else the state before the first step."""
     V = run.corpus.vocabulary.size
-    if mesh_lib.any_process(bool(around.checkpoints.steps())):
+    if distributed.any_process(bool(around.checkpoints.steps())):
         state, meta = around.checkpoints.restore(step_lib.abstract(run.config, V, run.mesh))
         run_directory.require_own(meta["identity"], run.config, run.identity, run.run_dir)
         around.log.say(f"continuing from the checkpoint of step {int(state.step)}")
@@ -269,7 +269,7 @@ class _Saver:
             except replicas.CopiesDiffer as found:
                 raise _drifted(int(state.step), str(found)) from None
             failed = self._checkpoints.failed_saves  # of this save only what failed at once; it goes on behind
-            self.given_up = bool(most) and mesh_lib.any_process(failed >= most)
+            self.given_up = bool(most) and distributed.any_process(failed >= most)
         self._meter.pause(time.monotonic() - began)
 
     def check(self, step: int, state: TrainState) -> None:
@@ -287,11 +287,11 @@ def _figures(run: Run, around: Around, meter: Meter, save: "_Saver") -> dict[str
     """What a monitor is told."""
     return {
         "step": around.watch.step,
-        **monitor.of_records(meter.records),
-        "checkpoint_age_seconds": monitor.checkpoint_age(run.run_dir / "checkpoints"),
+        **prometheus.of_records(meter.records),
+        "checkpoint_age_seconds": prometheus.checkpoint_age(run.run_dir / "checkpoints"),
         "checkpoint_failures_in_a_row": around.checkpoints.failed_saves,
         "devices": run.mesh.size,
-        "processes": mesh_lib.number_of_processes(),
+        "processes": distributed.number_of_processes(),
         "rollbacks_total": save.rollbacks,
         "skipped_updates_total": meter.skipped,
         "recurrent_state_rows_reset_total": meter.rows_reset,
@@ -305,7 +305,7 @@ def _signals(watch: Watchdog) -> Iterator[Callable[[], bool]]:
     Of several processes, JAX catches SIGTERM and tells the others of it; Ctrl-C is then as good as SIGTERM.
     """
     came: list[int] = []
-    several = mesh_lib.is_one_of_several()
+    several = distributed.is_one_of_several()
 
     def note(number: int) -> None:
         if came and number == signal.SIGINT:

@@ -33,15 +33,16 @@ from typing import Any
 
 import numpy as np
 
-from charlstm import generate as generate_lib
-from charlstm.generate import Chunk, Sampling
-from charlstm.loss import NATS_PER_BIT
+from charlstm.inference import generate as generate_lib
+from charlstm.inference.generate import Chunk, Sampling
+from charlstm.run import run_directory
+from charlstm.training.loss import NATS_PER_BIT
 from data_pipeline import terminal
+from data_pipeline.atomic_files import at_home
 from data_pipeline.batch import Separator
-from data_pipeline.files import at_home
 from data_pipeline.settings import LARGEST_INT, check_choices, setting
 from data_pipeline.vocabulary import Vocabulary
-from launch import compilation, cores, flags, program, run_directory
+from launch import cli, compilation, cores, flags
 
 MOST_SAMPLES = 1 << 16  # side by side, each with a state and with noise of its own
 ENDING = 2.0  # seconds in which a text that is interrupted may come to its end: it is whole UTF-8, and a line
@@ -202,7 +203,7 @@ def main(argv: Sequence[str]) -> int:
         _print_text(samples, chunks, errors)
     made, seconds = sum(len(sample.ids) for sample in samples), time.monotonic() - began
     print(f"{made:,} symbols in {seconds:.1f} s, {made / seconds:,.0f} a second", file=sys.stderr)
-    return program.DONE
+    return cli.DONE
 
 
 def _prompt(chosen: SampleFlags, vocabulary: Vocabulary) -> np.ndarray:
@@ -314,4 +315,4 @@ def _fields(sample: Sample, vocabulary: Vocabulary, prompt: np.ndarray, seed: in
 
 
 if __name__ == "__main__":
-    program.run("launch.sample", main)
+    cli.run("launch.sample", main)

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 from charlstm import config as config_lib
 from charlstm.config import Config
-from data_pipeline.files import at_home
-from launch import dry_run
+from charlstm.run import estimate
+from data_pipeline.atomic_files import at_home
 
 SECTIONS = ("streams", "model", "optimizer")  # of the config; with another text or split, scores would not compare
 FORMS = "low and high (and log), or choices, or parameters"
@@ -118,7 +118,7 @@ def _largest(config: Config, space: Space, vocabulary_size: int) -> int:
     """The largest value of the fitted setting with which the model has no more parameters than it may."""
 
     def fits(value: int) -> bool:
-        count = dry_run.count_parameters(config_lib.replace(config, **{space.fitted: value}), vocabulary_size)
+        count = estimate.count_parameters(config_lib.replace(config, **{space.fitted: value}), vocabulary_size)
         return count <= space.parameters
 
     if not fits(1):

@@ -17,33 +17,22 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from charlstm import config as config_lib
-from charlstm import mesh as mesh_lib
-from charlstm import schedules
-from charlstm import step as step_lib
-from charlstm.checkpoint import Checkpoints
+from charlstm import distributed
 from charlstm.config import Config
-from charlstm.file_manifest import StepDirectory
-from charlstm.run_log import RunLog
-from data_pipeline.files import at_home
+from charlstm.run import backend, initial_checkpoint, memory, run_directory
+from charlstm.run import corpus as corpus_lib
+from charlstm.run import estimate as dry_run
+from charlstm.run.checkpoint import Checkpoints
+from charlstm.run.log import RunLog
+from charlstm.run.step_directory import StepDirectory
+from charlstm.training import schedules
+from charlstm.training import step as step_lib
+from data_pipeline.atomic_files import at_home
 from data_pipeline.settings import check_choices, setting
-from launch import (
-    allocator,
-    chosen_corpus,
-    compilation,
-    cores,
-    dry_run,
-    flags,
-    initial_checkpoint,
-    job,
-    memory,
-    monitor,
-    program,
-    recurrence,
-    run_directory,
-)
+from launch import allocator, cli, cluster, compilation, cores, flags, prometheus
 from launch import run as run_lib
-from launch.job import JobFlags
-from launch.monitor import MonitorFlags
+from launch.cluster import JobFlags
+from launch.prometheus import MonitorFlags
 from launch.run import Around, Run
 from launch.watchdog import Watchdog, WatchdogFlags
 
@@ -87,14 +76,14 @@ def main(argv: Sequence[str]) -> int:
     allocator.keep(dry_run.temporaries(settings, cores.usable()))
     compilation.keep()
     mesh_of = cores.mesh_of(joined)
-    job.join(joined)
+    cluster.join(joined)
     try:
         return _run(chosen, watching, telling, config, given, mesh_of)
     except (ValueError, OSError, RuntimeError) as error:
-        if joined.has_others and mesh_lib.tells_of_a_lost_process(error):
-            job.leave(error)
+        if joined.has_others and distributed.tells_of_a_lost_process(error):
+            cluster.leave(error)
         if joined.has_others:
-            job.leave_alone(error)
+            cluster.leave_alone(error)
         raise
 
 
@@ -118,44 +107,44 @@ def _run(
     step_lib.shards_per_device(config_lib.resolve(config, mesh.size), mesh.size)  # a text may take hours to prepare
     run_dir = at_home(chosen.run_dir)
     if chosen.run_dir:
-        chosen_corpus.refuse_inside(run_dir, config.corpus)
-    corpus, config = chosen_corpus.open_for(config, given)
-    plan = chosen_corpus.plan_for(config, corpus)
+        corpus_lib.refuse_inside(run_dir, config.corpus)
+    corpus, config = corpus_lib.open_for(config, given)
+    plan = corpus_lib.plan_for(config, corpus)
     if (flag := config.optimizer.goes_by_validation) and "valid" not in corpus.splits:
         raise ValueError(f"{flag} goes by validation scores, and {corpus.directory} has no valid split: give one")
     run_directory.separator(config, corpus.vocabulary)
     memory.require_possible(config, corpus.vocabulary.size, chosen.dry_run)
     if chosen.dry_run:
-        config, _ = recurrence.chosen(config_lib.resolve(config, mesh.size), corpus, plan, mesh)
+        config, _ = backend.chosen(config_lib.resolve(config, mesh.size), corpus, plan, mesh)
         dry_run.report(config, corpus, plan, mesh, chosen.dry_run_format)
-        return program.DONE
+        return cli.DONE
 
     # The run: a new one, or the one that is there.
     identity = run_directory.Identity(corpus.vocabulary, corpus.fingerprint)
     initial = str(run_directory.named("initial_checkpoint", flag)) if (flag := chosen.initial_checkpoint) else ""
     goes_on, config, mesh, remarks = _settings_of_the_run(run_dir, config, identity, initial, mesh, mesh_of)
-    config, remark = recurrence.chosen(config, corpus, plan, mesh)
+    config, remark = backend.chosen(config, corpus, plan, mesh, cli.end_if_out_of_memory)
     remarks += [remark] if remark else []
     separator = run_directory.separator(config, corpus.vocabulary)
-    remarks += chosen_corpus.remarks_on_separator(config, corpus, separator)
+    remarks += corpus_lib.remarks_on_separator(config, corpus, separator)
     remarks += schedules.remarks(config.optimizer, config.training, plan.steps_per_epoch, begun=goes_on)
     run = Run(run_dir, config, identity, corpus, plan, mesh)
     train_step = step_lib.make(config, corpus.vocabulary.size, mesh, plan.steps_per_epoch)
     remarks += _require_memory(run, train_step)
     params = started_from = None
-    if not mesh_lib.any_process(bool(StepDirectory(run_dir / "checkpoints").steps())):
+    if not distributed.any_process(bool(StepDirectory(run_dir / "checkpoints").steps())):
         if goes_on and (started_from := run_directory.read_initial(run_dir)):
             params = initial_checkpoint.take_again(run_dir, started_from, config, identity, mesh, remarks.append)
         elif initial:
             params, started_from = initial_checkpoint.take(initial, config, identity, mesh, remarks.append)
     with contextlib.ExitStack() as held:
-        mesh_lib.once(lambda: held.enter_context(run_directory.held(run_dir)))
-        told = held.enter_context(monitor.of_this_process(telling))
+        distributed.once(lambda: held.enter_context(run_directory.held(run_dir)))
+        told = held.enter_context(prometheus.of_this_process(telling))
         if not goes_on:
-            mesh_lib.once(lambda: run_directory.create(run_dir, config, identity, given, started_from))
-        watch = Watchdog(watching, mesh_lib.process_number(), run_dir / "heartbeats")
+            distributed.once(lambda: run_directory.create(run_dir, config, identity, given, started_from))
+        watch = Watchdog(watching, distributed.process_number(), run_dir / "heartbeats")
         held.callback(watch.stop)
-        log = RunLog(run_dir, sys.stderr, silent=not mesh_lib.is_first_process())
+        log = RunLog(run_dir, sys.stderr, silent=not distributed.is_first_process())
         held.callback(log.close)
         for remark in remarks:
             log.say(remark)
@@ -175,7 +164,7 @@ def _require_memory(run: Run, train_step: step_lib.TrainStep) -> list[str]:
             raise ValueError(why)
         return found
 
-    remark = memory.close(mesh_lib.together(update), run.mesh)
+    remark = memory.close(distributed.together(update), run.mesh)
     return [remark] if remark else []
 
 
@@ -192,10 +181,10 @@ def _settings_of_the_run(
     A run that is there without a checkpoint, as its first try has failed, does not stand in the way of other settings.
     """
     remarks: list[str] = []
-    if mesh_lib.any_process(run_directory.exists(run_dir)):
-        has_checkpoint = mesh_lib.any_process(run_directory.has_checkpoint(run_dir))
+    if distributed.any_process(run_directory.exists(run_dir)):
+        has_checkpoint = distributed.any_process(run_directory.has_checkpoint(run_dir))
         try:
-            config, remarks = mesh_lib.together(lambda: run_directory.continued(run_dir, wanted, identity, initial))
+            config, remarks = distributed.together(lambda: run_directory.continued(run_dir, wanted, identity, initial))
         except run_directory.OtherRun as refused:
             if has_checkpoint:
                 raise
@@ -208,4 +197,4 @@ def _settings_of_the_run(
 
 
 if __name__ == "__main__":
-    program.run("launch.train", main)
+    cli.run("launch.train", main)

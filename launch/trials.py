@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipeline import terminal
-from data_pipeline.files import locked
-from launch import program
+from data_pipeline.atomic_files import locked
+from launch import cli
 from launch.local import TRAIN, die_with, passed_on
 
 PARTS = 10  # evaluations of a trial, at equal distances; trials are compared where they have made as many
@@ -149,7 +149,7 @@ def num_steps_within(seconds: float, arguments: Sequence[str], words: Path) -> i
         ended = Child([*arguments, "--dry_run", "--dry_run_format=json"], words, file).wait()
     if ended.told_to_stop:
         raise KeyboardInterrupt
-    if ended.status != program.DONE:
+    if ended.status != cli.DONE:
         raise ValueError(f"launch.train refuses the trial: {ended.last_words}")
     per_step = json.loads(answer.read_text("utf-8"))["seconds_per_step"]
     answer.unlink()

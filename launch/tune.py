@@ -25,9 +25,11 @@ import jax
 
 from charlstm import config as config_lib
 from charlstm.config import Config
-from data_pipeline.files import at_home, locked
+from charlstm.run import corpus as corpus_lib
+from charlstm.run import estimate, run_directory
+from data_pipeline.atomic_files import at_home, locked
 from data_pipeline.settings import setting
-from launch import chosen_corpus, dry_run, flags, program, run_directory, search_space, study_report, trials
+from launch import cli, flags, search_space, study_report, trials
 from launch.trials import PARTS, Child, Ended
 
 
@@ -61,7 +63,7 @@ class Study:
     def __init__(self, chosen: TuneFlags, config: Config, given: list[str]) -> None:
         """Raises ValueError where the study that is there is another one."""
         self._space = search_space.read(chosen.space, config)
-        corpus, self._config = chosen_corpus.open_for(config, given)
+        corpus, self._config = corpus_lib.open_for(config, given)
         if "valid" not in corpus.splits:
             raise ValueError(f"{corpus.directory} has no validation split to score trials on: give a --valid_fraction")
         self._given, self._seconds, self._vocabulary_size = given, chosen.seconds_per_trial, corpus.vocabulary.size
@@ -108,7 +110,7 @@ class Study:
         arguments += [f"--num_steps={steps}", f"--evaluate_every={steps // PARTS}", f"--run_dir={run_dir}"]
         for name, what in (
             ("values", values),
-            ("parameters", dry_run.count_parameters(config, self._vocabulary_size)),
+            ("parameters", estimate.count_parameters(config, self._vocabulary_size)),
             ("symbols_per_step", config.streams.batch_size * config.streams.window),
             ("num_steps", steps),
             ("arguments", arguments),
@@ -142,12 +144,12 @@ class Study:
         hopeless()  # the last scores
         seconds = trials.training_seconds(run_dir, trial.user_attrs["symbols_per_step"])
         trial.set_user_attr("seconds", round(seconds, 1))
-        stopped = ended.told_to_stop or (ended.status == program.STOPPED and not ended.pruned)
-        if stopped or ended.status == program.NOT_SAVED:
+        stopped = ended.told_to_stop or (ended.status == cli.STOPPED and not ended.pruned)
+        if stopped or ended.status == cli.NOT_SAVED:
             _say(f"trial {trial.number}: {ended.last_words}; launch.tune goes on with it")
-            return program.STOPPED if stopped else program.NOT_SAVED
+            return cli.STOPPED if stopped else cli.NOT_SAVED
         self._tell(trial, ended, run_dir)
-        return program.DONE
+        return cli.DONE
 
     def _tell(self, trial: Any, ended: Ended, run_dir: Path) -> None:
         """Tells Optuna how a trial ended.  Raises ValueError where launch.train refused it."""
@@ -155,16 +157,16 @@ class Study:
 
         states, number = optuna.trial.TrialState, trial.number
         scores = [bits for _, bits in trials.evaluations(run_dir)]
-        if ended.status == program.DONE:
+        if ended.status == cli.DONE:
             self.optuna.tell(trial, min(scores))
             _say(f"trial {number}: {min(scores):.4f} bits per symbol")
-        elif ended.pruned or ended.status == program.DIVERGED:
+        elif ended.pruned or ended.status == cli.DIVERGED:
             self.optuna.tell(trial, state=states.PRUNED)
             why = "the others do better" if ended.pruned else ended.last_words
             _say(f"trial {number}: stopped early after {len(scores)} of {PARTS} scores: {why}")
         else:
             self.optuna.tell(trial, state=states.FAIL)
-            if ended.status == program.MISTAKE:
+            if ended.status == cli.MISTAKE:
                 raise ValueError(f"launch.train refuses trial {number}: {ended.last_words}")
             _say(f"trial {number}: failed, exit status {ended.status}: {ended.last_words}")
 
@@ -213,10 +215,10 @@ def main(argv: Sequence[str]) -> int:
             if trial is None:
                 break
             status = study.run(trial)
-        if status != program.DONE:
+        if status != cli.DONE:
             return status
     print(study_report.report(study.optuna, study.directory))
-    return program.DONE
+    return cli.DONE
 
 
 def _say(line: str) -> None:
@@ -224,4 +226,4 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    program.run("launch.tune", main)
+    cli.run("launch.tune", main)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.settings import setting
-from launch import program
+from launch import cli
 
 SILENT = 5.0  # seconds without a heartbeat after which a process is called silent
 STARVED = 1.0  # seconds that a thread may be late on a busy machine
@@ -143,7 +143,7 @@ class Watchdog:
             said.start()
             said.join(2 * PATIENCE)  # the terminal may hang as well
         finally:
-            os._exit(program.HANGS)
+            os._exit(cli.HANGS)
 
     def _say(self, waited: float, stacks: str) -> None:
         others = [""]

@@ -18,8 +18,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from charlstm import model
-from charlstm.model_config import ModelConfig
+from charlstm.config.model import ModelConfig
+from charlstm.model import language_model
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = Path(os.environ.get("CHARLSTM_RUNS") or ROOT / "runs" / "notebooks")
@@ -89,7 +89,7 @@ class Run:
 
 def parameters(config: ModelConfig, vocabulary_size: int) -> int:
     """How many a model has; nothing is computed."""
-    shapes = jax.eval_shape(lambda: model.init(config, vocabulary_size, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: language_model.init(config, vocabulary_size, jax.random.key(0)))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 

@@ -1,6 +1,7 @@
-"""Documents spoiled for tests: what disks and editors do to bytes, and what hands do to json.
+r"""Documents spoiled for tests: what disks and editors do to bytes, and what hands do to json.
 
-    CHARLSTM_FUZZ=20 .venv/bin/python -m pytest tests/test_fuzzed_borders.py tests/data_pipeline/test_fuzzed_corpora.py
+    CHARLSTM_FUZZ=20 .venv/bin/python -m pytest tests/run/test_fuzzed_borders.py \
+        tests/data_pipeline/build/test_fuzzed_corpora.py
 
 tries 20 times as many documents, others each time; without it they are the same ones in every run.
 """

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from charlstm.file_manifest import StepDirectory
+from charlstm.run.step_directory import StepDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,40 +9,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("charlstm", "data_pipeline", "launch", "benchmarks")
-RANKS = {
-    "charlstm": {
-        0: ["model_config", "training_config", "types", "keys", "compiler", "cells.window"],
-        1: [
-            *("config", "initializers", "projection", "loss", "optimizers", "schedules", "mesh", "digest", "reduction"),
-            *("guard", "noise", "progress"),
-        ],
-        2: [
-            *("file_manifest", "replicas", "array_files", "averaging"),
-            *("cells.lstm", "cells.gru", "cells.rnn", "cells.textbook", "cells.mogrifier", "cells.general"),
-        ],
-        3: ["cells.mlstm", "cells.layer_norm_lstm", "cells.fused", "checkpoint", "metrics", "run_log"],
-        4: ["layer"],
-        5: ["model"],
-        6: ["step", "generate"],
-        7: ["evaluate"],
-        8: ["trainer", "dynamic"],
-        # The seed programs stand alone.
-        9: ["reference.min_char_rnn", "reference.numpy_lstm"],
-    },
-    "data_pipeline": {
-        0: ["batch", "files", "vocabulary", "magic", "terminal"],
-        1: ["settings", "manifest", "streams", "progress", "startup"],
-        2: ["shards", "loader", "pieces"],
-        3: ["texts"],
-        4: ["characters", "cutting", "downloads", "inspection"],
-        5: ["encoding", "named"],
-        6: ["inputs"],
-        7: ["prepare"],
-        8: ["corpora"],
-    },
+# Of a package, from the bottom up: a file imports from its own folder and from those before it, never in a circle.
+FOLDERS = {
+    "charlstm": ["types", "rng", "distributed", "config", "model", "training", "inference", "run", "reference"],
+    "data_pipeline": ["", "build"],
 }
-# What the model may know of the pipeline: types, formulas and settings, no files.
-MODEL_MAY_IMPORT = {"data_pipeline.batch", "data_pipeline.settings", "data_pipeline.pieces"}
+# What the model and its training may know of the pipeline: types, formulas and settings, no files.
+MODEL_MAY_IMPORT = {"data_pipeline.batch", "data_pipeline.settings", "data_pipeline.eval_chunks"}
 
 
 def files() -> list[Path]:
@@ -77,38 +50,49 @@ def attributes(path: Path) -> set[str]:
     return {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
 
 
-def rank(module: str) -> int | None:
+def folder(module: str) -> str:
+    """The folder or the file of a package in which a module lies; "" where the package has no such folder."""
     package, _, rest = module.partition(".")
-    return next((r for r, names in RANKS.get(package, {}).items() if rest in names), None)
+    name = rest.partition(".")[0]
+    return name if name in FOLDERS[package] else ""
 
 
 @pytest.mark.parametrize("path", files(), ids=module_name)
-def test_a_file_imports_lower_ranks_only(path):
+def test_a_file_imports_from_its_own_folder_and_those_below(path):
     module = module_name(path)
     package = module.partition(".")[0]
     for imported in imports(path):
         other = imported.partition(".")[0]
         users = {"launch": ("launch", "benchmarks"), "benchmarks": ("benchmarks",)}.get(other, PACKAGES)
         assert package in users, f"{module} imports {imported}: {other} is imported by nothing below it"
-        if package == other and package in RANKS:
-            assert rank(imported) < rank(module), f"{module} imports {imported} of the same rank or above"
+        if package == other and package in FOLDERS and module != package:
+            order = FOLDERS[package]
+            assert order.index(folder(imported)) <= order.index(folder(module)), f"{module} imports {imported} above it"
         if package == "data_pipeline":
             assert other not in ("charlstm", "jax", "jaxlib"), f"{module} imports {imported}: it knows no model"
-        if package == "charlstm" and other == "data_pipeline":
+        if package == "charlstm" and other == "data_pipeline" and folder(module) != "run":
             assert imported in MODEL_MAY_IMPORT, f"{module} imports {imported}"
+        if folder(module) == "reference" if package in FOLDERS else False:
+            assert other not in PACKAGES, f"{module} imports {imported}: the seed programs stand alone"
 
 
-def test_every_module_has_a_rank():
-    unranked = [m for m, path in zip(MODULES, files(), strict=True) if path.name != "__init__.py" and rank(m) is None]
-    assert [m for m in unranked if not m.startswith(("launch.", "benchmarks."))] == []
-    ranked = {f"{package}.{name}" for package, ranks in RANKS.items() for names in ranks.values() for name in names}
-    assert ranked <= set(MODULES), "a rank is given to a module that is gone"
+def test_no_imports_go_in_a_circle():
+    graph = {module_name(path): imports(path) & set(MODULES) for path in files()}
+    done: set[str] = set()
+    while left := {module for module, below in graph.items() if module not in done and not below - done - {module}}:
+        done |= left
+    assert not set(graph) - done
+
+
+def test_every_file_of_the_library_lies_in_a_folder_of_the_law():
+    rest = {module.partition(".")[2].partition(".")[0] for module in MODULES if module.startswith("charlstm.")}
+    assert rest == set(FOLDERS["charlstm"])
 
 
 @pytest.mark.parametrize(
     ("library", "licensed"),
     [
-        ("orbax", {"charlstm.array_files"}),
+        ("orbax", {"charlstm.run.array_files"}),
         ("grain", {"data_pipeline.loader", "benchmarks.sparse_corpus"}),
         ("absl.flags", {"launch.flags"}),
         ("absl", {"launch.flags"}),
@@ -128,7 +112,7 @@ def test_a_library_is_imported_where_it_is_licensed_and_nowhere_else(library, li
 def test_devices_and_processes_are_known_to_the_mesh_alone():
     words = {"NamedSharding", "jax.devices", "process_index", "process_count", "multihost_utils", "jax.distributed"}
     for path in files():
-        if module_name(path) == "charlstm.mesh":
+        if module_name(path) == "charlstm.distributed":
             continue
         used = attributes(path) | {i.rpartition(".")[2] for i in imports(path)} | imports(path)
         found = {w for w in words for u in used if u == w or u.endswith("." + w) or u.startswith(w + ".")}
@@ -146,8 +130,8 @@ def test_only_launch_writes_the_environment():
 
 
 def test_every_program_of_the_library_is_compiled_with_its_options():
-    integers = {"charlstm.digest", "charlstm.replicas"}  # have the same sums however they are divided
-    within = {"charlstm.cells.fused", "charlstm.compiler"}
+    integers = {"charlstm.run.digest", "charlstm.run.replicas"}  # have the same sums however they are divided
+    within = {"charlstm.model.ops.lstm_pallas", "charlstm.model.ops.compiler"}
     for path in files():
         if not module_name(path).startswith("charlstm.") or module_name(path) in integers | within:
             continue
@@ -175,7 +159,7 @@ def test_importing_starts_no_backend_parses_no_flag_and_changes_no_environment()
 
 
 def test_a_program_answers_ctrl_c_before_it_imports_anything():
-    stems = ("launch/train", "launch/evaluate", "launch/sample", "launch/tune", "launch/local", "data_pipeline/prepare")
+    stems = ("launch/train", "launch/evaluate", "launch/sample", "launch/tune", "launch/local", "launch/prepare")
     programs = [ROOT / f"{stem}.py" for stem in stems]
     run = [path for path in files() if "\n    program.run(" in path.read_text("utf-8")]
     assert set(run) <= set(programs)
@@ -215,6 +199,6 @@ def test_no_file_and_no_function_has_outgrown_itself(path):
 
 
 def test_the_training_loop_is_under_40_lines_of_code():
-    tree = ast.parse((ROOT / "charlstm" / "trainer.py").read_text("utf-8"))
+    tree = ast.parse((ROOT / "charlstm" / "run" / "loop.py").read_text("utf-8"))
     loop = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train")
     assert (loop.end_lineno or 0) - loop.body[1].lineno < 40

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from benchmarks.peers import textbook
 from benchmarks.peers.ours import config_of, device_memory
 from benchmarks.peers.recipe import CLIP, LEARNING_RATE
 from benchmarks.shapes import Shape, windows
 from benchmarks.worker import Contestant
-from charlstm import mesh as mesh_lib
-from charlstm import model
-from charlstm.cells import textbook
+from charlstm import distributed
+from charlstm.model import language_model
 
 Apply = Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]]  # (params, carry, ids_TB) -> (logits_TBV, carry)
 
@@ -66,17 +66,17 @@ def twin(shape: dict) -> Contestant:
     """The equations of this project's cells, symbol by symbol."""
     sizes = Shape(**shape)
     config = config_of(sizes).model
-    params = model.init(config, sizes.V, jax.random.key(0))
+    params = language_model.init(config, sizes.V, jax.random.key(0))
     reset_TB = jnp.zeros((sizes.T, sizes.B), bool)
 
     def apply(params, carry, ids_TB):
         x, after = params.embedding[ids_TB], []
         for layer, state in zip(params.cells, carry, strict=True):
-            state, x = textbook.unroll(model.CELLS[sizes.cell], layer, state, x, reset_TB)
+            state, x = textbook.unroll(language_model.CELLS[sizes.cell], layer, state, x, reset_TB)
             after.append(state)
         return x @ params.w_out + params.b_out, tuple(after)
 
-    return _training(sizes, params, model.initial_state(config, sizes.B), apply)
+    return _training(sizes, params, language_model.initial_state(config, sizes.B), apply)
 
 
 def _training(shape: Shape, params: Any, carry: Any, apply: Apply) -> Contestant:
@@ -101,5 +101,5 @@ def _training(shape: Shape, params: Any, carry: Any, apply: Apply) -> Contestant
         state, loss = compiled(state, next(text))
         jax.block_until_ready((state, loss))
 
-    mesh = mesh_lib.make()
-    return Contestant(update, device_memory(mesh), mesh_lib.describe(mesh))
+    mesh = distributed.make()
+    return Contestant(update, device_memory(mesh), distributed.describe(mesh))

@@ -7,15 +7,17 @@ from benchmarks.peers.recipe import CLIP, LEARNING_RATE
 from benchmarks.shapes import Shape, windows
 from benchmarks.worker import Contestant
 from charlstm import config as config_lib
-from charlstm import generate, model
-from charlstm import mesh as mesh_lib
-from charlstm import step as step_lib
+from charlstm import distributed
 from charlstm.config import Config
+from charlstm.inference import generate
+from charlstm.model import language_model
+from charlstm.run import estimate
+from charlstm.training import step as step_lib
 from data_pipeline.batch import Batch
 from data_pipeline.loader import open_windows
 from data_pipeline.shards import open_corpus
 from data_pipeline.streams import StreamPlan
-from launch import allocator, cores, dry_run
+from launch import allocator, cores
 
 
 def config_of(shape: Shape, **changes: object) -> Config:
@@ -30,10 +32,10 @@ def training(shape: dict, **changes: object) -> Contestant:
     """An update on all the devices there are, from a batch in the host's memory; fused where it can be."""
     sizes = Shape(**shape)
     config = config_of(sizes, **changes)
-    allocator.keep(dry_run.temporaries(config, cores.usable()))
-    mesh = mesh_lib.make()
+    allocator.keep(estimate.temporaries(config, cores.usable()))
+    mesh = distributed.make()
     config = config_lib.resolve(config, mesh.size)
-    if "recurrence" not in changes and mesh_lib.has_mosaic(mesh) and not config.model.beyond("fused"):
+    if "recurrence" not in changes and distributed.has_mosaic(mesh) and not config.model.beyond("fused"):
         config = config_lib.replace(config, recurrence="fused")
     train_step = step_lib.make(config, sizes.V, mesh, 1000)
     state = step_lib.place(mesh, step_lib.init(config, sizes.V))
@@ -42,14 +44,14 @@ def training(shape: dict, **changes: object) -> Contestant:
     def update() -> None:
         nonlocal state
         ids = next(text)
-        batch = mesh_lib.put(mesh, mesh_lib.BY_STREAM, Batch(ids[:, :-1], ids[:, 1:], reset))
+        batch = distributed.put(mesh, distributed.BY_STREAM, Batch(ids[:, :-1], ids[:, 1:], reset))
         state, metrics = train_step(state, batch)
         jax.block_until_ready((state, metrics))
 
-    return Contestant(update, device_memory(mesh), mesh_lib.describe(mesh))
+    return Contestant(update, device_memory(mesh), distributed.describe(mesh))
 
 
-def device_memory(mesh: mesh_lib.Mesh):
+def device_memory(mesh: distributed.Mesh):
     """Tells the peak of the first device's own memory; None where that is the host's."""
     device = mesh.devices.flat[0]
     return (lambda: device.memory_stats()["peak_bytes_in_use"]) if device.memory_stats() else None
@@ -66,14 +68,14 @@ def sampling(shape: dict, samples: int, length: int) -> Contestant:
     """`length` symbols of each of `samples` texts, at temperature 1, as `launch.sample` makes them."""
     sizes, mesh = Shape(**shape), cores.mesh_of_samples(samples)
     config, prompt = config_of(sizes).model, np.zeros(1, np.int32)
-    params = mesh_lib.put(mesh, mesh_lib.REPLICATED, model.init(config, sizes.V, jax.random.key(0)))
+    params = distributed.put(mesh, distributed.REPLICATED, language_model.init(config, sizes.V, jax.random.key(0)))
     how = generate.Sampling()
 
     def write() -> None:
         for _ in generate.generate(config, params, prompt, how, rows=samples, length=length, seed=0):
             pass
 
-    return Contestant(write, device=mesh_lib.describe(mesh))
+    return Contestant(write, device=distributed.describe(mesh))
 
 
 def reading(shape: dict, corpus: str) -> Contestant:

@@ -8,7 +8,7 @@ import pytest
 from benchmarks import rows
 from benchmarks.peers.ours import config_of
 from benchmarks.shapes import SHAPES, Shape
-from charlstm import step
+from charlstm.training import step
 
 
 def test_contestants_take_turns_within_a_round():

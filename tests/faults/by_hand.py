@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from charlstm.file_manifest import StepDirectory
+from charlstm.run.step_directory import StepDirectory
 from tests.jobs import ROOT
 
 _SLOW_READER = """

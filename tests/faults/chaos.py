@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from charlstm.file_manifest import StepDirectory
-from launch import program
+from charlstm.run.step_directory import StepDirectory
+from launch import cli
 from tests.faults import disturbances
 from tests.jobs import ROOT, last_line
 
@@ -87,9 +87,9 @@ def disturbed(run_dir: Path, of_the_run: tuple[str, ...], seed: int, most_starts
                 with contextlib.suppress(OSError):
                     done.append(what(job.pid, random, run_dir))
             said += job.stderr
-        if job.returncode == program.DONE:
+        if job.returncode == cli.DONE:
             return Ended(last_line(run_dir)["state_digest"], starts, done)
-        assert job.returncode in (program.STOPPED, program.LOST, program.HANGS, 128 + 15), "".join(said)
+        assert job.returncode in (cli.STOPPED, cli.LOST, cli.HANGS, 128 + 15), "".join(said)
     raise AssertionError(f"seed {seed} has not ended after {most_starts} starts, at {_newest(run_dir)}")
 
 

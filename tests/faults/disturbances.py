@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from charlstm.file_manifest import StepDirectory
-from launch import program
+from charlstm.run.step_directory import StepDirectory
+from launch import cli
 from tests.jobs import ROOT, children
 
 OF_THE_JOB = ("coordinator", "num_processes", "process_id")
@@ -81,7 +81,7 @@ def start_another(job: int, random: np.random.Generator, run_dir: Path) -> str:
     flags = [flag for flag in command if flag.startswith("--") and flag[2:].partition("=")[0] not in OF_THE_JOB]
     again = [sys.executable, "-m", "launch.train", *flags]
     ended = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ended.returncode == program.MISTAKE and " is in use by process " in ended.stderr, ended.stderr
+    assert ended.returncode == cli.MISTAKE and " is in use by process " in ended.stderr, ended.stderr
     return "another job started in its run directory"
 
 

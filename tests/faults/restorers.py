@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from charlstm import array_files, mesh
-from charlstm.checkpoint import Checkpoints
-from charlstm.file_manifest import SEAL
-from tests.test_checkpoint import IDENTITY, abstract_state, host_state, make_state, rewrite_seal
+from charlstm import distributed
+from charlstm.run import array_files
+from charlstm.run.checkpoint import Checkpoints
+from charlstm.run.step_directory import SEAL
+from tests.run.test_checkpoint import IDENTITY, abstract_state, host_state, make_state, rewrite_seal
 
 LAYERS = 1
 STEPS = range(1, 4)
@@ -212,7 +213,7 @@ def restored(directory: Path) -> dict[str, Any]:
 
 def main() -> None:
     coordinator, process, folder, count = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
-    mesh.join(coordinator, 2, process, heartbeat_timeout=20)
+    distributed.join(coordinator, 2, process, heartbeat_timeout=20)
 
     def judge(case: Case, directory: Path) -> None:
         case.damage.get(process, lambda own: None)(directory)

@@ -28,8 +28,8 @@ from pathlib import Path
 
 import numpy as np
 
-from charlstm.file_manifest import StepDirectory
-from launch import program
+from charlstm.run.step_directory import StepDirectory
+from launch import cli
 from tests.faults import disturbances
 from tests.faults.by_hand import slow_reader
 from tests.jobs import ROOT
@@ -69,7 +69,7 @@ class Job:
             for line in self._process.stderr:
                 self._hear(line)
             self.statuses.append(self._process.wait())
-            if self.statuses[-1] != program.STOPPED:
+            if self.statuses[-1] != cli.STOPPED:
                 return
 
     def _hear(self, line: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import program
+from launch import cli
 from tests.faults.by_hand import processes, slow_reader, statuses, whole_steps
 from tests.faults.conftest import Seen
 from tests.jobs import has_saved, last_line, wait_for
@@ -38,7 +38,7 @@ def test_a_clock_of_one_process_that_jumps_by_hours_and_days_changes_no_decision
     with processes(flags, tmp_path, python_path={0: tmp_path / "clock"}) as running:
         ended = statuses(running)
     said = "".join((tmp_path / f"{number}.txt").read_text() for number in (0, 1))
-    assert ended == [program.DONE] * 2, said
+    assert ended == [cli.DONE] * 2, said
     assert "hangs: " not in said and "was not saved" not in said
     equal = last_line(run_dir)["state_digest"] == undisturbed["state_digest"]
     table.append(Seen("the clock of one of 2 processes jumps by an hour and a day", 1, "0", str(equal)))
@@ -55,7 +55,7 @@ def test_a_process_that_reads_slowly_stops_at_the_step_of_the_others_and_changes
         os.kill(running[0].pid, signal.SIGTERM)
         ended = statuses(running)
     said = (tmp_path / "0.txt").read_text()
-    assert ended == [program.STOPPED] * 2, said
+    assert ended == [cli.STOPPED] * 2, said
     stopped = whole_steps(run_dir)[-1]
     assert 180 <= stopped < 240 and f"stopped by a signal at step {stopped}, saved" in said
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -64,7 +64,7 @@ def test_a_process_that_reads_slowly_stops_at_the_step_of_the_others_and_changes
     assert of_the_slow > of_the_other
     with processes(flags, tmp_path, 1) as running:
         ended = statuses(running)
-    assert ended == [program.DONE], (tmp_path / "0.txt").read_text()
+    assert ended == [cli.DONE], (tmp_path / "0.txt").read_text()
     equal = last_line(run_dir)["state_digest"] == undisturbed["state_digest"]
     table.append(Seen("one of 2 processes 100 ms late at every step", 1, "0", str(equal)))
     assert equal

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from data_pipeline.prepare import prepare
+from data_pipeline.build.prepare import prepare
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import open_corpus
 from data_pipeline.streams import StreamPlan
-from launch import program
+from launch import cli
 from tests.faults.by_hand import processes, slow_reader, statuses, whole_steps
 from tests.faults.conftest import Seen
 from tests.jobs import ROOT, has_saved, job, last_line, wait_for
@@ -66,10 +66,10 @@ def prepared(tmp_path_factory) -> Prepared:
         "--log_every=100",
     )
     runs = Prepared(folder / "corpus", folder / "other", flags, "", folder / "begun", shards)
-    assert runs.go_on(runs.corpus, folder / "straight")[0] == program.DONE
+    assert runs.go_on(runs.corpus, folder / "straight")[0] == cli.DONE
     begun = (*flags, f"--corpus={runs.corpus}", "--num_steps=100", f"--run_dir={runs.begun}")
     with processes(begun, folder, 1) as running:
-        assert statuses(running) == [program.DONE]
+        assert statuses(running) == [cli.DONE]
     return runs._replace(digest=last_line(folder / "straight")["state_digest"])
 
 
@@ -110,11 +110,11 @@ def test_a_shard_that_goes_bad_under_a_running_job_stops_it_with_its_name_and_co
         wait_for(has_saved(run_dir, 120))
         fault(corpus / prepared.shard, prepared.other)
         status, said = statuses(running)[0], (tmp_path / "0.txt").read_text().splitlines()
-    assert status == program.MISTAKE and said[-1].startswith(f"launch.train: {corpus / prepared.shard} "), said
+    assert status == cli.MISTAKE and said[-1].startswith(f"launch.train: {corpus / prepared.shard} "), said
     kept = whole_steps(run_dir)
     assert 120 <= kept[-1] < READ + READ // 2
     status, last = prepared.go_on(prepared.corpus, run_dir)
-    assert status == program.DONE, last
+    assert status == cli.DONE, last
     equal = last_line(run_dir)["state_digest"] == prepared.digest
     table.append(Seen(f"a shard {fault.__name__} under a running job", 1, f"since step {kept[-1]}", str(equal)))
     assert equal
@@ -126,7 +126,7 @@ def test_a_shard_that_went_bad_before_a_job_is_resumed_stops_it_with_its_name(fa
     corpus = shutil.copytree(prepared.corpus, tmp_path / "corpus")
     fault(corpus / prepared.shard, prepared.other)
     status, last = prepared.go_on(corpus, run_dir)
-    assert status == program.MISTAKE and last.startswith(f"launch.train: {corpus / prepared.shard} "), last
+    assert status == cli.MISTAKE and last.startswith(f"launch.train: {corpus / prepared.shard} "), last
     table.append(Seen(f"a shard {fault.__name__} before a job is resumed", 1, "", "refused, status 2"))
 
 
@@ -140,18 +140,18 @@ def test_a_shard_that_goes_bad_for_one_process_stops_the_job_with_its_name_and_i
     changed(corpus / prepared.shards[1], prepared.other)
     with job(own, *flags) as running:
         _, said = running.communicate(timeout=120)
-    assert running.returncode == program.MISTAKE and "starting again" not in said, said
+    assert running.returncode == cli.MISTAKE and "starting again" not in said, said
     assert f"[1] launch.train: {corpus / prepared.shards[1]} is damaged: " in said
     status, last = prepared.go_on(prepared.corpus, run_dir)
     equal = last_line(run_dir)["state_digest"] == prepared.digest
     table.append(Seen("a shard changed for one of 2 processes", 1, "", str(equal)))
-    assert status == program.DONE and equal, last
+    assert status == cli.DONE and equal, last
 
 
 def test_a_job_is_not_resumed_on_another_text_in_the_place_of_its_own(prepared, table, tmp_path):
     run_dir = shutil.copytree(prepared.begun, tmp_path / "run")
     status, last = prepared.go_on(prepared.other, run_dir)
-    assert status == program.MISTAKE and "was trained on the corpus with fingerprint" in last
+    assert status == cli.MISTAKE and "was trained on the corpus with fingerprint" in last
     assert whole_steps(run_dir) == [100]
     table.append(Seen("another corpus when a job is resumed", 1, "", "refused, status 2"))
 
@@ -164,12 +164,12 @@ def test_a_second_job_in_a_run_directory_is_refused_and_takes_it_over_from_a_kil
     with processes((*flags, "--checkpoint_every=5"), tmp_path / "first", 1, python_path=slowly) as running:
         wait_for(has_saved(run_dir, 105))
         status, last = prepared.go_on(prepared.corpus, run_dir)
-        assert status == program.MISTAKE and f"is in use by process {running[0].pid} on " in last
+        assert status == cli.MISTAKE and f"is in use by process {running[0].pid} on " in last
         assert running[0].poll() is None
         running[0].send_signal(signal.SIGKILL)
         running[0].wait()
     status, last = prepared.go_on(prepared.corpus, run_dir)
-    assert status == program.DONE, last
+    assert status == cli.DONE, last
     equal = last_line(run_dir)["state_digest"] == prepared.digest
     table.append(Seen("a second job in a run directory, then kill -9 of the first", 1, "", str(equal)))
     assert equal

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from charlstm.file_manifest import StepDirectory
-from launch import program
+from charlstm.run.step_directory import StepDirectory
+from launch import cli
 from tests.faults.by_hand import (
     fill,
     held_to_permissions,
@@ -50,7 +50,7 @@ def training(run_dir: Path, flags: tuple[str, ...], count: int, **how) -> Iterat
         wait_for(has_saved(run_dir, 170))
         yield running
         ended = statuses(running)
-        assert ended == [program.DONE] * count, (run_dir.parent / "0.txt").read_text()
+        assert ended == [cli.DONE] * count, (run_dir.parent / "0.txt").read_text()
 
 
 def fails_until_mended(

@@ -10,8 +10,8 @@ import signal
 
 import pytest
 
-from charlstm.file_manifest import StepDirectory
-from launch import program
+from charlstm.run.step_directory import StepDirectory
+from launch import cli
 from tests.faults.by_hand import whole_steps
 from tests.faults.conftest import Seen
 from tests.jobs import ROOT, children, has_saved, job, last_line, wait_for
@@ -19,7 +19,7 @@ from tests.jobs import ROOT, children, has_saved, job, last_line, wait_for
 POISONING = """
 import jax
 import numpy as np
-from charlstm import step
+from charlstm.training import step
 
 make, done = step.make, []
 
@@ -110,7 +110,7 @@ def arrays(run_dir) -> dict[str, dict]:
 def test_by_default_the_job_stops_says_where_and_has_saved_nothing_of_it(poison, words, poisoned_job, request, table):
     spike = ("--spike_factor=1.5",) if poison == SPIKE else ()
     run_dir, status, said = poisoned_job("run", poison, *spike)
-    assert status == program.DIVERGED, said
+    assert status == cli.DIVERGED, said
     assert re.search(rf"^\[0\] stopped: {words}.*; nothing of it was saved$", said, re.M), said
     assert StepDirectory(run_dir / "checkpoints").steps() == [40, 80]
     table.append(Seen(f"poisoned {request.node.callspec.id}, stop", 1, "-", "stopped by all, nothing of it saved"))
@@ -119,12 +119,12 @@ def test_by_default_the_job_stops_says_where_and_has_saved_nothing_of_it(poison,
 @pytest.mark.parametrize(("poison", "rows"), [(TEXT, 1), (ROW, 1)], ids=["text", "row"])
 def test_skipping_costs_one_update_and_the_poisoned_rows(poison, rows, poisoned_job, table):
     run_dir, status, said = poisoned_job("run", poison, "--on_divergence=skip")
-    assert status == program.DONE, said
+    assert status == cli.DONE, said
     assert re.search(
         rf"at step 111, in stream \d+: update skipped, {rows} row of the recurrent state zeroed$", said, re.M
     )
     killed, status, said = poisoned_job("killed", poison, "--on_divergence=skip", kill_at=120)
-    assert status == program.DONE and "starting again from step " in said, said
+    assert status == cli.DONE and "starting again from step " in said, said
     equal = last_line(run_dir)["state_digest"] == last_line(killed)["state_digest"]
     name = "poisoned text" if poison == TEXT else "poisoned row of state"
     table.append(Seen(f"{name}, skip; the same, killed later", 2, "1 skipped", str(equal)))
@@ -133,21 +133,21 @@ def test_skipping_costs_one_update_and_the_poisoned_rows(poison, rows, poisoned_
 
 def test_what_skipping_does_not_help_against_is_not_skipped_for_ever(poisoned_job, table):
     _, status, said = poisoned_job("nan", PARAMETER, "--on_divergence=skip")
-    assert status == program.DIVERGED and "update skipped" not in said, said
+    assert status == cli.DIVERGED and "update skipped" not in said, said
     _, status, said = poisoned_job("text", ALL_TEXT, "--on_divergence=skip", "--max_skips=4")
-    assert status == program.DIVERGED and "after 4 updates skipped one after the other (max_skips)" in said, said
+    assert status == cli.DIVERGED and "after 4 updates skipped one after the other (max_skips)" in said, said
     assert said.count("update skipped") == 4
     table.append(Seen("poisoned parameter, or all text poisoned, skip", 2, "-", "stopped by all"))
 
 
 def test_going_back_leaves_the_windows_out_and_is_the_same_when_the_job_is_killed(poisoned_job, table):
     run_dir, status, said = poisoned_job("run", TEXT, "--on_divergence=rollback")
-    assert status == program.DONE, said
+    assert status == cli.DONE, said
     assert "went back to step 80, rollback 1 of 3; windows 80 to 110 of each stream are left out" in said
     steps = [int(step) for step in re.findall(r"^\[0\] step (\d+)/", said, re.M)]
     assert steps == sorted(set(steps)) and last_line(run_dir)["step"] == 240
     killed, status, said = poisoned_job("killed", TEXT, "--on_divergence=rollback", kill_at=120)
-    assert status == program.DONE and "starting again from step " in said, said
+    assert status == cli.DONE and "starting again from step " in said, said
     equal = last_line(run_dir)["state_digest"] == last_line(killed)["state_digest"]
     table.append(Seen("poisoned text, rollback; the same, killed later", 2, "31", str(equal)))
     assert equal
@@ -156,25 +156,25 @@ def test_going_back_leaves_the_windows_out_and_is_the_same_when_the_job_is_kille
 @pytest.mark.parametrize(("poison", "flags"), [(PARAMETER, ()), (SPIKE, ("--spike_factor=1.5",))], ids=["nan", "spike"])
 def test_going_back_heals_what_skipping_does_not(poison, flags, poisoned_job, table):
     run_dir, status, said = poisoned_job("run", poison, "--on_divergence=rollback", *flags)
-    assert status == program.DONE and said.count("went back to step 80") == 1, said
+    assert status == cli.DONE and said.count("went back to step 80") == 1, said
     assert last_line(run_dir)["step"] == 240
     table.append(Seen(f"poisoned parameter ({'a spike' if flags else 'nan'}), rollback", 1, "31", "-"))
 
 
 def test_a_run_goes_back_only_so_often(poisoned_job, table):
     _, status, said = poisoned_job("run", ALL_TEXT, "--on_divergence=rollback", "--max_rollbacks=2")
-    assert status == program.DIVERGED and said.count("went back to step 80") == 2, said
+    assert status == cli.DIVERGED and said.count("went back to step 80") == 2, said
     assert "stopped: the run has gone back 2 times (max_rollbacks)" in said
     table.append(Seen("all text poisoned, rollback", 1, "-", "stopped by all after 2"))
 
 
 def test_a_bit_that_flips_on_one_device_is_found_and_costs_no_bit(poisoned_job, undisturbed, job_flags, table):
     _, status, said = poisoned_job("stop", BIT, "--check_replicas_every=10")
-    assert status == program.DIVERGED, said
+    assert status == cli.DIVERGED, said
     named = r"the copies on device 0 \(cpu:0 of process 0\), device 1 \(cpu:\d+ of process 1\) differ, in .*b_out"
     assert re.search(f"stopped: {named}", said), said
     run_dir, status, said = poisoned_job("run", BIT, "--check_replicas_every=10", "--on_divergence=rollback")
-    assert status == program.DONE and "went back to step 80, rollback 1 of 3\n" in said, said
+    assert status == cli.DONE and "went back to step 80, rollback 1 of 3\n" in said, said
     straight, status, _ = poisoned_job("straight", "pass")
     assert last_line(straight)["state_digest"] == undisturbed["state_digest"]
     equal = arrays(run_dir) == arrays(straight)
@@ -184,12 +184,12 @@ def test_a_bit_that_flips_on_one_device_is_found_and_costs_no_bit(poisoned_job, 
 
 def test_a_bit_that_flips_on_one_device_is_found_by_the_next_save_and_no_checkpoint_is_lost(poisoned_job, table):
     run_dir, status, said = poisoned_job("stop", BIT, "--keep_checkpoints=1")
-    assert status == program.DIVERGED, said
+    assert status == cli.DIVERGED, said
     named = r"the copies on device 0 \(cpu:0 of process 0\), device 1 \(cpu:\d+ of process 1\) differ, in .*b_out"
     assert re.search(rf"stopped: {named}.* after step 120; nothing of it was saved", said), said
     assert whole_steps(run_dir) == [80]
     healed, status, said = poisoned_job("healed", BIT, "--on_divergence=rollback")
-    assert status == program.DONE and "went back to step 80, rollback 1 of 3\n" in said, said
+    assert status == cli.DONE and "went back to step 80, rollback 1 of 3\n" in said, said
     straight, _, _ = poisoned_job("straight", "pass")
     equal = arrays(healed) == arrays(straight)
     table.append(Seen("a bit flipped on one device, found by the next save; the same, rollback", 2, "40", str(equal)))

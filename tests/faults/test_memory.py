@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from launch import program
+from launch import cli
 from tests.faults.conftest import Seen
 from tests.jobs import ROOT
 
@@ -16,7 +16,8 @@ SOON = 20.0  # seconds from the first step on; XLA aborts after 60
 # Leaves memory for the temporary arrays of one of two devices, when the update has been compiled.
 TOO_LITTLE = """
 import resource
-from launch import memory, program, train
+from charlstm.run import memory
+from launch import cli, train
 
 def leave_too_little(update, mesh):
     most = memory._of_file("/proc/self/status", "VmSize:") + 3 * update.held + 3 * update.temporary // 2
@@ -24,7 +25,7 @@ def leave_too_little(update, mesh):
     return ""
 
 memory.too_much, memory.close = lambda *_: "", leave_too_little
-program.run("launch.train", train.main)
+cli.run("launch.train", train.main)
 """
 
 
@@ -52,7 +53,7 @@ def test_what_does_not_fit_under_ulimit_is_refused_before_the_run_is_made(flags,
     command = ["bash", "-c", 'ulimit -v 9000000; exec "$0" -m launch.train "$@"', sys.executable, *flags, *large]
     for _ in range(TIMES):
         done = subprocess.run(command, timeout=600, check=False, **HOW)
-        assert done.returncode == program.MISTAKE and done.stderr.count("\n") == 1, done.stderr
+        assert done.returncode == cli.MISTAKE and done.stderr.count("\n") == 1, done.stderr
         assert "an update takes " in done.stderr and "left of address space (ulimit -v): lower one of" in done.stderr
         assert not (tmp_path / "run").exists()
     table.append(Seen("an update of two devices that does not fit (ulimit -v)", TIMES, "-", "refused, nothing made"))
@@ -69,7 +70,7 @@ def test_a_device_that_has_no_memory_for_a_step_ends_the_run_soon(flags, tmp_pat
                     began = time.monotonic()
                 said.append(line)
             took.append(time.monotonic() - began)
-        assert running.returncode == program.MISTAKE, said
+        assert running.returncode == cli.MISTAKE, said
         assert said[-1].startswith("launch.train: out of memory (") and "Traceback" not in "".join(said), said
     assert max(took) < SOON
     seen = f"ended after {max(took):.1f} s at most"

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from charlstm.file_manifest import StepDirectory
-from launch import program
+from charlstm.run.step_directory import StepDirectory
+from launch import cli
 from tests.faults.conftest import Seen
 from tests.jobs import alive, children, has_saved, job, last_line, wait_for
 
@@ -44,7 +44,7 @@ def test_a_process_that_is_killed_at_any_moment_costs_no_bit(processes, job_flag
             os.kill(children(running.pid)[random.integers(processes)], signal.SIGKILL)
             wait_for(lambda: not any(map(alive, left)) if (left := children(running.pid)) else True)
         _, said = running.communicate(timeout=300)
-    assert running.returncode == program.DONE, said
+    assert running.returncode == cli.DONE, said
     again = said.count("starting again from step ")
     assert again == times, said
     equal = last_line(run_dir)["state_digest"] == undisturbed["state_digest"]
@@ -61,7 +61,7 @@ def test_sigterm_makes_all_processes_save_the_same_step_and_leaves_none(to, job_
         left = children(running.pid)
         os.kill(running.pid if to == "the job" else left[1], signal.SIGTERM)
         _, said = running.communicate(timeout=300)
-    assert running.returncode == program.STOPPED, said
+    assert running.returncode == cli.STOPPED, said
     stopped = re.search(r"^\[0\] stopped by a signal at step (\d+), saved", said, re.M)
     assert stopped and StepDirectory(run_dir / "checkpoints").steps()[-1] == int(stopped[1])
     assert not any(map(alive, left))
@@ -86,7 +86,7 @@ def test_a_process_that_hangs_is_named_and_the_job_started_again_ends_with_the_s
         wait_for(has_saved(run_dir, 120))
         os.kill(children(running.pid)[process], fault)
         _, said = running.communicate(timeout=300)
-    assert running.returncode == program.DONE, said
+    assert running.returncode == cli.DONE, said
     hangs = re.compile(r"process (\d) hangs: (a step|\w+) after step \d+ has taken \d+ s of \d+ s allowed")
     named = {int(process) for process, _ in hangs.findall(said)}
     if fault == signal.SIGSTOP:
@@ -109,7 +109,7 @@ def test_a_process_that_is_alone_and_stopped_is_killed_and_started_again(job_fla
         wait_for(has_saved(run_dir, 80))
         os.kill(children(running.pid)[0], signal.SIGSTOP)
         _, said = running.communicate(timeout=300)
-    assert running.returncode == program.DONE, said
+    assert running.returncode == cli.DONE, said
     assert "process 0 is stopped, and killed" in said and "starting again from step " in said
     equal = last_line(run_dir)["state_digest"] == undisturbed["state_digest"]
     table.append(Seen("the only process stopped (SIGSTOP)", 1, str(lost(run_dir)), str(equal)))

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from charlstm import file_manifest
-from launch import program
+from charlstm.run import step_directory
+from launch import cli
 from tests.faults import restorers
 from tests.faults.by_hand import free_port, needs_mounts, processes, seeing, statuses, whole_steps
 from tests.faults.conftest import Seen
@@ -109,7 +109,7 @@ def test_what_both_see_alike_is_judged_as_by_one_process(restored):
         assert all("checkpoint 4 in " in found["said"][0] for found in of(restored, case)[0])
     for found in of(restored, "a newer format on both")[0]:
         assert (
-            f"has format 99 and this version reads {file_manifest.FORMAT}" in found["refusal"] and found["said"] == []
+            f"has format 99 and this version reads {step_directory.FORMAT}" in found["refusal"] and found["said"] == []
         )
 
 
@@ -139,7 +139,7 @@ def test_a_job_of_which_one_process_sees_its_newest_checkpoint_damaged_goes_on_f
     with processes([*job_flags, f"--run_dir={run_dir}"], tmp_path, inside=inside) as running:
         ended = statuses(running)
     said = (tmp_path / "0.txt").read_text()
-    assert ended == [program.DONE] * 2, said
+    assert ended == [cli.DONE] * 2, said
     assert re.search(r"^checkpoint 160 in \S+ is damaged: process 1: recurrent_state/\S+ was changed", said, re.M)
     assert "checkpoint 80 is the newest whole one and is used instead" in said
     assert re.search(r"^checkpoint 160 was set aside as 160\.corrupt-", said, re.M)
@@ -195,6 +195,6 @@ def refused_by_all(run_dir: Path, flags: tuple[str, ...], said: Path, inside: di
     for process in (0, 1):
         lines = (said / f"{process}.txt").read_text().splitlines()
         refusals = [line for line in lines if line.startswith("launch.train: ")]
-        assert ended[process] == program.MISTAKE, lines
+        assert ended[process] == cli.MISTAKE, lines
         assert len(refusals) == 1 and why in refusals[0], lines
         assert not any("Traceback" in line for line in lines)

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from launch import program
+from launch import cli
 from tests.faults.conftest import Seen
 from tests.faults.test_processes import lost
 from tests.jobs import ROOT, last_line
@@ -30,7 +30,7 @@ def test_killed_at_30_random_moments_it_comes_up_by_itself_and_ends_with_the_sam
     straight, killed, random = tmp_path / "straight", tmp_path / "killed", np.random.default_rng(0)
     how = {"cwd": ROOT, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     done = subprocess.run([*command, f"--run_dir={straight}"], timeout=600, check=False, **how)
-    assert done.returncode == program.DONE, done.stderr
+    assert done.returncode == cli.DONE, done.stderr
     while_saving = 0
     for _ in range(TIMES):
         with subprocess.Popen([*command, f"--run_dir={killed}"], **how) as running:
@@ -42,7 +42,7 @@ def test_killed_at_30_random_moments_it_comes_up_by_itself_and_ends_with_the_sam
             running.send_signal(signal.SIGKILL)
         while_saving += bool(list((killed / "checkpoints").glob("*.saving*")))
     done = subprocess.run([*command, f"--run_dir={killed}"], timeout=600, check=False, **how)
-    assert done.returncode == program.DONE, done.stderr
+    assert done.returncode == cli.DONE, done.stderr
     again = lost(killed)
     equal = last_line(killed)["state_digest"] == last_line(straight)["state_digest"]
     fault = f"kill -9 of a run of one process ({while_saving} times in a save)"

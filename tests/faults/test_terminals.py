@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from launch import program
+from launch import cli
 from tests.faults.conftest import Seen
 from tests.faults.test_processes import lost
 from tests.jobs import ROOT, children, has_saved, last_line, wait_for
@@ -33,7 +33,7 @@ def test_a_job_whose_terminal_is_gone_starts_a_killed_process_again_and_ends_wit
             wait_for(has_saved(run_dir, 80))
             (job,) = (pid for pid in children(running.pid) if "launch.local" in command_line(pid))
             os.kill(children(job)[1], signal.SIGKILL)
-            assert running.wait(timeout=300) == program.DONE
+            assert running.wait(timeout=300) == cli.DONE
         finally:
             running.kill()
     equal = last_line(run_dir)["state_digest"] == undisturbed["state_digest"]
@@ -75,7 +75,7 @@ def test_a_run_that_hangs_with_its_file_system_ends(hanging, job_flags, table, t
             _, said = running.communicate(timeout=120)
         finally:
             running.kill()
-    assert running.returncode == program.HANGS, said
+    assert running.returncode == cli.HANGS, said
     assert re.search(r"^process 0 hangs: .* all its threads:$", said, re.MULTILINE), said
     table.append(Seen("a run that hangs, and its file system too", 1, "", "ended by its watchdog, status 70"))
 
@@ -95,7 +95,7 @@ def test_a_run_that_is_stopped_for_longer_than_its_timeout_goes_on(job_flags, un
             _, said = running.communicate(timeout=300)
         finally:
             running.kill()
-    assert running.returncode == program.DONE, said
+    assert running.returncode == cli.DONE, said
     equal = last_line(run_dir)["state_digest"] == undisturbed["state_digest"]
     assert json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 240
     table.append(Seen("a run stopped (SIGSTOP) for 3 timeouts, and continued", 1, "0", str(equal)))

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from charlstm import file_manifest
-from launch import program, train
+from charlstm.run import step_directory
+from launch import cli, train
 from tests.conftest import ROOT
 
 TINY = f"--flagfile={ROOT / 'configs' / 'tiny.flags'}"
@@ -35,7 +35,7 @@ def arguments(folder) -> tuple[str, ...]:
 def trained(folder, arguments) -> Path:
     """A run that nothing disturbed: 40 steps, checkpoints of 20, 30 and 40.  To be copied, not changed."""
     run_dir = folder / "trained"
-    assert train.main(["train", *arguments, f"--run_dir={run_dir}"]) == program.DONE
+    assert train.main(["train", *arguments, f"--run_dir={run_dir}"]) == cli.DONE
     return run_dir
 
 
@@ -66,7 +66,7 @@ def process(*command: str, **options) -> subprocess.CompletedProcess:
 
 
 def steps(run_dir: Path) -> list[int]:
-    return file_manifest.StepDirectory(run_dir / "checkpoints").steps()
+    return step_directory.StepDirectory(run_dir / "checkpoints").steps()
 
 
 def flip(path: Path, position: int) -> None:

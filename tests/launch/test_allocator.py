@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from charlstm import config as config_lib
-from charlstm import mesh as mesh_lib
-from charlstm import step as step_lib
+from charlstm import distributed
 from charlstm.config import Config
+from charlstm.run import estimate
+from charlstm.training import step as step_lib
 from data_pipeline.batch import Batch
-from launch import allocator, dry_run
+from launch import allocator
 from tests.conftest import ROOT
 
 PROGRAM = """
@@ -63,9 +64,9 @@ def test_memory_that_a_thread_has_freed_is_not_mapped_again_if_blocks_are_large_
 )
 def test_the_temporaries_of_an_update_are_known_about_before_it_is_compiled(changes):
     config = config_lib.resolve(config_lib.replace(Config(), **{"batch_size": 32, "window": 64} | changes), 1)
-    mesh, shape = mesh_lib.make(jax.devices()[:1]), (config.streams.batch_size, config.streams.window)
+    mesh, shape = distributed.make(jax.devices()[:1]), (config.streams.batch_size, config.streams.window)
     ids = jax.ShapeDtypeStruct(shape, np.uint8)
-    batch = mesh_lib.abstract(mesh, mesh_lib.BY_STREAM, Batch(ids, ids, jax.ShapeDtypeStruct(shape, np.bool_)))
+    batch = distributed.abstract(mesh, distributed.BY_STREAM, Batch(ids, ids, jax.ShapeDtypeStruct(shape, np.bool_)))
     program = step_lib.make(config, 96, mesh, 1000).lower(step_lib.abstract(config, 96, mesh), batch).compile()
     told = program.memory_analysis().temp_size_in_bytes
-    assert 0.6 * told < dry_run.temporaries(config, 1) < 1.4 * told, told
+    assert 0.6 * told < estimate.temporaries(config, 1) < 1.4 * told, told

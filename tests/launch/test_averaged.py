@@ -7,14 +7,15 @@ import jax
 import numpy as np
 import pytest
 
-from charlstm import mesh as mesh_lib
-from charlstm import step as step_lib
-from charlstm.checkpoint import Checkpoints
-from charlstm.metrics import Meter
-from launch import evaluate, program, run, run_directory, sample, train
+from charlstm import distributed
+from charlstm.run import run_directory
+from charlstm.run.checkpoint import Checkpoints
+from charlstm.run.metrics import Meter
+from charlstm.training import step as step_lib
+from launch import cli, evaluate, run, sample, train
 from tests.launch.conftest import refusal
-from tests.test_guard import flipped
-from tests.test_step import assert_equal_bits
+from tests.training.test_divergence import flipped
+from tests.training.test_step import assert_equal_bits
 
 # So fast that the score soon goes up and down.
 FLAGS = (
@@ -35,7 +36,7 @@ def go(arguments, folder):
     def go(name, devices=2, dies=None, *flags):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                mesh_lib, "make", lambda given=None, make=mesh_lib.make: make(given or jax.devices()[:devices])
+                distributed, "make", lambda given=None, make=distributed.make: make(given or jax.devices()[:devices])
             )
             if dies:
                 owner, method, at = dies
@@ -52,7 +53,7 @@ def go(arguments, folder):
                 with pytest.raises(Killed):
                     train.main(command)
             else:
-                assert train.main(command) == program.DONE
+                assert train.main(command) == cli.DONE
         return folder / name
 
     return go
@@ -120,7 +121,7 @@ def test_a_run_that_is_made_longer_is_told_what_one_of_that_length_is_told(go, s
 def test_the_average_is_what_is_validated_evaluated_and_sampled(straight, capsys):
     logged = records(straight, "valid")
     config, identity = run_directory.read(straight)
-    mesh = mesh_lib.make(jax.devices()[:1])
+    mesh = distributed.make(jax.devices()[:1])
     average, _ = run_directory.restore_params(straight, config, identity, mesh, "40")
     with Checkpoints(straight / "checkpoints", writable=False, log=print) as checkpoints:
         params, meta = checkpoints.restore_params(average, step=40)

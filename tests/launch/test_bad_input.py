@@ -12,10 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from charlstm import file_manifest
-from data_pipeline.prepare import prepare
+from charlstm.run import run_directory, step_directory
+from data_pipeline.build.prepare import prepare
 from data_pipeline.settings import CorpusSettings
-from launch import evaluate, program, run_directory, train
+from launch import cli, evaluate, train
 from launch import run as run_lib
 from tests.jobs import last_line
 from tests.launch.conftest import SMALL, TINY, flip, process, refusal, steps, tree
@@ -94,7 +94,7 @@ def test_a_shard_changed_in_the_midst_of_a_run_stops_it_with_its_name_and_the_ch
     prepared, arguments, tmp_path
 ):
     run = (*arguments, f"--corpus={prepared}", f"--run_dir={tmp_path / 'run'}", "--logical_shards=8")
-    assert train.main(["train", *run, "--num_steps=10"]) == program.DONE
+    assert train.main(["train", *run, "--num_steps=10"]) == cli.DONE
     flip(prepared / "train-00000.ids", 5000)
     before = tree(tmp_path / "run" / "checkpoints")
     stopped = process(sys.executable, "-m", "launch.train", *run)
@@ -106,7 +106,7 @@ def test_a_shard_changed_in_the_midst_of_a_run_stops_it_with_its_name_and_the_ch
     assert "train-00000.ids is damaged: the block at byte 0 does not match its checksum" in sentence
     assert tree(tmp_path / "run" / "checkpoints") == before
     flip(prepared / "train-00000.ids", 5000)
-    assert train.main(["train", *run, "--num_steps=20"]) == program.DONE
+    assert train.main(["train", *run, "--num_steps=20"]) == cli.DONE
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_evaluating_with_another_text_is_refused(trained, folder):
 
 def test_checkpoints_of_another_run_are_refused(copied, arguments, tmp_path):
     other = tmp_path / "other"
-    assert train.main(["train", *arguments, "--seed=5", "--num_steps=1", f"--run_dir={other}"]) == program.DONE
+    assert train.main(["train", *arguments, "--seed=5", "--num_steps=1", f"--run_dir={other}"]) == cli.DONE
     shutil.rmtree(copied / "checkpoints")
     shutil.copytree(other / "checkpoints", copied / "checkpoints")
     for main, flags in ((train.main, arguments), (evaluate.main, ())):
@@ -229,12 +229,12 @@ def test_a_torn_checkpoint_is_passed_over_for_the_newest_whole_one_and_both_prog
     array = max((copied / "checkpoints" / "40" / "params").rglob("*"), key=lambda path: path.stat().st_size)
     array.write_bytes(array.read_bytes()[:-100])
     before = tree(copied)
-    assert evaluate.main(["evaluate", f"--run_dir={copied}", "--checkpoint=latest", "--format=json"]) == program.DONE
+    assert evaluate.main(["evaluate", f"--run_dir={copied}", "--checkpoint=latest", "--format=json"]) == cli.DONE
     out, err = capsys.readouterr()
     assert json.loads(out)["step"] == 30
     assert "checkpoint 40 in" in err and "checkpoint 30 is the newest whole one and is used instead" in err
     assert tree(copied) == before  # whoever only reads leaves things as they are
-    assert train.main(["train", *arguments, f"--run_dir={copied}"]) == program.DONE
+    assert train.main(["train", *arguments, f"--run_dir={copied}"]) == cli.DONE
     err = capsys.readouterr().err
     assert "checkpoint 40 was set aside as 40.corrupt-" in err and "continuing from the checkpoint of step 30" in err
     assert last_line(copied)["state_digest"] == last_line(trained)["state_digest"]
@@ -336,14 +336,14 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_status_2(name, flags, sentence
 
 DISTURBED = """
 import os, pathlib, resource, signal, sys, time
-from charlstm.metrics import Meter
-from launch import program, train
+from charlstm.run.metrics import Meter
+from launch import cli, train
 add, run_dir = Meter.add, pathlib.Path(sys.argv[1].removeprefix("--run_dir="))
 def add_and_disturb(self, step, metrics):
     add(self, step, metrics)
     {disturbance}
 Meter.add = add_and_disturb
-program.run("launch.train", train.main)
+cli.run("launch.train", train.main)
 """
 
 
@@ -359,12 +359,12 @@ def test_ctrl_c_and_sigterm_finish_the_step_and_save_and_the_same_command_ends_w
     run_dir = tmp_path / "run"
     # A thread hears the signal, and has time for that.
     stopped = disturbed(f"if step == 17: os.kill(os.getpid(), signal.{name}); time.sleep(1)", run_dir, *arguments)
-    assert stopped.returncode == program.STOPPED == 75, stopped.stderr
+    assert stopped.returncode == cli.STOPPED == 75, stopped.stderr
     last = re.search(r"\nstopped by a signal at step (\d+), saved; the same command goes on\n$", stopped.stderr)
     assert last and int(last[1]) >= 17, stopped.stderr
     assert "Traceback" not in stopped.stderr
     assert steps(run_dir)[-1] == int(last[1])
-    assert train.main(["train", *arguments, f"--run_dir={run_dir}"]) == program.DONE
+    assert train.main(["train", *arguments, f"--run_dir={run_dir}"]) == cli.DONE
     assert last_line(run_dir)["state_digest"] == last_line(trained)["state_digest"]
 
 
@@ -378,7 +378,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step():
 
 
 def test_the_signal_handlers_are_put_back_when_training_ends(trained, arguments):
-    assert train.main(["train", *arguments, f"--run_dir={trained}"]) == program.DONE
+    assert train.main(["train", *arguments, f"--run_dir={trained}"]) == cli.DONE
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
@@ -393,7 +393,7 @@ def test_with_a_full_disk_the_run_goes_on_says_so_and_keeps_its_earlier_checkpoi
     """
     run_dir = tmp_path / "run"
     ended = disturbed(full, run_dir, *arguments)
-    assert ended.returncode == program.NOT_SAVED == 74, ended.stderr
+    assert ended.returncode == cli.NOT_SAVED == 74, ended.stderr
     lines = ended.stderr.splitlines()
     assert "Traceback" not in ended.stderr and not [line for line in lines if "Error" in line and "was not" not in line]
     assert [line[:37] for line in lines if "not saved" in line] == [
@@ -406,8 +406,8 @@ def test_with_a_full_disk_the_run_goes_on_says_so_and_keeps_its_earlier_checkpoi
     assert last_line(run_dir)["step"] == 40
     assert steps(run_dir) == [10, 20]
     for step in (10, 20):
-        file_manifest.verify(run_dir / "checkpoints" / str(step))
-    assert train.main(["train", *arguments, f"--run_dir={run_dir}"]) == program.DONE
+        step_directory.verify(run_dir / "checkpoints" / str(step))
+    assert train.main(["train", *arguments, f"--run_dir={run_dir}"]) == cli.DONE
     assert last_line(run_dir)["state_digest"] == last_line(trained)["state_digest"]
 
 
@@ -420,13 +420,13 @@ def test_a_run_that_cannot_save_stops_after_so_many_failures_and_goes_on_later(a
     """
     run_dir, longer = tmp_path / "run", ("--num_steps=100", "--max_failed_saves=2")
     ended = disturbed(full, run_dir, *arguments, *longer)
-    assert ended.returncode == program.NOT_SAVED, ended.stderr
+    assert ended.returncode == cli.NOT_SAVED, ended.stderr
     # Of a save it is known at the next one that it failed.
     assert "ended at step 50, which could not be saved" in ended.stderr.splitlines()[-1]
     assert steps(run_dir) == [10, 20]
     told = [line for line in (run_dir / "log.txt").read_text().splitlines() if " step " in line and "/100 " in line]
     assert "NOT SAVED" not in told[1] and re.search(r"  NOT SAVED, [12] times$", told[-1]), told
-    assert train.main(["train", *arguments, *longer, f"--run_dir={run_dir}"]) == program.DONE
+    assert train.main(["train", *arguments, *longer, f"--run_dir={run_dir}"]) == cli.DONE
 
 
 @pytest.mark.parametrize(
@@ -438,7 +438,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_stream_and_noth
 ):
     wild = (f"--optimizer={optimizer}", f"--learning_rate={learning_rate}", "--clip_norm=0", "--checkpoint_every=1")
     # The loss and the gradient of the first step are sound.
-    assert train.main(["train", *arguments, *wild, f"--run_dir={tmp_path / 'run'}"]) == program.DIVERGED == 3
+    assert train.main(["train", *arguments, *wild, f"--run_dir={tmp_path / 'run'}"]) == cli.DIVERGED == 3
     line = capsys.readouterr().err.splitlines()[-1]
     stopped = re.match(
         rf"stopped: loss=\S+ is not finite at step (\d+), in .*{where}.*; nothing of it was saved$", line
@@ -451,7 +451,7 @@ def test_an_update_after_which_a_parameter_is_not_finite_is_not_saved(arguments,
     wild = ("--optimizer=adamw", "--learning_rate=3e38", "--weight_decay=10", "--clip_norm=0")
     # The loss and the gradient of the first step are sound; a checkpoint of it would never go on.
     once = ("--checkpoint_every=1", f"--run_dir={tmp_path / 'run'}")
-    assert train.main(["train", *arguments, *wild, *once]) == program.DIVERGED
+    assert train.main(["train", *arguments, *wild, *once]) == cli.DIVERGED
     assert capsys.readouterr().err.splitlines()[-1] == (
         "stopped: a parameter is not finite after step 1; nothing of it was saved"
     )

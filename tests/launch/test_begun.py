@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import evaluate, program, run_directory, sample, train, tune
+from charlstm.run import run_directory
+from launch import cli, evaluate, sample, train, tune
 from tests.jobs import last_line
 from tests.launch.conftest import flip, refusal, steps, tree
 
@@ -38,10 +39,10 @@ def test_a_first_try_that_has_failed_is_begun_anew_with_other_settings(arguments
     run_dir = tmp_path / "run"
     run = [*arguments, f"--run_dir={run_dir}", "--num_steps=3", "--log_every=1", "--checkpoint_every=0"]
     diverges = ["--learning_rate=3e38", "--clip_norm=0", "--seed=1"]
-    assert train.main(["train", *run, *diverges]) == program.DIVERGED
+    assert train.main(["train", *run, *diverges]) == cli.DIVERGED
     assert steps(run_dir) == [] and "seed" in (run_dir / "flags.txt").read_text()
     (run_dir / "metrics.jsonl").write_text('{"step": 2, "split": "train", "of": "the first try"}\n')
-    assert train.main(["train", *run]) == program.DONE
+    assert train.main(["train", *run]) == cli.DONE
     (said,) = [line for line in log_of(run_dir) if line.startswith("begun anew")]
     assert said.startswith(f"begun anew, as there was no checkpoint yet: {run_dir} was started with other settings (")
     assert "seed: 1 -> 0" in said and said.endswith(")")
@@ -55,7 +56,7 @@ def test_a_first_try_on_another_text_is_begun_anew(arguments, folder, dies_befor
     run = [*arguments, f"--run_dir={tmp_path / 'run'}", "--num_steps=1"]
     with pytest.raises(Killed):
         train.main(["train", *run])
-    assert train.main(["train", *run, f"--corpus={folder / 'other.txt'}"]) == program.DONE
+    assert train.main(["train", *run, f"--corpus={folder / 'other.txt'}"]) == cli.DONE
     assert "was trained on the corpus with fingerprint" in log_of(tmp_path / "run")[0]
 
 
@@ -67,7 +68,7 @@ def test_a_run_killed_before_its_first_checkpoint_keeps_what_it_was_started_with
     with pytest.raises(Killed):
         train.main(["train", *run, "--logical_shards=16"])
     config = (tmp_path / "run" / "config.json").read_text()
-    assert train.main(["train", *run]) == program.DONE
+    assert train.main(["train", *run]) == cli.DONE
     assert (tmp_path / "run" / "config.json").read_text() == config
     assert not any(line.startswith("begun anew") for line in log_of(tmp_path / "run"))
 
@@ -96,7 +97,7 @@ def test_a_config_json_of_another_program_is_not_begun_anew(arguments, tmp_path)
 def test_a_refused_change_names_the_ways_on(copied, arguments):
     sentence = refusal(train.main, *arguments, "--seed=3", f"--run_dir={copied}")
     assert f"--flagfile={copied / 'flags.txt'}" in sentence and f"--initial_checkpoint={copied}" in sentence
-    assert train.main(["train", f"--flagfile={copied / 'flags.txt'}", f"--run_dir={copied}"]) == program.DONE
+    assert train.main(["train", f"--flagfile={copied / 'flags.txt'}", f"--run_dir={copied}"]) == cli.DONE
 
 
 # Another run's parameters.
@@ -113,10 +114,10 @@ def started(copied, arguments, tmp_path, dies_before_it_trains) -> list[str]:
 
 def test_a_run_killed_before_its_first_checkpoint_takes_the_same_parameters_again(started, copied, arguments, tmp_path):
     straight = [*started[:-3], f"--run_dir={tmp_path / 'straight'}", *started[-2:]]
-    assert train.main(straight) == program.DONE
-    assert train.main(["train", *arguments, f"--run_dir={copied}", "--num_steps=41"]) == program.DONE
+    assert train.main(straight) == cli.DONE
+    assert train.main(["train", *arguments, f"--run_dir={copied}", "--num_steps=41"]) == cli.DONE
     assert max(steps(copied)) == 41
-    assert train.main(started) == program.DONE
+    assert train.main(started) == cli.DONE
     assert f"starting again from the parameters of step 40 of {copied}" in log_of(tmp_path / "run")
     assert last_line(tmp_path / "run")["state_digest"] == last_line(tmp_path / "straight")["state_digest"]
 
@@ -142,12 +143,12 @@ def test_where_they_are_gone_or_others_now_it_is_refused(fault, started, copied,
 def test_other_parameters_to_start_from_are_another_run(started, trained, arguments, tmp_path):
     """Without a checkpoint it is begun anew; with one it is refused."""
     other = f"--initial_checkpoint={trained / 'checkpoints' / '30'}"
-    assert train.main([*started, other]) == program.DONE
+    assert train.main([*started, other]) == cli.DONE
     assert any("begun anew" in line and "initial_checkpoint: " in line for line in log_of(tmp_path / "run"))
     assert f"starting from the parameters of step 30 of {trained}" in log_of(tmp_path / "run")
     assert f"initial_checkpoint: {trained}/checkpoints/30 -> " in refusal(train.main, *started[1:], "--num_steps=2")
     without = [flag for flag in started if not flag.startswith("--initial_checkpoint")]
-    assert train.main([*without, "--num_steps=2"]) == program.DONE
+    assert train.main([*without, "--num_steps=2"]) == cli.DONE
 
 
 def test_a_damaged_note_of_them_is_refused(started, tmp_path):
@@ -169,7 +170,7 @@ def test_a_step_that_is_asked_for_and_damaged_is_refused_by_every_program(main, 
 
 def test_where_the_best_is_damaged_a_program_says_so_aloud(copied, capsys):
     flip(max((copied / "checkpoints/40/params").rglob("*"), key=lambda path: path.stat().st_size), 1000)
-    assert sample.main(["sample", f"--run_dir={copied}", "--length=5", "--format=json"]) == program.DONE
+    assert sample.main(["sample", f"--run_dir={copied}", "--length=5", "--format=json"]) == cli.DONE
     assert "NOT THE BEST CHECKPOINT: checkpoint 30 is" in capsys.readouterr().err
 
 

@@ -10,7 +10,7 @@ import pytest
 from charlstm import config as config_lib
 from charlstm.config import Config
 from launch import cores
-from launch.job import JobFlags
+from launch.cluster import JobFlags
 from tests.jobs import ROOT, last_line
 
 

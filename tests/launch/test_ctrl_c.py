@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import program
+from launch import cli
 from tests.conftest import ROOT
 from tests.jobs import wait_for
 from tests.launch.conftest import steps
@@ -42,10 +42,10 @@ def interrupted(arguments: tuple[str, ...], run_dir: Path, moment: float | None)
         finally:
             running.kill()
     assert "Traceback" not in said, said
-    if running.returncode == program.INTERRUPTED:
+    if running.returncode == cli.INTERRUPTED:
         assert said.endswith(NOTHING_SAVED) and said.count("interrupted") == 1, said
         return
-    assert running.returncode == program.STOPPED, (running.returncode, said)
+    assert running.returncode == cli.STOPPED, (running.returncode, said)
     stopped = re.search(STOPPED, said)
     assert stopped and said.count("told to stop: saves and ends after ") == 1, said
     assert steps(run_dir)[-1] == int(stopped[1])

@@ -15,17 +15,18 @@ import numpy as np
 import pytest
 
 from charlstm import config as config_lib
-from charlstm import keys, model
-from charlstm import mesh as mesh_lib
-from charlstm import step as step_lib
-from charlstm.checkpoint import Checkpoints
+from charlstm import distributed, rng
 from charlstm.config import Config
-from charlstm.dynamic import Adaptation
-from charlstm.loss import cross_entropy
-from charlstm.metrics import Score
-from data_pipeline.corpora import resolve
+from charlstm.inference.dynamic_evaluation import Adaptation
+from charlstm.inference.score import Score
+from charlstm.model import language_model
+from charlstm.run import run_directory
+from charlstm.run.checkpoint import Checkpoints
+from charlstm.training import step as step_lib
+from charlstm.training.loss import cross_entropy
+from data_pipeline.build.corpora import resolve
 from data_pipeline.shards import open_corpus
-from launch import evaluate, run_directory
+from launch import evaluate
 from tests.conftest import ROOT
 
 KEYS = {
@@ -38,7 +39,7 @@ CHARACTERS = {"train": 3600, "valid": 200, "test": 200}  # of which "test" is th
 
 
 def params_of(config, step, V):
-    return model.init(config.model, V, keys.named(jax.random.key(step), "init"))
+    return language_model.init(config.model, V, rng.named(jax.random.key(step), "init"))
 
 
 def make_run(folder, scores, vocabulary="characters", text=TEXT, **changes):
@@ -56,7 +57,7 @@ def make_run(folder, scores, vocabulary="characters", text=TEXT, **changes):
         for step, score in scores.items():
             state = step_lib.init(config, corpus.vocabulary.size)
             params = params_of(config, step, corpus.vocabulary.size)
-            state = step_lib.place(mesh_lib.make(), state._replace(step=jnp.asarray(step, jnp.int32), params=params))
+            state = step_lib.place(distributed.make(), state._replace(step=jnp.asarray(step, jnp.int32), params=params))
             checkpoints.save(state, run_directory.checkpoint_identity(config, identity), score)
     return folder / "run"
 
@@ -92,8 +93,8 @@ def bits_by_hand(run_dir, text, step) -> float:
     """The bits of `text`, one character after the other, by the model of `step`."""
     config, identity = run_directory.read(run_dir)
     ids, V = identity.vocabulary.encode(text).astype(np.int32)[None], identity.vocabulary.size
-    forward = jax.jit(model.apply, static_argnums=0)
-    state = model.initial_state(config.model, 1)
+    forward = jax.jit(language_model.apply, static_argnums=0)
+    state = language_model.initial_state(config.model, 1)
     reset = np.zeros((1, ids.size - 1), bool)
     _, logits = forward(config.model, params_of(config, step, V), state, ids[:, :-1], reset)
     return float(np.asarray(cross_entropy(logits, ids[:, 1:].T), np.float64).sum()) / math.log(2) + math.log2(V)
@@ -274,9 +275,9 @@ def test_a_dynamic_score_is_the_static_one_of_one_piece_where_nothing_is_learned
 
 
 def test_a_dynamic_score_is_another_one_and_the_same_on_one_device_and_on_two(json_of, characters_run, monkeypatch):
-    make_mesh, found = mesh_lib.make, []
+    make_mesh, found = distributed.make, []
     for count in (1, 2):
-        monkeypatch.setattr(mesh_lib, "make", lambda devices=None, n=count: make_mesh(devices or jax.devices()[:n]))
+        monkeypatch.setattr(distributed, "make", lambda devices=None, n=count: make_mesh(devices or jax.devices()[:n]))
         found.append(json_of(characters_run, *DYNAMIC)["bits_per_character"])
     assert found[0] == found[1] != pytest.approx(json_of(characters_run)["bits_per_character"], abs=1e-4)
 

@@ -14,15 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from charlstm import config as config_lib
-from charlstm import step as step_lib
-from charlstm.checkpoint import Checkpoints
 from charlstm.config import Config
-from charlstm.mesh import make as make_mesh
-from data_pipeline.prepare import prepare
+from charlstm.distributed import make as make_mesh
+from charlstm.run import run_directory
+from charlstm.run.checkpoint import Checkpoints
+from charlstm.training import step as step_lib
+from data_pipeline.build.prepare import prepare
 from data_pipeline.settings import CorpusSettings
-from launch import evaluate, flags, program, run_directory, sample, train, tune
-from launch.job import JobFlags
-from launch.monitor import MonitorFlags
+from launch import cli, evaluate, flags, sample, train, tune
+from launch.cluster import JobFlags
+from launch.prometheus import MonitorFlags
 from launch.train import TrainFlags
 from launch.watchdog import WatchdogFlags
 from tests.conftest import ROOT
@@ -155,7 +156,7 @@ def trained(folder, arguments) -> Path:
     """A run of two steps.  To be copied, not changed."""
     run_dir = folder / "trained"
     run = [*arguments, "--document_separator= ", f"--run_dir={run_dir}"]
-    assert train.main(["train", *run]) == program.DONE
+    assert train.main(["train", *run]) == cli.DONE
     return run_dir
 
 
@@ -196,7 +197,7 @@ def test_help_has_every_flag_once_in_sections_with_its_default(module, flag):
 
 def test_the_program_prints_its_help_and_exits_with_0():
     helped = process(sys.executable, "-m", "launch.train", "--helpshort", "--num_stepss=1")
-    assert (helped.returncode, helped.stderr) == (program.DONE, "")
+    assert (helped.returncode, helped.stderr) == (cli.DONE, "")
     assert "--num_steps=1000" in helped.stdout
 
 
@@ -357,7 +358,7 @@ def test_a_run_goes_on_with_free_settings_changed_which_the_log_tells_and_config
     run_dir = shutil.copytree(trained, tmp_path / "run")
     before, _ = run_directory.read(run_dir)
     changed = ("--num_steps=4", "--log_every=1", "--document_separator= ")
-    assert train.main(["train", *arguments, *changed, f"--run_dir={run_dir}"]) == program.DONE
+    assert train.main(["train", *arguments, *changed, f"--run_dir={run_dir}"]) == cli.DONE
     said = (run_dir / "log.txt").read_text()
     for change in ("num_steps: 2 -> 4", "log_every: 10 -> 1"):
         assert f"changed since the run was started or last continued: {change}\n" in said
@@ -370,10 +371,10 @@ def test_a_prepared_directory_says_which_vocabulary_the_run_has(folder, argument
     text = CorpusSettings(corpus=str(folder / "text.txt"), vocabulary="characters", cache_dir=str(tmp_path))
     prepared = prepare(text, tmp_path / "prepared")
     run = [*arguments, f"--corpus={prepared}", "--valid_fraction=0.05", f"--run_dir={tmp_path / 'run'}"]
-    assert train.main(["train", *run]) == program.DONE
+    assert train.main(["train", *run]) == cli.DONE
     config, identity = run_directory.read(tmp_path / "run")
     assert config.corpus.vocabulary == identity.vocabulary.kind == "characters"
-    assert train.main(["train", *run, "--vocabulary=characters"]) == program.DONE
+    assert train.main(["train", *run, "--vocabulary=characters"]) == cli.DONE
 
 
 # --initial_checkpoint and --dry_run.
@@ -391,7 +392,7 @@ def test_an_initial_checkpoint_gives_its_parameters_and_nothing_else(named, step
     # With a learning rate of 0 the parameters after a step are those before it.
     run = [*arguments, f"--run_dir={tmp_path / 'run'}", "--learning_rate=0", "--num_steps=1"]
     start = f"--initial_checkpoint={named.format(trained)}"
-    assert train.main(["train", *run, start]) == program.DONE
+    assert train.main(["train", *run, start]) == cli.DONE
     assert f"starting from the parameters of step {step} of {trained}\n" in (tmp_path / "run" / "log.txt").read_text()
     ours, theirs = saved_state(tmp_path / "run"), saved_state(trained, step)
     for mine, other in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
@@ -400,7 +401,7 @@ def test_an_initial_checkpoint_gives_its_parameters_and_nothing_else(named, step
     if step == 2:
         return
     # The same command again goes on with what the run has itself.
-    assert train.main(["train", *run, start, "--num_steps=2"]) == program.DONE
+    assert train.main(["train", *run, start, "--num_steps=2"]) == cli.DONE
     assert "continuing from the checkpoint of step 1\n" in (tmp_path / "run" / "log.txt").read_text()
 
 
@@ -426,7 +427,7 @@ def test_an_initial_checkpoint_that_does_not_fit_is_refused_and_nothing_is_writt
 
 
 def test_a_dry_run_prints_its_table_and_makes_no_run(arguments, capsys, tmp_path):
-    assert train.main(["train", *arguments, "--dry_run", f"--run_dir={tmp_path / 'run'}"]) == program.DONE
+    assert train.main(["train", *arguments, "--dry_run", f"--run_dir={tmp_path / 'run'}"]) == cli.DONE
     table = dict(re.split(r"  +", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
     model = 256 * 4 + (4 + 8) * 32 + 2 * 32 + 8 * 256 + 256  # embedding, cell, biases, soft-max
     assert table["parameters"] == f"{model:,}"

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from charlstm.file_manifest import StepDirectory
-from launch import local, program, restarts
+from charlstm.run.step_directory import StepDirectory
+from launch import cli, local, restarts
 from tests.jobs import STEPS, alive, children, has_saved, job, last_line, wait_for
 from tests.launch.conftest import process, refusal
 
@@ -27,7 +27,7 @@ def test_processes_and_devices_redrawn_at_every_restart_end_with_the_same_bits(j
         own = (f"--processes={processes}", f"--devices_per_process={devices}")
         with job(own, *job_flags, f"--run_dir={run_dir}", f"--num_steps={until}") as running:
             _, said = running.communicate(timeout=300)
-        assert running.returncode == program.DONE, said
+        assert running.returncode == cli.DONE, said
         assert f"[0] training on {processes * devices} x cpu in {processes} process" in said
     assert_same_end(last_line(run_dir), undisturbed)
     # Each process has its own log, and what the first has to say the others do not repeat.
@@ -44,7 +44,7 @@ def test_a_process_that_is_killed_takes_the_other_along_and_the_job_started_agai
         wait_for(has_saved(run_dir, 80))
         os.kill(children(running.pid)[1], signal.SIGKILL)
         _, said = running.communicate(timeout=300)
-    assert running.returncode == program.DONE, said
+    assert running.returncode == cli.DONE, said
     again = re.search(
         r"^starting again from step (\d+) \(0 restarts left\): process (\d) was killed by SIGKILL", said, re.M
     )
@@ -59,7 +59,7 @@ def test_without_restarts_the_job_ends_with_the_status_of_a_lost_process(job_fla
         left = children(running.pid)
         os.kill(left[1], signal.SIGKILL)
         _, said = running.communicate(timeout=300)
-    assert running.returncode == program.LOST
+    assert running.returncode == cli.LOST
     ending = said.splitlines()[-1]
     assert ending.startswith("not started again, no --restarts are left: process 1 was killed by SIGKILL, process 0 ")
     assert not any(map(alive, left))
@@ -91,7 +91,7 @@ def test_a_mistake_is_refused_before_any_process_is_started(own, rest, sentence)
 def test_what_a_process_refuses_the_job_refuses_once_and_is_not_started_again(job_flags, tmp_path):
     run = (*job_flags, f"--run_dir={tmp_path / 'run'}", "--batch_size=17")
     done = process(sys.executable, "-m", "launch.local", "--processes=2", "--restarts=5", "--", *run)
-    assert done.returncode == program.MISTAKE
+    assert done.returncode == cli.MISTAKE
     assert "[0] launch.train: batch_size=17 cannot be split over 2 devices: use 16 or 18" in done.stderr
     assert "starting again" not in done.stderr
 
@@ -112,9 +112,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 OF_THE_TALKATIVE = """
 import sys
-from launch import local, program
+from launch import local, cli
 local.TRAIN = (sys.executable, "-c", sys.argv.pop(1))
-program.run("launch.local", local.main)
+cli.run("launch.local", local.main)
 """
 
 
@@ -122,7 +122,7 @@ program.run("launch.local", local.main)
 def test_a_terminal_that_goes_away_or_fails_changes_neither_the_job_nor_its_logs_nor_the_status(gone, tmp_path):
     flags = ("--processes=2", "--restarts=1", "--", f"--run_dir={tmp_path}")
     done = process("bash", "-c", f'"$0" -c "$@" {gone}', sys.executable, OF_THE_TALKATIVE, TALKATIVE, *flags)
-    assert (done.returncode, done.stdout, done.stderr) == (program.DIVERGED, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (cli.DIVERGED, "", "")
     for number in range(2):
         lines = (tmp_path / "logs" / f"process-{number}.txt").read_text().splitlines()
         assert len(lines) == 2 * 10_001 and lines[10_000] == lines[-1] == "whole"
@@ -132,7 +132,7 @@ def test_a_terminal_that_goes_away_or_fails_changes_neither_the_job_nor_its_logs
 
 
 def died(policy: restarts.Policy) -> tuple[bool, str]:
-    return policy.after([-signal.SIGKILL, program.LOST], told_to_stop=False)
+    return policy.after([-signal.SIGKILL, cli.LOST], told_to_stop=False)
 
 
 def test_a_job_that_dies_at_the_same_step_goes_back_one_checkpoint_and_is_then_given_up(tmp_path):
@@ -161,12 +161,12 @@ def test_progress_between_deaths_is_no_crash_loop(tmp_path):
 @pytest.mark.parametrize("status", restarts.FINAL)
 def test_what_would_end_so_again_is_not_started_again(status, tmp_path):
     policy = restarts.Policy(tmp_path, limit=20, pause=0)
-    assert policy.after([program.LOST, status], told_to_stop=False)[0] is False
-    assert restarts.status_of_the_job([program.LOST, status]) == status
+    assert policy.after([cli.LOST, status], told_to_stop=False)[0] is False
+    assert restarts.status_of_the_job([cli.LOST, status]) == status
 
 
 def test_a_job_that_was_told_to_stop_is_not_started_again(tmp_path):
     policy = restarts.Policy(tmp_path, limit=20, pause=0)
-    assert policy.after([-signal.SIGKILL, program.LOST], told_to_stop=True)[0] is False
-    assert policy.after([program.STOPPED] * 2, told_to_stop=True) == (False, "all processes have ended well")
-    assert restarts.status_of_the_job([program.STOPPED] * 2) == program.STOPPED
+    assert policy.after([-signal.SIGKILL, cli.LOST], told_to_stop=True)[0] is False
+    assert policy.after([cli.STOPPED] * 2, told_to_stop=True) == (False, "all processes have ended well")
+    assert restarts.status_of_the_job([cli.STOPPED] * 2) == cli.STOPPED

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from charlstm import mesh as mesh_lib
-from charlstm import step as step_lib
-from charlstm.metrics import FIGURES, Meter
-from launch import evaluate, program, train
+from charlstm import distributed
+from charlstm.run.metrics import FIGURES, Meter
+from charlstm.training import step as step_lib
+from launch import cli, evaluate, train
 
 # Checkpoints of 10, 20, 30 and 40 between lines of 7, 14, 21, 28, 35 and 40; evaluations, saved too, of 12, 24 and 36.
 FLAGS = (
@@ -53,7 +53,7 @@ def go(arguments, folder):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                mesh_lib, "make", lambda given=None, make=mesh_lib.make: make(given or jax.devices()[:devices])
+                distributed, "make", lambda given=None, make=distributed.make: make(given or jax.devices()[:devices])
             )
             patch.setattr(step_lib, "make", make)
             patch.setattr(Meter, "add", add)
@@ -84,7 +84,7 @@ def but_for_time(folder, name) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def straight(go, folder) -> list[dict]:
-    assert go("straight")[0] == program.DONE
+    assert go("straight")[0] == cli.DONE
     return but_for_time(folder, "straight")
 
 
@@ -92,9 +92,9 @@ def straight(go, folder) -> list[dict]:
     ("end", "at", "status", "devices"),
     [
         (kill, 17, None, 2),
-        (interrupt, 17, program.STOPPED, 1),
+        (interrupt, 17, cli.STOPPED, 1),
         pytest.param(kill, 33, None, 1, marks=pytest.mark.long),
-        pytest.param(interrupt, 21, program.STOPPED, 1, marks=pytest.mark.long),  # just before a line
+        pytest.param(interrupt, 21, cli.STOPPED, 1, marks=pytest.mark.long),  # just before a line
     ],
     ids=["killed at 17 on two devices", "Ctrl-C at 17", "killed at 33", "Ctrl-C at 21"],
 )
@@ -103,19 +103,19 @@ def test_cut_short_and_resumed_it_has_the_metrics_of_the_run_that_was_not(
 ):
     name = f"{end.__name__} {at}"
     assert go(name, devices=devices, at=at, end=end)[0] == status
-    assert go(name)[0] == program.DONE
+    assert go(name)[0] == cli.DONE
     assert but_for_time(folder, name) == straight
 
 
 def test_on_as_many_devices_as_logical_shards_the_evaluating_program_prints_the_bits_of_the_log(
     straight, folder, monkeypatch, capsys
 ):
-    monkeypatch.setattr(mesh_lib, "make", lambda given=None, make=mesh_lib.make: make(given or jax.devices()[:2]))
+    monkeypatch.setattr(distributed, "make", lambda given=None, make=distributed.make: make(given or jax.devices()[:2]))
     capsys.readouterr()
     for line in straight:
         if line["split"] == "valid":
             flags = (f"--run_dir={folder / 'straight'}", f"--checkpoint={line['step']}", "--split=valid")
-            assert evaluate.main(["evaluate", *flags, "--format=json"]) == program.DONE
+            assert evaluate.main(["evaluate", *flags, "--format=json"]) == cli.DONE
             found = json.loads(capsys.readouterr().out)
             assert [found[name] for name in FIGURES] == [line[name] for name in FIGURES]
 
@@ -124,7 +124,7 @@ def test_what_was_gone_back_from_is_in_no_line_and_windows_left_out_are_in_the_e
     # In window 33 a parameter is poisoned; back to step 30, from where windows 30 to 33 are left out.
     flags = ("--on_divergence=rollback",)
     status, losses = go("back", *flags, poisoned=33)
-    assert status == program.DONE and "went back to step 30" in (folder / "back" / "log.txt").read_text()
+    assert status == cli.DONE and "went back to step 30" in (folder / "back" / "log.txt").read_text()
     found = {line["step"]: line for line in lines(folder, "back") if line["split"] == "train"}
     for first, last in ((1, 7), (22, 28), (29, 35), (36, 40)):
         mean = np.mean([losses[step] for step in range(first, last + 1)])
@@ -133,5 +133,5 @@ def test_what_was_gone_back_from_is_in_no_line_and_windows_left_out_are_in_the_e
         step: round((step + (4 if step > 30 else 0)) / STEPS_PER_EPOCH, 4) for step in (7, 14, 21, 28, 35, 40)
     }
     go("back, killed", *flags, poisoned=33, at=38, end=kill)
-    assert go("back, killed", *flags, poisoned=33)[0] == program.DONE
+    assert go("back, killed", *flags, poisoned=33)[0] == cli.DONE
     assert but_for_time(folder, "back, killed") == but_for_time(folder, "back")

@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 
 from charlstm import config as config_lib
-from charlstm import mesh as mesh_lib
-from charlstm import model, progress, schedules, step
+from charlstm import distributed
 from charlstm.config import Config
+from charlstm.model import language_model
+from charlstm.run import estimate
+from charlstm.training import plateau, schedules, step
 from data_pipeline.batch import Batch
-from data_pipeline.corpora import resolve
+from data_pipeline.build.corpora import resolve
 from data_pipeline.shards import open_corpus
 from data_pipeline.streams import StreamPlan
-from launch import dry_run, flags, search_space
+from launch import flags, search_space
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -42,7 +44,7 @@ def test_the_tinyshakespeare_recipe_is_char_rnns_to_the_letter(corpora: Path, tm
     assert len(corpus.splits["valid"]) == 50 * 23 * 50
     assert "test" not in corpus.splits
     assert corpus.vocabulary.size == 65
-    params = jax.eval_shape(lambda: model.init(config.model, corpus.vocabulary.size, jax.random.key(0)))
+    params = jax.eval_shape(lambda: language_model.init(config.model, corpus.vocabulary.size, jax.random.key(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 240_321
     assert config.training.num_steps == 50 * 423
     # Streams read the columns: stream 7's first window is the beginning of column 7, its last the end of what is kept.
@@ -90,7 +92,7 @@ def recipe(name: str) -> Config:
 @RECIPES
 def test_a_recipe_has_as_many_parameters_as_is_published(name):
     V, millions, precision = PUBLISHED[name]
-    assert abs(dry_run.count_parameters(recipe(name), V) / 1e6 - millions) <= precision / 2
+    assert abs(estimate.count_parameters(recipe(name), V) / 1e6 - millions) <= precision / 2
 
 
 @RECIPES
@@ -101,14 +103,14 @@ def test_a_recipe_with_sizes_turned_down_takes_two_updates(name):
     small |= {"mogrifier_rank": min(config.model.mogrifier_rank, 2)}
     small |= {"window_deviation": min(config.streams.window_deviation, 1)}
     config = config_lib.resolve(config_lib.replace(config, **small), 1)
-    mesh, random = mesh_lib.make(jax.devices()[:1]), np.random.default_rng(0)
+    mesh, random = distributed.make(jax.devices()[:1]), np.random.default_rng(0)
     train_step = step.make(config, 7, mesh, steps_per_epoch=10)
     state = step.place(mesh, step.init(config, 7))
     before = jax.tree.map(np.asarray, state.params)
     for _ in range(2):
         ids = random.integers(0, 7, (4, 9), dtype=np.uint8)
         batch = Batch(ids[:, :-1], ids[:, 1:], np.zeros((4, 8), bool))
-        state, metrics = train_step(state, mesh_lib.put(mesh, mesh_lib.BY_STREAM, batch))
+        state, metrics = train_step(state, distributed.put(mesh, distributed.BY_STREAM, batch))
         assert metrics.sound and metrics.grad_norm > 0
     for one, other in zip(jax.tree.leaves(before), jax.tree.leaves(state.params), strict=True):
         assert (one != np.asarray(other)).any()
@@ -123,7 +125,7 @@ def test_a_recipe_says_what_is_published_what_it_costs_and_what_was_reached(name
     assert re.search(r"^# Reached here:", text, re.MULTILINE)
     cost = re.search(r"^# Cost: (\S+) FLOP an update, (\S+) in all", text, re.MULTILINE)
     assert cost, "no cost"
-    each = dry_run.flops(config, V)
+    each = estimate.flops(config, V)
     assert [f"{each:.2g}", f"{each * config.training.num_steps:.2g}"] == list(cost.groups())
 
 
@@ -137,7 +139,7 @@ def test_the_rate_of_awd_lstm_falls_to_a_tenth_twice(name, rate, windows, epochs
     schedule = schedules.make(config.optimizer, windows, config.training.num_steps)
     for times, (first, end) in enumerate(itertools.pairwise((0, *epochs))):
         for update in (windows * first, windows * end - 1):
-            assert schedule(jnp.int32(update), progress.start()) == pytest.approx(rate / 10**times, rel=1e-5)
+            assert schedule(jnp.int32(update), plateau.start()) == pytest.approx(rate / 10**times, rel=1e-5)
 
 
 def test_the_space_around_char_rnns_recipe_has_the_recipe_in_it():
@@ -145,4 +147,4 @@ def test_the_space_around_char_rnns_recipe_has_the_recipe_in_it():
     space = search_space.read(str(ROOT / "configs" / "tinyshakespeare.space.toml"), config)
     assert search_space.own_values(space, config).keys() == space.drawn.keys()
     assert not space.fitted and not space.drawn.keys() & {"hidden_size", "num_layers", "cell", "batch_size", "window"}
-    assert dry_run.count_parameters(config, 65) == 240_321
+    assert estimate.count_parameters(config, 65) == 240_321

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from charlstm import mesh as mesh_lib
-from charlstm import step as step_lib
-from charlstm.checkpoint import Checkpoints
-from launch import run_directory
+from charlstm import distributed
+from charlstm.run import run_directory
+from charlstm.run.checkpoint import Checkpoints
+from charlstm.training import step as step_lib
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 # goodbye, the same as `kill -9` from outside but at a known moment.
 KILLED_AT_27 = """
 import os, pathlib, signal, sys, time
-from charlstm.metrics import Meter
+from charlstm.run.metrics import Meter
 from launch import train
 add, run_dir = Meter.add, pathlib.Path(sys.argv[1].removeprefix("--run_dir="))
 def add_and_die(self, step, metrics):
@@ -59,7 +59,7 @@ def last_line(run_dir: Path) -> dict:
 
 def final_state(run_dir: Path):
     config, identity = run_directory.read(run_dir)
-    mesh = mesh_lib.make(jax.devices()[:1])
+    mesh = distributed.make(jax.devices()[:1])
     with Checkpoints(run_dir / "checkpoints", writable=False, log=print) as checkpoints:
         return checkpoints.restore(step_lib.abstract(config, identity.vocabulary.size, mesh))[0]
 

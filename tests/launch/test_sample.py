@@ -16,14 +16,16 @@ import numpy as np
 import pytest
 
 from charlstm import config as config_lib
-from charlstm import keys, model
-from charlstm import mesh as mesh_lib
-from charlstm import step as step_lib
-from charlstm.checkpoint import Checkpoints
+from charlstm import distributed
+from charlstm import rng as rng_lib
 from charlstm.config import Config
-from charlstm.generate import Chunk, Sampling, generate
+from charlstm.inference.generate import Chunk, Sampling, generate
+from charlstm.model import language_model
+from charlstm.run import run_directory
+from charlstm.run.checkpoint import Checkpoints
+from charlstm.training import step as step_lib
 from data_pipeline.vocabulary import UNKNOWN, Vocabulary
-from launch import run_directory, sample
+from launch import sample
 from launch.sample import Sample
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -35,7 +37,7 @@ SCORES = {3: 2.5, 5: 2.75}  # step -> bits per character: the best is not the la
 
 
 def params_of(step, vocabulary):
-    return model.init(CONFIG.model, vocabulary.size, keys.named(jax.random.key(step), "init"))
+    return language_model.init(CONFIG.model, vocabulary.size, rng_lib.named(jax.random.key(step), "init"))
 
 
 def make_run(run_dir, vocabulary, config=CONFIG):
@@ -46,7 +48,7 @@ def make_run(run_dir, vocabulary, config=CONFIG):
             state = step_lib.init(config, vocabulary.size)
             state = state._replace(step=jnp.asarray(step, jnp.int32), params=params_of(step, vocabulary))
             own = run_directory.checkpoint_identity(config, identity)
-            checkpoints.save(step_lib.place(mesh_lib.make(), state), own, score)
+            checkpoints.save(step_lib.place(distributed.make(), state), own, score)
     return run_dir
 
 

@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 
 from charlstm import config as config_lib
-from charlstm import digest, file_manifest
-from charlstm import mesh as mesh_lib
-from charlstm import step as step_lib
-from charlstm.checkpoint import Checkpoints
+from charlstm import distributed
 from charlstm.config import Config
+from charlstm.run import corpus, digest, run_directory, step_directory
+from charlstm.run.checkpoint import Checkpoints
+from charlstm.training import step as step_lib
 from data_pipeline.streams import StreamPlan
-from launch import chosen_corpus, flags, program, run_directory, train
+from launch import cli, flags, train
 from tests.conftest import ROOT
 
 COLUMNS = 100
@@ -99,10 +99,10 @@ def written(folder, arguments) -> str:
     """What was written to a terminal while the run of `trained` was made on it."""
     # The corpus is there before, so that its progress bar is no part of it.
     (config,), _ = flags.parse(["train", *arguments], "", Config())
-    chosen_corpus.open_for(config, [])
+    corpus.open_for(config, [])
     command = (sys.executable, "-m", "launch.train", *arguments, f"--run_dir={folder / 'run'}")
     status, written = on_terminal(*command)
-    assert status == program.DONE, written
+    assert status == cli.DONE, written
     return written
 
 
@@ -132,7 +132,7 @@ def test_a_run_directory_has_the_documented_files_and_no_other(trained):
     steps = {path.name for path in (trained / "checkpoints").iterdir()}
     assert steps == {"5", "8", "10", "15", "16", "20"}
     for step in steps:
-        file_manifest.verify(trained / "checkpoints" / step)
+        step_directory.verify(trained / "checkpoints" / step)
 
 
 def test_config_json_has_every_setting_of_the_command_and_the_numbers_that_a_zero_stood_for(trained, arguments):
@@ -180,7 +180,7 @@ def test_the_lines_of_metrics_are_of_the_documented_keys_at_the_steps_asked_for(
 
 def test_the_digest_of_the_last_line_is_that_of_the_last_checkpoint(trained):
     config, identity = run_directory.read(trained)
-    mesh = mesh_lib.make(jax.devices()[:2])
+    mesh = distributed.make(jax.devices()[:2])
     with Checkpoints(trained / "checkpoints", writable=False, log=print) as checkpoints:
         state, meta = checkpoints.restore(step_lib.abstract(config, identity.vocabulary.size, mesh))
     assert meta["step"] == int(state.step) == 20
@@ -239,7 +239,7 @@ def test_the_same_command_after_the_end_says_finished_and_changes_nothing_but_th
     command = (sys.executable, "-m", "launch.train", *arguments, f"--run_dir={trained}")
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert (again.returncode, again.stdout) == (program.DONE, "")
+    assert (again.returncode, again.stdout) == (cli.DONE, "")
     assert again.stderr.splitlines() == [
         "continuing from the checkpoint of step 20",
         "finished: the run is at step 20 of 20; --num_steps above that goes on",

@@ -15,7 +15,8 @@ import pytest
 
 from charlstm import config as config_lib
 from charlstm.config import Config
-from launch import dry_run, evaluate, program, run_directory, search_space, trials, tune
+from charlstm.run import estimate, run_directory
+from launch import cli, evaluate, search_space, trials, tune
 from tests.conftest import ROOT
 from tests.jobs import alive, children, wait_for
 from tests.launch.conftest import SMALL, TINY, refusal
@@ -57,9 +58,9 @@ def stand_in(monkeypatch) -> None:
 def worker(command: list[str], **environment: str) -> Iterator[subprocess.Popen]:
     """A worker in a process of its own, whose trials are of the stand-in."""
     program_text = (
-        "from launch import program, trials, tune\n"
+        "from launch import cli, trials, tune\n"
         f"trials.TRAIN, trials.LOOK_EVERY = ({sys.executable!r}, {str(STAND_IN)!r}), 0.05\n"
-        "program.run('launch.tune', tune.main)\n"
+        "cli.run('launch.tune', tune.main)\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program_text, *command[1:]], cwd=ROOT, env=os.environ | environment,
@@ -105,7 +106,7 @@ def test_a_width_is_fitted_so_that_one_more_unit_would_be_too_many_parameters(tm
         values = search_space.values_of(Fixed(num_layers=layers, learning_rate=0.1), space, Config(), 65)
         config = config_lib.replace(Config(), **values)
         wider = config_lib.replace(config, hidden_size=values["hidden_size"] + 1)
-        assert dry_run.count_parameters(config, 65) <= 240_321 < dry_run.count_parameters(wider, 65)
+        assert estimate.count_parameters(config, 65) <= 240_321 < estimate.count_parameters(wider, 65)
 
 
 @pytest.mark.parametrize(
@@ -135,14 +136,14 @@ def test_a_space_that_is_none_is_refused_in_one_sentence(text, sentence, command
 
 
 def test_a_trial_is_a_run_like_any_other_and_the_first_has_the_flags_own_values(command, tmp_path, capsys):
-    assert tune.main([*command, "--trials=1"]) == program.DONE
+    assert tune.main([*command, "--trials=1"]) == cli.DONE
     run_dir = trials.run_dir(tmp_path / "study", 0)
     config, _ = run_directory.read(run_dir)
     assert (config.optimizer.learning_rate, config.streams.batch_size, config.training.num_steps) == (0.01, 16, 40)
     (trial,) = study_of(tmp_path)
     assert sorted(trial.intermediate_values) == list(range(1, 11))
     capsys.readouterr()
-    assert evaluate.main(["evaluate", f"--run_dir={run_dir}", "--split=valid", "--format=json"]) == program.DONE
+    assert evaluate.main(["evaluate", f"--run_dir={run_dir}", "--split=valid", "--format=json"]) == cli.DONE
     scored = json.loads(capsys.readouterr().out)
     assert scored["bits_per_symbol"] == pytest.approx(trial.value, abs=1e-6)
     assert trial.user_attrs["seconds"] > 0
@@ -151,7 +152,7 @@ def test_a_trial_is_a_run_like_any_other_and_the_first_has_the_flags_own_values(
 
 def test_bad_trials_are_stopped_early_and_the_report_names_the_best(command, tmp_path, stand_in, capsys, monkeypatch):
     monkeypatch.setenv("STAND_IN_SPOILS", "yes")
-    assert tune.main([*command, "--trials=12"]) == program.DONE
+    assert tune.main([*command, "--trials=12"]) == cli.DONE
     told = capsys.readouterr().out
     ended = study_of(tmp_path)
     spoiled = [trial for trial in ended if trial.number >= 4 and trial.params["batch_size"] == 8]
@@ -170,13 +171,13 @@ def test_bad_trials_are_stopped_early_and_the_report_names_the_best(command, tmp
 
 
 def test_every_trial_makes_as_many_updates_as_its_seconds_allow(command, tmp_path, stand_in):
-    assert tune.main([*command, "--trials=1", "--seconds_per_trial=26"]) == program.DONE
+    assert tune.main([*command, "--trials=1", "--seconds_per_trial=26"]) == cli.DONE
     assert "--num_steps=100 --evaluate_every=10 " in starts(tmp_path, 0)[0]  # of a quarter of a second each
 
 
 def test_a_trial_that_diverges_counts_as_bad_and_one_that_is_refused_ends_the_worker(command, tmp_path, stand_in):
     write(tmp_path / "space.toml", SPACE.replace("1e-4", "0.6").replace("0.4", "0.7"))
-    assert tune.main([*command, "--trials=2"]) == program.DONE
+    assert tune.main([*command, "--trials=2"]) == cli.DONE
     assert states(tmp_path) == ["PRUNED", "PRUNED"]
     write(tmp_path / "space.toml", SPACE.replace("1e-4", "0.95").replace("0.4", "0.99"))
     other = [*command[1:], f"--study_dir={tmp_path / 'other'}"]
@@ -190,9 +191,9 @@ def test_two_workers_share_a_study_and_no_trial_is_run_twice_or_drawn_alike(comm
     monkeypatch.setenv("STAND_IN_PAUSE", "0.05")
     with worker([*command, "--trials=8"]) as other:
         wait_for(lambda: starts(tmp_path, 0))
-        assert tune.main([*command, "--trials=8"]) == program.DONE
+        assert tune.main([*command, "--trials=8"]) == cli.DONE
         stderr = other.communicate(timeout=60)[1]
-    assert other.returncode == program.DONE, stderr
+    assert other.returncode == cli.DONE, stderr
     assert set(states(tmp_path)) <= {"COMPLETE", "PRUNED"} and len(states(tmp_path)) == 8
     assert [len(starts(tmp_path, number)) for number in range(8)] == [1] * 8
     assert len({trial.params["learning_rate"] for trial in study_of(tmp_path)}) == 8
@@ -222,7 +223,7 @@ def test_a_signal_stops_the_trial_and_the_same_command_goes_on_with_it(command, 
         slow.setenv("STAND_IN_PAUSE", "0.1")
         stopper = threading.Thread(target=stop)
         stopper.start()
-        assert tune.main([*command, "--trials=2"]) == program.STOPPED
+        assert tune.main([*command, "--trials=2"]) == cli.STOPPED
         stopper.join()
     assert states(tmp_path) == ["RUNNING"]
     assert_goes_on(command, tmp_path)
@@ -230,7 +231,7 @@ def test_a_signal_stops_the_trial_and_the_same_command_goes_on_with_it(command, 
 
 def assert_goes_on(command: list[str], tmp_path: Path) -> None:
     """With the one trial that was cut short, and another one."""
-    assert tune.main([*command, "--trials=2"]) == program.DONE
+    assert tune.main([*command, "--trials=2"]) == cli.DONE
     assert states(tmp_path) == ["COMPLETE", "COMPLETE"]
     before, after = (start.partition(" ")[2] for start in starts(tmp_path, 0))
     assert before == after, "it went on with other settings"
@@ -240,10 +241,10 @@ def assert_goes_on(command: list[str], tmp_path: Path) -> None:
 
 
 def test_a_study_is_held_to_its_terms_and_a_longer_one_goes_on(command, tmp_path, stand_in):
-    assert tune.main([*command, "--trials=1"]) == program.DONE
+    assert tune.main([*command, "--trials=1"]) == cli.DONE
     assert "was begun with another flags: give its own" in refusal(tune.main, *command[1:], "--hidden_size=9")
     assert "another seconds_per_trial: give" in refusal(tune.main, *command[1:], "--seconds_per_trial=9")
-    assert tune.main([*command, "--trials=2"]) == program.DONE
+    assert tune.main([*command, "--trials=2"]) == cli.DONE
     write(tmp_path / "space.toml", SPACE.replace("16", "32"))
     assert "another space: give its own, or another study_dir" in refusal(tune.main, *command[1:])
     assert len(states(tmp_path)) == 2

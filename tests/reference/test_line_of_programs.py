@@ -13,16 +13,19 @@ import numpy as np
 import pytest
 
 from charlstm import config as config_lib
-from charlstm import generate, keys, model, step
-from charlstm import mesh as mesh_lib
+from charlstm import distributed
+from charlstm import rng as rng_lib
 from charlstm.config import Config
-from charlstm.loss import cross_entropy
+from charlstm.inference import generate
+from charlstm.model import language_model
 from charlstm.reference import min_char_rnn, numpy_lstm
+from charlstm.training import step
+from charlstm.training.loss import cross_entropy
 from charlstm.types import CellParams, CellState, ModelParams
 from data_pipeline.batch import Batch
 from data_pipeline.streams import StreamPlan
-from tests.cells.test_cells import equations
 from tests.conftest import ROOT
+from tests.model.cells.test_cells import equations
 
 V, H, T, UPDATES = 7, 9, 6, 100
 RATE = 0.05
@@ -125,11 +128,11 @@ def batches(ids: np.ndarray, B: int, count: int) -> list[Batch]:
 
 def trained(config: Config, params: ModelParams, read: list[Batch]) -> tuple[ModelParams, list[float]]:
     """The parameters after an update on each of the batches, and the loss of each."""
-    mesh = mesh_lib.make(jax.devices()[:1])
+    mesh = distributed.make(jax.devices()[:1])
     state, losses = step.place(mesh, step.init(config, V)._replace(params=params)), []
     train_step = step.make(config, V, mesh, steps_per_epoch=10)
     for batch in read:
-        state, metrics = train_step(state, mesh_lib.put(mesh, mesh_lib.BY_STREAM, batch))
+        state, metrics = train_step(state, distributed.put(mesh, distributed.BY_STREAM, batch))
         losses.append(float(metrics.loss))
         (cell,) = state.params.cells
         state = state._replace(params=state.params._replace(cells=(cell._replace(b_h=jnp.zeros_like(cell.b_h)),)))
@@ -171,7 +174,7 @@ def test_a_seed_programs_gradients_are_the_models_to_1e_10_in_float64(program):
         state = (CellState(h, c),)
 
         def mean_loss(params):
-            _, logits = model.apply(config.model, params, state, x_WTB[1].T, np.zeros((B, T), bool))
+            _, logits = language_model.apply(config.model, params, state, x_WTB[1].T, np.zeros((B, T), bool))
             return cross_entropy(logits, y_WTB[1]).mean()
 
         gradient = jax.jit(jax.grad(mean_loss))(seed.params(np.float64))
@@ -188,7 +191,7 @@ class SameDraws:
     """In place of a NumPy generator: the noise that `generate` gives its first row, symbol after symbol."""
 
     def __init__(self, seed: int) -> None:
-        self.row, self.position = jax.random.fold_in(keys.named(jax.random.key(seed), "sample"), 0), 0
+        self.row, self.position = jax.random.fold_in(rng_lib.named(jax.random.key(seed), "sample"), 0), 0
 
     def gumbel(self, size: int) -> np.ndarray:
         noise = jax.random.gumbel(jax.random.fold_in(self.row, self.position), (size,))
@@ -213,7 +216,9 @@ def test_a_seed_program_and_the_model_make_the_same_text_of_the_same_draws(progr
 def test_every_stream_carries_its_own_state_h_and_c_each_from_its_own():
     config, params = NumpyLstm.config, NumpyLstm().params(np.float32)
     inputs, reset = np.random.default_rng(0).integers(V, size=(3, T)).astype(np.int32), np.zeros((3, T), bool)
-    (state,), _ = model.apply(config.model, params, model.initial_state(config.model, 3), inputs, reset)
+    (state,), _ = language_model.apply(
+        config.model, params, language_model.initial_state(config.model, 3), inputs, reset
+    )
     lstm = NumpyLstm().lstm
     for row in range(3):
         _, (h, c), _ = lstm.forward(inputs[row : row + 1].T, lstm.zero_state(1))
@@ -224,13 +229,15 @@ def test_every_stream_carries_its_own_state_h_and_c_each_from_its_own():
 
 def test_the_cell_state_is_not_squashed_and_counts_beyond_1():
     config = make_config("lstm", B=1, forget_bias=20.0)
-    params = model.init(config.model, V, jax.random.key(0))
+    params = language_model.init(config.model, V, jax.random.key(0))
     (cell,) = params.cells
     a_i, a_f, a_g, a_o = np.split(np.asarray(cell.b_x), 4)
     open_wide = cell._replace(b_x=np.concatenate([a_i + 20, a_f, a_g + 20, a_o]))
     params = params._replace(cells=(open_wide,))
     inputs = np.zeros((1, T), np.int32)
-    (state,), _ = model.apply(config.model, params, model.initial_state(config.model, 1), inputs, inputs > 0)
+    (state,), _ = language_model.apply(
+        config.model, params, language_model.initial_state(config.model, 1), inputs, inputs > 0
+    )
     np.testing.assert_allclose(state.c, T, atol=1e-3)
     lstm = numpy_lstm.Lstm(np.random.default_rng(0), V, H)
     lstm.weights["b"] = open_wide.b_x.astype(np.float64)
@@ -266,11 +273,13 @@ def test_a_process_with_other_hashes_makes_the_same_vocabulary():
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 def test_a_longer_window_is_no_longer_program(cell, monkeypatch):
-    monkeypatch.setattr("charlstm.compiler.options", dict)  # a step within another program can have none of its own
+    monkeypatch.setattr(
+        "charlstm.model.ops.compiler.options", dict
+    )  # a step within another program can have none of its own
 
     def length(T: int) -> int:
         config = make_config(cell, B=2, window=T)
-        mesh = mesh_lib.make(jax.devices()[:1])
+        mesh = distributed.make(jax.devices()[:1])
         ids = jax.ShapeDtypeStruct((2, T), np.uint8)
         batch = Batch(ids, ids, jax.ShapeDtypeStruct((2, T), np.bool_))
         train_step = step.make(config, V, mesh, steps_per_epoch=10)

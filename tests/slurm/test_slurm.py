@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from charlstm.file_manifest import StepDirectory
-from launch import program
+from charlstm.run.step_directory import StepDirectory
+from launch import cli
 from tests.conftest import ROOT
 from tests.jobs import last_line
 
@@ -107,7 +107,7 @@ def test_a_job_that_is_pre_empted_requeues_itself_and_ends_with_the_bits_of_an_u
     ending, said = cluster.ending(job, log), log.read_text()
     assert (ending["JobState"], ending["Restarts"], ending["ExitCode"]) == ("COMPLETED", "1", "0:0"), said
     assert said.count("training on 2 x cpu in 2 processes") == 2
-    assert f"status {program.STOPPED}: requeued, as 0 times before" in said
+    assert f"status {cli.STOPPED}: requeued, as 0 times before" in said
     assert last_line(run_dir)["state_digest"] == last_line(undisturbed)["state_digest"]
 
 
@@ -120,7 +120,7 @@ def stand_in(tmp_path_factory) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("status", [program.DONE, program.MISTAKE, program.DIVERGED, program.NOT_SAVED])
+@pytest.mark.parametrize("status", [cli.DONE, cli.MISTAKE, cli.DIVERGED, cli.NOT_SAVED])
 def test_what_would_end_so_again_is_not_requeued(status, cluster, stand_in, tmp_path):
     log = tmp_path / "log.txt"
     ending = cluster.ending(cluster.submit(log, PYTHON=stand_in, STATUS=str(status)), log)
@@ -130,8 +130,8 @@ def test_what_would_end_so_again_is_not_requeued(status, cluster, stand_in, tmp_
 
 def test_deaths_are_requeued_but_not_for_ever(cluster, stand_in, tmp_path):
     log = tmp_path / "log.txt"
-    job = cluster.submit(log, PYTHON=stand_in, STATUS=str(program.LOST), MAX_RESTARTS="1")
+    job = cluster.submit(log, PYTHON=stand_in, STATUS=str(cli.LOST), MAX_RESTARTS="1")
     ending, said = cluster.ending(job, log), log.read_text()
-    assert (ending["JobState"], ending["ExitCode"], ending["Restarts"]) == ("FAILED", f"{program.LOST}:0", "1"), said
-    assert f"status {program.LOST}: requeued, as 0 times before" in said
-    assert f"status {program.LOST} after 1 requeues: not requeued again" in said
+    assert (ending["JobState"], ending["ExitCode"], ending["Restarts"]) == ("FAILED", f"{cli.LOST}:0", "1"), said
+    assert f"status {cli.LOST}: requeued, as 0 times before" in said
+    assert f"status {cli.LOST} after 1 requeues: not requeued again" in said

@@ -1,0 +1,121 @@
+"""All the frozen settings of a run as one tree, and its json."""
+
+import dataclasses
+import json
+from typing import Any
+
+from charlstm.config.model import ModelConfig
+from charlstm.config.training import EvaluationConfig, OptimizerConfig, TrainingConfig
+from data_pipeline.settings import CorpusSettings, StreamSettings, check_numbers
+
+# Settings that say when the validation split is scored, and to which figure, to the last bit.
+SCORING = ("evaluate_every", "piece", "burn_in", "evaluation_batch_size")
+# Values by which a setting is left to the run, which fixes it when it starts.
+LEFT_OPEN = {"logical_shards": 0, "decay_steps": 0, "decay_rate": 0, "recurrence": "auto"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The whole of a run's settings; `config.json` in the run directory."""
+
+    corpus: CorpusSettings = CorpusSettings()
+    streams: StreamSettings = StreamSettings()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def __post_init__(self) -> None:
+        check_numbers(self.corpus)
+        check_numbers(self.streams)
+        flag = self.optimizer.goes_by_validation
+        if flag and not self.training.evaluate_every:
+            raise ValueError(f"{flag} goes by validation scores, and with evaluate_every=0 there are none: use 400")
+
+
+def flatten(config: Config) -> dict[str, tuple[str, dataclasses.Field]]:
+    """Every setting: its flat name -> (its section, its field).  Names are unique over the tree."""
+    flat: dict[str, tuple[str, dataclasses.Field]] = {}
+    for section in dataclasses.fields(config):
+        for field in dataclasses.fields(getattr(config, section.name)):
+            assert field.name not in flat, f"{field.name} stands in two sections"
+            flat[field.name] = (section.name, field)
+    return flat
+
+
+def replace(config: Config, **values: Any) -> Config:
+    """`config` with settings replaced, each named by its flat name.  Checks run again."""
+    flat = flatten(config)
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        sections.setdefault(flat[name][0], {})[name] = value
+    return dataclasses.replace(
+        config, **{s: dataclasses.replace(getattr(config, s), **changed) for s, changed in sections.items()}
+    )
+
+
+def resolve(config: Config, device_count: int) -> Config:
+    """`config` with the zeros that mean "the obvious number" filled in, as a run fixes them when it starts."""
+    training, optimizer = config.training, config.optimizer
+    return replace(
+        config,
+        logical_shards=training.logical_shards or device_count,
+        decay_steps=optimizer.decay_steps or training.num_steps,
+        decay_rate=optimizer.decay_rate or optimizer.usual_decay_rate,
+    )
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str, source: str) -> Config:
+    """The config that `to_json` wrote.
+
+    Raises:
+      ValueError: `text` is not such a config; the message names `source` and what is wrong.
+    """
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source} is not json: {error}") from None
+    defaults = Config()
+    if not isinstance(tree, dict):
+        raise ValueError(f"{source} is not the config of a run: not a json object")
+    sections = {}
+    for section in dataclasses.fields(Config):
+        current = getattr(defaults, section.name)
+        values = tree.pop(section.name, None)
+        if not isinstance(values, dict):
+            raise ValueError(f"{source} is not the config of a run: section {section.name!r} is missing")
+        known = {f.name: type(getattr(current, f.name)) for f in dataclasses.fields(current)}
+        for name, value in values.items():
+            if name not in known:
+                raise ValueError(f"{source}: unknown setting {name!r} in section {section.name!r}")
+            if type(value) is not known[name] and not (known[name] is float and type(value) is int):
+                raise ValueError(f"{source}: {section.name}.{name}={value!r} is not a {known[name].__name__}")
+        try:
+            sections[section.name] = dataclasses.replace(current, **values)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
+    if tree:
+        raise ValueError(f"{source}: unknown section {next(iter(tree))!r}")
+    try:
+        return Config(**sections)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def differences(run: Config, now: Config) -> tuple[list[str], list[str]]:
+    """What `now` would change of a run made with `run`: (forbidden, free), each a list of "name: old -> new".
+
+    What is LEFT_OPEN is no difference.  Where a run goes by validation, what makes the scores is not free.
+    """
+    held = SCORING if run.optimizer.goes_by_validation else ()
+    forbidden: list[str] = []
+    free: list[str] = []
+    for name, (section, field) in flatten(run).items():
+        old, new = getattr(getattr(run, section), name), getattr(getattr(now, section), name)
+        if old != new and new != LEFT_OPEN.get(name):
+            (free if field.metadata["free"] and name not in held else forbidden).append(f"{name}: {old} -> {new}")
+    return forbidden, free

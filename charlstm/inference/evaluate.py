@@ -1,0 +1,127 @@
+"""The score of a model on a held-out split: every symbol once, with carried state, training untouched."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from charlstm import distributed
+from charlstm.config import Config
+from charlstm.inference.score import Score
+from charlstm.model import language_model
+from charlstm.model.ops import compiler
+from charlstm.training.loss import NATS_PER_BIT, cross_entropy
+from charlstm.types import ModelParams, RecurrentState
+from data_pipeline.batch import Batch, Separator
+from data_pipeline.eval_chunks import PiecePlan, read_pieces
+
+
+class Split(Protocol):
+    """A split of a corpus."""
+
+    bytes: int  # of the original text
+    characters: int | None  # that start in it; None where it is not UTF-8
+    unknown: int  # symbols that are not in the vocabulary
+
+    def __len__(self) -> int: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def read(self, start: int, stop: int, /) -> np.ndarray: ...
+
+
+def of_split(
+    config: Config, vocabulary_size: int, split: Split, mesh: Mesh, separator: Separator = (), shards: int = 1
+) -> Callable[[ModelParams], Score]:
+    """A function params -> score of the whole of `split`, on all devices of `mesh`.
+
+    Every symbol is scored once: symbols 1 .. N-1 by the model, and symbol 0, which nothing precedes, by log2(V) bits.
+    A device takes its rows in `shards` parts, one after the other, each at one shape: the score has the same bits on
+    any number of devices whose product with `shards` is the same.
+    """
+    evaluate = at_temperatures(config, vocabulary_size, split, mesh, separator, shards=shards)
+    return lambda params: evaluate(params)[0]
+
+
+def at_temperatures(
+    config: Config,
+    vocabulary_size: int,
+    split: Split,
+    mesh: Mesh,
+    separator: Separator = (),
+    temperatures: Sequence[float] = (1.0,),
+    shards: int = 1,
+) -> Callable[[ModelParams], list[Score]]:
+    """As `of_split`, a score for each soft-max temperature, all from the same logits."""
+    settings, pieces = config.evaluation, -(-len(split) // config.evaluation.piece)
+    parts = mesh.size * shards
+    rows = -(-min(settings.evaluation_batch_size, pieces) // parts) * parts
+    plan = PiecePlan(len(split), settings.piece, settings.burn_in, rows, config.streams.window)
+    own_rows, window = distributed.process_rows(mesh, rows), make_window(config, mesh, temperatures, shards)
+
+    def evaluate(params: ModelParams) -> list[Score]:
+        carry = language_model.initial_state(config.model, len(own_rows), params.b_out.dtype)
+        carry = distributed.put(mesh, distributed.BY_STREAM, carry)
+        total_K, late = np.zeros(len(temperatures)), None
+        for batch in read_pieces(split, plan, own_rows, separator):
+            carry, nats = window(params, carry, *distributed.put(mesh, distributed.BY_STREAM, batch))
+            total_K += 0 if late is None else _sum(late)  # one window late, so that the device never waits
+            late = nats
+        assert late is not None
+        return scores(total_K + _sum(late), vocabulary_size, split)
+
+    return evaluate
+
+
+def scores(nats_K: np.ndarray, vocabulary_size: int, split: Split) -> list[Score]:
+    """Of sums over symbols 1 .. N-1 of `split`."""
+    bits_K = nats_K / NATS_PER_BIT + math.log2(vocabulary_size)
+    return [Score(bits, len(split), split.characters, split.bytes, split.unknown) for bits in bits_K.tolist()]
+
+
+def _sum(nats_BK: jax.Array) -> np.ndarray:
+    """In float64: a figure must not depend on how many rows are summed."""
+    return distributed.fetch(nats_BK).sum(0, dtype=np.float64)
+
+
+def nats_at(temperatures: Sequence[float], logits_TBV: jax.Array, targets_TB: jax.Array) -> jax.Array:
+    """Cross-entropy with the soft-max of logits / temperature, `[K, T, B]` nats for K temperatures."""
+    # One after the other, so that the memory does not grow with K.
+    return jax.lax.map(
+        lambda temperature: cross_entropy(logits_TBV / temperature, targets_TB),
+        jnp.asarray(temperatures, logits_TBV.dtype),
+    )
+
+
+def make_window(
+    config: Config, mesh: Mesh, temperatures: Sequence[float] = (1.0,), shards: int = 1
+) -> Callable[..., tuple[RecurrentState, jax.Array]]:
+    """The compiled (params, carry, batch, scored [B, T]) -> (carry, nats [B, K] summed over the scored symbols)."""
+
+    def local_window(params: ModelParams, *rows: Any) -> Any:
+        by_shard = jax.tree.map(lambda a: a.reshape((shards, -1, *a.shape[1:])), rows)
+        found = jax.lax.map(lambda part: shard_window(params, *part), by_shard)
+        return jax.tree.map(lambda a: a.reshape((-1, *a.shape[2:])), found)
+
+    def shard_window(params: ModelParams, carry: RecurrentState, batch: Batch, scored_bT: jax.Array) -> Any:
+        carry, logits_TbV = language_model.apply(config.model, params, carry, batch.inputs, batch.reset)
+        nats_KTb = nats_at(temperatures, logits_TbV, batch.targets.T)
+        return carry, jnp.where(scored_bT.T[None], nats_KTb, 0).sum(1).T
+
+    whole, by_row = distributed.REPLICATED, distributed.BY_STREAM
+    return jax.jit(
+        jax.shard_map(
+            local_window,
+            mesh=mesh,
+            in_specs=(whole, by_row, by_row, by_row),
+            out_specs=(by_row, by_row),
+            check_vma=False,
+        ),
+        donate_argnums=1,
+        compiler_options=compiler.options(),
+    )

@@ -1,0 +1,96 @@
+"""Noise that regularises: masks drawn for a window, each for its purpose, by name.
+
+A mask m holds 0 with probability `rate`, else 1 / (1 - rate), so that its mean is 1 and what has no noise needs no
+scaling: evaluation and sampling give none, and rate 0 is no noise to the bit.
+
+    drop            x_t <- m x_t      m [width] of each stream: locked dropout       Gal & Ghahramani 2016
+                    x_t <- m_t x_t    m_t [width] of each stream and symbol          Zaremba et al. 2014
+    drop_symbols    the same of one-hot x_t: a stream does not see the symbols that its m drops
+    drop_rows       E_v <- m_v E_v    m [V]: no stream sees the symbols it drops     Merity et al. 2018
+    drop_weights    W <- m W          m of each weight, for all streams              Wan et al. 2013, Merity et al. 2018
+
+Gal and Ghahramani, A Theoretically Grounded Application of Dropout in Recurrent Neural Networks; Zaremba, Sutskever and
+Vinyals, Recurrent Neural Network Regularization (arXiv:1409.2329); Wan et al., Regularization of Neural Networks using
+DropConnect; Merity, Keskar and Socher, Regularizing and Optimizing LSTM Language Models (arXiv:1708.02182, AWD-LSTM).
+
+What is drawn for a stream depends on (seed, step, name, row of the global batch), and what is drawn for all on (seed,
+step, name): never on the devices, on the logical shards or on other draws.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from charlstm import rng
+
+
+class Noise(NamedTuple):
+    """What the masks of one window depend on: nothing of where they are computed."""
+
+    key: jax.Array  # of the seed and the step
+    rows_B: jax.Array  # int32: each row's number in the global batch
+
+
+def row_mask(noise: Noise, rate: float, name: str, width: int, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """m of each stream, `[B, width]`."""
+    return kept_by_row(noise, rate, name, (width,)).astype(dtype) / (1 - rate)
+
+
+def drop(x_TBD: jax.Array, noise: Noise | None, rate: float, name: str, each_symbol: bool = False) -> jax.Array:
+    """`x_TBD` times the streams' masks: one for the window, or one for each symbol."""
+    if noise is None or not rate:
+        return x_TBD
+    T, _, D = x_TBD.shape
+    if each_symbol:
+        return _scaled(x_TBD, kept_by_row(noise, rate, name, (T, D)).swapaxes(0, 1), rate)
+    return _scaled(x_TBD, kept_by_row(noise, rate, name, (D,))[None], rate)
+
+
+def drop_symbols(
+    y_TBK: jax.Array,
+    ids_TB: jax.Array,
+    vocabulary_size: int,
+    noise: Noise | None,
+    rate: float,
+    name: str,
+    each_symbol: bool = False,
+) -> jax.Array:
+    """`drop` of the one-hot symbols `ids_TB`, of which `y_TBK` is the product with some weights: (m onehot) W."""
+    if noise is None or not rate:
+        return y_TBK
+    if each_symbol:
+        kept_BT = kept_by_row(noise, rate, name, ids_TB.shape[:1])
+    else:
+        kept_BT = jnp.take_along_axis(kept_by_row(noise, rate, name, (vocabulary_size,)), ids_TB.T, axis=1)
+    return _scaled(y_TBK, kept_BT.T[:, :, None], rate)
+
+
+def drop_rows(w_VE: jax.Array, noise: Noise | None, rate: float, name: str) -> jax.Array:
+    """Zeroes rows of `w_VE`, the same for all streams."""
+    if noise is None or not rate:
+        return w_VE
+    return _scaled(w_VE, _kept(rng.named(noise.key, name), rate, (w_VE.shape[0], 1)), rate)
+
+
+def drop_weights(w_HG: jax.Array, noise: Noise | None, rate: float, name: str) -> jax.Array:
+    """Zeroes weights of `w_HG`, the same for all streams."""
+    if noise is None or not rate:
+        return w_HG
+    return _scaled(w_HG, _kept(rng.named(noise.key, name), rate, w_HG.shape), rate)
+
+
+def _kept(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.bernoulli(key, 1 - rate, shape)
+
+
+def kept_by_row(noise: Noise, rate: float, name: str, shape: tuple[int, ...]) -> jax.Array:
+    """Whether m is not 0, bool `[B, *shape]`."""
+    key = rng.named(noise.key, name)
+    return jax.vmap(lambda row: _kept(jax.random.fold_in(key, row), rate, shape))(noise.rows_B)
+
+
+def _scaled(x: jax.Array, kept: jax.Array, rate: float) -> jax.Array:
+    # A choice, so that the reverse pass keeps a byte for each element of the mask, and in x's own dtype: what XLA fuses
+    # may keep a higher precision, and not alike for every number of devices.
+    return jnp.where(kept, x * (1 / (1 - rate)), 0)

@@ -1,0 +1,190 @@
+"""The language model: symbols -> embedding -> L recurrent layers -> logits of the next symbol.
+
+    x_1 = one-hot(symbol) or embedding[symbol]        x_{l+1} = h_l
+    h_l = recurrence_l(x_l W_x)                       cells/, and what surrounds a cell: layer.py
+    features = h_L, or with skip the sum of all h_l
+    logits = features W_out + b_out                   W_out is the embedding's transpose where it is tied
+
+In training every x_l, the features, the embedding's rows and the recurrent weights may be dropped (noise.py). What a
+layer adds to the features with skip is not dropped on its way to the next (Melis et al. 2018); the soft-max, where it
+is tied, uses all rows of the embedding (Merity et al. 2018).
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from charlstm import rng
+from charlstm.config.model import ModelConfig
+from charlstm.model import initializers
+from charlstm.model import layer as layer_lib
+from charlstm.model.dropout import Noise, drop, drop_rows, drop_symbols, drop_weights
+from charlstm.model.layer import CELLS
+from charlstm.model.ops.matmul import dense, lookup
+from charlstm.types import CellParams, CellState, ModelParams, RecurrentState
+
+
+def init(config: ModelConfig, vocabulary_size: int, key: jax.Array) -> ModelParams:
+    """Initial float32 parameters for a vocabulary of `vocabulary_size` symbols."""
+    V, E, widths = vocabulary_size, config.embedding_size, config.widths
+
+    def draw(name: str, shape: tuple[int, int]) -> jax.Array:
+        return initializers.weights(
+            config.initializer, rng.named(key, name), shape, scale=config.init_scale, hidden_size=widths[-1]
+        )
+
+    layers = []
+    for layer, (input_width, width) in enumerate(zip((E or V, *widths), widths, strict=False)):
+        layers.append(layer_lib.init(config, rng.named(key, f"cells.{layer}"), input_width, width))
+    return ModelParams(
+        embedding=draw("embedding", (V, E)) if E else None,
+        cells=tuple(layers),
+        w_out=None if config.tie_embeddings else draw("w_out", (widths[-1], V)),
+        b_out=initializers.biases(
+            config.initializer, rng.named(key, "b_out"), V, scale=config.init_scale, hidden_size=widths[-1]
+        ),
+    )
+
+
+def initial_state(config: ModelConfig, batch: int, dtype: jnp.dtype = jnp.float32) -> RecurrentState:
+    """Zeros for `batch` streams; where the initial state is trained, that of an untrained model."""
+    return tuple(CELLS[config.cell].initial_state(batch, width, dtype) for width in config.widths)
+
+
+def first_state(params: ModelParams, like: RecurrentState) -> RecurrentState:
+    """The state before anything was read, learned or zero, of as many streams as `like` has."""
+
+    def of_layer(p: CellParams, state: CellState) -> CellState:
+        if p.first is None:
+            return jax.tree.map(jnp.zeros_like, state)
+        return jax.tree.map(lambda f_H, s_BH: jnp.broadcast_to(f_H, s_BH.shape), p.first, state)
+
+    return tuple(of_layer(p, state) for p, state in zip(params.cells, like, strict=True))
+
+
+def apply(
+    config: ModelConfig,
+    params: ModelParams,
+    state: RecurrentState,
+    inputs_BT: jax.Array,
+    reset_BT: jax.Array,
+    noise: Noise | None = None,
+) -> tuple[RecurrentState, jax.Array]:
+    """Runs a window through the model: to score and to sample, by the loop, on any device, whatever trained it.
+
+    Args:
+      state: carried from the window before.
+      inputs_BT: symbol ids.
+      reset_BT: bool; where True, the stream's state is set to the first before symbol t is read.
+      noise: what the masks depend on; None for none.
+
+    Returns:
+      The state after the window, and the logits of the symbol after each input, `[T, B, V]`, in the parameters' dtype.
+    """
+    state, features_TBH = features(config.by_scan, params, state, inputs_BT, reset_BT, noise)
+    return state, logits(config, params, drop_features(config, features_TBH, noise))
+
+
+def features(
+    config: ModelConfig,
+    params: ModelParams,
+    state: RecurrentState,
+    inputs_BT: jax.Array,
+    reset_BT: jax.Array,
+    noise: Noise | None = None,
+) -> tuple[RecurrentState, jax.Array]:
+    """The state after a window, and what the soft-max sees, `[T, B, H]` in the compute dtype; arguments of `apply`."""
+    inputs_TB, reset_TB = inputs_BT.T, reset_BT.T
+    params = _with_dropped_weights(config, params, noise)
+    if inputs_BT.size >= len(params.b_out) and not (noise is not None and config.input_dropout):
+        params = with_projected_symbols(config, params)
+    T, size = len(inputs_TB), math.isqrt(len(inputs_TB))
+    if not config.remat or size < 2:
+        return _read(config, params, noise, state, inputs_TB, reset_TB)
+    # Pieces of the square root of the window, the first one with what is left over: the states between them, and what
+    # one piece keeps, are least then.  The loop holds back what a piece computes again until its turn has come.
+    start = size + T % size if T % size else 0
+    read = jax.checkpoint(partial(_read, config, params, noise), prevent_cse=False)
+    state, first = read(state, inputs_TB[:start], reset_TB[:start]) if start else (state, None)
+    pieces = jax.tree.map(lambda a: a[start:].reshape(-1, size, *a.shape[1:]), (inputs_TB, reset_TB))
+    state, rest = jax.lax.scan(lambda state, piece: read(state, *piece), state, pieces)
+    rest = rest.reshape(-1, *rest.shape[2:])
+    return state, rest if first is None else jnp.concatenate([first, rest])
+
+
+def _with_dropped_weights(config: ModelConfig, params: ModelParams, noise: Noise | None) -> ModelParams:
+    """The embedding and the recurrent weights as the window uses them."""
+    table_VE = params.embedding
+    if table_VE is not None:
+        table_VE = drop_rows(table_VE, noise, config.embedding_dropout, "embedding_dropout")
+    cells = []
+    for layer, p in enumerate(params.cells):
+        w_h = drop_weights(layer_lib.recurrent_weights(p), noise, config.weight_drop, f"weight_drop.{layer}")
+        cells.append(p._replace(w_h=w_h))
+    return params._replace(embedding=table_VE, cells=tuple(cells))
+
+
+def with_projected_symbols(config: ModelConfig, params: ModelParams) -> ModelParams:
+    """`params` of the same model of one-hot symbols, whose w_x is embedding W_x: each symbol is projected once.
+
+    As they are where that is more arithmetic than it saves: its gradient is a product with V rows, for two with
+    embedding_size.  And where the recurrence projects its inputs itself.
+    """
+    table_VE, p = params.embedding, params.cells[0]
+    if table_VE is None or config.takes_raw_input or len(table_VE) > 2 * table_VE.shape[1]:
+        return params
+    w_VX = dense(table_VE[None], p.w_x, None, _compute_dtype(config, params))[0]
+    w_out = table_VE.T if params.w_out is None else params.w_out
+    return params._replace(embedding=None, cells=(p._replace(w_x=w_VX), *params.cells[1:]), w_out=w_out)
+
+
+def _read(
+    config: ModelConfig,
+    params: ModelParams,
+    noise: Noise | None,
+    state: RecurrentState,
+    inputs_TB: jax.Array,
+    reset_TB: jax.Array,
+) -> tuple[RecurrentState, jax.Array]:
+    dtype, each_symbol = _compute_dtype(config, params), config.dropout_mask == "symbol"
+    x_TBD = None if params.embedding is None else lookup(params.embedding, inputs_TB, dtype).astype(dtype)
+    new_state, outputs = [], []
+    for layer, (p, layer_state) in enumerate(zip(params.cells, state, strict=True)):
+        which = "between_dropout" if layer else "input_dropout"
+        drawn_for = (noise, getattr(config, which), f"{which}.{layer}", each_symbol)
+        if x_TBD is None:  # one-hot symbols, or at once their projection
+            V = p.w_x.shape[0]
+            w_VX = jnp.eye(V, dtype=dtype) if config.takes_raw_input else p.w_x
+            inputs_TBX = drop_symbols(lookup(w_VX, inputs_TB, dtype), inputs_TB, V, *drawn_for)
+        else:
+            inputs_TBX = drop(x_TBD, *drawn_for)
+            if not config.takes_raw_input:
+                inputs_TBX = dense(inputs_TBX, p.w_x, None, dtype)
+        layer_state, x_TBD = layer_lib.read(
+            config, p, layer_state, inputs_TBX.astype(dtype), reset_TB, noise, layer, dtype
+        )
+        new_state.append(layer_state)
+        outputs.append(x_TBD)
+    return tuple(new_state), sum(outputs[1:], outputs[0]) if config.skip else outputs[-1]
+
+
+def drop_features(config: ModelConfig, features_TBH: jax.Array, noise: Noise | None) -> jax.Array:
+    """Output dropout."""
+    return drop(features_TBH, noise, config.output_dropout, "output_dropout", config.dropout_mask == "symbol")
+
+
+def logits(config: ModelConfig, params: ModelParams, features_TBH: jax.Array) -> jax.Array:
+    """The logits of the next symbol, `[T, B, V]`, in the parameters' dtype."""
+    if params.w_out is not None:
+        w_HV = params.w_out
+    else:
+        assert params.embedding is not None, "tied weights are the embedding's"
+        w_HV = params.embedding.T
+    return dense(features_TBH, w_HV, params.b_out, _compute_dtype(config, params))
+
+
+def _compute_dtype(config: ModelConfig, params: ModelParams) -> jnp.dtype:
+    # float32 means "as the parameters": float64 parameters, in tests, are computed in float64.
+    return jnp.dtype(jnp.bfloat16) if config.compute_dtype == "bfloat16" else params.b_out.dtype

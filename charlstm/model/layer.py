@@ -1,0 +1,129 @@
+"""A recurrent layer: its parameters at the start, and a window read, by a reverse pass by hand or on the general path.
+
+    w_h = gain w_h / |w_h|                           weight norm, of each column: Salimans & Kingma 2016, equation 2
+    h, c <- first, where a stream is reset           zeros, or what was learned
+    s = m h                                          state dropout, m the same at all symbols: Gal & Ghahramani 2016
+    x, s <- mogrifier(x, s)                          cells/mogrifier.py
+    h', c' = cell(x, s, c)
+    h, c <- kept h + (1 - kept) h', the same of c    zoneout, kept 0 or 1 for each unit, stream and symbol
+
+Zoneout is that of Krueger et al., Zoneout: Regularizing RNNs by Randomly Preserving Hidden Activations, ICLR 2017
+(arXiv:1606.01305), section 3.2; without noise, in evaluation and sampling, kept is its mean.  The general path
+(cells/general.py) serves what the cells' own `recurrence` does not: zoneout, the mogrifier, a trained initial state and
+the layer-normalised LSTM.
+"""
+
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from charlstm.config.model import ModelConfig
+from charlstm.model.cells import gru, layer_norm_lstm, lstm, mlstm, mogrifier, rnn
+from charlstm.model.dropout import Noise, kept_by_row, row_mask
+from charlstm.model.ops import autodiff_scan
+from charlstm.types import CellParams, CellState
+
+CELLS: dict[str, ModuleType] = {
+    "lstm": lstm,
+    "gru": gru,
+    "rnn": rnn,
+    "mlstm": mlstm,
+    "layer_norm_lstm": layer_norm_lstm,
+}
+
+
+def init(config: ModelConfig, key: jax.Array, input_width: int, hidden_size: int) -> CellParams:
+    """Parameters of one layer, float32."""
+    cell, drawn_by = CELLS[config.cell], (config.initializer, config.init_scale)
+    params = cell.init(key, input_width, hidden_size, *drawn_by, config.forget_bias)
+    if config.weight_norm:  # the weights are those that were drawn
+        params = params._replace(gain=jnp.linalg.norm(params.w_h, axis=0))
+    if config.train_initial_state:
+        params = params._replace(first=jax.tree.map(lambda s_BH: s_BH[0], cell.initial_state(1, hidden_size)))
+    if config.mogrifier_rounds:
+        sizes = (input_width, hidden_size, config.mogrifier_rounds, config.mogrifier_rank)
+        params = params._replace(rounds=mogrifier.init(key, *sizes, *drawn_by))
+    return params
+
+
+def recurrent_weights(params: CellParams) -> jax.Array:
+    """w_h as the cell uses it."""
+    if params.gain is None:
+        return params.w_h
+    return params.w_h * (params.gain / jnp.linalg.norm(params.w_h, axis=0))[None]
+
+
+def read(
+    config: ModelConfig,
+    params: CellParams,
+    state: CellState,
+    inputs_TBX: jax.Array,
+    reset_TB: jax.Array,
+    noise: Noise | None,
+    number: int,
+    compute_dtype: jax.typing.DTypeLike,
+) -> tuple[CellState, jax.Array]:
+    """A window of every stream.
+
+    Args:
+      params: w_h as `recurrent_weights` gives it.
+      inputs_TBX: x W_x, or x itself for a mogrifier (`takes_raw_input`).
+      noise: None for none.
+      number: of the layer, which names its masks.
+
+    Returns:
+      The state after the window, and h_TBH in the compute dtype.
+    """
+    T, H, mask_BH = len(inputs_TBX), state.h.shape[1], None
+    if noise is not None and config.state_dropout:
+        mask_BH = row_mask(noise, config.state_dropout, f"state_dropout.{number}", H, state.h.dtype)
+    if config.has_fast_path:
+        cell = CELLS[config.cell]
+        args = (params.w_h, cell.bias(params), state, inputs_TBX, reset_TB, compute_dtype, config.variant, mask_BH)
+        if config.recurrence == "fused":
+            from charlstm.model.ops import lstm_pallas  # which takes a third of a second, for what few machines have
+
+            return lstm_pallas.recurrence(*args)
+        return cell.recurrence(*args)
+
+    def renewed(rate: float, name: str) -> jax.Array | None:
+        if noise is None or not rate:
+            return None
+        return kept_by_row(noise, rate, f"{name}.{number}", (T, H)).swapaxes(0, 1)
+
+    masks = (renewed(config.zoneout, "zoneout"), renewed(config.zoneout_cell, "zoneout_cell"))
+    inside: Any = params._replace(gain=None)
+    if not config.mogrifier_rounds:
+        inside = inside._replace(w_x=None)  # it has done its work
+    return autodiff_scan.recurrence(_step(config), inside, mask_BH, state, (inputs_TBX, reset_TB, masks), compute_dtype)
+
+
+def _step(config: ModelConfig) -> autodiff_scan.Step:
+    """One symbol, straight from the equations."""
+    cell = CELLS[config.cell]
+
+    def step(params: Any, mask_BH: Any, state: CellState, symbol: Any) -> tuple[CellState, jax.Array]:
+        x_BX, reset_B, (renewed_h, renewed_c) = symbol
+        first = jax.tree.map(lambda s_BH: jnp.zeros_like(s_BH[0]), state) if params.first is None else params.first
+        # A choice, not a product with 0: a NaN in the state of a stream that is reset must not survive.
+        state = jax.tree.map(lambda f_H, s_BH: jnp.where(reset_B[:, None], f_H[None], s_BH), first, state)
+        x_BX = x_BX.astype(state.h.dtype)
+        if params.rounds is None:
+            new, _ = cell.advance(params, state, x_BX, config.variant, mask_BH)
+        else:
+            seen = state.h if mask_BH is None else state.h * mask_BH
+            x_BX, seen = mogrifier.gate(params.rounds, x_BX, seen)
+            new, _ = cell.step(params, state._replace(h=seen), x_BX, config.variant)
+        h = _zoned_out(new.h, state.h, config.zoneout, renewed_h)
+        c = None if new.c is None else _zoned_out(new.c, state.c, config.zoneout_cell, renewed_c)
+        return CellState(h, c), h
+
+    return step
+
+
+def _zoned_out(new: jax.Array, old: Any, rate: float, renewed: jax.Array | None) -> jax.Array:
+    if not rate:
+        return new
+    return rate * old + (1 - rate) * new if renewed is None else jnp.where(renewed, new, old)

@@ -1,0 +1,135 @@
+"""The general path: a cell's textbook step, one symbol after the other, for what has no reverse pass by hand.
+
+Autodiff of a loop over time adds to the gradient of a matrix W at every symbol: all its H times G sums are read and
+written again.  Here autodiff runs through everything but the matrices.  Whatever the step multiplies by W comes out of
+the loop, and so does the gradient of each product; the gradient of W is then one product after the loop,
+
+    dW = Σ aᵀ dp                     p = a W, the sum over all symbols of all streams
+
+as in the reverse passes by hand.  Gradients of vectors (biases, gains) are summed in the loop: they are small.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from charlstm.model.ops.matmul import weight_gradient
+from charlstm.types import CellState
+
+# (parameters, what is the same at all symbols, the state before, the symbol's inputs) -> (the state after, h_BH)
+Step = Callable[[Any, Any, CellState, Any], tuple[CellState, jax.Array]]
+Columns = tuple[int, int, int]  # of which matrix, from where, to where
+
+
+def recurrence(
+    step: Step, params: Any, constants: Any, state: CellState, inputs: Any, compute_dtype: jax.typing.DTypeLike
+) -> tuple[CellState, jax.Array]:
+    """A window of every stream, as `jax.lax.scan` of `step` has it, in value and in every gradient.
+
+    Args:
+      step: with a matrix of `params` it does nothing but `a @ matrix` or `a @ matrix[:, columns]`.
+      params: a tree; all its arrays of two dimensions are matrices to `step`.
+      constants: arrays that get no gradient.
+      state: before the window; its dtype is that of the arithmetic and of the products' sums.
+      inputs: a tree of arrays `[T, ...]`.
+      compute_dtype: of the products' operands, and of the outputs.
+
+    Returns:
+      The state after the window, and h_TBH.
+    """
+    leaves, tree = jax.tree.flatten(params)
+    which = [leaf.ndim == 2 for leaf in leaves]
+    matrices = [leaf for leaf, is_matrix in zip(leaves, which, strict=True) if is_matrix]
+    vectors = [leaf for leaf, is_matrix in zip(leaves, which, strict=True) if not is_matrix]
+
+    def with_products(matrices, vectors, constants, state, inputs):
+        left, right = iter(matrices), iter(vectors)
+        joined = jax.tree.unflatten(tree, [next(left if is_matrix else right) for is_matrix in which])
+        return step(joined, constants, state, inputs)
+
+    return _recurrence(with_products, compute_dtype, matrices, vectors, constants, state, inputs)
+
+
+class _Matrix:
+    """A matrix, or some of its columns, as the step sees it: its products are noted."""
+
+    def __init__(self, products: "_Products", number: int, columns: slice) -> None:
+        self.products, self.number, self.columns = products, number, columns
+
+    def __getitem__(self, index: tuple[slice, slice]) -> "_Matrix":
+        rows, columns = index
+        assert rows == slice(None) and self.columns == slice(None), "columns of the whole matrix only"
+        return _Matrix(self.products, self.number, columns)
+
+    def __rmatmul__(self, a_BK: jax.Array) -> jax.Array:
+        return self.products.product(a_BK, self.number, self.columns)
+
+
+class _Products:
+    """The products of one symbol: what was multiplied, by which columns; to each of them is added its entry of `zeros`.
+
+    The gradient of a product is that of the zeros added to it.
+    """
+
+    def __init__(self, matrices: list[jax.Array], dtype: jax.typing.DTypeLike, zeros: dict[Columns, jax.Array]) -> None:
+        self.weights, self.dtype, self.zeros = matrices, dtype, zeros
+        self.matrices = [_Matrix(self, number, slice(None)) for number in range(len(matrices))]
+        self.operands: dict[Columns, jax.Array] = {}
+
+    def product(self, a_BK: jax.Array, number: int, columns: slice) -> jax.Array:
+        w_KN = self.weights[number]
+        start, stop, _ = columns.indices(w_KN.shape[1])
+        place = number, start, stop
+        assert place not in self.operands, "a matrix multiplies once a symbol"
+        self.operands[place] = a_BK.astype(self.dtype)
+        operand_KN = w_KN[:, columns].astype(self.dtype)
+        p_BN = jnp.dot(self.operands[place], operand_KN, preferred_element_type=w_KN.dtype)
+        return p_BN + self.zeros[place] if self.zeros else p_BN
+
+
+def _scan(step, dtype, matrices, vectors, constants, state, inputs, zeros):
+    """The state after the window, h_TBH, and the operands of all products."""
+
+    def read(state, symbol):
+        inputs, zeros = symbol
+        products = _Products(matrices, dtype, zeros)
+        state, h_BH = step(products.matrices, vectors, constants, state, inputs)
+        return state, (h_BH.astype(dtype), products.operands)
+
+    final, (h_TBH, operands) = jax.lax.scan(read, state, (inputs, zeros))
+    return (final, h_TBH), operands
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _recurrence(step, dtype, matrices, vectors, constants, state, inputs):
+    return _scan(step, dtype, matrices, vectors, constants, state, inputs, {})[0]
+
+
+def _forward(step, dtype, matrices, vectors, constants, state, inputs):
+    operands = jax.eval_shape(partial(_scan, step, dtype), matrices, vectors, constants, state, inputs, {})[1]
+    zeros = {
+        (number, start, stop): jnp.zeros((*a_TBK.shape[:2], stop - start), matrices[number].dtype)
+        for (number, start, stop), a_TBK in operands.items()
+    }
+
+    def window(vectors, state, inputs, zeros):
+        return _scan(step, dtype, matrices, vectors, constants, state, inputs, zeros)
+
+    outputs, pull, operands = jax.vjp(window, vectors, state, inputs, zeros, has_aux=True)
+    return outputs, (pull, operands, matrices)
+
+
+def _reverse(step, dtype, residuals, cotangents):
+    pull, operands, matrices = residuals
+    dvectors, dstate, dinputs, dproducts = pull(cotangents)
+    dmatrices = [jnp.zeros_like(w) for w in matrices]
+    for (number, start, stop), a_TBK in operands.items():
+        dw_KN = weight_gradient(a_TBK, dproducts[number, start, stop], dtype, matrices[number].dtype)
+        dmatrices[number] = dmatrices[number].at[:, start:stop].add(dw_KN)
+    return dmatrices, dvectors, None, dstate, dinputs
+
+
+_recurrence.defvjp(_forward, _reverse)

@@ -1,0 +1,1 @@
+"""A run on disk: the loop, checkpoints, metrics, the log."""

@@ -1,0 +1,111 @@
+"""Arrays in files, as Orbax writes them: the only module that knows Orbax.  What it returns is not verified here.
+
+    <directory>/<item>/...      one field of the state: its leaves, by name
+
+Of an array that lies whole on every device one copy is written, the one on the mesh's first device, by the process that
+has it.  By default Orbax writes a slice of each copy: where the copies differ, that is an array which no device holds.
+"""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from charlstm import distributed
+from charlstm.run.digest import named_leaves
+
+
+def named_items(trees: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """item -> leaves by name; an item without leaves (the state of plain SGD) is not there."""
+    return {item: leaves for item, tree in trees.items() if (leaves := named_leaves(tree))}
+
+
+def start_writing(directory: Path, trees: dict[str, Any]) -> Callable[[], None]:
+    """Copies what this process writes of the arrays to the host, and begins to write it in the background.
+
+    Not by Orbax's own checkpointer, whose processes meet in collectives of the devices: one whose disk fails does not
+    come to them, and the others would wait there, or take its next step for an answer.  What is returned waits until
+    all is written, and raises what has failed.
+    """
+    writes, failures = list[Any](), list[Exception]()
+    with contextlib.closing(asyncio.new_event_loop()) as loop:
+        try:
+            for item, leaves in named_items(trees).items():
+                os.stat(directory / item)  # the first process has made it: what it does not see, it would not seal
+                saving = _handler().async_save(epath.Path(directory / item), args=ocp.args.PyTreeSave(leaves))
+                writes += loop.run_until_complete(saving) or []
+        except distributed.FAILURES as error:
+            failures.append(error)
+
+    def wait() -> None:
+        for write in writes:
+            try:
+                write.result()
+            except distributed.FAILURES as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
+
+    return wait
+
+
+def finalize(directory: Path) -> None:
+    """Joins what all processes have written; the first process does it when they are done."""
+    for item in directory.iterdir():
+        _handler().finalize(epath.Path(item))
+
+
+def read(directory: Path, abstract: dict[str, Any]) -> dict[str, Any]:
+    """The arrays of these items, with the shardings of `abstract`.  All processes read together."""
+    found = {}
+    for item, leaves in named_items(abstract).items():
+        restore = ocp.args.PyTreeRestore(leaves, ocp.checkpoint_utils.construct_restore_args(leaves))
+        found[item] = _handler().restore(epath.Path(directory / item), args=restore)
+    return {
+        item: jax.tree.unflatten(jax.tree.structure(tree), [found[item][name] for name in named_leaves(tree)])
+        for item, tree in abstract.items()
+    }
+
+
+def read_to_host(directory: Path, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Each array with its name, "item.leaf", one after the other.  No device is asked, and no other process."""
+    for full_name in names:
+        item, _, name = full_name.partition(".")
+        args = {name: ocp.RestoreArgs(restore_type=np.ndarray)}
+        restore = ocp.args.PyTreeRestore({name: 0}, args, partial_restore=True)
+        yield full_name, _handler().restore(epath.Path(directory / item), args=restore)[name]
+
+
+def refuse_other_arrays(checkpoint: str, held: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises ValueError where the arrays that a seal lists are not those wanted, each `name -> {dtype, shape}`.
+
+    Orbax would cast another type in silence, and what it says of another shape helps nobody.
+    """
+
+    def words(array: dict[str, Any] | None) -> str:
+        return f"{array['dtype']}{array['shape']}" if array else "absent"
+
+    for name in sorted({*held, *wanted}):
+        there, here = words(held.get(name)), words(wanted.get(name))
+        if there != here:
+            raise ValueError(
+                f"{checkpoint} is of another model or optimizer: {name} is {there} there and {here} here; use the "
+                "settings that it was made with, or another run_dir"
+            )
+
+
+def _handler() -> ocp.PyTreeCheckpointHandler:
+    # Weights are noise: compression saves 8 % and takes most of the time.  OCDBT puts many arrays, and the pieces that
+    # many devices hold, in few files.
+    handlers = ocp.type_handlers
+    registry = handlers.create_type_handler_registry(
+        (jax.Array, handlers.ArrayHandler(use_replica_parallel=False)), (np.ndarray, handlers.NumpyHandler())
+    )
+    return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False, type_handler_registry=registry)

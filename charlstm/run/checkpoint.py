@@ -1,0 +1,302 @@
+"""Checkpoints that cannot lie: what `restore` returns is, bit for bit, what `save` was given, or it is refused.
+
+    checkpoints/<step>/checkpoint.json     the seal: identity, metric, digest of each array, sha256 of each file
+                       params/...  opt_state/...  and all the rest: the arrays as Orbax writes them
+                <step>.saving...           not finished; finished or deleted when a writer opens the directory again
+                <step>.corrupt-*           failed verification; kept, never read
+                <step>.abandoned-*         later than the step that the run went back to; kept, never read
+
+Orbax copies the arrays and writes them in the background.  Which steps there are is decided here: Orbax's own manager
+lists a step by its name alone, reports a save that failed as one that succeeded, skips saves after a return to an older
+step, and restores a flipped bit in silence.  A step gets its name by one rename after its seal, so a process may be
+killed anywhere.
+"""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import jax
+import numpy as np
+
+from charlstm import distributed
+from charlstm.run import array_files, replicas, step_directory
+from charlstm.run.digest import describe, digests, host_digest
+from charlstm.run.step_directory import Damaged, StepDirectory
+from charlstm.types import ModelParams, TrainState
+
+Wanted = int | Literal["best"] | None  # a step, the best on validation, or the newest
+Found = TypeVar("Found")
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one directory.
+
+    One writer at a time; readers (`writable=False`) change nothing and may come and go.  In a run of several processes
+    each of them makes the same calls, and the first does what is done once.  Close it, or use it in a `with`.
+
+    Attributes:
+      failed_saves: saves that failed since the last one that succeeded.
+      last_failure: the sentence about the latest of these; None when there is none.
+    """
+
+    def __init__(self, directory: Path, *, keep: int = 3, writable: bool = True, log: Callable[[str], None]) -> None:
+        """Opens `directory`; a writer makes it and clears up what a killed process left unfinished.
+
+        Args:
+          keep: the newest checkpoints to keep (1 or more); the best on validation is kept besides.
+          log: takes one line; called from a background thread too.
+
+        Raises:
+          ValueError: the directory cannot be written.
+        """
+        assert keep >= 1, keep
+        self.failed_saves = 0
+        self.last_failure: str | None = None
+        self._files = StepDirectory(directory.absolute())
+        self._keep, self._writable, self._log = keep, writable, log
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+        logging.getLogger("absl").addFilter(_not_from_orbax)  # failures are told by `log`, in one line
+        if writable:
+            distributed.once(self._open)
+            distributed.together(self._files.require_seen)
+
+    def _open(self) -> None:
+        try:
+            self._files.path.mkdir(parents=True, exist_ok=True)
+            self._files.sweep()
+        except OSError as error:
+            raise ValueError(f"{self._files.path} cannot be written ({error.strerror}): name another run_dir") from None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Waits for the last save."""
+        self.wait()
+        self._thread.shutdown()
+
+    def save(self, state: TrainState, identity: dict[str, Any], score: float | None, sums: Any = None) -> None:
+        """Saves `state` under its step: waits for the save before, copies to the host, and leaves the rest behind.
+
+        A step that is there already is replaced, and later ones are set aside: the run went back.  A save that fails is
+        logged and counted, never raised, and leaves the checkpoints before it whole.
+
+        Args:
+          state: every leaf a jax.Array, none of size zero; may be donated or deleted on return.
+          identity, sums: plain JSON; what the state belongs to (settings, text, versions), and the meter's sums.
+          score: bits per symbol on validation; None or not finite where there is none to compare by.
+
+        Raises:
+          CopiesDiffer: the devices do not hold the same; nothing is saved.
+        """
+        assert self._writable
+        assert json.loads(json.dumps(identity)) == identity, f"not plain JSON: {identity}"
+        self.wait()
+        step, items = int(state.step), _items(state)
+        on_every_device = state._replace(recurrent_state=())._asdict()
+        compared = replicas.compare(on_every_device, distributed.mesh_of(state.step))
+        if compared.differing:
+            raise replicas.CopiesDiffer(compared.differing)
+        found = compared.digests | digests({"recurrent_state": state.recurrent_state})
+        meta = {
+            "format": step_directory.FORMAT,
+            "step": step,
+            "identity": identity,
+            "sums": sums,
+            "bits_per_symbol": score if score is not None and math.isfinite(score) else None,
+            "arrays": {name: {**held, "digest": found[name]} for name, held in describe(items).items()},
+        }
+        try:
+            self.discard_after(step)
+            distributed.once(lambda: self._make_way(step, items))
+        except distributed.FAILURES as error:
+            self._failed(step, error)
+        else:
+            written = array_files.start_writing(self._files.staging(step), items)
+            self._pending = self._thread.submit(self._commit, written, meta)
+
+    def wait(self) -> None:
+        """Until the last save is whole on disk, or has failed and is counted."""
+        if self._pending:
+            self._pending.result()
+            self._pending = None
+
+    def steps(self) -> list[int]:
+        """The steps that there are, ascending.  Whether they are whole is known only after `restore`."""
+        return self._files.steps()
+
+    def best(self) -> int | None:
+        """The step with the lowest validation metric, the earlier of equals; None where no step has one."""
+        return next(iter(self._files.by_score()), None)
+
+    def read_meta(self, step: int | None = None) -> dict[str, Any]:
+        """What was saved beside the arrays: format, step, identity, bits_per_symbol, sums, arrays.  No array is read.
+
+        Args:
+          step: None for the newest that has a whole seal.
+
+        Raises:
+          ValueError: there is no such step, or its seal is damaged, or its format is another.
+        """
+        return self._first_whole(step, lambda candidate: self._files.read_by_all(candidate, None, distributed.gather))[
+            0
+        ]
+
+    def restore(self, abstract: TrainState, *, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
+        """The state that was saved, and its meta (as `read_meta`).
+
+        A newest checkpoint that fails verification is passed over, saying so; a writer that finds an older one whole
+        sets it aside.  A step that was asked for is that one, or an error.
+
+        Args:
+          abstract: a jax.ShapeDtypeStruct for each leaf, with the sharding it shall have, on any number of devices.
+          step: None for the newest whole one.
+
+        Raises:
+          ValueError: there is no such step, or it is damaged, or it holds other leaves, shapes or types.
+        """
+        trees, meta = self._restore(_items(abstract), step)
+        number = jax.device_put(np.asarray(meta["step"], abstract.step.dtype), abstract.step.sharding)
+        return abstract._replace(step=number, **trees), meta
+
+    def restore_params(
+        self, abstract: ModelParams, *, step: Wanted = None, item: str = "params"
+    ) -> tuple[ModelParams, dict[str, Any]]:
+        """As `restore`, of one `item` alone, the params or their average; the files of the rest are not read.
+
+        Args:
+          step: "best" for the best whole one on validation, the newest where none was validated.
+        """
+        trees, meta = self._restore({item: abstract}, step)
+        return trees[item], meta
+
+    def discard_after(self, step: int) -> None:
+        """Goes back: later steps are set aside, so that none of them is ever taken for the newest."""
+        assert self._writable
+        self.wait()
+        distributed.once(lambda: self._set_aside([later for later in self.steps() if later > step], "abandoned"))
+
+    def _make_way(self, step: int, items: dict[str, Any]) -> None:
+        """Makes the directories that all processes write in."""
+        self._files.sweep()
+        for item in array_files.named_items(items):
+            (self._files.staging(step) / item).mkdir(parents=True)
+
+    def _commit(self, written: Callable[[], None], meta: dict[str, Any]) -> None:
+        """In the background: waits until all processes have written; the first then gives the step its name."""
+        try:
+            distributed.together(written, "saves")
+            distributed.once(lambda: self._name(meta), "saves")
+        except distributed.FAILURES as error:
+            self._failed(meta["step"], error)
+            return
+        self.failed_saves, self.last_failure = 0, None
+        if distributed.is_first_process():
+            try:
+                self._files.remove_old(self._keep, self.best())
+            except OSError as error:
+                self._log(f"old checkpoints in {self._files.path} could not be removed: {error}")
+
+    def _name(self, meta: dict[str, Any]) -> None:
+        staging = self._files.staging(meta["step"])
+        array_files.finalize(staging)
+        step_directory.seal(staging, meta)
+        try:
+            self._read_back(staging, meta)
+        except (*distributed.FAILURES, KeyError, TypeError) as error:
+            kept = ""
+            if not self.failed_saves:  # of several in a row, the first to be looked at; all would fill the disk
+                kept = f"; kept as {self._files.set_aside_staging(meta['step'], 'corrupt')}"
+            raise ValueError(f"read back, it is not what was written: {error}{kept}") from error
+        self._files.promote(staging, meta["step"])
+
+    def _read_back(self, directory: Path, meta: dict[str, Any]) -> None:
+        """Raises ValueError or OSError where the files do not hold the arrays of `meta`.  Holds one array at a time."""
+        step_directory.forget_cached(directory)
+        arrays = meta["arrays"]
+        for name, array in array_files.read_to_host(directory, list(arrays)):
+            found = {"dtype": str(array.dtype), "shape": list(array.shape), "digest": host_digest(array)}
+            if found != arrays[name]:
+                raise ValueError(f"{name} is {found} and not {arrays[name]}")
+
+    def _failed(self, step: int, error: Exception) -> None:
+        if distributed.is_first_process():
+            self._files.clear_staging(step)  # the disk may be full
+        self.failed_saves += 1
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].partition(" [tensorstore_spec")[0]
+        if len(reason) > 240:
+            reason = f"{reason[:80]} ... {reason[-150:]}"  # the path stands in between; the cause comes last
+        self.last_failure = f"checkpoint {step} was not saved (failure {self.failed_saves} in a row): {reason}"
+        self._log(self.last_failure)
+
+    def _restore(self, trees: dict[str, Any], wanted: Wanted) -> tuple[dict[str, Any], dict[str, Any]]:
+        self.wait()
+        (restored, meta), damaged = self._first_whole(wanted, lambda candidate: self._read(candidate, trees))
+        if damaged:
+            kind, loud = ("best", "NOT THE BEST CHECKPOINT: ") if wanted == "best" else ("newest", "")
+            self._log(f"{loud}checkpoint {meta['step']} is the {kind} whole one and is used instead")
+            if self._writable:
+                distributed.once(lambda: self._set_aside(damaged, "corrupt"))
+        return restored, meta
+
+    def _first_whole(self, wanted: Wanted, read: Callable[[int], Found]) -> tuple[Found, list[int]]:
+        """What `read` gives of the first candidate that is whole, and the damaged ones before it.
+
+        Nothing is set aside where none is: the same command again must refuse again, not start anew.
+        """
+        damaged, candidates = list[int](), self._candidates(wanted)
+        for candidate in candidates:
+            try:
+                return read(candidate), damaged
+            except Damaged as damage:
+                sentence = f"checkpoint {candidate} in {self._files.path} is damaged: {damage}"
+                if candidate == wanted:
+                    raise ValueError(f"{sentence}; name another one, or none for the newest whole one") from None
+                self._log(sentence)
+                damaged.append(candidate)
+        raise self._files.none_whole(candidates)
+
+    def _read(self, step: int, trees: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Files first, then names, shapes and types, then the arrays, then their digests; with one result on all.
+
+        What Orbax raises on files that are whole goes up: out of memory, say, which proves nothing of the checkpoint.
+        """
+        meta = self._files.read_by_all(step, trees, distributed.gather)
+        held = {name: array for name, array in meta["arrays"].items() if name.partition(".")[0] in trees}
+        array_files.refuse_other_arrays(f"checkpoint {step} in {self._files.path}", held, describe(trees))
+        restored = distributed.together(lambda: array_files.read(self._files.step(step), trees))
+        wrong = ""
+        for name, digest in digests(restored).items():
+            if digest != held[name]["digest"]:
+                wrong = f"{name} has digest {digest}, {held[name]['digest']} was saved"
+        if distributed.any_process(bool(wrong)):
+            raise Damaged(wrong or "another process has read other arrays")
+        return restored, meta
+
+    def _candidates(self, wanted: Wanted) -> list[int]:
+        """The steps to try, in order, as the first process sees them."""
+        seen = distributed.together(lambda: self._files.candidates(wanted))
+        return json.loads(distributed.gather(json.dumps(seen))[0])
+
+    def _set_aside(self, steps: list[int], why: str) -> None:
+        for step in steps:
+            self._log(f"checkpoint {step} was set aside as {self._files.set_aside(step, why)}")
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """What is saved apart, so that it can be restored apart.  The step is in the seal."""
+    return {field: value for field, value in state._asdict().items() if field != "step"}
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    return f"{os.sep}orbax{os.sep}" not in record.pathname

@@ -1,0 +1,127 @@
+"""The corpus that a command names, held to what the same command says of it."""
+
+import os
+from pathlib import Path
+
+from charlstm import config as config_lib
+from charlstm.config import Config
+from data_pipeline.atomic_files import at_home
+from data_pipeline.batch import Separator, ends_separator, looks_back
+from data_pipeline.build import corpora
+from data_pipeline.build.datasets import NAMES
+from data_pipeline.build.splits import cut
+from data_pipeline.eval_chunks import PiecePlan
+from data_pipeline.progress import bar, say_on_stderr
+from data_pipeline.settings import CorpusSettings
+from data_pipeline.shards import Corpus, open_corpus
+from data_pipeline.streams import StreamPlan, Symbols
+
+SEARCHED = 64 << 20  # symbols in which a separator is looked for: a fraction of a second
+CHUNK = 1 << 20  # symbols
+
+
+def open_for(config: Config, given: list[str]) -> tuple[Corpus, Config]:
+    """The corpus, and `config` with the vocabulary that it has.
+
+    Raises:
+      ValueError: it cannot be had, or it was prepared otherwise than the flags `given` say.
+    """
+    settings = config.corpus
+    names = {flag.removeprefix("--").partition("=")[0] for flag in given}
+    if settings.train and settings.corpus and "corpus" in names:
+        raise ValueError(
+            f"--corpus={settings.corpus} and --train={settings.train} are both given: leave one out, or give --corpus= "
+            "where a flagfile names one"
+        )
+    if not settings.corpus and not settings.train:
+        raise ValueError("--corpus is empty: name a text, a prepared directory, or python")
+    corpus = open_corpus(corpora.resolve(settings, bar(), say_on_stderr))
+    if "train" not in corpus.splits:
+        raise ValueError(f"{corpus.directory} has no training split")
+    # Of a directory that was prepared before, the vocabulary and the splits are what they are.
+    kind = corpus.vocabulary.kind
+    if "vocabulary" in names and settings.vocabulary != kind:
+        raise ValueError(
+            f"--vocabulary={settings.vocabulary} was given and {corpus.directory} is prepared with {kind}: give "
+            f"--vocabulary={kind}, or the text itself as --corpus"
+        )
+    sizes = {name: len(split) for name, split in corpus.splits.items()}
+    if not settings.train and names & {"split", "valid_fraction", "test_fraction"}:
+        wanted = {name: sum(b - a for a, b in spans) for name, spans in cut(sum(sizes.values()), settings).items()}
+        if wanted != sizes:
+            raise ValueError(
+                f"split={settings.split}, valid_fraction={settings.valid_fraction} and test_fraction="
+                f"{settings.test_fraction} mean splits of {_sizes(wanted)} symbols and {corpus.directory} has "
+                f"{_sizes(sizes)}: leave them out, or give the text itself as --corpus"
+            )
+    where = {name: _absolute(getattr(settings, name)) for name in ("corpus", "train", "valid", "test")}
+    return corpus, config_lib.replace(config, vocabulary=kind, **where)
+
+
+def plan_for(config: Config, corpus: Corpus) -> StreamPlan:
+    """How the training split is read.
+
+    Raises:
+      ValueError: splits are too short, all of which the message names.
+    """
+    streams, training, evaluation = config.streams, config.training, config.evaluation
+    refusals = []
+    if valid := corpus.splits.get("valid"):
+        try:
+            PiecePlan(len(valid), evaluation.piece, evaluation.burn_in, 1, streams.window)
+        except ValueError as error:
+            refusals.append(f"validation: {error}; give more text, or --valid_fraction=0 for none")
+    try:
+        plan = StreamPlan(
+            len(corpus.splits["train"]),
+            streams.batch_size,
+            streams.window,
+            training.seed,
+            streams.rotate_streams,
+            streams.reset_probability,
+            streams.window_deviation,
+            streams.short_window_probability,
+        )
+    except ValueError as error:
+        refusals.insert(0, str(error))
+    if refusals:
+        raise ValueError("; ".join(refusals))
+    return plan
+
+
+def remarks_on_separator(config: Config, corpus: Corpus, separator: Separator) -> list[str]:
+    """What there is to say of the separator of documents: that it was not found."""
+    split = corpus.splits["train"]
+    if not separator or _occurs(split, separator):
+        return []
+    where = "" if len(split) <= SEARCHED else f"the first {SEARCHED:,} symbols of "
+    return [
+        f"document_separator={config.streams.document_separator!r} does not occur in {where}the training split, where "
+        "no state will be zeroed for it (--file_separator puts one between files)"
+    ]
+
+
+def _occurs(split: Symbols, separator: Separator) -> bool:
+    """Whether the separator stands in the first `SEARCHED` symbols of `split`."""
+    for start in range(0, min(len(split), SEARCHED), CHUNK):
+        stop = min(start + CHUNK + looks_back(separator), len(split))
+        if stop - start >= len(separator) and ends_separator(split.read(start, stop), separator).any():
+            return True
+    return False
+
+
+def refuse_inside(run_dir: Path, settings: CorpusSettings) -> None:
+    """Raises ValueError where the run would become a part of its own text."""
+    for spec in (settings.corpus, settings.train, settings.valid, settings.test):
+        folder = at_home(spec)
+        if spec and spec not in NAMES and folder.is_dir() and run_dir.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"run_dir={run_dir} lies inside of the corpus {spec}: name one outside of it")
+
+
+def _absolute(spec: str) -> str:
+    """Where a text lies, for whoever asks for it from another directory."""
+    return spec if not spec or spec in NAMES else os.path.abspath(os.path.expanduser(spec))
+
+
+def _sizes(splits: dict[str, int]) -> str:
+    return " + ".join(str(splits.get(name, 0)) for name in ("train", "valid", "test"))

@@ -1,0 +1,237 @@
+"""What a run measures: sums over its steps, the lines of metrics.jsonl and the status line made of them."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from charlstm import distributed
+from charlstm.config.training import TrainingConfig
+from charlstm.inference.score import FIGURES, Score
+from charlstm.training.loss import NATS_PER_BIT
+from charlstm.types import Metrics
+
+
+class Diverged(Exception):
+    """An update, a score or a device's copy is not sound; the message says at which step, and in which streams.
+
+    Attributes:
+      step: after so many updates.
+      windows_at_fault: the text may have led to it, and not only the device.
+    """
+
+    def __init__(self, step: int, message: str, windows_at_fault: bool = True) -> None:
+        super().__init__(f"{message}; nothing of it was saved")
+        self.step, self.windows_at_fault = step, windows_at_fault
+
+
+class Meter:
+    """Adds up what the steps report.  Looks at a step's metrics one step late, so that the device never waits.
+
+    Attributes:
+      records: the latest record of each split.
+      skipped: updates skipped by this process's life.
+      rows_reset: rows of recurrent state that were poisoned and zeroed in it.
+    """
+
+    def __init__(
+        self,
+        steps_per_epoch: int,
+        settings: TrainingConfig,
+        say: Callable[[str], None],
+        kind: str = "bytes",
+        of_ascii: bool = False,
+    ) -> None:
+        """Of a run of `settings`.
+
+        Args:
+          say: takes a line about what was skipped.
+          kind: what the symbols are: bytes or characters.
+          of_ascii: every symbol of the training text is a character of one byte, and known.
+        """
+        self._of_bytes, self._of_ascii = kind == "bytes", of_ascii
+        self._epoch, self._num_steps = steps_per_epoch, settings.num_steps
+        self._skips, self._max_skips, self._say = settings.on_divergence == "skip", settings.max_skips, say
+        self._spike_factor = settings.spike_factor
+        self._pending: tuple[int, Metrics] | None
+        self._started = time.monotonic()
+        self.records: dict[str, dict[str, Any]] = {}
+        self.skipped, self.rows_reset = 0, 0
+        self.restart(None, 0)
+
+    def restart(self, sums: dict[str, Any] | None, left_out: int) -> None:
+        """Goes on from a checkpoint: nothing that was added since then is in the next record, nor its time.
+
+        Args:
+          sums: those of the steps between the last record and the checkpoint; None where there are none.
+          left_out: windows that the run has passed over so far, which count as read in the epoch.
+        """
+        self._pending, self._left_out = None, left_out
+        self._latest: dict[str, Any] = {}  # what the last step looked at has reported
+        self._reset()
+        if sums:
+            self._nats, self._symbols, self._steps = sums["nats"], sums["symbols"], sums["steps"]
+
+    def sums(self) -> dict[str, Any]:
+        """What was added up since the last record, but for time: plain JSON, and of floats every bit."""
+        assert self._pending is None, "settle() first"
+        return {"nats": self._nats, "symbols": self._symbols, "steps": self._steps}
+
+    def _reset(self) -> None:
+        self._nats, self._symbols, self._steps = 0.0, 0, 0
+        self._timed, self._waited, self._since = 0, 0.0, time.monotonic()  # of this process alone
+
+    def next_of(self, windows: Iterator[Any]) -> Any:
+        """The next batch, the time waited for it counted as input wait."""
+        before = time.monotonic()
+        batch = next(windows)
+        self._waited += time.monotonic() - before
+        return batch
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Takes the metrics of `step`; looks at those of the step before.  Raises Diverged (see `settle`)."""
+        self.settle()
+        self._pending = (step, metrics)
+
+    def settle(self) -> None:
+        """Looks at the metrics not yet looked at.
+
+        Raises:
+          Diverged: that step is not sound, or poisoned a row of the recurrent state, and is not to be skipped, or not
+            any more.
+        """
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        if not metrics.sound or metrics.poisoned_rows:
+            self._look_at_divergence(step, metrics)
+        self._latest = {"step": step, "learning_rate": float(metrics.learning_rate), "grad_norm": None}
+        if metrics.sound:
+            self._nats += float(metrics.loss) * int(metrics.symbols)
+            self._symbols += int(metrics.symbols)
+            self._timed += int(metrics.symbols)
+            self._steps += 1
+            self._latest["grad_norm"] = float(metrics.grad_norm)
+
+    def _look_at_divergence(self, step: int, metrics: Metrics) -> None:
+        what = _what_diverged(step, metrics, self._spike_factor)
+        if not (self._skips and metrics.finite_params):
+            raise Diverged(step, what)
+        in_a_row = int(metrics.course.skipped_in_a_row)
+        if in_a_row > self._max_skips:
+            raise Diverged(step, f"{what}, after {in_a_row - 1} updates skipped one after the other (max_skips)")
+        rows = int(metrics.poisoned_rows)
+        self.skipped += not metrics.sound
+        self.rows_reset += rows
+        done = [] if metrics.sound else ["update skipped"]
+        done += [f"{rows} row{'s' if rows > 1 else ''} of the recurrent state zeroed"] if rows else []
+        self._say(f"{what}: {', '.join(done)}")
+
+    def pause(self, seconds: float) -> None:
+        """Leaves `seconds`, spent on evaluating or saving, out of the training speed."""
+        self._since += seconds
+
+    def train_record(self) -> dict[str, Any]:
+        """A line of metrics.jsonl for the steps since the last one."""
+        self.settle()
+        step = self._latest["step"]
+        score = None  # all were skipped
+        if self._steps:
+            characters = self._symbols if self._of_ascii or not self._of_bytes else None
+            in_bytes = self._symbols if self._of_ascii or self._of_bytes else None
+            score = Score(self._nats / NATS_PER_BIT, self._symbols, characters, in_bytes)
+        record = self._record(step, "train", score) | self._speed()
+        record |= {k: self._latest[k] for k in ("learning_rate", "grad_norm")}
+        if distributed.is_one_of_several():
+            waits = distributed.gather(str(record["input_wait"]))
+            record["input_wait_of_processes"] = [float(wait) for wait in waits]
+        self.records["train"] = record
+        self._reset()
+        return record
+
+    def evaluation_record(self, step: int, split: str, score: Score, speed: float) -> dict[str, Any]:
+        """A line of metrics.jsonl for an evaluation that read `speed` symbols a second."""
+        self.records[split] = self._record(step, split, score) | {"symbols_per_second": round(speed, 1)}
+        return self.records[split]
+
+    def status(self) -> str:
+        """The live line, of the steps since the last record."""
+        # Once: the watchdog's thread asks, too.
+        steps, nats, symbols, latest = self._steps, self._nats, self._symbols, self._latest
+        if not (steps and symbols and latest):
+            return ""
+        speed = self._speed()
+        step = latest["step"]
+        left = (self._num_steps - step) * symbols / steps / max(speed["symbols_per_second"], 1e-9)
+        per_symbol, unit = ("bpb", "bytes") if self._of_bytes else ("bpc", "chars")
+        speeds = f"{speed['symbols_per_second']:,.0f} {unit}/s  input wait {speed['input_wait']:.0%}"
+        return (
+            f"step {step}/{self._num_steps}  epoch {self._epochs(step):.2f}  "
+            f"{nats / symbols / NATS_PER_BIT:.3f} {per_symbol}  {speeds}  ETA {duration(left)}"
+        )
+
+    def _record(self, step: int, split: str, score: Score | None) -> dict[str, Any]:
+        return {
+            "step": step,
+            "epoch": round(self._epochs(step), 4),
+            "split": split,
+            **(score.figures() if score else dict.fromkeys(FIGURES)),
+            "learning_rate": None,
+            "grad_norm": None,
+            "symbols_per_second": None,
+            "input_wait": None,
+            "seconds": round(time.monotonic() - self._started, 3),
+        }
+
+    def _epochs(self, step: int) -> float:
+        """How often the training split has been read after `step` updates."""
+        return (step + self._left_out) / self._epoch
+
+    def _speed(self) -> dict[str, float]:
+        elapsed = max(time.monotonic() - self._since, 1e-9)
+        return {
+            "symbols_per_second": round(self._timed / elapsed, 1),
+            "input_wait": round(self._waited / elapsed, 4),
+        }
+
+
+def finite_score(step: int, record: dict[str, Any]) -> float:
+    """The bits per symbol of an evaluation's record.  Raises Diverged where they are not finite."""
+    score = record["bits_per_symbol"]
+    if not np.isfinite(score):
+        raise Diverged(step, f"{record['split']} score={score} is not finite at step {step}")
+    return score
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: 45s, 12m05s, 3h20m, 2d04h."""
+    s = int(seconds)
+    if s < 60:
+        return f"{s}s"
+    if s < 3600:
+        return f"{s // 60}m{s % 60:02d}s"
+    if s < 86400:
+        return f"{s // 3600}h{s % 3600 // 60:02d}m"
+    return f"{s // 86400}d{s % 86400 // 3600:02d}h"
+
+
+def _what_diverged(step: int, metrics: Metrics, spike_factor: float) -> str:
+    loss, norm = float(metrics.loss), float(metrics.grad_norm)
+    bad = np.flatnonzero(~distributed.fetch(metrics.finite_B))
+    where = f"stream{'s' if len(bad) > 1 else ''} {', '.join(map(str, bad[:8]))}{', ...' if len(bad) > 8 else ''}"
+    if np.isfinite(loss) and np.isfinite(norm):
+        if len(bad):
+            return f"the recurrent state is not finite at step {step}, in {where}"
+        if not metrics.finite_params:
+            return f"a parameter is not finite after step {step}"
+        usual = float(metrics.course.usual_loss)
+        if spike_factor and loss > spike_factor * usual > 0:
+            bits, usual = loss / NATS_PER_BIT, usual / NATS_PER_BIT
+            return f"loss={bits:.3f} bits is a spike at step {step}, where {usual:.3f} is usual"
+        return f"a parameter would not be finite after step {step}"
+    what = f"loss={loss}" if not np.isfinite(loss) else f"gradient norm={norm}"
+    if not len(bad):
+        largest = int(np.argmax(distributed.fetch(metrics.loss_B)))
+        where = f"no stream's own loss or state; the largest loss is stream {largest}'s"
+    return f"{what} is not finite at step {step}, in {where}"

@@ -1,0 +1,305 @@
+"""The run directory: what a run is held to when it is continued, and what evaluating and sampling need of it.
+
+config.json      every setting, as the run fixed it; written last, so that where it stands a run stands
+identity.json    the vocabulary, and the fingerprint of the corpus
+flags.txt        the flags of the command that started the run, as a flagfile
+initial_checkpoint.json     which parameters the run started from, where these are another run's
+log.txt  metrics.jsonl  checkpoints/<step>/
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from charlstm import config as config_lib
+from charlstm import distributed
+from charlstm.config import Config
+from charlstm.run.checkpoint import Checkpoints, Wanted
+from charlstm.run.step_directory import SEAL, StepDirectory
+from charlstm.training import step as step_lib
+from charlstm.types import ModelParams
+from data_pipeline.atomic_files import at_home, locked, owner_file, written_whole
+from data_pipeline.batch import Separator
+from data_pipeline.vocabulary import Vocabulary
+
+LOCK, INITIAL = ".lock", "initial_checkpoint.json"
+
+
+class OtherRun(ValueError):
+    """The run in a directory is not the one that was asked for."""
+
+
+class Initial(NamedTuple):
+    """Which parameters of another run a run has started from."""
+
+    named: str  # by --initial_checkpoint
+    other: str  # the other run's directory
+    step: int
+    item: str  # params, or their average
+    digest: str  # of these parameters, as `digest.state_digest`
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """What makes a run's numbers mean what they mean, beside its config."""
+
+    vocabulary: Vocabulary
+    corpus_fingerprint: str
+
+    @property
+    def vocabulary_in_short(self) -> str:
+        return f"a vocabulary of {self.vocabulary.size} {self.vocabulary.kind} ({self.vocabulary.digest[:12]})"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"vocabulary": self.vocabulary.to_json(), "corpus_fingerprint": self.corpus_fingerprint}
+
+
+def checkpoint_identity(config: Config, identity: Identity) -> dict[str, Any]:
+    """What every checkpoint of a run carries, so that it can be refused by a run it does not belong to."""
+    names = ("jax", "jaxlib", "numpy", "grain", "orbax-checkpoint")
+    return {
+        "config": dataclasses.asdict(config),
+        "vocabulary_digest": identity.vocabulary.digest,
+        "corpus_fingerprint": identity.corpus_fingerprint,
+        "versions": {name: importlib.metadata.version(name) for name in names},
+    }
+
+
+def named(flag: str, value: str) -> Path:
+    """The absolute path of the run directory that a flag names.
+
+    Raises:
+      ValueError: it is not UTF-8, and neither Orbax nor JSON could write it down.
+    """
+    path = at_home(value).absolute()
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{flag}={os.fspath(path)!a} is not UTF-8: checkpoints need a name that is") from None
+    return path
+
+
+def create(run_dir: Path, config: Config, identity: Identity, given: list[str], initial: Initial | None = None) -> None:
+    """Makes a new run in a directory that is `held`, and is made if need be.
+
+    A run that is there and has no checkpoint gives way to it; its log goes on.
+
+    Raises:
+      ValueError: there are files in it already that are no run's, or the run has got a checkpoint.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if exists(run_dir):
+        if has_checkpoint(run_dir):
+            raise ValueError(f"{run_dir} has just got a checkpoint of other settings: name another run_dir")
+    else:
+        known = ("identity.json", "flags.txt", "log.txt", "logs", "heartbeats", INITIAL)
+        names = (path.name for path in run_dir.iterdir())
+        strange = sorted(name for name in names if name not in known and not name.startswith(LOCK))
+        if strange:
+            raise ValueError(
+                f"{run_dir} holds {strange[0]} but no config.json, so it is not a run: use an empty directory"
+            )
+    if initial:
+        _write(run_dir / INITIAL, json.dumps(initial._asdict(), indent=1) + "\n")
+    else:
+        (run_dir / INITIAL).unlink(missing_ok=True)
+    _write(run_dir / "flags.txt", "\n".join(given) + "\n")
+    _write(run_dir / "identity.json", json.dumps(identity.to_json(), indent=1) + "\n")
+    write_config(run_dir, config)
+
+
+def write_config(run_dir: Path, config: Config) -> None:
+    """Keeps the settings with which a run goes on."""
+    _write(run_dir / "config.json", config_lib.to_json(config))
+
+
+@contextlib.contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Keeps the run for this job alone; its directory is made if need be.  A process that was killed holds nothing.
+
+    Raises:
+      ValueError: another job has it, or it cannot be written.
+    """
+    lock = run_dir / LOCK
+
+    def refuse() -> None:
+        owner = lock.read_text("utf-8", "replace").strip() if lock.exists() else ""
+        remedy = "wait for it to end, or name another"
+        if (marker := owner_file(lock)).exists():  # a file system without locks
+            remedy += f"; if it is dead, on another machine, delete {marker}"
+        raise ValueError(f"run_dir={run_dir} is in use by {owner or 'another process'}: {remedy}")
+
+    with contextlib.ExitStack() as lock_held:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            lock_held.enter_context(locked(lock, refuse))
+            lock.write_text(f"process {os.getpid()} on {platform.node()}\n")
+        except OSError as error:
+            raise ValueError(f"run_dir={run_dir} cannot be written ({error.strerror or error}): name another") from None
+        yield
+
+
+def exists(run_dir: Path) -> bool:
+    return (run_dir / "config.json").is_file()
+
+
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether a save was ever finished here: what it made may have been set aside, or lack its name."""
+    checkpoints = run_dir / "checkpoints"
+    return bool(StepDirectory(checkpoints).steps()) or any(checkpoints.glob(f"*/{SEAL}"))
+
+
+def read_initial(run_dir: Path) -> Initial | None:
+    """Which parameters of another run this one has started from.  Raises ValueError where that is damaged."""
+    path = run_dir / INITIAL
+    if not path.exists():
+        return None
+    try:
+        initial = Initial(**json.loads(path.read_text("utf-8")))
+        if [type(value) for value in initial] != [str, str, int, str, str]:
+            raise TypeError("values of other types")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    return initial
+
+
+def read(run_dir: Path) -> tuple[Config, Identity]:
+    """The config and identity of the run in `run_dir`.  Raises ValueError where there is none or it is damaged."""
+    if not exists(run_dir):
+        raise ValueError(f"run_dir={run_dir} is not a run: it has no config.json")
+    try:
+        config = config_lib.from_json((run_dir / "config.json").read_text("utf-8"), str(run_dir / "config.json"))
+        return config, _read_identity(run_dir / "identity.json")
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        raise ValueError(f"{run_dir} is not a whole run: {error}") from None
+
+
+def _read_identity(path: Path) -> Identity:
+    try:
+        tree = json.loads(path.read_text("utf-8"))
+        fingerprint = tree.get("corpus_fingerprint") if isinstance(tree, dict) else None
+        if not isinstance(fingerprint, str) or not re.fullmatch("[0-9a-f]{64}", fingerprint):
+            raise ValueError("no corpus_fingerprint")
+        return Identity(Vocabulary.from_json(tree.get("vocabulary")), fingerprint)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def continued(run_dir: Path, wanted: Config, identity: Identity, initial: str) -> tuple[Config, list[str]]:
+    """The config with which the run in `run_dir` goes on, its own with the free settings of `wanted`; what changed.
+
+    Nothing is written.
+
+    Args:
+      initial: what --initial_checkpoint names, or "".
+
+    Raises:
+      OtherRun: `wanted` would change the mathematics, the vocabulary, the text or the parameters to start from; says
+        both values, and the ways on.
+      ValueError: it is not a run, or damaged.
+    """
+    run_config, run_identity = read(run_dir)
+    require_same(run_dir, run_identity, identity)
+    forbidden, free = config_lib.differences(run_config, wanted)
+    started_from = read_initial(run_dir)
+    before = started_from.named if started_from else ""
+    if before != initial and (initial or not has_checkpoint(run_dir)):
+        forbidden.append(f"initial_checkpoint: {before or 'none'} -> {initial or 'none'}")
+    if forbidden:
+        raise OtherRun(
+            f"{run_dir} was started with other settings ({'; '.join(forbidden)}): give its own with "
+            f"--flagfile={run_dir / 'flags.txt'}, or name another run_dir, which --initial_checkpoint={run_dir} starts "
+            "from its parameters"
+        )
+    changed = {change.split(":")[0] for change in free}
+    flat = config_lib.flatten(wanted)
+    values = {name: getattr(getattr(wanted, flat[name][0]), name) for name in changed}
+    remarks = [f"changed since the run was started or last continued: {change}" for change in free]
+    return config_lib.replace(run_config, **values), remarks
+
+
+def require_same(run_dir: Path, run: Identity, now: Identity) -> None:
+    """Raises OtherRun where the vocabulary or the corpus `now` is not that of the run."""
+    if run.vocabulary != now.vocabulary:
+        raise OtherRun(
+            f"{run_dir} has {run.vocabulary_in_short}, and the corpus given has {now.vocabulary_in_short}: give the "
+            f"run's own corpus, as in {run_dir / 'flags.txt'}, or another run_dir"
+        )
+    if run.corpus_fingerprint != now.corpus_fingerprint:
+        raise OtherRun(
+            f"{run_dir} was trained on the corpus with fingerprint {run.corpus_fingerprint[:12]}, and the one given "
+            f"has {now.corpus_fingerprint[:12]}: give the run's own corpus, as in {run_dir / 'flags.txt'}, or another "
+            f"run_dir, which --initial_checkpoint={run_dir} starts from its parameters"
+        )
+
+
+def separator(config: Config, vocabulary: Vocabulary) -> Separator:
+    """What ends a document, where the run resets state there; otherwise nothing.
+
+    Raises:
+      ValueError: it is no text of the vocabulary, or none at all.
+    """
+    if config.streams.reset_state != "document":
+        return ()
+    text = config.streams.document_separator
+    try:
+        ids = vocabulary.encode_escaped(text)
+    except ValueError as error:
+        raise ValueError(f"document_separator={text!r}: {error}") from None
+    if not len(ids):
+        raise ValueError("document_separator='' ends no document: give what does, or --reset_state=stream")
+    return tuple(ids.tolist())
+
+
+def restore_params(
+    run_dir: Path, config: Config, identity: Identity, mesh: Mesh, which: str
+) -> tuple[ModelParams, int]:
+    """Parameters of a run (their average, where it keeps one, saying so), on every device of `mesh`, and their step.
+
+    Args:
+      which: "best" on validation (the newest where none was validated), "latest", or a step in digits.  Of the first
+        two, the next one that is whole is taken where one is damaged, saying so.
+
+    Raises:
+      ValueError: there is no such checkpoint, or it is damaged, or none is whole.
+    """
+    if which not in ("best", "latest") and not which.isdecimal():
+        raise ValueError(f"checkpoint={which!r} is neither best, nor latest, nor a step")
+    abstract = step_lib.abstract(config, identity.vocabulary.size, mesh).params
+    with Checkpoints(
+        run_dir / "checkpoints", writable=False, log=lambda line: print(line, file=sys.stderr)
+    ) as checkpoints:
+        step: Wanted = "best" if which == "best" else None if which == "latest" else int(which)
+        params, meta = checkpoints.restore_params(abstract, step=step, item=config.optimizer.evaluated)
+    require_own(meta["identity"], config, identity, run_dir)
+    if config.optimizer.evaluated == "average" and distributed.is_first_process():
+        print(f"{run_dir}: the average of the parameters (average={config.optimizer.average})", file=sys.stderr)
+    return params, meta["step"]
+
+
+def require_own(checkpoint: dict[str, Any], config: Config, run: Identity, run_dir: Path) -> None:
+    """Raises ValueError where a checkpoint's identity is not that of the run in whose directory it lies."""
+    own = {"vocabulary_digest": run.vocabulary.digest, "corpus_fingerprint": run.corpus_fingerprint}
+    others = [f"{name}: {checkpoint[name][:12]} -> {own[name][:12]}" for name in own if checkpoint[name] != own[name]]
+    made_with = config_lib.from_json(json.dumps(checkpoint["config"]), f"a checkpoint of {run_dir}")
+    others += config_lib.differences(made_with, config)[0]
+    if others:
+        raise ValueError(
+            f"the checkpoints of {run_dir} belong to another run ({'; '.join(others)}): take them out, or name another "
+            "run_dir"
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    with written_whole(path) as file:
+        file.write(text.encode("utf-8"))

@@ -1,0 +1,1 @@
+"""How the model learns: one update, and all that belongs to it."""

@@ -1,0 +1,51 @@
+"""An average of the parameters beside them, which is what is evaluated and sampled.
+
+With p the parameters after an update, a their average and n how many it is of, this update's included,
+
+    ema     a = a + w (p - a)      w = (1 - d) / (1 - d^n),  d = ema_decay
+    asgd    a = a + (p - a) / n                                                   Polyak & Juditsky 1992
+
+ema is the exponential average with its bias towards the start taken out, as Kingma & Ba 2015, section 3, take it out of
+Adam's moments: its weights sum to 1 from the first update on, and asgd is its limit d = 1.  asgd begins when
+validation no longer improves (progress.py), with the parameters evaluated then as its first; until then the average is
+the parameters themselves.
+
+An update that is skipped is not averaged.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from charlstm.config.training import OptimizerConfig
+from charlstm.training.optimizers import bias_correction
+from charlstm.types import ModelParams, Progress, TrainState
+
+Average = ModelParams | tuple[()]
+
+
+def start(settings: OptimizerConfig, params: ModelParams) -> Average:
+    """The average before the first update: the parameters, as arrays of their own, since a step donates both."""
+    return jax.tree.map(jnp.copy, params) if settings.evaluated == "average" else ()
+
+
+def after(settings: OptimizerConfig, average: Any, progress: Progress, params: ModelParams) -> tuple[Any, Progress]:
+    """The average after an update to `params`, and the progress with the count of what it is of."""
+    if settings.average == "none":
+        return average, progress
+    begun = settings.average == "ema" or not settings.average_patience
+    count = progress.averaged + (1 if begun else (progress.averaged > 0).astype(jnp.int32))
+    n = jnp.maximum(count, 1).astype(params.b_out.dtype)
+    if settings.average == "ema":
+        weight = (1 - settings.ema_decay) / bias_correction(settings.ema_decay, n)
+    else:
+        weight = 1 / n
+    # Where all the weight is the newest's, a + (p - a) would round.
+    average = jax.tree.map(lambda a, p: jnp.where(weight < 1, a + weight * (p - a), p), average, params)
+    return average, progress._replace(averaged=count)
+
+
+def to_evaluate(state: TrainState) -> ModelParams:
+    """The parameters that are evaluated: the average, where one is kept."""
+    return state.average or state.params

@@ -1,0 +1,42 @@
+"""What validation says to a run that goes by it: when the rate drops, and when averaging begins.
+
+After each evaluation, with k = evaluations since the lowest score and n = evaluations so far,
+
+    --schedule=plateau   lowers the rate when k = plateau_patience, or n = plateau_latest: once in a run, as in the
+                         recipes of Melis et al. 2018 (arXiv:1707.05589)
+    --average=asgd       begins to average when k = average_patience, or n = average_latest (Melis et al. 2019,
+                         arXiv:1909.01792); the NT-ASGD of Merity et al. 2017 (arXiv:1708.02182), alg. 1, which compares
+                         the newest score alone with the best of those before the last k, may begin a little earlier
+
+Both are part of the state, so a run that was killed does each at the same evaluation.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from charlstm.config.training import OptimizerConfig
+from charlstm.types import Progress
+
+
+def start() -> Progress:
+    """Before the first evaluation."""
+    none = jnp.zeros((), jnp.int32)
+    return Progress(none, jnp.full((), jnp.inf, jnp.float32), none, jnp.zeros((), bool), none)
+
+
+def heard(settings: OptimizerConfig, progress: Progress, score: float) -> Progress:
+    """The progress, in numpy's arrays, after an evaluation that gave `score` bits per symbol."""
+    evaluations, best, without_gain = int(progress.evaluations) + 1, float(np.float32(score)), 0
+    if best >= progress.best:
+        best, without_gain = float(progress.best), int(progress.without_gain) + 1
+    dropped, averaged = bool(progress.dropped), int(progress.averaged)
+    if settings.schedule == "plateau":
+        dropped |= without_gain >= settings.plateau_patience or evaluations == settings.plateau_latest
+    ripe = without_gain >= settings.average_patience or evaluations == settings.average_latest
+    if settings.average == "asgd" and ripe:
+        averaged = max(averaged, 1)  # the parameters that were evaluated are the first
+    told: Any = (evaluations, best, without_gain, dropped, averaged)
+    return jax.tree.map(lambda old, new: np.asarray(new, old.dtype), progress, Progress(*told))

@@ -1,0 +1,240 @@
+"""The training step: one window of every stream, one gradient, one reduction, one update.
+
+    train_step(state, batch) -> (state, metrics)
+
+Inside `shard_map` a device holds b = B/n streams as k = M/n logical shards of B/M streams each. It computes each
+shard's gradient at one shape, one shard after the other, and all gradients are summed once (reduction.py), after the
+loops over time: never a collective in a loop. The loss is a sum over all B T symbols, divided once, after the
+reduction.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh
+
+from charlstm import distributed, rng
+from charlstm.config import Config
+from charlstm.model import language_model
+from charlstm.model.dropout import Noise
+from charlstm.model.ops import compiler
+from charlstm.training import averaging, divergence, optimizers, plateau, reduction, schedules
+from charlstm.training.loss import activation_penalties, cross_entropy
+from charlstm.types import Metrics, ModelParams, TrainState
+from data_pipeline.batch import Batch
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def init(config: Config, vocabulary_size: int) -> TrainState:
+    """The state before the first update."""
+    params = language_model.init(config.model, vocabulary_size, rng.named(jax.random.key(config.training.seed), "init"))
+    dtype = params.b_out.dtype
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizers.make(config.optimizer).init(params),
+        recurrent_state=language_model.initial_state(config.model, config.streams.batch_size, dtype),
+        course=divergence.start(dtype),
+        progress=plateau.start(),
+        average=averaging.start(config.optimizer, params),
+    )
+
+
+def abstract(config: Config, vocabulary_size: int, mesh: Mesh) -> TrainState:
+    """The state's shapes, types and places on `mesh`: what a checkpoint is restored into."""
+    shapes = jax.eval_shape(lambda: init(config, vocabulary_size))
+    return jax.tree.map(
+        lambda spec, tree: distributed.abstract(mesh, spec, tree), state_specs(), shapes, is_leaf=_is_spec
+    )
+
+
+def place(mesh: Mesh, state: TrainState) -> TrainState:
+    """`state`, made alike by every process, laid out on `mesh`."""
+    rows = distributed.process_rows(mesh, jax.tree.leaves(state.recurrent_state)[0].shape[0])
+    own = jax.tree.map(lambda a: a[rows.start : rows.stop], state.recurrent_state)
+    state = state._replace(recurrent_state=own)
+    return jax.tree.map(lambda spec, tree: distributed.put(mesh, spec, tree), state_specs(), state, is_leaf=_is_spec)
+
+
+def started_from(config: Config, state: TrainState, params: ModelParams) -> TrainState:
+    """`state`, before the first update, with other parameters."""
+    return state._replace(params=params, average=averaging.start(config.optimizer, params))
+
+
+def heard(config: Config, mesh: Mesh, state: TrainState, score: float) -> TrainState:
+    """`state` when validation has said `score`, bits per symbol: what every process agrees on."""
+    told = plateau.heard(config.optimizer, jax.tree.map(np.asarray, state.progress), score)
+    return state._replace(progress=distributed.put(mesh, distributed.REPLICATED, told))
+
+
+def gone_back(mesh: Mesh, state: TrainState, windows: int) -> TrainState:
+    """`state`, gone back to once more, and before the text `windows` windows later, to which it carries nothing over.
+
+    With 0 windows it reads again what was read, and its recurrent state stays.
+    """
+    whole, course = distributed.REPLICATED, state.course
+    window, rollbacks = (np.int32(int(n) + more) for n, more in ((course.window, windows), (course.rollbacks, 1)))
+    course = course._replace(
+        window=distributed.put(mesh, whole, window), rollbacks=distributed.put(mesh, whole, rollbacks)
+    )
+    carry = state.recurrent_state
+    if windows:
+        rows = distributed.process_rows(mesh, jax.tree.leaves(carry)[0].shape[0])
+        zeros = jax.tree.map(lambda a: np.zeros((len(rows), *a.shape[1:]), a.dtype), carry)
+        first = language_model.first_state(jax.tree.map(np.asarray, state.params), zeros)
+        carry = distributed.put(mesh, distributed.BY_STREAM, first)
+    return state._replace(recurrent_state=carry, course=course)
+
+
+def shards_per_device(config: Config, devices: int, fixed: bool = False) -> int:
+    """k: how many logical shards each of `devices` computes.
+
+    Args:
+      fixed: the run has begun, so only the number of devices, and the reduction, can be another.
+
+    Raises:
+      ValueError: the B streams, or the M logical shards, cannot be split over the devices; says which counts can.
+    """
+    B, M = config.streams.batch_size, config.training.logical_shards
+    assert M > 0, "resolve(config) fills in logical_shards"
+    if B % devices:
+        low, high = B - B % devices, B + devices - B % devices
+        choice = f"{low} or {high}" if low else f"{high}"
+        if fixed:
+            choice = f"{_divisors(B)} devices, as the run has this batch_size"
+        raise ValueError(f"batch_size={B} cannot be split over {devices} devices: use {choice}")
+    if B % M:
+        raise ValueError(f"batch_size={B} cannot be split into logical_shards={M}: use a multiple of {M}")
+    if M % devices == 0:
+        return M // devices
+    if config.training.reduction == "exact":
+        raise ValueError(
+            f"logical_shards={M} cannot be split exactly over {devices} devices: use {_divisors(M)} devices, or "
+            f"--reduction=fast (not bit-stable across counts)"
+        )
+    return next(k for k in range(-(-M // devices), B // devices + 1) if B % (devices * k) == 0)
+
+
+def _divisors(count: int) -> str:
+    return ", ".join(str(d) for d in range(1, count + 1) if count % d == 0)
+
+
+def make(config: Config, vocabulary_size: int, mesh: Mesh, steps_per_epoch: int) -> jax.stages.Wrapped:
+    """The training step on `mesh`, compiled for each length of a window that it meets.  It donates the state.
+
+    Where a window's length is not --window, the learning rate is scaled by their ratio (Merity et al. 2018,
+    arXiv:1803.08240): its loss is a mean all the same.
+    """
+    count = shards_per_device(config, mesh.size)
+    shard_gradient = _shard_gradient(config, config.streams.batch_size // (mesh.size * count))
+    optimizer = optimizers.make(config.optimizer)
+    schedule = schedules.make(config.optimizer, steps_per_epoch, config.training.num_steps)
+    skips = config.training.on_divergence == "skip"
+
+    def local_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        T = batch.inputs.shape[1]
+        symbols = config.streams.batch_size * T
+        shards = jax.lax.axis_index(distributed.AXIS) * count + jnp.arange(count, dtype=jnp.int32)
+        by_shard = jax.tree.map(lambda a: a.reshape((count, -1, *a.shape[1:])), (state.recurrent_state, batch))
+        partial_RP, (nats_kb, finite_kb, carry) = reduction.subtree_sums(
+            lambda args: shard_gradient(state.params, state.step, *args), (shards, *by_shard), count
+        )
+        if config.training.reduction == "exact":
+            total_P = reduction.exact_sum(partial_RP, distributed.AXIS, mesh.size)
+        else:
+            total_P = reduction.fast_sum(partial_RP, distributed.AXIS)
+        # What follows is replicated; the barrier makes it the same program whatever reduced the gradient.
+        total_P = jax.lax.optimization_barrier(total_P)
+        mean_P, poisoned_rows = total_P / jnp.asarray(symbols, total_P.dtype), total_P[-1].astype(jnp.int32)
+        gradient, loss = ravel_pytree(state.params)[1](mean_P[:-2]), mean_P[-2]
+        norm = optimizers.global_norm(gradient)
+        learning_rate = schedule(state.step, state.progress) * (T / config.streams.window)
+        gradient = optimizers.clip(gradient, norm, config.optimizer)
+        params, opt_state = optimizer.update(gradient, state.opt_state, state.params, learning_rate)
+        average, told = averaging.after(config.optimizer, state.average, state.progress, params)
+        carry = jax.tree.map(lambda a: a.reshape((-1, *a.shape[2:])), carry)
+        finite_b = finite_kb.reshape(-1)
+
+        sound = divergence.is_sound(config.training, loss, norm, params, state.course)
+        if skips:
+            old = state.params, state.opt_state, state.average, state.progress
+            params, opt_state, average, told = divergence.either(sound, (params, opt_state, average, told), old)
+            carry = divergence.mended(carry, finite_b, language_model.first_state(params, carry))
+        course = divergence.after(state.course, loss, sound, skips, poisoned_rows)
+        metrics = Metrics(
+            loss=loss,
+            loss_B=nats_kb.reshape(-1),
+            grad_norm=norm,
+            learning_rate=learning_rate,
+            sound=sound,
+            finite_params=divergence.all_finite(params),
+            finite_B=finite_b,
+            poisoned_rows=poisoned_rows,
+            course=course,
+            symbols=jnp.asarray(symbols, jnp.int32),
+        )
+        return TrainState(state.step + 1, params, opt_state, carry, course, told, average), metrics
+
+    return jax.jit(
+        jax.shard_map(
+            local_step,
+            mesh=mesh,
+            in_specs=(state_specs(), distributed.BY_STREAM),
+            out_specs=(state_specs(), metrics_specs()),
+            # Gradients of replicated parameters must not be summed behind our back (with check_vma they arrive already
+            # reduced, by one all-reduce a parameter), and the type system does not know that an all-gather replicates.
+            check_vma=False,
+        ),
+        donate_argnums=0,
+        compiler_options=compiler.options(),
+    )
+
+
+def _shard_gradient(config: Config, streams: int) -> Callable[..., tuple[jax.Array, Any]]:
+    """The gradient of one logical shard of `streams` streams."""
+    seed_key = jax.random.key(config.training.seed)
+
+    def gradient_of(params, step, shard, carry, batch: Batch):
+        """One logical shard: (its gradient, loss and count of poisoned rows [P + 2], (nats [b], finite [b], carry))."""
+        rows_b = shard * streams + jnp.arange(streams, dtype=jnp.int32)
+        noise = Noise(jax.random.fold_in(rng.named(seed_key, "noise"), step), rows_b)
+
+        def loss(params):
+            inputs_bT, reset_bT = batch.inputs.astype(jnp.int32), batch.reset
+            new_carry, features_TbH = language_model.features(config.model, params, carry, inputs_bT, reset_bT, noise)
+            dropped_TbH = language_model.drop_features(config.model, features_TbH, noise)
+            logits_TbV = language_model.logits(config.model, params, dropped_TbH)
+            nats_b = cross_entropy(logits_TbV, batch.targets.astype(jnp.int32).T).sum(0)
+            penalties = activation_penalties(config.optimizer, features_TbH, dropped_TbH, reset_bT.T)
+            return nats_b.sum() + penalties, (nats_b, new_carry)
+
+        gradient, (nats_b, new_carry) = jax.grad(loss, has_aux=True)(params)
+        finite_b = divergence.finite_rows(new_carry, nats_b)
+        # The penalties are in the gradient and not in what is reported.
+        sums = jnp.stack([nats_b.sum(), (~finite_b).sum(dtype=nats_b.dtype)])
+        return jnp.concatenate([ravel_pytree(gradient)[0], sums]), (nats_b, finite_b, new_carry)
+
+    return gradient_of
+
+
+def state_specs() -> Any:
+    """What lies where: everything whole on every device, except the recurrent state, split by stream."""
+    whole: Any = distributed.REPLICATED
+    rows: Any = distributed.BY_STREAM
+    return TrainState(whole, whole, whole, recurrent_state=rows, course=whole, progress=whole, average=whole)
+
+
+def metrics_specs() -> Any:
+    whole: Any = distributed.REPLICATED
+    rows: Any = distributed.BY_STREAM
+    by_name = dict.fromkeys(Metrics._fields, whole)
+    return Metrics(**by_name | {"loss_B": rows, "finite_B": rows})
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, jax.sharding.PartitionSpec)

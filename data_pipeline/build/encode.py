@@ -1,0 +1,194 @@
+"""Texts into shards: the plan of a preparation, and its execution in parallel."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data_pipeline import terminal
+from data_pipeline.atomic_files import Progress, sealed, unsealed, written_whole
+from data_pipeline.build.sources import Extent, ParallelMap, Text
+from data_pipeline.build.splits import Span, cut, shard_spans
+from data_pipeline.build.utf8 import StartCount, count_all, index_characters, read_characters
+from data_pipeline.manifest import Shard, SplitRecord
+from data_pipeline.settings import CorpusSettings
+from data_pipeline.shards import shard_sizes, write_shard
+from data_pipeline.vocabulary import Vocabulary, canonical_json
+
+SMALL = 64 << 20  # bytes of text below which starting processes takes longer than the work
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardTask:
+    """A shard to be written."""
+
+    directory: Path
+    file: str
+    vocabulary: Vocabulary
+    extents: tuple[Extent, ...]
+    block_bytes: int
+
+    def pieces(self, starts: StartCount) -> Iterator[np.ndarray]:
+        """The ids, a chunk at a time; of bytes, their characters are counted on the way."""
+        if self.vocabulary.kind == "bytes":
+            for extent in self.extents:
+                for chunk in extent.read():
+                    starts.add(chunk)
+                    yield np.frombuffer(chunk, np.uint8)
+                starts.begin()
+        else:
+            yield from (self.vocabulary.encode(text, unknown="map") for text in read_characters(self.extents))
+
+
+class Written(NamedTuple):
+    """A shard on disk, and what was counted when it was written."""
+
+    shard: Shard
+    characters: int | None
+    unknown: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitPlan:
+    """A split before it is written."""
+
+    bytes: int
+    shards: list[list[Extent]]
+
+
+@contextlib.contextmanager
+def parallel_map(workers: int, processes: bool, progress: Progress | None) -> Iterator[Callable[[str], ParallelMap]]:
+    """Yields a function that gives a `ParallelMap` for work of some description, which `progress` is told of.
+
+    Threads do, where there is little work.  Decoding UTF-8 holds the interpreter's lock, and much of it needs
+    `processes`; these are spawned, as forking a program that has threads (JAX has) may hang.
+    """
+    pool: concurrent.futures.Executor
+    if processes and workers > 1:
+        spawn = multiprocessing.get_context("spawn")
+        pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn, initializer=_die_with_parent)
+    else:
+        pool = concurrent.futures.ThreadPoolExecutor(workers)
+
+    def parallel(doing: str, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        items = list(items)
+        for number, result in enumerate(pool.map(function, items), 1):
+            if progress:
+                progress(doing, number, len(items))
+            yield result
+
+    try:
+        yield lambda doing: lambda function, items: parallel(doing, function, items)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _die_with_parent() -> None:
+    """In a worker process: leaves Ctrl-C to the parent, and ends when the parent was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    terminal.unblock()  # a pool that breaks ends its other workers by SIGTERM
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def plan(
+    texts: dict[str, Text], settings: CorpusSettings, shard_bytes: int, parallel: Callable[[str], ParallelMap]
+) -> tuple[Vocabulary, dict[str, SplitPlan]]:
+    """The vocabulary, and what each shard of each split is made of.
+
+    Args:
+      texts: split -> its text; or, of one text that is to be cut, "" -> that text.
+      settings: how to cut and which vocabulary; nothing else of them counts.
+      shard_bytes: the size of all shards of a split but the last.
+      parallel: of `parallel_map`.
+
+    Raises:
+      ValueError: a text is too short, or not UTF-8 where characters are wanted.
+    """
+    characters = settings.vocabulary == "characters"
+    indices = {name: index_characters(text, parallel("indexing")) for name, text in texts.items()} if characters else {}
+    spans: dict[str, tuple[str, list[Span]]] = {}  # split -> (the text's key, spans in symbols)
+    for key, text in texts.items():
+        symbols = indices[key].characters if characters else text.bytes
+        parts = {key: [(0, symbols)]} if key else cut(symbols, settings)
+        spans |= {split: (key, part) for split, part in parts.items()}
+
+    def in_bytes(key: str, part: list[Span]) -> list[Span]:
+        if not characters:
+            return part
+        offsets = indices[key].byte_offsets(itertools.chain.from_iterable(part))
+        return [(offsets[start], offsets[stop]) for start, stop in part]
+
+    vocabulary = Vocabulary("bytes")
+    if characters:
+        key, part = spans["train"]
+        counts = count_all(indices[key], in_bytes(key, part), parallel("counting"))
+        vocabulary = Vocabulary.from_counts(counts, settings.min_count)
+    plans = {}
+    for split, (key, part) in spans.items():
+        shards = shard_spans(part, shard_bytes // vocabulary.dtype.itemsize)
+        flat = iter(in_bytes(key, list(itertools.chain.from_iterable(shards))))
+        by_shard = [[next(flat) for _ in shard] for shard in shards]
+        extents = [[extent for span in shard for extent in texts[key].extents(*span)] for shard in by_shard]
+        plans[split] = SplitPlan(sum(stop - start for shard in by_shard for start, stop in shard), extents)
+    return vocabulary, plans
+
+
+def write_splits(
+    directory: Path, vocabulary: Vocabulary, plans: dict[str, SplitPlan], block_bytes: int, parallel: ParallelMap
+) -> dict[str, SplitRecord]:
+    """Writes all shards into `directory`, but for those that are already there whole."""
+    tasks = [
+        ShardTask(directory, f"{split}-{number:05d}.ids", vocabulary, tuple(extents), block_bytes)
+        for split, planned in plans.items()
+        for number, extents in enumerate(planned.shards)
+    ]
+    written = iter(parallel(_write_once, tasks))
+    records = {}
+    for split, planned in plans.items():
+        shards, characters, unknown = zip(*(next(written) for _ in planned.shards), strict=True)
+        symbols, whole = sum(shard.symbols for shard in shards), None if None in characters else sum(characters)
+        records[split] = SplitRecord(symbols, planned.bytes, whole, sum(unknown), shards)
+    assert next(written, None) is None
+    return records
+
+
+def _write_once(task: ShardTask) -> Written:
+    """Writes a shard and, last, a note of it: what a killed preparation left is known whole by its note."""
+    note = task.directory / f"{task.file}.json"
+    known = unsealed(note)
+    if known is not None:
+        shard_fields, *counts = json.loads(known)
+        shard = Shard(**shard_fields)
+        sizes = shard_sizes(shard, task.vocabulary.dtype.itemsize, task.block_bytes)
+        if all((task.directory / name).exists() for name in sizes):
+            return Written(shard, *counts)
+    starts, unknown, characters = StartCount(), 0, task.vocabulary.kind == "characters"
+
+    def counted() -> Iterator[np.ndarray]:
+        nonlocal unknown
+        for ids in task.pieces(starts):
+            unknown += int(np.count_nonzero(ids == 0)) if characters else 0
+            yield ids
+
+    shard = write_shard(task.directory, task.file, counted(), task.block_bytes)
+    written = Written(shard, shard.symbols if characters else starts.characters, unknown)
+    with written_whole(note) as out:
+        out.write(sealed(canonical_json([dataclasses.asdict(shard), *written[1:]])))
+    return written

@@ -1,0 +1,182 @@
+"""Characters in UTF-8 text of any length: how many there are, where they stand, how often each occurs."""
+
+import bisect
+import codecs
+import collections
+import dataclasses
+import itertools
+import shlex
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.build.sources import Extent, ParallelMap, Text, TextFile
+
+REGION = 16 << 20  # bytes of a file that are looked at as one piece
+CONTINUATION = bytes(range(0x80, 0xC0))  # bytes of UTF-8 at which no character starts
+
+
+@dataclasses.dataclass(frozen=True)
+class CharacterIndex:
+    """Where the regions of a text start: a few numbers for each 16 MiB."""
+
+    text: Text
+    byte_starts: list[int]  # and last, the end of the text
+    character_starts: list[int]
+
+    @property
+    def characters(self) -> int:
+        return self.character_starts[-1]
+
+    def byte_offsets(self, positions: Iterable[int]) -> dict[int, int]:
+        """Where the characters at `positions` start, in bytes."""
+        by_region = collections.defaultdict(list)
+        for position in sorted(set(positions)):
+            by_region[bisect.bisect_right(self.character_starts, position) - 1].append(position)
+        offsets = {}
+        for region, wanted in by_region.items():
+            if region == len(self.byte_starts) - 1:
+                offsets[wanted[0]] = self.text.bytes
+                continue
+            seen, offset = self.character_starts[region], self.byte_starts[region]
+            for extent in self.text.extents(offset, self.byte_starts[region + 1]):
+                for chunk in extent.read():
+                    starts = np.flatnonzero((np.frombuffer(chunk, np.uint8) & 0xC0) != 0x80)
+                    while wanted and wanted[0] < seen + len(starts):
+                        position = wanted.pop(0)
+                        offsets[position] = offset + int(starts[position - seen])
+                    seen, offset = seen + len(starts), offset + len(chunk)
+            assert not wanted
+        return offsets
+
+    def regions(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """The stretch from byte `start` to byte `stop`, both starts of characters, cut where regions start."""
+        first, last = bisect.bisect_right(self.byte_starts, start), bisect.bisect_left(self.byte_starts, stop)
+        yield from itertools.pairwise([start, *self.byte_starts[first:last], stop])
+
+
+def index_characters(text: Text, parallel: ParallelMap) -> CharacterIndex:
+    """Reads all of `text`.
+
+    Raises:
+      ValueError: a file is not UTF-8; the message has the offset of the first bad sequence.
+    """
+    tasks = [
+        (file, region) for file in text.files for region in range(file.start, max(file.bytes, file.start + 1), REGION)
+    ]
+    byte_starts, character_starts, number = [], [], -1
+    position = 0  # in characters
+    for (file, region), (skipped, characters) in zip(tasks, parallel(count_characters, tasks), strict=True):
+        number += region == file.start
+        byte_starts.append(text.starts[number] + region - file.start + skipped)
+        character_starts.append(position)
+        position += characters + (len(file.ending.decode()) if region + REGION >= file.bytes else 0)
+    return CharacterIndex(text, [*byte_starts, text.bytes], [*character_starts, position])
+
+
+def count_characters(task: tuple[TextFile, int]) -> tuple[int, int]:
+    """(bytes before the first character that starts in the region, characters that start in it).
+
+    `task` is the file, and the region's first byte.
+    """
+    file, region = task
+    start, stop = _first_start(file, region), _first_start(file, min(region + REGION, file.bytes))
+    characters = sum(map(len, read_characters([Extent(file.path, start, stop)])))
+    return start - region, characters
+
+
+def _first_start(file: TextFile, offset: int) -> int:
+    """The first byte from `offset` on at which a character starts; `offset` + 3 at most, as no character is longer."""
+    if offset in (file.start, file.bytes):
+        return offset
+    with file.path.open("rb") as opened:
+        opened.seek(offset)
+        after = opened.read(3)
+    return offset + next((k for k, byte in enumerate(after) if byte & 0xC0 != 0x80), len(after))
+
+
+def read_characters(extents: Iterable[Extent]) -> Iterator[str]:
+    """The characters of `extents`, each of which begins and ends with whole characters.
+
+    Raises:
+      ValueError: an extent is not UTF-8; the message has the file and the byte offset of the first bad sequence.
+    """
+    for extent in extents:
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        position = extent.start
+        for chunk in extent.read():
+            held_back = len(decoder.getstate()[0])
+            yield _decoded(decoder, chunk, False, extent.path, position - held_back)
+            position += len(chunk)
+        _decoded(decoder, b"", True, extent.path, position - len(decoder.getstate()[0]))
+
+
+def _decoded(decoder: codecs.IncrementalDecoder, chunk: bytes, final: bool, path: Path, position: int) -> str:
+    try:
+        return decoder.decode(chunk, final)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text: bad sequence at byte {position + error.start}; convert it from the encoding "
+            f"that it has (such as `iconv -f WINDOWS-1252 -t UTF-8 {shlex.quote(str(path))} > new.txt`) and name that, "
+            "or use --vocabulary=bytes for it"
+        ) from None
+
+
+class StartCount:
+    """Counts the characters that start in stretches of a text, which may be cut anywhere, within a character too.
+
+    Attributes:
+      characters: so many; None where a stretch is not UTF-8, but for the halves of characters at its ends.
+    """
+
+    def __init__(self) -> None:
+        self.characters: int | None = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self.begin()
+
+    def begin(self) -> None:
+        """Ends a stretch, and begins another."""
+        if self.characters is not None and self._decoder.getstate()[0]:
+            self.characters += 1  # it starts here, and ends in another stretch
+        self._decoder.reset()
+        self._before = 0  # bytes of a character that started in another stretch; -1 once one has started in this
+
+    def add(self, chunk: bytes) -> None:
+        """The next bytes of the stretch."""
+        if self.characters is None:
+            return
+        if self._before >= 0:
+            started = chunk.lstrip(CONTINUATION)
+            self._before += len(chunk) - len(started)
+            if self._before > 3:  # no character is so long
+                self.characters = None
+                return
+            if started:
+                self._before = -1
+            chunk = started
+        try:
+            self.characters += len(self._decoder.decode(chunk))
+        except UnicodeDecodeError:
+            self.characters = None
+
+
+def count_each(extents: list[Extent]) -> tuple[np.ndarray, np.ndarray]:
+    """The code points `[n]` of `extents`, in ascending order, and how often each stands there `[n]`."""
+    total = np.zeros(0, np.int64)
+    for characters in read_characters(extents):
+        counts = np.bincount(np.frombuffer(characters.encode("utf-32-le"), "<u4"))
+        if len(counts) > len(total):
+            counts, total = total, counts
+        total[: len(counts)] += counts
+    codes = np.flatnonzero(total)
+    return codes, total[codes]
+
+
+def count_all(index: CharacterIndex, spans: Iterable[tuple[int, int]], parallel: ParallelMap) -> dict[int, int]:
+    """Code point -> how often it stands in `spans` of the text, which are in bytes."""
+    regions = (region for span in spans for region in index.regions(*span))
+    counts: collections.Counter[int] = collections.Counter()
+    for codes, times in parallel(count_each, [index.text.extents(*region) for region in regions]):
+        counts.update(dict(zip(codes.tolist(), times.tolist(), strict=True)))
+    return dict(counts)

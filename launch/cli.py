@@ -1,0 +1,91 @@
+"""What the programs share: a user's mistake is one line on stderr and exit status 2, never a traceback.
+
+Exit statuses:
+    0   done
+    2   a mistake in flags or files: nothing was changed
+    3   training stopped because a loss or a gradient is not finite
+    70  the run hung, and its watchdog ended it (EX_SOFTWARE)
+    71  another process of the job was lost (EX_OSERR): the job, started again, goes on from its newest checkpoint
+    74  the disk is full or fails: training ended, but its last checkpoint or its log could not be written (EX_IOERR)
+    75  stopped by Ctrl-C or SIGTERM after saving: the same command goes on (EX_TEMPFAIL)
+    130 interrupted by Ctrl-C where there was nothing to save, or by a second one before it was saved; 143: by SIGTERM
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from data_pipeline import terminal
+from data_pipeline.atomic_files import DISK_ERRORS
+from launch.flags import Help
+
+DONE, MISTAKE, DIVERGED, HANGS, LOST, NOT_SAVED, STOPPED, INTERRUPTED = 0, 2, 3, 70, 71, 74, 75, 130
+
+
+def run(name: str, main: Callable[[Sequence[str]], int]) -> None:
+    """Runs `main(argv)` and exits with its status, or with the status of what went wrong."""
+    terminal.attach(name)
+    _hush_the_background()
+    try:
+        status = _status(name, main)
+    except KeyboardInterrupt:
+        terminal.leave(signal.SIGINT)
+    terminal.settle(status)
+    sys.exit(status)
+
+
+def _status(name: str, main: Callable[[Sequence[str]], int]) -> int:
+    try:
+        try:
+            status = main(sys.argv)
+        except Help as help_text:
+            print(help_text)
+            status = DONE
+        sys.stdout.flush()
+        return status
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, BrokenPipeError) and terminal.has_lost_its_reader(sys.stdout.fileno()):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return DONE
+        out_of_memory = is_out_of_memory(error)
+        if os.environ.get("CHARLSTM_TRACEBACK") or (isinstance(error, RuntimeError) and not out_of_memory):
+            raise
+        return explain(name, error, out_of_memory)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return "out of memory" in str(error).lower() or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def end_if_out_of_memory(error: RuntimeError) -> None:
+    """Ends the process at once where memory has run out: threads of a device may be stuck."""
+    if is_out_of_memory(error):
+        status = explain("launch.train", error, out_of_memory=True)
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def explain(name: str, error: Exception, out_of_memory: bool = False) -> int:
+    """Says in one line what went wrong, and gives the exit status for it."""
+    sentence = " ".join(str(error).split())
+    if out_of_memory:
+        sentence = f"out of memory ({sentence[:120]}): lower batch_size, window, hidden_size or num_samples"
+    print(f"{name}: {sentence}", file=sys.stderr)
+    return NOT_SAVED if isinstance(error, OSError) and error.errno in DISK_ERRORS else MISTAKE
+
+
+def _hush_the_background() -> None:
+    """A save that fails is told of in one line; the writes it leaves behind would add a traceback for every array."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    show = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        error = unraisable.exc_value
+        closed = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+        if not closed:
+            show(unraisable)
+
+    sys.unraisablehook = hook

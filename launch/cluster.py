@@ -1,0 +1,78 @@
+"""How a process joins the others of its job, and how it leaves when one of them is lost."""
+
+import dataclasses
+import os
+import signal
+import sys
+from typing import NoReturn
+
+from charlstm import distributed
+from data_pipeline import terminal
+from data_pipeline.settings import check_choices, setting
+from launch import cli
+
+ALIKE = 5.0  # seconds within which all processes end, where they end for the same reason
+
+
+@dataclasses.dataclass(frozen=True)
+class JobFlags:
+    """The processes of one job; launch.local and clusters start them.  A single process needs none of these."""
+
+    cluster: str = setting(
+        "none",
+        "auto: join the processes that Slurm, Open MPI or Kubernetes have started, found by JAX's own detection.",
+        choices=("none", "auto"),
+    )
+    coordinator: str = setting("", "HOST:PORT of process 0, where the processes are started in another way.")
+    num_processes: int = setting(1, "Processes of the job, with --coordinator.")
+    process_id: int = setting(0, "Which of them this one is, from 0 on, with --coordinator.")
+    heartbeat_timeout: int = setting(
+        20, "Seconds after which a process that is not heard of is lost, and the others end."
+    )
+
+    @property
+    def has_others(self) -> bool:
+        return self.cluster == "auto" or self.num_processes > 1
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.cluster == "auto" and self.coordinator:
+            raise ValueError(f"--cluster=auto and --coordinator={self.coordinator} are both given: leave one out")
+        if not 0 <= self.process_id < self.num_processes:
+            raise ValueError(f"process_id={self.process_id} must be from 0 to {self.num_processes - 1} (num_processes)")
+        if self.num_processes > 1 and not self.coordinator:
+            raise ValueError(f"num_processes={self.num_processes} needs --coordinator=HOST:PORT; launch.local gives it")
+        if self.heartbeat_timeout < 1:
+            raise ValueError(f"heartbeat_timeout={self.heartbeat_timeout} must be at least 1")
+
+
+def join(chosen: JobFlags) -> None:
+    """Before anything asks for devices.  Raises ValueError where there is no cluster to be found."""
+    if chosen.cluster == "auto":
+        distributed.join_cluster(chosen.heartbeat_timeout)
+    elif chosen.coordinator:
+        distributed.join(chosen.coordinator, chosen.num_processes, chosen.process_id, chosen.heartbeat_timeout)
+    if chosen.has_others:
+        terminal.cede(signal.SIGTERM)  # JAX tells the others of it
+
+
+def leave_alone(error: Exception) -> None:
+    """Ends this process because of what it alone has met with; returns where all end: Python's own way out is theirs.
+
+    Alone, that way would wait for the others, which wait for this process; and take them down as if it had died.
+    """
+    if distributed.all_leave(ALIKE):
+        return
+    status = cli.explain("launch.train", error)
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def leave(error: Exception) -> NoReturn:
+    """Ends this process because another one was lost; at once, as Python's own way out would wait for the others."""
+    sentence = " ".join(str(error).split())
+    print(
+        f"another process of the job was lost ({sentence[:200]}): start the job again, and it goes on", file=sys.stderr
+    )
+    sys.stderr.flush()
+    os._exit(cli.LOST)

@@ -1,0 +1,62 @@
+"""Turns text into a prepared corpus; the same command again continues a preparation that was stopped.
+
+python -m launch.prepare --input='books/*.txt' --output=data/books
+"""
+
+if __name__ == "__main__":  # before what takes long to import
+    from data_pipeline import startup
+
+    startup.attach("launch.prepare", "; the same command goes on")
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+from data_pipeline.atomic_files import at_home
+from data_pipeline.build.prepare import prepare
+from data_pipeline.manifest import is_prepared
+from data_pipeline.progress import bar, say_on_stderr
+from data_pipeline.settings import CorpusSettings, setting
+from data_pipeline.shards import open_corpus, verify_corpus
+from launch import cli, flags
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareFlags:
+    """The prepared corpus."""
+
+    output: str = setting("", "The directory to make; its parents are made too.  Required.")
+    workers: int = setting(0, "Threads or processes; 0: one for each core.")
+    verify: bool = setting(False, "Read the prepared corpus again and compare its sha256.")
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise ValueError(f"workers={self.workers} must be at least 0")
+
+
+def main(argv: Sequence[str]) -> int:
+    groups = PrepareFlags(), CorpusSettings(corpus="")
+    (chosen, settings), _ = flags.parse(argv, __doc__ or "", *groups, renamed={"corpus": "input"})
+    if not chosen.output:
+        raise ValueError("--output is required: name the directory to make")
+    if settings.corpus and settings.train:
+        raise ValueError("--input and --train are both given: leave one out")
+    output, progress, done = at_home(chosen.output), bar(), []
+    if settings.corpus or settings.train:
+        there = is_prepared(output)
+        prepare(settings, output, progress, say=say_on_stderr, workers=chosen.workers)
+        done.append("already prepared" if there else "prepared")
+    elif not chosen.verify:
+        raise ValueError("--input, or --train, must name a text")
+    if chosen.verify:
+        verify_corpus(output, progress)
+        done.append("verified")
+    corpus = open_corpus(output)
+    sizes = ", ".join(f"{name} {len(split)}" for name, split in corpus.splits.items())
+    vocabulary = f"{corpus.vocabulary.size} symbols in the vocabulary"
+    print(f"{' and '.join(done)}: {output}, {vocabulary}, {sizes}", file=sys.stderr)
+    return cli.DONE
+
+
+if __name__ == "__main__":
+    cli.run("launch.prepare", main)

@@ -1,0 +1,131 @@
+"""Preparations that are killed, stopped, refused, or there twice."""
+
+import errno
+import fcntl
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from data_pipeline.build.prepare import prepare
+from data_pipeline.shards import open_corpus, verify_corpus
+from tests.conftest import ROOT
+from tests.data_pipeline.build.test_prepare import POEM, files_of, text_of
+
+
+def test_a_text_that_changes_while_it_is_prepared_is_refused(tmp_path, setting):
+    how = setting(POEM)
+
+    def change(doing: str, done: int, total: int) -> None:
+        if doing == "writing":  # the file is never shorter, not even for a moment
+            (tmp_path / "other.txt").write_text(POEM[::-1])
+            (tmp_path / "other.txt").replace(tmp_path / "text.txt")
+
+    with pytest.raises(ValueError, match=r"text\.txt was changed while it was prepared"):
+        prepare(how, tmp_path / "out", change)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "text.txt"]
+
+
+def test_what_was_written_of_a_text_that_changed_is_not_used_when_it_is_as_before(tmp_path, setting):
+    how = setting("abc" * 100)
+
+    def change(doing: str, done: int, total: int) -> None:
+        if doing == "hashing":  # so that every shard is of the other text
+            (tmp_path / "other.txt").write_text("xyz" * 100)
+            (tmp_path / "other.txt").replace(tmp_path / "text.txt")
+
+    with pytest.raises(ValueError, match=r"text\.txt was changed while it was prepared"):
+        prepare(how, tmp_path / "out", change, shard_bytes=50)
+    (tmp_path / "text.txt").write_text("abc" * 100)
+    assert text_of(open_corpus(prepare(how, tmp_path / "out", shard_bytes=50)), "train") == b"abc" * 90
+
+
+@pytest.mark.parametrize(
+    "text, values", [(POEM, {"min_count": 99_999}), (b"text\xff", {}), ("abc", {"split": "columns:9x9"})]
+)
+def test_a_preparation_that_is_refused_leaves_nothing(tmp_path, setting, text, values):
+    with pytest.raises(ValueError):
+        prepare(setting(text, vocabulary="characters", **values), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "text.txt"]
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_what_was_being_written_at_a_kill_is_removed_with_locks_and_without(tmp_path, setting, monkeypatch, locks):
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def stop(doing: str, done: int, total: int) -> None:
+        if doing == "writing":
+            raise KeyboardInterrupt
+
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", no_locks)
+    how, seen = setting("abc" * 100), []
+    with pytest.raises(KeyboardInterrupt):
+        prepare(how, tmp_path / "out", stop, shard_bytes=50)
+    partial = tmp_path / ".out.partial"
+    torn = partial / "train-00001.ids.0badf00d.new"
+    torn.write_bytes(b"torn")
+    prepare(how, tmp_path / "out", lambda doing, done, total: seen.append(torn.exists()), shard_bytes=50)
+    assert set(seen) == {False}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out", "text.txt"]
+
+
+@pytest.mark.parametrize("vocabulary", ["bytes", "characters"])
+def test_a_killed_preparation_leaves_no_corpus_and_is_continued(tmp_path, setting, vocabulary):
+    how = setting(POEM * 10, vocabulary=vocabulary)
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from data_pipeline.build.prepare import prepare\n"
+        "from data_pipeline.settings import CorpusSettings\n"
+        "def kill(doing, done, total):\n"
+        "    if doing == 'writing' and done == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"prepare({how!r}, Path({str(tmp_path / 'out')!r}), kill, workers=1, shard_bytes=1000, block_bytes=100)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "out").exists()
+    partial = tmp_path / ".out.partial"
+    # A shard whose note is missing may be torn, and is written again; one that has a note is kept.
+    kept, torn = partial / "train-00000.ids", partial / "train-00002.ids"
+    inode = kept.stat().st_ino
+    (partial / "train-00002.ids.json").unlink()
+    torn.write_bytes(b"torn")
+    out = prepare(how, tmp_path / "out", workers=1, shard_bytes=1000, block_bytes=100)
+    assert (out / "train-00000.ids").stat().st_ino == inode
+    assert files_of(out) == files_of(prepare(how, tmp_path / "straight", shard_bytes=1000, block_bytes=100))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out", "straight", "text.txt"]
+
+
+def test_what_another_preparation_left_is_not_used(tmp_path, setting):
+    with pytest.raises(KeyboardInterrupt):
+
+        def stop(doing: str, done: int, total: int) -> None:
+            if doing == "writing":
+                raise KeyboardInterrupt
+
+        prepare(setting("abc" * 1000), tmp_path / "out", stop, shard_bytes=100)
+    assert (tmp_path / ".out.partial" / "train-00000.ids").exists()
+    out = prepare(setting("xyz" * 1000), tmp_path / "out", shard_bytes=100)
+    assert text_of(open_corpus(out), "train") == b"xyz" * 900
+
+
+def test_preparations_at_the_same_time_write_one_corpus(tmp_path, setting):
+    how, told, lock = setting(POEM * 50), [], threading.Lock()
+
+    def tell(doing: str, done: int, total: int) -> None:
+        time.sleep(0.01)
+        with lock:
+            told.append((doing, done))
+
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: prepare(how, tmp_path / "out", tell, shard_bytes=5000), range(4)))
+    assert set(made) == {tmp_path / "out"}
+    assert told.count(("writing", 1)) == 1, "more than one has written"
+    verify_corpus(tmp_path / "out")
+    assert not list(tmp_path.glob(".out*"))

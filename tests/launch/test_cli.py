@@ -1,0 +1,171 @@
+"""What every program does with a signal and with an error that nobody can catch."""
+
+import signal
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+
+from launch import cli
+from tests.conftest import ROOT
+
+# Ctrl-C that comes while a finalizer runs: a KeyboardInterrupt would be reported, and nothing else.
+INTERRUPTED_IN_A_FINALIZER = """
+import os, signal, time
+from launch import cli
+class Dying:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+def main(argv):
+    Dying()
+    for _ in range(2000):
+        time.sleep(0.01)
+    return cli.DONE
+cli.run("launch.test", main)
+"""
+
+
+def test_a_ctrl_c_that_falls_into_a_finalizer_is_not_lost():
+    command = [sys.executable, "-c", INTERRUPTED_IN_A_FINALIZER]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "launch.test: interrupted\n")
+
+
+# Ctrl-C that comes while the main thread is in a compiler, say, and sees no Python for long.
+INTERRUPTED_OUTSIDE_OF_PYTHON = """
+import ctypes, os, signal, threading, time
+from launch import cli
+def main(argv):
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    ctypes.CDLL(None).sleep(30)
+cli.run("launch.test", main)
+"""
+# Ctrl-C when all is done, and the interpreter takes itself down.
+INTERRUPTED_AT_THE_END = """
+import atexit, os, signal, sys, time
+from launch import cli
+def interrupt():
+    os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+    time.sleep(60)
+def main(argv):
+    atexit.register(interrupt)
+    return cli.STOPPED
+cli.run("launch.test", main)
+"""
+# A signal that changes nothing: the status is that of the program.
+SIGNALLED = """
+import os, signal, sys, time
+from launch import cli
+def main(argv):
+    os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+    time.sleep(0.5)
+    return cli.DIVERGED
+cli.run("launch.test", main)
+"""
+
+
+def python(code: str, *arguments: str, **options) -> tuple[int, str]:
+    """Runs `code` in a process that begins as a program does; its exit status and what is on its stderr."""
+    command = [sys.executable, "-c", "from data_pipeline import terminal; terminal.attach('launch.test')\n" + code]
+    command += arguments
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, **options)
+    return done.returncode, done.stderr
+
+
+def test_a_ctrl_c_is_answered_while_the_main_thread_is_not_in_python():
+    assert python(INTERRUPTED_OUTSIDE_OF_PYTHON) == (130, "launch.test: interrupted\n")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_that_comes_when_all_is_done_does_not_change_the_status(name):
+    assert python(INTERRUPTED_AT_THE_END, name) == (cli.STOPPED, "")
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_that_was_ignored_when_the_program_was_started_stays_ignored(name):
+    ignored = partial(signal.signal, getattr(signal, name), signal.SIG_IGN)
+    assert python(SIGNALLED, name, preexec_fn=ignored) == (cli.DIVERGED, "")
+
+
+def test_a_window_that_is_closed_ends_no_program():
+    not_under_nohup = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+    assert python(SIGNALLED, "SIGHUP", preexec_fn=not_under_nohup) == (cli.DIVERGED, "")
+
+
+@pytest.mark.parametrize("first", ["SIGINT", "SIGTERM"])
+def test_the_first_signal_in_training_is_acknowledged_at_once_and_a_second_ctrl_c_is_one_line_and_130(first):
+    code = (
+        "import os, signal, sys, time\n"
+        "from types import SimpleNamespace\n"
+        "from launch import cli, run\n"
+        "def main(argv):\n"
+        "    with run._signals(SimpleNamespace(doing='evaluating')) as stopping:\n"
+        "        for number in (getattr(signal, sys.argv[1]), signal.SIGINT):\n"
+        "            os.kill(os.getpid(), number)\n"
+        "            while not stopping():\n"
+        "                time.sleep(0.01)\n"
+        "        time.sleep(60)\n"
+        "cli.run('launch.test', main)\n"
+    )
+    told = "told to stop: saves and ends after evaluating; a second Ctrl-C ends it at once, unsaved"
+    assert python(code, first) == (130, f"{told}\nlaunch.test: interrupted\n")
+
+
+def shell(command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["bash", "-c", command, sys.executable], cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_help_whose_reader_leaves_is_no_error():
+    done = shell('"$0" -m launch.train --help | head -1; echo ${PIPESTATUS[@]}')
+    assert (done.stdout.splitlines()[1], done.stderr) == ("0 0", "")
+
+
+def test_an_output_that_is_closed_or_full_is_no_traceback():
+    closed = shell('"$0" -m launch.train --help >&-')
+    assert (closed.returncode, closed.stderr) == (0, "")
+    full = shell('"$0" -m launch.train --help >/dev/full')
+    assert (full.returncode, full.stderr) == (74, "launch.train: [Errno 28] No space left on device\n")
+
+
+TELLS = """
+import sys
+from launch import cli
+def main(argv):
+    for n in range(1000):
+        print("so far", n, file=sys.stderr, flush=True)
+    print("result")
+    return cli.DONE
+cli.run("launch.test", main)
+"""
+
+
+@pytest.mark.parametrize("gone", ["2> >(exec true)", "2>/dev/full", "2>&-"])
+def test_a_result_is_written_to_its_end_where_nothing_more_can_be_said_on_stderr(gone):
+    command = [*("bash", "-c", f'"$0" -c "$1" {gone}'), sys.executable, TELLS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (cli.DONE, "result\n", "")
+
+
+def test_a_pipe_that_breaks_is_the_end_of_the_text_only_where_it_is_that_of_stdout():
+    code = "from launch import cli\ndef main(argv): raise BrokenPipeError(32, 'Broken pipe')\n"
+    ended, said = python(code + "cli.run('launch.test', main)")
+    assert (ended, said) == (cli.MISTAKE, "launch.test: [Errno 32] Broken pipe\n")
+
+
+def test_sigterm_where_nothing_is_to_be_saved_is_one_line_and_its_own_status():
+    told = INTERRUPTED_IN_A_FINALIZER.replace("SIGINT", "SIGTERM")
+    done = subprocess.run([sys.executable, "-c", told], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (143, "launch.test: terminated\n")
+
+
+def test_memory_that_runs_out_is_one_sentence():
+    code = (
+        "from launch import cli\n"
+        "def main(argv): raise RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.')\n"
+        "cli.run('launch.test', main)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("launch.test: out of memory (") and done.stderr.count("\n") == 1

@@ -1,0 +1,136 @@
+"""What is computed on a CPU has the same bits on any number of cores, wherever the library is called from."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from charlstm import config as config_lib
+from charlstm import distributed
+from charlstm.config import Config
+from charlstm.inference import evaluate
+from charlstm.model.ops import compiler
+from charlstm.training import step
+from data_pipeline.batch import Batch
+from tests.jobs import ROOT, last_line
+
+DIVIDED = '"outer_dimension_partitions":["'  # how an operation that XLA divides among threads is marked
+
+
+@pytest.fixture
+def asked_anew():
+    compiler.known.cache_clear()
+    yield
+    compiler.known.cache_clear()
+
+
+def compiled(name: str) -> str:
+    """The program of a step or an evaluation on one device, of a size at which XLA divides what it may."""
+    config = config_lib.replace(Config(), hidden_size=768, num_layers=1, embedding_size=64, batch_size=4, window=3)
+    config, mesh = config_lib.resolve(config, 1), distributed.make(jax.devices()[:1])
+    ids, truth = jax.ShapeDtypeStruct((4, 3), np.uint8), jax.ShapeDtypeStruct((4, 3), np.bool_)
+    batch, scored = distributed.abstract(mesh, distributed.BY_STREAM, (Batch(ids, ids, truth), truth))
+    state = step.abstract(config, 100, mesh)
+    if name == "step":
+        return step.make(config, 100, mesh, 100).lower(state, batch).compile().as_text()
+    window = evaluate.make_window(config, mesh)
+    return window.lower(state.params, state.recurrent_state, batch, scored).compile().as_text()
+
+
+@pytest.mark.parametrize("name", ["step", "evaluation"])
+def test_nothing_but_products_is_divided_among_threads(name, monkeypatch):
+    assert "XLA_FLAGS" in os.environ and not any(option in os.environ["XLA_FLAGS"] for option in compiler.OPTIONS)
+    assert DIVIDED not in compiled(name)
+    monkeypatch.setattr(compiler, "options", dict)
+    assert DIVIDED in compiled(name)
+
+
+@pytest.mark.parametrize("unknown", [{"xla_cpu_of_another_year": "1"}, {"xla_cpu_experimental_ynn_fusion_type": "NEW"}])
+def test_an_option_that_this_jaxlib_does_not_know_is_left_out(unknown, monkeypatch, asked_anew):
+    expected = {name: value for name, value in compiler.OPTIONS.items() if name not in unknown}
+    monkeypatch.setattr(compiler, "OPTIONS", compiler.OPTIONS | unknown)
+    assert compiler.options() == expected
+    assert compiler.jit(lambda x: x + 1)(jnp.float32(1)) == 2
+
+
+def test_what_the_user_has_told_xla_stays(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x --xla_cpu_prefer_vector_width=256")
+    assert compiler.options().keys() == compiler.OPTIONS.keys() - {"xla_cpu_prefer_vector_width"}
+
+
+def test_a_program_is_part_of_the_one_that_calls_it():
+    double = compiler.jit(lambda x, by: x * by, static_argnames="by")
+    assert double(jnp.float32(3), by=2) == 6
+    assert jax.jit(lambda x: double(x, by=2) + 1)(jnp.float32(3)) == 7
+
+
+def test_programs_with_other_options_are_kept_apart(tmp_path):
+    def function(x):
+        return x * 3 + 1
+
+    before = jax.config.values["jax_compilation_cache_dir"]
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        compilation_cache.reset_cache()
+        for _ in range(2):
+            for way in (jax.jit(function), compiler.jit(function)):
+                way(jnp.float32(1))
+            jax.clear_caches()
+        assert len(list(tmp_path.glob("jit_function-*-cache"))) == 2
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
+
+
+# As a notebook would, without any setting of the environment.
+PLAIN = """
+import jax
+from charlstm import config as config_lib, distributed
+from charlstm.run import digest
+from charlstm.training import step
+from data_pipeline.build import corpora
+from data_pipeline.loader import open_windows
+from data_pipeline.shards import open_corpus
+from data_pipeline.streams import StreamPlan
+from charlstm.run import run_directory
+from pathlib import Path
+import sys
+
+jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))
+config, identity = run_directory.read(Path(sys.argv[1]))
+mesh = distributed.make()
+corpus = open_corpus(corpora.resolve(config.corpus))
+plan = StreamPlan(len(corpus.splits["train"]), config.streams.batch_size, config.streams.window, config.training.seed,
+    reset_probability=config.streams.reset_probability)
+V = corpus.vocabulary.size
+train_step = step.make(config, V, mesh, plan.steps_per_epoch)
+state = step.place(mesh, step.init(config, V))
+with open_windows(corpus.splits["train"], plan, rows=range(config.streams.batch_size)) as windows:
+    for _ in range(config.training.num_steps):
+        state, _ = train_step(state, distributed.put(mesh, distributed.BY_STREAM, next(windows)))
+print(digest.state_digest(state))
+"""
+
+
+@pytest.mark.long
+def test_a_plain_interpreter_has_the_bits_of_the_programs(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("some text of many words, 12345 lines of it\n" * 3000)
+    flags = [
+        "--flagfile=configs/tiny.flags", f"--corpus={text}", f"--cache_dir={tmp_path / 'cache'}", "--num_layers=1",
+        "--hidden_size=640", "--embedding_size=640", "--tie_embeddings", "--window=24", "--num_steps=2",
+        "--batch_size=64", "--logical_shards=4", "--evaluate_every=0", f"--run_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    one = plain | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    how = {"cwd": ROOT, "check": True, "capture_output": True, "text": True}
+    subprocess.run([sys.executable, "-m", "launch.train", *flags], env=one, **how)
+    for devices in "12":
+        command = [sys.executable, "-c", PLAIN, str(tmp_path / "run"), devices]
+        said = subprocess.run(command, env=plain | {"PYTHONPATH": str(ROOT)}, **how).stdout
+        assert said.strip() == last_line(tmp_path / "run")["state_digest"]

@@ -1,0 +1,69 @@
+"""--recurrence: what a run without a GPU does, and how the faster way is found."""
+
+import json
+
+import jax
+import pytest
+
+from charlstm import config as config_lib
+from charlstm import distributed
+from charlstm.config import Config
+from charlstm.run import backend, estimate
+from launch import cli, evaluate, sample, train
+from tests.launch.conftest import refusal
+
+
+def test_auto_is_the_loop_where_there_is_no_gpu_and_the_run_keeps_what_was_chosen(arguments, tmp_path):
+    command = ["train", *arguments, f"--run_dir={tmp_path}", "--recurrence=auto"]
+    for steps in (2, 4):  # begun, and continued by the same command
+        assert train.main([*command, f"--num_steps={steps}"]) == 0
+        assert json.loads((tmp_path / "config.json").read_text())["model"]["recurrence"] == "scan"
+    log = (tmp_path / "log.txt").read_text()
+    said = "recurrence=scan on cpu: fused needs an NVIDIA GPU of the Hopper generation or newer, and JAX 0.11 or newer"
+    assert log.count(said) == 1
+    assert [line.split(": ")[-1] for line in log.splitlines() if "changed since" in line] == ["2 -> 4"]
+
+
+def test_what_needs_a_gpu_is_refused_where_there_is_none(arguments, tmp_path):
+    needed = "an NVIDIA GPU of the Hopper generation or newer, and JAX 0.11 or newer"
+    given = [*arguments, "--hidden_size=128", f"--run_dir={tmp_path / 'run'}", "--recurrence=fused"]
+    assert refusal(train.main, *given) == (
+        f"recurrence=fused needs {needed}, and there is cpu, JAX {jax.__version__}: use scan or auto"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "taken", "words"),
+    [
+        ({}, "fused", "recurrence=fused: an update took scan 30.0 ms, fused 5.0 ms on cpu"),
+        ({"hidden_size": 100}, "scan", "recurrence=scan on cpu: fused does not know hidden_size=100"),
+        ({"cell": "gru"}, "scan", "recurrence=scan on cpu: fused does not know cell=gru"),
+        ({"recurrence": "scan"}, "scan", ""),
+        ({"recurrence": "fused"}, "fused", ""),
+    ],
+    ids=["the fastest", "of what knows it", "one that the loop alone knows", *("as given",) * 2],
+)
+def test_of_what_is_left_open_the_fastest_way_is_taken(settings, taken, words, monkeypatch):
+    seconds = {
+        "scan": [0.9, 0.03, 0.02, 0.03, 0.03],
+        "fused": [0.9, 0.005, 0.005, 0.02, 0.005],
+    }
+    monkeypatch.setattr(distributed, "has_mosaic", lambda mesh: True)
+    monkeypatch.setattr(estimate, "timed", lambda config, *_: seconds[config.model.recurrence])
+    config = config_lib.replace(Config(), **({"recurrence": "auto"} | settings))
+    chosen = backend.chosen(config, None, None, distributed.make())
+    assert chosen == (config_lib.replace(config, recurrence=taken), words)
+
+
+def test_what_a_gpu_has_trained_is_scored_and_sampled_where_there_is_none(arguments, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    assert train.main(["train", *arguments, "--hidden_size=128", "--num_steps=2", f"--run_dir={run_dir}"]) == 0
+    path = run_dir / "config.json"
+    before = path.read_text()
+    path.write_text(before.replace('"recurrence": "scan"', '"recurrence": "fused"'))
+    assert path.read_text() != before
+    for flags_ in ((), ("--dynamic",)):
+        assert evaluate.main(["evaluate", f"--run_dir={run_dir}", "--split=valid", *flags_]) == cli.DONE
+        assert "bits per byte" in capsys.readouterr().out
+    assert sample.main(["sample", f"--run_dir={run_dir}", "--length=5", "--format=json"]) == cli.DONE

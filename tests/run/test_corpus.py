@@ -1,0 +1,55 @@
+"""The corpus that a command names: splits that are too short for the plan, and separators that are not there."""
+
+import pytest
+
+from charlstm import config as config_lib
+from charlstm.config import Config
+from charlstm.run import corpus as corpus_lib
+from data_pipeline.build.prepare import prepare
+from data_pipeline.settings import CorpusSettings
+from data_pipeline.shards import Corpus, open_corpus
+from launch import cli, train
+from tests.launch.conftest import refusal
+
+
+def corpus_of(text: str, folder, **values) -> Corpus:
+    (folder / "text.txt").write_text(text)
+    chosen = CorpusSettings(str(folder / "text.txt"), cache_dir=str(folder / "cache"), test_fraction=0, **values)
+    return open_corpus(prepare(chosen, shard_bytes=64))
+
+
+@pytest.mark.parametrize("start", range(6))
+def test_a_separator_is_found_wherever_it_stands(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus_lib, "CHUNK", 4)
+    split = corpus_of("." * start + "ab" + "." * 10, tmp_path, valid_fraction=0).splits["train"]
+    assert corpus_lib._occurs(split, tuple(b"a")) and corpus_lib._occurs(split, tuple(b"ab"))
+    assert corpus_lib._occurs(split, tuple(b"ab" + b"." * 10))
+    assert not any(corpus_lib._occurs(split, tuple(separator)) for separator in (b"ba", b"aa", b"c", b"." * 11 + b"a"))
+
+
+def test_a_separator_that_is_not_there_is_said_and_of_a_long_text_how_much_was_searched(tmp_path, monkeypatch):
+    corpus = corpus_of("one\ntwo\n" * 100, tmp_path)
+    config = config_lib.replace(Config(), reset_state="document")
+    assert corpus_lib.remarks_on_separator(config, corpus, (ord("\n"),)) == []
+    assert corpus_lib.remarks_on_separator(config, corpus, ()) == []
+    said = r"document_separator='\\x00' does not occur in {}the training split, where no state will be zeroed for it"
+    (line,) = corpus_lib.remarks_on_separator(config, corpus, (0,))
+    assert line.startswith(said.format(""))
+    monkeypatch.setattr(corpus_lib, "SEARCHED", 100)
+    (line,) = corpus_lib.remarks_on_separator(config, corpus, (0,))
+    assert line.startswith(said.format("the first 100 symbols of "))
+
+
+def test_training_says_once_that_no_document_ends(arguments, tmp_path):
+    run = (*arguments, "--num_steps=1", "--reset_state=document", f"--run_dir={tmp_path / 'run'}")
+    assert train.main(["train", *run]) == cli.DONE
+    assert (tmp_path / "run" / "log.txt").read_text().count("document_separator=") == 1
+
+
+def test_all_splits_that_are_too_short_are_refused_at_once_before_there_is_a_run(arguments, tmp_path):
+    run = (*arguments, f"--run_dir={tmp_path / 'run'}", "--valid_fraction=0.00015")
+    valid = "validation: a split of 1 symbols cannot be scored: it needs at least 2; give more text"
+    assert refusal(train.main, *run).startswith(valid)
+    both = refusal(train.main, *run, "--window=1000")
+    assert both.startswith("training split of 7313 symbols is too short") and valid in both
+    assert not (tmp_path / "run").exists()

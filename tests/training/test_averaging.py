@@ -1,0 +1,116 @@
+"""The average of the parameters: identities in float64, the same bits on any number of devices, skips left out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from charlstm.config.training import OptimizerConfig
+from charlstm.training import averaging, plateau, step
+from charlstm.types import ModelParams
+from tests.training.test_divergence import SKIP, advance, beyond
+from tests.training.test_step import V, assert_equal_bits, make_config
+
+TURN = 4  # the update after which averaging begins, where it waits
+
+
+def course_of(number: int) -> list[ModelParams]:
+    """Parameters after each of `number` updates, float64."""
+    random = np.random.default_rng(3)
+    return [ModelParams(random.normal(size=(4, 3)), (), None, random.normal(size=5)) for _ in range(number)]
+
+
+def averages(settings: OptimizerConfig, updates: list[ModelParams], turn: int | None = None) -> list[ModelParams]:
+    """The average after each of the updates, in float64; after update `turn`, validation has long not improved."""
+    with jax.enable_x64(True):
+        first = jax.tree.map(lambda p: jnp.full_like(p, 7.0), updates[0])
+        average, told, found = averaging.start(settings, first), plateau.start(), []
+        compiled = jax.jit(lambda average, told, params: averaging.after(settings, average, told, params))
+        for number, params in enumerate(updates, 1):
+            average, told = compiled(average, told, jax.tree.map(jnp.asarray, params))
+            found.append(jax.tree.map(np.asarray, average))
+            if number == turn:
+                told = jax.tree.map(np.asarray, told)._replace(best=np.float32(1), without_gain=np.int32(99))
+                told = plateau.heard(settings, told, 9.0)
+        return found
+
+
+def assert_close(one, other):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13), one, other)
+
+
+def test_ema_of_decay_0_is_the_parameters_to_the_bit():
+    updates = course_of(5)
+    for average, params in zip(averages(OptimizerConfig(average="ema", ema_decay=0.0), updates), updates, strict=True):
+        assert_equal_bits(average, params)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.99, 0.9999])
+def test_ema_is_optax_s_with_its_bias_taken_out(decay):
+    updates = course_of(30)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        rule = optax.ema(decay, debias=True)
+        state, expected = rule.init(updates[0]), []
+        for params in updates:
+            average, state = rule.update(params, state)
+            expected.append(average)
+    for one, other in zip(averages(OptimizerConfig(average="ema", ema_decay=decay), updates), expected, strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), one, other)  # optax: 1 - decay^n
+
+
+def test_asgd_from_the_start_is_the_mean_of_the_parameters_after_all_updates():
+    updates = course_of(12)
+    found = averages(OptimizerConfig(average="asgd", average_patience=0), updates)
+    for n in range(1, 13):
+        assert_close(found[n - 1], jax.tree.map(lambda *p: np.mean(p, axis=0), *updates[:n]))
+
+
+def test_asgd_is_the_parameters_until_it_begins_and_then_the_mean_of_those_evaluated_and_all_after_them():
+    updates = course_of(12)
+    found = averages(OptimizerConfig(average="asgd", average_patience=3), updates, turn=TURN)
+    for n in range(1, 13):
+        if n <= TURN:
+            assert_equal_bits(found[n - 1], updates[n - 1])
+        else:
+            assert_close(found[n - 1], jax.tree.map(lambda *p: np.mean(p, axis=0), *updates[TURN - 1 : n]))
+
+
+EMA, ASGD = (
+    make_config(on_divergence="skip", embedding_size=5, average=average, average_patience=0, ema_decay=0.9)
+    for average in ("ema", "asgd")
+)
+
+
+def test_where_none_is_kept_nothing_is_paid_for_it():
+    before = step.init(SKIP, V)
+    assert before.average == ()
+    state, _ = advance(SKIP, before, [0])
+    assert (state.average, int(state.progress.averaged)) == ((), 0)
+
+
+@pytest.mark.parametrize(("config", "others"), [(EMA, (2, 1)), (ASGD, (4,))], ids=["ema", "asgd"])
+def test_the_average_has_the_same_bits_on_any_number_of_devices_and_leaves_training_alone(config, others):
+    straight, _ = advance(SKIP, step.init(SKIP, V), range(3))
+    state, _ = advance(config, step.init(config, V), range(3))
+    assert_equal_bits((state.params, state.opt_state), (straight.params, straight.opt_state))
+    for devices in others:
+        assert_equal_bits(state, advance(config, step.init(config, V), range(3), devices)[0])
+
+
+@pytest.mark.parametrize("config", [EMA, ASGD], ids=["ema", "asgd"])
+def test_an_update_that_is_skipped_is_not_averaged(config):
+    before, _ = advance(config, step.init(config, V), [0, 1])
+    after, (metrics,) = advance(config, before, [beyond(config, 2)])
+    assert not metrics.sound
+    assert_equal_bits((after.average, after.progress), (before.average, before.progress))
+    assert int(before.progress.averaged) == 2
+
+
+def test_a_run_that_starts_from_other_parameters_starts_their_average():
+    config = make_config(average="ema")
+    state = step.init(config, V)
+    other = jax.tree.map(lambda p: p + 1, state.params)
+    begun = step.started_from(config, state, other)
+    assert_equal_bits((begun.params, begun.average), (other, other))
+    assert step.started_from(make_config(), state, other).average == ()

@@ -1,0 +1,199 @@
+"""Updates that are not sound: skipped to the bit, poisoned rows zeroed and counted, spikes told from bad luck."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from charlstm import distributed
+from charlstm.config.training import TrainingConfig
+from charlstm.run import digest, replicas
+from charlstm.training import divergence, step
+from tests.training.test_step import V, assert_equal_bits, batch, compiled, make_config
+
+
+def advance(config, state, numbers, devices=8, spoil=lambda state: state):
+    """The state after a step on each of the batches `numbers`, and the metrics of each; the first state `spoil`ed."""
+    mesh, train_step = compiled(config, devices)
+    found = []
+    for number in numbers:
+        placed = step.place(mesh, jax.tree.map(np.asarray, spoil(state)))
+        spoil = lambda state: state  # noqa: E731
+        read = batch(config, number) if isinstance(number, int) else number
+        state, metrics = train_step(placed, distributed.put(mesh, distributed.BY_STREAM, read))
+        state = jax.tree.map(np.array, state)
+        found.append(jax.tree.map(np.asarray, metrics))
+    return state, found
+
+
+def with_row(row, value):
+    """Poisons a row of the recurrent state of the first layer."""
+
+    def spoil(state):
+        first, *others = state.recurrent_state
+        first = first._replace(c=np.array(first.c))
+        first.c[row] = value
+        return state._replace(recurrent_state=(first, *others))
+
+    return spoil
+
+
+def beyond(config, number):
+    """A batch with one symbol that is not in the vocabulary."""
+    read = batch(config, number)
+    read.inputs[3, 2] = V + 100
+    return read
+
+
+def flipped(array, odd):
+    """A replicated array of which the copy on the device `odd` has one bit the other way."""
+    shards = array.addressable_shards
+    copies = [np.array(shard.data) for shard in shards]
+    copies[odd].view(np.uint32)[2] ^= 1 << 3
+    parts = [jax.device_put(copy, shard.device) for copy, shard in zip(copies, shards, strict=True)]
+    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
+
+
+SKIP = make_config(on_divergence="skip", embedding_size=5)
+
+
+@pytest.fixture(scope="module")
+def begun():
+    return advance(SKIP, step.init(SKIP, V), [0, 1])[0]
+
+
+@pytest.mark.parametrize("devices", [8, 2, 1])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_poisoned_row_of_state_costs_one_update_and_that_row_alone(value, devices, begun):
+    state, (metrics,) = advance(SKIP, begun, [2], devices, with_row(5, value))
+    sound, (good,) = advance(SKIP, begun, [2], devices)
+    if not metrics.sound:  # an infinite cell state may leave a finite loss, and then a sound update
+        assert_equal_bits((state.params, state.opt_state), (begun.params, begun.opt_state))
+    assert list(np.flatnonzero(~metrics.finite_B)) in ([5], []) and good.sound
+    assert metrics.poisoned_rows == metrics.course.rows_reset == (~metrics.finite_B).sum()
+    for layer, other in zip(state.recurrent_state, sound.recurrent_state, strict=True):
+        for name in ("h", "c"):
+            mine, his = getattr(layer, name), getattr(other, name)
+            if 5 in np.flatnonzero(~metrics.finite_B):
+                assert not mine[5].any()
+            assert np.delete(mine, 5, 0).tobytes() == np.delete(his, 5, 0).tobytes()
+    again, (after,) = advance(SKIP, state, [3], devices)
+    assert after.sound and after.finite_B.all() and np.isfinite(again.recurrent_state[0].c).all()
+
+
+def test_what_was_skipped_and_zeroed_is_counted(begun):
+    _, found = advance(SKIP, begun, [2, beyond(SKIP, 3), 4, beyond(SKIP, 5)], spoil=with_row(5, np.nan))
+    assert list(np.flatnonzero(~found[0].finite_B)) == [5] and not found[0].sound
+    assert [m.course.skipped for m in found] == [m.course.rows_reset for m in found] == [1, 2, 2, 3]
+    assert [m.course.skipped_in_a_row for m in found] == [1, 2, 0, 1]
+
+
+def test_skipped_is_to_the_bit_as_if_that_update_had_never_been_made(begun):
+    """But for the step number, which goes on, and so does the text."""
+    state, (metrics, _) = advance(SKIP, begun, [beyond(SKIP, 2), 3])
+    assert not metrics.sound and metrics.finite_params
+    held = begun._replace(step=np.int32(3), course=state.course)
+    # The other rows have read the text, so their state is taken from the run that skipped.
+    skipped, _ = advance(SKIP, begun, [beyond(SKIP, 2)])
+    held = held._replace(recurrent_state=skipped.recurrent_state)
+    straight, _ = advance(SKIP, held, [3])
+    assert_equal_bits((state.params, state.opt_state), (straight.params, straight.opt_state))
+
+
+@pytest.mark.parametrize("poison", ["parameter", "gradient"])
+def test_a_poisoned_parameter_is_told_from_a_poisoned_gradient(poison, begun):
+    def spoil(state):
+        params = jax.tree.map(np.array, state.params)
+        if poison == "parameter":
+            params.b_out[2] = np.nan
+        else:
+            params.w_out[0, 0] = 3e38  # finite, and so is the loss of whoever does not meet it; its gradient is not
+        return state._replace(params=params)
+
+    _, (metrics,) = advance(SKIP, begun, [2], spoil=spoil)
+    assert not metrics.sound
+    assert metrics.finite_params == (poison == "gradient")  # skipping helps against one of them
+
+
+def test_the_same_bits_whether_or_not_the_run_would_skip():
+    plain, skipping = make_config(), make_config(on_divergence="skip", spike_factor=9.0)
+    one, other = (advance(config, step.init(config, V), range(4))[0] for config in (plain, skipping))
+    assert_equal_bits(one, other)
+
+
+def test_every_device_count_skips_alike():
+    def spoiled(devices):
+        config = make_config(on_divergence="skip")
+        first, _ = advance(config, step.init(config, V), [0], devices)
+        return advance(config, first, [1, 2, 3], devices, with_row(9, np.nan))
+
+    state, metrics = spoiled(8)
+    for devices in (4, 1):
+        assert_equal_bits((state, metrics), spoiled(devices))
+
+
+@pytest.mark.parametrize("spoiled", ["loss", "norm", "params"])
+def test_an_update_is_sound_where_loss_norm_and_new_parameters_are_finite_and_only_there(spoiled):
+    good = {"loss": jnp.float32(2.0), "norm": jnp.float32(1.0), "params": {"w": jnp.ones((2, 3))}}
+    course = divergence.start(jnp.float32)
+    assert divergence.is_sound(TrainingConfig(), **good, course=course)
+    bad = good | {spoiled: jax.tree.map(lambda leaf: leaf * jnp.inf, good[spoiled])}
+    assert not divergence.is_sound(TrainingConfig(), **bad, course=course)
+
+
+def test_a_spike_is_a_loss_of_more_than_so_many_times_the_usual_one():
+    config = make_config(spike_factor=1.5, on_divergence="skip", learning_rate=0.0)
+    state = step.init(config, V)
+    state, metrics = advance(config, state, range(3))
+    assert all(m.sound for m in metrics)
+    usual = float(state.course.usual_loss)
+    assert usual == pytest.approx(0.98 * (0.98 * metrics[0].loss + 0.02 * metrics[1].loss) + 0.02 * metrics[2].loss)
+
+    def wrong(factor):
+        def spoil(state):
+            params = state.params._replace(b_out=np.array(state.params.b_out))
+            params.b_out[:1] += factor
+            return state._replace(params=params)
+
+        return spoil
+
+    for factor, sound in ((0.5, True), (30.0, False)):
+        after, (metrics,) = advance(config, state, [4], spoil=wrong(factor))
+        assert metrics.sound == sound == bool(metrics.loss <= 1.5 * usual)
+        assert (float(after.course.usual_loss) == usual) == (not sound)  # a spike is not usual
+
+
+def test_going_back_leaves_windows_out_and_carries_nothing_over(begun):
+    mesh, _ = compiled(SKIP, 4)
+    state = step.place(mesh, jax.tree.map(jnp.asarray, begun))
+    back = jax.tree.map(np.asarray, step.gone_back(mesh, state, 7))
+    assert (back.course.window, back.course.rollbacks, back.step) == (2 + 7, 1, 2)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(back.recurrent_state))
+    assert_equal_bits((back.params, back.opt_state), (begun.params, begun.opt_state))
+    again = jax.tree.map(np.asarray, step.gone_back(mesh, state, 0))
+    assert again.course.window == 2
+    assert_equal_bits(again.recurrent_state, begun.recurrent_state)
+
+
+@pytest.mark.parametrize("in_host_memory", [True, False])
+@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("odd", [0, 1])
+def test_a_bit_that_flips_on_one_device_is_found_and_the_device_named(odd, devices, in_host_memory, begun, monkeypatch):
+    monkeypatch.setattr(distributed, "is_in_host_memory", lambda mesh: in_host_memory)  # a GPU's is not
+    mesh = distributed.make(jax.devices()[:devices])
+    placed = distributed.put(mesh, distributed.REPLICATED, jax.tree.map(np.asarray, begun.params))
+    assert replicas.compare({"params": placed}, mesh) == (digest.digests({"params": placed}), "")
+    drifted = {"params": placed._replace(b_out=flipped(placed.b_out, odd))}
+    found, said = replicas.compare(drifted, mesh)
+    assert found == digest.digests(drifted)
+    assert said.endswith(", in params.b_out")
+    if devices == 2:  # nobody knows which of two is right
+        assert "device 0 (cpu:0 of process 0), device 1 (cpu:1 of process 0) differ" in said
+    else:
+        assert said.startswith(f"the copy on device {odd} (cpu:{odd} of process 0) differs")
+
+
+def test_one_device_has_nothing_to_compare_with(begun):
+    mesh = distributed.make(jax.devices()[:1])
+    placed = distributed.put(mesh, distributed.REPLICATED, jax.tree.map(np.asarray, begun.params))
+    assert replicas.compare(placed, mesh) == (digest.digests(placed), "")
