@@ -58,8 +58,7 @@ notebooks: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/mypy -p benchmarks
+	$(BIN)/mypy charlstm data_pipeline launch benchmarks
 
 # The lock holds for Python 3.11 to 3.13 at once; `make lock` writes it anew.
 $(VENV)/installed: requirements.lock

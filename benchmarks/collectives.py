@@ -33,7 +33,7 @@ def in_program(text: str) -> dict[str, Any]:
 def of_step(shape: Shape, devices: int, reduction: str) -> dict[str, Any]:
     """Those of an update on the first `devices` devices."""
     mesh = distributed.make(list(distributed.make().devices.flat[:devices]))
-    config = config_lib.resolve(config_of(shape, reduction=reduction), devices)
+    config = config_lib.fill_automatic(config_of(shape, reduction=reduction), devices)
     ids = np.zeros((shape.B, shape.T), np.uint8)
     batch = distributed.abstract(mesh, distributed.BY_STREAM, Batch(ids, ids, ids.astype(bool)))
     lowered = step_lib.make(config, shape.V, mesh, 1000).lower(step_lib.abstract(config, shape.V, mesh), batch)

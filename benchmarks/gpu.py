@@ -102,7 +102,7 @@ class Programs:
         given = {
             "corpus": self.text(), "cache_dir": self.folder / "cache", "batch_size": 16 if self.quick else 64,
             "window": 32 if self.quick else 64, "num_layers": 2, "hidden_size": H, "embedding_size": 64,
-            "between_dropout": 0.1, "logical_shards": 4, "num_steps": 60, "log_every": 20, "checkpoint_every": 20,
+            "layer_dropout": 0.1, "logical_shards": 4, "num_steps": 60, "log_every": 20, "checkpoint_every": 20,
             "evaluate_every": 60, "run_dir": run_dir,
         }  # fmt: skip
         arguments = [f"--{name}={value}" for name, value in given.items()]
@@ -131,7 +131,7 @@ def bits(programs: Programs, add: Add) -> None:
     """Four lives of each run: whole, whole again, killed, and resumed; all kinds of runs side by side."""
 
     def digests(backend: str, dtype: str) -> dict[str, Any]:
-        flags = f"--recurrence={backend}", f"--compute_dtype={dtype}"
+        flags = f"--lstm_backend={backend}", f"--compute_dtype={dtype}"
 
         def life(name: str, number: int, until: Path | None = None) -> dict[str, Any]:
             place = programs.folder / f"{backend}-{dtype}-{name}"

@@ -59,7 +59,7 @@ def join_cluster(heartbeat_timeout: int) -> None:
     jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_timeout, shutdown_timeout_seconds=heartbeat_timeout)
 
 
-def tells_of_a_lost_process(error: Exception) -> bool:
+def is_peer_failure(error: Exception) -> bool:
     """Whether `error`, raised in one of several processes, is how the loss of another one shows here.
 
     That is an error of JAX's runtime, which begins with a status code: of a collective, or of the coordination service.
@@ -165,7 +165,7 @@ def abstract(mesh: Mesh, spec: PartitionSpec, tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
-def gather(word: str, apart: str = "main") -> list[str]:
+def all_gather_str(word: str, apart: str = "main") -> list[str]:
     """What each process says, in the order of the processes: every process gets the same list, so all decide alike.
 
     All processes must come to the same meetings in the same order; a thread beside the main one names its own `apart`.
@@ -186,10 +186,10 @@ def gather(word: str, apart: str = "main") -> list[str]:
 
 def any_process(flag: bool) -> bool:
     """Whether `flag` is true on any process."""
-    return "yes" in gather("yes" if flag else "no")
+    return "yes" in all_gather_str("yes" if flag else "no")
 
 
-def together(act: Callable[[], Result], apart: str = "main") -> Result:
+def run_on_all(act: Callable[[], Result], apart: str = "main") -> Result:
     """Has every process do `act`, and gives what it gave on this one, when it has succeeded on all.
 
     Raises:
@@ -199,21 +199,21 @@ def together(act: Callable[[], Result], apart: str = "main") -> Result:
     try:
         result = act()
     except FAILURES as error:
-        gather(str(error) or type(error).__name__, apart)
+        all_gather_str(str(error) or type(error).__name__, apart)
         raise
-    for process, failure in enumerate(gather("", apart)):
+    for process, failure in enumerate(all_gather_str("", apart)):
         if failure:
             raise ValueError(f"process {process}: {failure}")
     return result
 
 
-def once(act: Callable[[], object], apart: str = "main") -> None:
+def run_on_first(act: Callable[[], object], apart: str = "main") -> None:
     """Has the first process do `act`, when all have come here; all go on when it is done.  Raises as `together`."""
-    gather("", apart)  # nobody reads any more what is to be written
-    together(lambda: act() if is_first_process() else None, apart)
+    all_gather_str("", apart)  # nobody reads any more what is to be written
+    run_on_all(lambda: act() if is_first_process() else None, apart)
 
 
-def all_leave(seconds: float) -> bool:
+def exit_barrier(seconds: float) -> bool:
     """Whether all processes come here within `seconds`: what one alone refuses, the others do not know of."""
     client = distributed.global_state.client
     assert client is not None, "several processes have joined through it"

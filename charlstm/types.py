@@ -58,23 +58,25 @@ class ModelParams(NamedTuple):
 RecurrentState = tuple[CellState, ...]  # L layers, first to last
 
 
-class Course(NamedTuple):
+class DivergenceState(NamedTuple):
     """What a run has met on its way; replicated.  It is restored with the rest, so that it is met once."""
 
-    window: jax.Array  # int32 []: the window that every stream reads next: `step`, and those left out on going back
-    usual_loss: jax.Array  # float32 []: running mean of the losses of sound updates, nats; 0 before the first
+    next_window: (
+        jax.Array
+    )  # int32 []: the window that every stream reads next: `step`, and those left out on going back
+    loss_ema: jax.Array  # float32 []: running mean of the losses of sound updates, nats; 0 before the first
     skipped: jax.Array  # int32 []: updates that were skipped
-    skipped_in_a_row: jax.Array  # int32 []: those since the last that was made
-    rows_reset: jax.Array  # int32 []: rows of recurrent state that were poisoned, and reset
+    consecutive_skips: jax.Array  # int32 []: those since the last that was made
+    state_resets: jax.Array  # int32 []: rows of recurrent state that were poisoned, and reset
     rollbacks: jax.Array  # int32 []: how often the run went back
 
 
-class Progress(NamedTuple):
+class PlateauState(NamedTuple):
     """What validation has said to a run that goes by it, and what came of it; replicated (progress.py)."""
 
     evaluations: jax.Array  # int32 []: scores heard
     best: jax.Array  # float32 []: the lowest of them, bits per symbol; inf before the first
-    without_gain: jax.Array  # int32 []: how many came after the lowest
+    patience_count: jax.Array  # int32 []: how many came after the lowest
     dropped: jax.Array  # bool []: --schedule=plateau has lowered the rate
     averaged: jax.Array  # int32 []: parameters that the average is of; 0 until it begins (averaging.py)
 
@@ -86,8 +88,8 @@ class TrainState(NamedTuple):
     params: ModelParams  # replicated
     opt_state: Any  # replicated
     recurrent_state: RecurrentState  # split over devices by stream
-    course: Course  # replicated
-    progress: Progress  # replicated
+    divergence: DivergenceState  # replicated
+    plateau: PlateauState  # replicated
     average: ModelParams | tuple[()]  # of the parameters, replicated; () where none is kept
 
 
@@ -98,9 +100,9 @@ class Metrics(NamedTuple):
     loss_B: jax.Array  # float32 [B]: nats of each stream, summed over the window
     grad_norm: jax.Array  # float32 []: global norm of the gradient of `loss`, before clipping
     learning_rate: jax.Array  # float32 []
-    sound: jax.Array  # bool []: the update is (guard.py)
+    accepted: jax.Array  # bool []: the update is (divergence.py)
     finite_params: jax.Array  # bool []: the parameters after the step are finite, those of the update or those kept
     finite_B: jax.Array  # bool [B]: the stream's new recurrent state and its loss are finite
-    poisoned_rows: jax.Array  # int32 []: how many are not, of all B
-    course: Course  # after the step
+    nonfinite_rows: jax.Array  # int32 []: how many are not, of all B
+    divergence: DivergenceState  # after the step
     symbols: jax.Array  # int32 []: that `loss` is the mean of

@@ -33,7 +33,7 @@ class Meter:
                 self._progress(self._doing, self._done, self._total)
 
 
-def at_home(path: Path | str) -> Path:
+def expand_user(path: Path | str) -> Path:
     """`path`, where a ~ at its start stands for a home directory.  Raises ValueError where there is no such home."""
     try:
         return Path(path).expanduser()
@@ -53,7 +53,7 @@ def named_in_errors(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A file to write in, which is at `path` once the block has ended and on disk, and nowhere if it failed."""
     beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
     try:

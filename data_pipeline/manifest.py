@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.atomic_files import written_whole
+from data_pipeline.atomic_files import atomic_write
 from data_pipeline.vocabulary import Vocabulary, canonical_json
 
 FORMAT_VERSION = 3
@@ -88,7 +88,7 @@ class Manifest:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Writes `manifest.json`, which makes `directory` a prepared corpus: the shards must be on disk by now."""
-    with written_whole(directory / NAME) as file:
+    with atomic_write(directory / NAME) as file:
         file.write(json.dumps(manifest.to_json(), indent=1).encode("ascii") + b"\n")
 
 

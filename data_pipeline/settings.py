@@ -13,16 +13,16 @@ from data_pipeline.vocabulary import Vocabulary
 LARGEST_INT, LARGEST_FLOAT = 2**31 - 1, 3.4e38
 
 
-def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), free: bool = False) -> Any:
+def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), mutable: bool = False) -> Any:
     """A dataclass field with its help text.
 
     Args:
       default: the value when neither flagfile nor command line gives one; its type is the flag's type.
       help: one sentence for `--help`.
       choices: the values allowed, for a string.
-      free: True for what a run may change when it is continued, because it does not enter the mathematics.
+      mutable: a run may change it when it is resumed, because it does not enter the mathematics.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "free": free})
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "mutable": mutable})
 
 
 def check_choices(settings: Any) -> None:
@@ -60,7 +60,7 @@ class CorpusSettings:
         "python",
         "A prepared directory; a text file, a quoted glob or a directory of text files; or a name: "
         "python (the standard library's source), tinyshakespeare, enwik8, text8.",
-        free=True,  # the fingerprint of the corpus is what a run is held to, not where it lies
+        mutable=True,  # the fingerprint of the corpus is what a run is held to, not where it lies
     )
     vocabulary: str = setting(
         "bytes",
@@ -85,16 +85,16 @@ class CorpusSettings:
         "Files that are no text (compressed, pictures, mostly NUL and the like): refuse them, or allow them, to learn "
         "their bytes as they are.",
         choices=("refuse", "allow"),
-        free=True,
+        mutable=True,
     )
     # Where explicit texts lie is free as well.
     train: str = setting(
-        "", "Explicit training text (file, glob or directory) instead of --corpus and fractions.", free=True
+        "", "Explicit training text (file, glob or directory) instead of --corpus and fractions.", mutable=True
     )
-    valid: str = setting("", "Explicit validation text, with --train.", free=True)
-    test: str = setting("", "Explicit test text, with --train.", free=True)
+    valid: str = setting("", "Explicit validation text, with --train.", mutable=True)
+    test: str = setting("", "Explicit test text, with --train.", mutable=True)
     cache_dir: str = setting(
-        "~/.cache/charlstm", "Where downloaded texts and prepared corpora are kept, keyed by content.", free=True
+        "~/.cache/charlstm", "Where downloaded texts and prepared corpora are kept, keyed by content.", mutable=True
     )
 
     def __post_init__(self) -> None:
@@ -160,8 +160,8 @@ class StreamSettings:
         "Zero a stream's state before a window with this probability as well.  A model that never starts from zero "
         "state in training cannot be trusted to start from it when it is evaluated or sampled.",
     )
-    reader_threads: int = setting(1, "Threads that read windows ahead; one or two are enough.", free=True)
-    read_ahead: int = setting(8, "Windows read ahead of the training step.", free=True)
+    reader_threads: int = setting(1, "Threads that read windows ahead; one or two are enough.", mutable=True)
+    read_ahead: int = setting(8, "Windows read ahead of the training step.", mutable=True)
 
     def __post_init__(self) -> None:
         check_choices(self)

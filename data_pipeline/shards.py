@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from data_pipeline.atomic_files import Progress, written_whole
+from data_pipeline.atomic_files import Progress, atomic_write
 from data_pipeline.manifest import NAME, Shard, Source, SplitRecord, read_manifest
 from data_pipeline.vocabulary import Vocabulary
 
@@ -198,7 +198,7 @@ def write_shard(directory: Path, file: str, pieces: Iterable[np.ndarray], block_
     Each of the two files appears whole or not at all.
     """
     digest, checksums, pending, symbols = hashlib.sha256(), bytearray(), b"", 0
-    with written_whole(directory / file) as out:
+    with atomic_write(directory / file) as out:
         for ids in pieces:
             symbols += len(ids)
             data = np.ascontiguousarray(ids).view(np.uint8).data
@@ -212,7 +212,7 @@ def write_shard(directory: Path, file: str, pieces: Iterable[np.ndarray], block_
     if pending:
         checksums += _checksum(pending)
     shard = Shard(file, symbols, digest.hexdigest(), hashlib.sha256(checksums).hexdigest())
-    with written_whole(directory / shard.checksums) as out:
+    with atomic_write(directory / shard.checksums) as out:
         out.write(checksums)
     return shard
 

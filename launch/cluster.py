@@ -56,19 +56,19 @@ def join(chosen: JobFlags) -> None:
         terminal.cede(signal.SIGTERM)  # JAX tells the others of it
 
 
-def leave_alone(error: Exception) -> None:
+def exit_alone(error: Exception) -> None:
     """Ends this process because of what it alone has met with; returns where all end: Python's own way out is theirs.
 
     Alone, that way would wait for the others, which wait for this process; and take them down as if it had died.
     """
-    if distributed.all_leave(ALIKE):
+    if distributed.exit_barrier(ALIKE):
         return
     status = cli.explain("launch.train", error)
     sys.stderr.flush()
     os._exit(status)
 
 
-def leave(error: Exception) -> NoReturn:
+def exit_peer_lost(error: Exception) -> NoReturn:
     """Ends this process because another one was lost; at once, as Python's own way out would wait for the others."""
     sentence = " ".join(str(error).split())
     print(

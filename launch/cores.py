@@ -63,7 +63,7 @@ def _shared(config: Config) -> Mesh:
 
 def _splits(config: Config, devices: int) -> bool:
     try:
-        step_lib.shards_per_device(config_lib.resolve(config, devices), devices)
+        step_lib.shards_per_device(config_lib.fill_automatic(config, devices), devices)
     except ValueError:
         return False
     return True

@@ -28,7 +28,7 @@ from charlstm.inference.score import Score
 from charlstm.run import run_directory
 from charlstm.run.metrics import duration
 from charlstm.types import ModelParams
-from data_pipeline.atomic_files import at_home
+from data_pipeline.atomic_files import expand_user
 from data_pipeline.build import corpora
 from data_pipeline.progress import bar, say_on_stderr
 from data_pipeline.settings import check_choices, setting
@@ -46,7 +46,7 @@ class EvaluateFlags:
     corpus: str = setting("", "The run's own text, where it has moved; checked by its fingerprint.")
     dynamic: bool = setting(
         False,
-        "Dynamic evaluation, on one device: the split is one stream, so that --piece, --burn_in and "
+        "Dynamic evaluation, on one device: the split is one stream, so that --eval_chunk, --burn_in and "
         "--evaluation_batch_size have no part in it.",
     )
     search_temperature: bool = setting(
@@ -58,7 +58,7 @@ class EvaluateFlags:
         check_choices(self)
 
 
-GROUPS = (EvaluateFlags(), dynamic.Adaptation())
+GROUPS = (EvaluateFlags(), dynamic.DynamicEvaluationConfig())
 TEMPERATURES = tuple(2.0 ** (k / 64) for k in range(-64, 65))  # about 1 % from one to the next
 Scorer = Callable[..., list[Score]]
 
@@ -68,19 +68,19 @@ def main(argv: Sequence[str]) -> int:
     if not chosen.run_dir:
         raise ValueError("--run_dir is required: name the run to evaluate")
     run_directory.named("run_dir", chosen.run_dir)
-    run_dir = at_home(chosen.run_dir)
+    run_dir = expand_user(chosen.run_dir)
     config, identity = run_directory.read(run_dir)
     # Once more: what is not given is as the run has it.
     (_, _, evaluation), _ = flags.parse(argv, __doc__ or "", *GROUPS, config.evaluation)
     if chosen.dynamic and (given := _differences(evaluation, config.evaluation)):
         raise ValueError(f"{given} has no part in a dynamic score, of one stream: leave it out")
-    if not chosen.dynamic and (given := _differences(adaptation, dynamic.Adaptation())):
+    if not chosen.dynamic and (given := _differences(adaptation, dynamic.DynamicEvaluationConfig())):
         raise ValueError(f"{given} has no part in a static score: give --dynamic as well")
     text = config.corpus
     if chosen.corpus:
         text = dataclasses.replace(text, corpus=chosen.corpus, train="", valid="", test="")
     corpus = open_corpus(corpora.resolve(text, bar(), say_on_stderr))
-    run_directory.require_same(run_dir, identity, run_directory.Identity(corpus.vocabulary, corpus.fingerprint))
+    run_directory.check_identity(run_dir, identity, run_directory.Identity(corpus.vocabulary, corpus.fingerprint))
     for split in (chosen.split, *(["valid"] if chosen.search_temperature else [])):
         if split not in corpus.splits:
             raise ValueError(f"{corpus.directory} has no {split} split, only {', '.join(corpus.splits)}")
@@ -106,7 +106,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _scorer(
-    config: Config, corpus: Corpus, mesh: distributed.Mesh, params: ModelParams, adaptation: dynamic.Adaptation | None
+    config: Config,
+    corpus: Corpus,
+    mesh: distributed.Mesh,
+    params: ModelParams,
+    adaptation: dynamic.DynamicEvaluationConfig | None,
 ) -> Scorer:
     """A function (split, temperatures) -> scores."""
     separator = run_directory.separator(config, corpus.vocabulary)
@@ -169,7 +173,7 @@ def _lines(
 
 def _fields(
     chosen: EvaluateFlags,
-    adaptation: dynamic.Adaptation,
+    adaptation: dynamic.DynamicEvaluationConfig,
     step: int,
     temperature: float,
     scores: list[Score],
@@ -194,7 +198,7 @@ def _fields(
 
 
 def _differences(settings: Any, usual: Any) -> str:
-    """The settings that are not as usual, such as "piece=10, burn_in=5"."""
+    """The settings that are not as usual, such as "eval_chunk=10, burn_in=5"."""
     values = dataclasses.asdict(settings)
     return ", ".join(
         f"{name}={values[name]}" for name, value in dataclasses.asdict(usual).items() if values[name] != value

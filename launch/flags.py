@@ -16,7 +16,10 @@ from typing import Any
 
 from absl import flags
 
-from data_pipeline.atomic_files import at_home
+from data_pipeline.atomic_files import expand_user
+
+# What flags were called in runs and flagfiles of earlier versions.
+FORMER = {"recurrence": "lstm_backend", "piece": "eval_chunk", "between_dropout": "layer_dropout"}
 
 
 class Help(Exception):
@@ -142,7 +145,7 @@ def _flags_of(path: str, values: flags.FlagValues, within: tuple[str, ...]) -> l
     if path in within:
         raise ValueError(f"flagfile={path} reads itself: take it out of {within[-1]}")
     try:
-        lines = at_home(path).read_text("utf-8").split("\n")
+        lines = expand_user(path).read_text("utf-8").split("\n")
     except OSError as error:
         raise ValueError(f"flagfile={path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -184,6 +187,8 @@ def _filled(group: Any, values: flags.FlagValues, renamed: Mapping[str, str]) ->
 
 
 def _unknown_flag(name: str, known: list[str]) -> str:
+    if name in FORMER:
+        return f"unknown flag --{name}: it is called --{FORMER[name]}"
     return f"unknown flag --{name}{_nearest(name, known)}"
 
 

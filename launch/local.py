@@ -32,7 +32,7 @@ from typing import Protocol
 
 from charlstm.run.log import Lines
 from data_pipeline import terminal
-from data_pipeline.atomic_files import at_home
+from data_pipeline.atomic_files import expand_user
 from data_pipeline.settings import setting
 from launch import cli, flags, restarts, train
 
@@ -136,7 +136,7 @@ def main(argv: Sequence[str]) -> int:
     of_the_run, *_ = train.parse(["train", *arguments])
     if not of_the_run.run_dir:
         raise ValueError("--run_dir is required after the --: name a directory for the run")
-    run_dir = at_home(of_the_run.run_dir)
+    run_dir = expand_user(of_the_run.run_dir)
     log_dir = run_dir / "logs"
     log_dir.mkdir(parents=True, exist_ok=True)
     policy = restarts.Policy(run_dir / "checkpoints", chosen.restarts)
@@ -174,9 +174,9 @@ def _devices(number: int, count: int) -> dict[str, str]:
 
 
 def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
+    with socket.socket() as mutable:
+        mutable.bind(("localhost", 0))
+        return mutable.getsockname()[1]
 
 
 def die_with(parent: int) -> None:

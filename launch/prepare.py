@@ -12,7 +12,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from data_pipeline.atomic_files import at_home
+from data_pipeline.atomic_files import expand_user
 from data_pipeline.build.prepare import prepare
 from data_pipeline.manifest import is_prepared
 from data_pipeline.progress import bar, say_on_stderr
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError("--output is required: name the directory to make")
     if settings.corpus and settings.train:
         raise ValueError("--input and --train are both given: leave one out")
-    output, progress, done = at_home(chosen.output), bar(), []
+    output, progress, done = expand_user(chosen.output), bar(), []
     if settings.corpus or settings.train:
         there = is_prepared(output)
         prepare(settings, output, progress, say=say_on_stderr, workers=chosen.workers)

@@ -82,7 +82,7 @@ def of_this_process(chosen: MonitorFlags) -> Iterator[Monitor]:
             held.callback(monitor.stop)
         except ValueError as error:
             refusal = str(error)
-        refusals = [words for words in distributed.gather(refusal) if words]
+        refusals = [words for words in distributed.all_gather_str(refusal) if words]
         if refusals:  # all end alike: none waits for one that has ended
             raise ValueError(refusals[0])
         yield monitor

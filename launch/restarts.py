@@ -43,7 +43,7 @@ class Policy:
         if self._deaths > FUTILE:
             if self._went_back or newest < 0:
                 return False, f"given up, {self._deaths} deaths in a row at step {max(newest, 0)}: {died}"
-            self._files.set_aside(newest, "abandoned")
+            self._files.quarantine(newest, "abandoned")
             died += f"; checkpoint {newest} is set aside after {self._deaths} deaths in a row"
             self._deaths, self._newest, self._went_back = 1, self._newest_step(), True
         self._left -= 1

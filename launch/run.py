@@ -17,7 +17,7 @@ from charlstm.inference import evaluate as evaluate_lib
 from charlstm.run import loop, memory, replicas, run_directory
 from charlstm.run.checkpoint import Checkpoints
 from charlstm.run.log import RunLog
-from charlstm.run.metrics import Diverged, Meter, duration
+from charlstm.run.metrics import Diverged, MetricAggregator, duration
 from charlstm.training import step as step_lib
 from charlstm.types import Metrics, ModelParams, TrainState
 from data_pipeline import terminal
@@ -64,7 +64,7 @@ def train(run: Run, train_step: step_lib.TrainStep, params: ModelParams | None, 
     config, plan, last = run.config, run.plan, run.config.training.num_steps
     checkpoints, log, watch, _ = around
     state, _, sums = _newest(run, params, around)
-    distributed.once(lambda: run_directory.write_config(run.run_dir, config))
+    distributed.run_on_first(lambda: run_directory.write_config(run.run_dir, config))
     start = int(state.step)
     log.rewind(start)
     if start >= last:
@@ -72,7 +72,7 @@ def train(run: Run, train_step: step_lib.TrainStep, params: ModelParams | None, 
         return cli.DONE
     text = run.corpus.splits["train"]
     of_ascii = text.characters == text.bytes and not text.unknown
-    meter = Meter(plan.steps_per_epoch, config.training, log.say, run.corpus.vocabulary.kind, of_ascii)
+    meter = MetricAggregator(plan.steps_per_epoch, config.training, log.say, run.corpus.vocabulary.kind, of_ascii)
     meter.restart(sums, _left_out(state))
     log.say(
         f"training on {distributed.describe(run.mesh)}: step {start} of {last}, {plan.steps_per_epoch} steps an epoch, "
@@ -80,7 +80,7 @@ def train(run: Run, train_step: step_lib.TrainStep, params: ModelParams | None, 
     )
     began, save = time.monotonic(), _Saver(run, around, meter)
     validate = _validation(run, around, meter)
-    if config.optimizer.evaluated == "average":
+    if config.optimizer.eval_params_field == "average":
         log.say(f"what is evaluated is the average of the parameters (average={config.optimizer.average})")
     watch.about = lambda: {"num_steps": last, "status": meter.status()}
     around.told.values = lambda: _figures(run, around, meter, save)
@@ -90,12 +90,12 @@ def train(run: Run, train_step: step_lib.TrainStep, params: ModelParams | None, 
         times = itertools.count()
 
         def stopping(step: int) -> bool:
-            watch.beat(step)
+            watch.tick(step)
             return save.given_up or distributed.stop_agreed(next(times), asked_to_stop())
 
         while True:
             try:
-                with _windows(run, int(state.course.window)) as windows:
+                with _windows(run, int(state.divergence.next_window)) as windows:
                     state = loop.train(
                         config.training,
                         state,
@@ -113,7 +113,7 @@ def train(run: Run, train_step: step_lib.TrainStep, params: ModelParams | None, 
             except Diverged as diverged:
                 log.say(f"{'stopped' if config.training.on_divergence == 'stop' else 'diverged'}: {diverged}")
                 with watch.pause("going back"):
-                    back = _gone_back(run, params, around, meter, save, diverged)
+                    back = _roll_back(run, params, around, meter, save, diverged)
                 if back is None:
                     return cli.DIVERGED
                 state = back
@@ -172,20 +172,20 @@ def _newest(
     V = run.corpus.vocabulary.size
     if distributed.any_process(bool(around.checkpoints.steps())):
         state, meta = around.checkpoints.restore(step_lib.abstract(run.config, V, run.mesh))
-        run_directory.require_own(meta["identity"], run.config, run.identity, run.run_dir)
+        run_directory.check_checkpoint(meta["identity"], run.config, run.identity, run.run_dir)
         around.log.say(f"continuing from the checkpoint of step {int(state.step)}")
         return state, meta["bits_per_symbol"], meta["sums"]
     state = step_lib.place(run.mesh, step_lib.init(run.config, V))
-    return (state if params is None else step_lib.started_from(run.config, state, params)), None, None
+    return (state if params is None else step_lib.with_params(run.config, state, params)), None, None
 
 
 def _left_out(state: TrainState) -> int:
     """Windows of each stream that the run has passed over."""
-    return int(state.course.window) - int(state.step)
+    return int(state.divergence.next_window) - int(state.step)
 
 
-def _gone_back(
-    run: Run, params: ModelParams | None, around: Around, meter: Meter, save: "_Saver", diverged: Diverged
+def _roll_back(
+    run: Run, params: ModelParams | None, around: Around, meter: MetricAggregator, save: "_Saver", diverged: Diverged
 ) -> TrainState | None:
     """The state that a run which diverged goes on from, saved; None where it is not to go back, or not any more."""
     training = run.config.training
@@ -193,13 +193,13 @@ def _gone_back(
         return None
     around.checkpoints.wait()
     state, score, sums = _newest(run, params, around)
-    rollbacks = int(state.course.rollbacks) + 1
+    rollbacks = int(state.divergence.rollbacks) + 1
     if rollbacks > training.max_rollbacks:
         around.log.say(f"stopped: the run has gone back {training.max_rollbacks} times (max_rollbacks)")
         return None
-    step, first = int(state.step), int(state.course.window)
+    step, first = int(state.step), int(state.divergence.next_window)
     left_out = diverged.step - step if diverged.windows_at_fault else 0
-    state = step_lib.gone_back(run.mesh, state, left_out)
+    state = step_lib.roll_back(run.mesh, state, left_out)
     words = f"; windows {first} to {first + left_out - 1} of each stream are left out" if left_out else ""
     around.log.say(f"went back to step {step}, rollback {rollbacks} of {training.max_rollbacks}{words}")
     around.log.rewind(step)
@@ -209,14 +209,18 @@ def _gone_back(
     return state
 
 
-def _validation(run: Run, around: Around, meter: Meter) -> Callable[[int, ModelParams], dict[str, Any]] | None:
+def _validation(
+    run: Run, around: Around, meter: MetricAggregator
+) -> Callable[[int, ModelParams], dict[str, Any]] | None:
     """(step, params) -> the line of metrics.jsonl of the validation split; None where there is none."""
     split = run.corpus.splits.get("valid")
     if split is None:
         return None
     # In the logical shards, as gradients are: the same bits on any number of devices that divides them.
     shards = step_lib.shards_per_device(run.config, run.mesh.size)
-    score_split = evaluate_lib.of_split(run.config, run.corpus.vocabulary.size, split, run.mesh, run.separator, shards)
+    score_split = evaluate_lib.make_evaluator(
+        run.config, run.corpus.vocabulary.size, split, run.mesh, run.separator, shards
+    )
 
     def validate(step: int, params: ModelParams) -> dict[str, Any]:
         around.log.status(f"step {step}: evaluating the validation split")
@@ -233,12 +237,12 @@ def _validation(run: Run, around: Around, meter: Meter) -> Callable[[int, ModelP
 
 def _heard(run: Run, log: RunLog, state: TrainState, score: float) -> TrainState:
     """The state when validation has said `score`, where the run goes by it; says what comes of it."""
-    optimizer, before = run.config.optimizer, state.progress
-    if not optimizer.goes_by_validation:
+    optimizer, before = run.config.optimizer, state.plateau
+    if not optimizer.validation_driven_by:
         return state
-    state = step_lib.heard(run.config, run.mesh, state, score)
-    now = state.progress
-    where = f"step {int(state.step)}: evaluation {int(now.evaluations)}, {int(now.without_gain)} without gain:"
+    state = step_lib.update_plateau(run.config, run.mesh, state, score)
+    now = state.plateau
+    where = f"step {int(state.step)}: evaluation {int(now.evaluations)}, {int(now.patience_count)} without gain:"
     if now.dropped and not before.dropped:
         log.say(f"{where} from here on the learning rate is times {optimizer.decay_rate:g}")
     if now.averaged and not before.averaged:
@@ -254,7 +258,7 @@ class _Saver:
       rollbacks: how often this process went back.
     """
 
-    def __init__(self, run: Run, around: Around, meter: Meter) -> None:
+    def __init__(self, run: Run, around: Around, meter: MetricAggregator) -> None:
         self._checkpoints, self._watch, self._meter, self.given_up, self.rollbacks = (
             around.checkpoints, around.watch, meter, False, 0
         )  # fmt: skip
@@ -283,7 +287,7 @@ def _drifted(step: int, differing: str) -> Diverged:
     return Diverged(step, f"{differing} after step {step}", windows_at_fault=False)
 
 
-def _figures(run: Run, around: Around, meter: Meter, save: "_Saver") -> dict[str, float | None]:
+def _figures(run: Run, around: Around, meter: MetricAggregator, save: "_Saver") -> dict[str, float | None]:
     """What a monitor is told."""
     return {
         "step": around.watch.step,
@@ -294,7 +298,7 @@ def _figures(run: Run, around: Around, meter: Meter, save: "_Saver") -> dict[str
         "processes": distributed.number_of_processes(),
         "rollbacks_total": save.rollbacks,
         "skipped_updates_total": meter.skipped,
-        "recurrent_state_rows_reset_total": meter.rows_reset,
+        "recurrent_state_rows_reset_total": meter.state_resets,
     }
 
 

@@ -38,7 +38,7 @@ from charlstm.inference.generate import Chunk, Sampling
 from charlstm.run import run_directory
 from charlstm.training.loss import NATS_PER_BIT
 from data_pipeline import terminal
-from data_pipeline.atomic_files import at_home
+from data_pipeline.atomic_files import expand_user
 from data_pipeline.batch import Separator
 from data_pipeline.settings import LARGEST_INT, check_choices, setting
 from data_pipeline.vocabulary import Vocabulary
@@ -165,7 +165,7 @@ def main(argv: Sequence[str]) -> int:
     if not chosen.run_dir:
         raise ValueError("--run_dir is required: name the run to sample from")
     run_directory.named("run_dir", chosen.run_dir)
-    run_dir = at_home(chosen.run_dir)
+    run_dir = expand_user(chosen.run_dir)
     config, identity = run_directory.read(run_dir)
     vocabulary = identity.vocabulary
     separator = run_directory.separator(config, vocabulary)
@@ -211,7 +211,7 @@ def _prompt(chosen: SampleFlags, vocabulary: Vocabulary) -> np.ndarray:
     name, text = "prompt", chosen.prompt
     if chosen.prompt_file:
         name = "prompt_file"
-        path = 0 if chosen.prompt_file == "-" else at_home(chosen.prompt_file)
+        path = 0 if chosen.prompt_file == "-" else expand_user(chosen.prompt_file)
         try:
             with open(path, "rb", closefd=path != 0) as file:
                 text = file.read().decode("utf-8", "surrogateescape")

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from charlstm import config as config_lib
 from charlstm.config import Config
 from charlstm.run import estimate
-from data_pipeline.atomic_files import at_home
+from data_pipeline.atomic_files import expand_user
 
 SECTIONS = ("streams", "model", "optimizer")  # of the config; with another text or split, scores would not compare
 FORMS = "low and high (and log), or choices, or parameters"
@@ -51,7 +51,7 @@ def read(path: str, config: Config) -> Space:
       ValueError: it is not such a file, or names what is no setting or no value of one.
     """
     try:
-        tree = tomllib.loads(at_home(path).read_text("utf-8"))
+        tree = tomllib.loads(expand_user(path).read_text("utf-8"))
     except OSError as error:
         raise ValueError(f"space={path} cannot be read: {error.strerror}") from None
     except ValueError as error:  # of TOML or of UTF-8

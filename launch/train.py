@@ -19,15 +19,14 @@ from jax.sharding import Mesh
 from charlstm import config as config_lib
 from charlstm import distributed
 from charlstm.config import Config
-from charlstm.run import backend, initial_checkpoint, memory, run_directory
+from charlstm.run import backend, estimate, initial_checkpoint, memory, run_directory
 from charlstm.run import corpus as corpus_lib
-from charlstm.run import estimate as dry_run
 from charlstm.run.checkpoint import Checkpoints
 from charlstm.run.log import RunLog
 from charlstm.run.step_directory import StepDirectory
 from charlstm.training import schedules
 from charlstm.training import step as step_lib
-from data_pipeline.atomic_files import at_home
+from data_pipeline.atomic_files import expand_user
 from data_pipeline.settings import check_choices, setting
 from launch import allocator, cli, cluster, compilation, cores, flags, prometheus
 from launch import run as run_lib
@@ -73,24 +72,24 @@ def main(argv: Sequence[str]) -> int:
         run_directory.named("run_dir", chosen.run_dir)
     settings = _settings_there(chosen.run_dir, config)
     memory.require_possible(settings, dry=chosen.dry_run)
-    allocator.keep(dry_run.temporaries(settings, cores.usable()))
+    allocator.keep(estimate.estimate_temp_bytes(settings, cores.usable()))
     compilation.keep()
     mesh_of = cores.mesh_of(joined)
     cluster.join(joined)
     try:
         return _run(chosen, watching, telling, config, given, mesh_of)
     except (ValueError, OSError, RuntimeError) as error:
-        if joined.has_others and distributed.tells_of_a_lost_process(error):
-            cluster.leave(error)
+        if joined.has_others and distributed.is_peer_failure(error):
+            cluster.exit_peer_lost(error)
         if joined.has_others:
-            cluster.leave_alone(error)
+            cluster.exit_alone(error)
         raise
 
 
 def _settings_there(run_dir: str, config: Config) -> Config:
     """Those of the run that is there, which need not all be given again; else `config`."""
     with contextlib.suppress(ValueError, OSError):  # told of when the run is opened
-        return run_directory.read(at_home(run_dir))[0]
+        return run_directory.read(expand_user(run_dir))[0]
     return config
 
 
@@ -104,19 +103,22 @@ def _run(
 ) -> int:
     # The devices, and the text.  All that can be refused is refused before anything is written.
     mesh = mesh_of(config)
-    step_lib.shards_per_device(config_lib.resolve(config, mesh.size), mesh.size)  # a text may take hours to prepare
-    run_dir = at_home(chosen.run_dir)
+    step_lib.shards_per_device(
+        config_lib.fill_automatic(config, mesh.size), mesh.size
+    )  # a text may take hours to prepare
+    run_dir = expand_user(chosen.run_dir)
     if chosen.run_dir:
         corpus_lib.refuse_inside(run_dir, config.corpus)
     corpus, config = corpus_lib.open_for(config, given)
     plan = corpus_lib.plan_for(config, corpus)
-    if (flag := config.optimizer.goes_by_validation) and "valid" not in corpus.splits:
+    if (flag := config.optimizer.validation_driven_by) and "valid" not in corpus.splits:
         raise ValueError(f"{flag} goes by validation scores, and {corpus.directory} has no valid split: give one")
     run_directory.separator(config, corpus.vocabulary)
     memory.require_possible(config, corpus.vocabulary.size, chosen.dry_run)
     if chosen.dry_run:
-        config, _ = backend.chosen(config_lib.resolve(config, mesh.size), corpus, plan, mesh)
-        dry_run.report(config, corpus, plan, mesh, chosen.dry_run_format)
+        config = config_lib.fill_automatic(config, mesh.size)
+        config, _ = backend.chosen(config, corpus, plan, mesh, cli.end_if_out_of_memory)
+        estimate.report(config, corpus, plan, mesh, chosen.dry_run_format, cli.end_if_out_of_memory)
         return cli.DONE
 
     # The run: a new one, or the one that is there.
@@ -138,10 +140,10 @@ def _run(
         elif initial:
             params, started_from = initial_checkpoint.take(initial, config, identity, mesh, remarks.append)
     with contextlib.ExitStack() as held:
-        distributed.once(lambda: held.enter_context(run_directory.held(run_dir)))
+        distributed.run_on_first(lambda: held.enter_context(run_directory.lock_run_directory(run_dir)))
         told = held.enter_context(prometheus.of_this_process(telling))
         if not goes_on:
-            distributed.once(lambda: run_directory.create(run_dir, config, identity, given, started_from))
+            distributed.run_on_first(lambda: run_directory.create(run_dir, config, identity, given, started_from))
         watch = Watchdog(watching, distributed.process_number(), run_dir / "heartbeats")
         held.callback(watch.stop)
         log = RunLog(run_dir, sys.stderr, silent=not distributed.is_first_process())
@@ -164,7 +166,7 @@ def _require_memory(run: Run, train_step: step_lib.TrainStep) -> list[str]:
             raise ValueError(why)
         return found
 
-    remark = memory.close(distributed.together(update), run.mesh)
+    remark = memory.close(distributed.run_on_all(update), run.mesh)
     return [remark] if remark else []
 
 
@@ -184,7 +186,9 @@ def _settings_of_the_run(
     if distributed.any_process(run_directory.exists(run_dir)):
         has_checkpoint = distributed.any_process(run_directory.has_checkpoint(run_dir))
         try:
-            config, remarks = distributed.together(lambda: run_directory.continued(run_dir, wanted, identity, initial))
+            config, remarks = distributed.run_on_all(
+                lambda: run_directory.resume_config(run_dir, wanted, identity, initial)
+            )
         except run_directory.OtherRun as refused:
             if has_checkpoint:
                 raise
@@ -193,7 +197,7 @@ def _settings_of_the_run(
             own_mesh = mesh_of(config)
             step_lib.shards_per_device(config, own_mesh.size, fixed=True)
             return True, config, own_mesh, remarks
-    return False, config_lib.resolve(wanted, mesh.size), mesh, remarks
+    return False, config_lib.fill_automatic(wanted, mesh.size), mesh, remarks
 
 
 if __name__ == "__main__":

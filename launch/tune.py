@@ -27,7 +27,7 @@ from charlstm import config as config_lib
 from charlstm.config import Config
 from charlstm.run import corpus as corpus_lib
 from charlstm.run import estimate, run_directory
-from data_pipeline.atomic_files import at_home, locked
+from data_pipeline.atomic_files import expand_user, locked
 from data_pipeline.settings import setting
 from launch import cli, flags, search_space, study_report, trials
 from launch.trials import PARTS, Child, Ended
@@ -67,7 +67,7 @@ class Study:
         if "valid" not in corpus.splits:
             raise ValueError(f"{corpus.directory} has no validation split to score trials on: give a --valid_fraction")
         self._given, self._seconds, self._vocabulary_size = given, chosen.seconds_per_trial, corpus.vocabulary.size
-        self.directory = at_home(chosen.study_dir)
+        self.directory = expand_user(chosen.study_dir)
         self.optuna = opened(self.directory)
         self._hold_to(
             {

@@ -73,7 +73,7 @@ class Watchdog:
         self._beating.start()
         self._watching.start()
 
-    def beat(self, step: int) -> None:
+    def tick(self, step: int) -> None:
         """The run has come to the end of `step`."""
         now = time.monotonic()
         if not self._pause:

@@ -28,9 +28,9 @@ NOT_LOST = [
 
 @pytest.mark.parametrize("error", LOST, ids=str)
 def test_what_collectives_and_the_coordination_service_raise_tells_of_a_lost_process(error):
-    assert distributed.tells_of_a_lost_process(error)
+    assert distributed.is_peer_failure(error)
 
 
 @pytest.mark.parametrize("error", NOT_LOST, ids=str)
 def test_what_a_disk_or_this_process_raises_does_not(error):
-    assert not distributed.tells_of_a_lost_process(error)
+    assert not distributed.is_peer_failure(error)

@@ -57,7 +57,7 @@ def haiku(shape: dict) -> Contestant:
         return hk.Linear(sizes.V)(h_TBH), carry
 
     network = hk.without_apply_rng(hk.transform(forward))
-    carry = hk.transform(lambda: stack().initial_state(sizes.B)).apply({}, None)
+    carry = hk.transform(lambda: stack().zero_state(sizes.B)).apply({}, None)
     params = network.init(jax.random.key(0), carry, jnp.zeros((sizes.T, sizes.B), int))
     return _training(sizes, params, carry, network.apply)
 
@@ -76,7 +76,7 @@ def twin(shape: dict) -> Contestant:
             after.append(state)
         return x @ params.w_out + params.b_out, tuple(after)
 
-    return _training(sizes, params, language_model.initial_state(config, sizes.B), apply)
+    return _training(sizes, params, language_model.zero_state(config, sizes.B), apply)
 
 
 def _training(shape: Shape, params: Any, carry: Any, apply: Apply) -> Contestant:

@@ -32,11 +32,11 @@ def training(shape: dict, **changes: object) -> Contestant:
     """An update on all the devices there are, from a batch in the host's memory; fused where it can be."""
     sizes = Shape(**shape)
     config = config_of(sizes, **changes)
-    allocator.keep(estimate.temporaries(config, cores.usable()))
+    allocator.keep(estimate.estimate_temp_bytes(config, cores.usable()))
     mesh = distributed.make()
-    config = config_lib.resolve(config, mesh.size)
-    if "recurrence" not in changes and distributed.has_mosaic(mesh) and not config.model.beyond("fused"):
-        config = config_lib.replace(config, recurrence="fused")
+    config = config_lib.fill_automatic(config, mesh.size)
+    if "recurrence" not in changes and distributed.has_mosaic(mesh) and not config.model.unsupported_by("fused"):
+        config = config_lib.replace(config, lstm_backend="fused")
     train_step = step_lib.make(config, sizes.V, mesh, 1000)
     state = step_lib.place(mesh, step_lib.init(config, sizes.V))
     text, reset = windows(sizes), np.zeros((sizes.B, sizes.T), bool)

@@ -9,9 +9,10 @@ from charlstm.config.training import EvaluationConfig, OptimizerConfig, Training
 from data_pipeline.settings import CorpusSettings, StreamSettings, check_numbers
 
 # Settings that say when the validation split is scored, and to which figure, to the last bit.
-SCORING = ("evaluate_every", "piece", "burn_in", "evaluation_batch_size")
+EVALUATION_SETTINGS = ("evaluate_every", "eval_chunk", "burn_in", "evaluation_batch_size")
 # Values by which a setting is left to the run, which fixes it when it starts.
-LEFT_OPEN = {"logical_shards": 0, "decay_steps": 0, "decay_rate": 0, "recurrence": "auto"}
+AUTOMATIC = {"logical_shards": 0, "decay_steps": 0, "decay_rate": 0, "lstm_backend": "auto"}
+VERSION = 2  # of config.json: 1 had other names of settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Config:
     def __post_init__(self) -> None:
         check_numbers(self.corpus)
         check_numbers(self.streams)
-        flag = self.optimizer.goes_by_validation
+        flag = self.optimizer.validation_driven_by
         if flag and not self.training.evaluate_every:
             raise ValueError(f"{flag} goes by validation scores, and with evaluate_every=0 there are none: use 400")
 
@@ -54,7 +55,7 @@ def replace(config: Config, **values: Any) -> Config:
     )
 
 
-def resolve(config: Config, device_count: int) -> Config:
+def fill_automatic(config: Config, device_count: int) -> Config:
     """`config` with the zeros that mean "the obvious number" filled in, as a run fixes them when it starts."""
     training, optimizer = config.training, config.optimizer
     return replace(
@@ -66,7 +67,7 @@ def resolve(config: Config, device_count: int) -> Config:
 
 
 def to_json(config: Config) -> str:
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    return json.dumps({"version": VERSION, **dataclasses.asdict(config)}, indent=2) + "\n"
 
 
 def from_json(text: str, source: str) -> Config:
@@ -82,6 +83,10 @@ def from_json(text: str, source: str) -> Config:
     defaults = Config()
     if not isinstance(tree, dict):
         raise ValueError(f"{source} is not the config of a run: not a json object")
+    if (version := tree.pop("version", 1)) != VERSION:
+        raise ValueError(
+            f"{source} is of version {version}, and this program reads version {VERSION}: use the other one"
+        )
     sections = {}
     for section in dataclasses.fields(Config):
         current = getattr(defaults, section.name)
@@ -106,16 +111,16 @@ def from_json(text: str, source: str) -> Config:
         raise ValueError(f"{source}: {error}") from None
 
 
-def differences(run: Config, now: Config) -> tuple[list[str], list[str]]:
+def diff(run: Config, now: Config) -> tuple[list[str], list[str]]:
     """What `now` would change of a run made with `run`: (forbidden, free), each a list of "name: old -> new".
 
-    What is LEFT_OPEN is no difference.  Where a run goes by validation, what makes the scores is not free.
+    What is AUTOMATIC is no difference.  Where a run goes by validation, what makes the scores is not free.
     """
-    held = SCORING if run.optimizer.goes_by_validation else ()
+    held = EVALUATION_SETTINGS if run.optimizer.validation_driven_by else ()
     forbidden: list[str] = []
-    free: list[str] = []
+    mutable: list[str] = []
     for name, (section, field) in flatten(run).items():
         old, new = getattr(getattr(run, section), name), getattr(getattr(now, section), name)
-        if old != new and new != LEFT_OPEN.get(name):
-            (free if field.metadata["free"] and name not in held else forbidden).append(f"{name}: {old} -> {new}")
-    return forbidden, free
+        if old != new and new != AUTOMATIC.get(name):
+            (mutable if field.metadata["mutable"] and name not in held else forbidden).append(f"{name}: {old} -> {new}")
+    return forbidden, mutable

@@ -26,7 +26,7 @@ class ModelConfig:
     )
     skip: bool = setting(False, "The sum of all layers' outputs feeds the soft-max, not the last layer's alone.")
     input_dropout: float = setting(0.0, "Dropout of the first layer's input, embedded or one-hot.")
-    between_dropout: float = setting(0.0, "Dropout of every other layer's input.")
+    layer_dropout: float = setting(0.0, "Dropout of every other layer's input.")
     output_dropout: float = setting(0.0, "Dropout before the soft-max; with skip, of the sum.")
     dropout_mask: str = setting(
         "window",
@@ -58,12 +58,12 @@ class ModelConfig:
         "Type of the matrix products' operands; master parameters, recurrent state and soft-max stay float32.",
         choices=("float32", "bfloat16"),
     )
-    recurrence: str = setting(
+    lstm_backend: str = setting(
         "scan",
         "How an LSTM reads a window: scan, as XLA compiles the loop, on any device; fused, by kernels of our own, on "
         "NVIDIA's GPUs from Hopper on; auto: the faster one, timed as the run begins.",
         choices=("scan", "fused", "auto"),
-        free=True,  # the equations are the same; bits are not
+        mutable=True,  # the equations are the same; bits are not
     )
     remat: bool = setting(
         False,
@@ -80,7 +80,7 @@ class ModelConfig:
         check_at_least(self, 0, "init_scale")
         if self.embedding_size < 0:
             raise ValueError(f"embedding_size={self.embedding_size} must be 0 (one-hot) or more")
-        for name in ("input_dropout", "between_dropout", "output_dropout", "embedding_dropout", "weight_drop"):
+        for name in ("input_dropout", "layer_dropout", "output_dropout", "embedding_dropout", "weight_drop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
         if self.embedding_dropout and not self.embedding_size:
@@ -91,13 +91,13 @@ class ModelConfig:
         if self.nonlinearity != "tanh" and self.cell != "rnn":
             raise ValueError(f"nonlinearity={self.nonlinearity} is one of cell=rnn, and this is cell={self.cell}")
         drawn_for_symbols = [name for name in ("zoneout", "zoneout_cell") if getattr(self, name)]
-        if self.dropout_mask == "symbol" and (self.input_dropout or self.between_dropout):
+        if self.dropout_mask == "symbol" and (self.input_dropout or self.layer_dropout):
             drawn_for_symbols.append("dropout_mask=symbol")
         if self.remat and drawn_for_symbols:
             raise ValueError(f"remat reads a window in pieces, and {drawn_for_symbols[0]} draws a mask for the whole")
         self._check_cell()
-        if beyond := self.beyond(self.recurrence):
-            raise ValueError(f"recurrence={self.recurrence} does not know {beyond}: use auto or scan")
+        if beyond := self.unsupported_by(self.lstm_backend):
+            raise ValueError(f"lstm_backend={self.lstm_backend} does not know {beyond}: use auto or scan")
         name = "last_hidden_size" if self.last_hidden_size else "hidden_size"
         last = getattr(self, name)
         if self.tie_embeddings and self.embedding_size != last:
@@ -143,7 +143,7 @@ class ModelConfig:
                 return ""
         return "capped" if self.cap_input_gate else "plain"
 
-    def beyond(self, recurrence: str) -> str:
+    def unsupported_by(self, recurrence: str) -> str:
         """The first setting that this way of reading a window does not know; "" where it computes this model."""
         if recurrence != "fused":
             return ""
@@ -154,9 +154,9 @@ class ModelConfig:
         return f"{others[0]}={getattr(self, others[0])}" if others else ""
 
     @property
-    def by_scan(self) -> "ModelConfig":
+    def with_scan(self) -> "ModelConfig":
         """The same model, computed as on any device."""
-        return dataclasses.replace(self, recurrence="scan")
+        return dataclasses.replace(self, lstm_backend="scan")
 
     @property
     def takes_raw_input(self) -> bool:
@@ -164,7 +164,7 @@ class ModelConfig:
         return bool(self.mogrifier_rounds)
 
     @property
-    def has_fast_path(self) -> bool:
+    def has_custom_vjp(self) -> bool:
         """Whether the cell's own `recurrence` does all that is asked for; else the general path does."""
         general = self.zoneout or self.zoneout_cell or self.mogrifier_rounds or self.train_initial_state
         return not general and self.cell != "layer_norm_lstm"

@@ -82,12 +82,12 @@ class OptimizerConfig:
         return 0.1 if seldom else 0.97
 
     @property
-    def evaluated(self) -> str:
+    def eval_params_field(self) -> str:
         """What is evaluated, by its name in the state: "average" where one is kept, else "params"."""
         return "params" if self.average == "none" else "average"
 
     @property
-    def goes_by_validation(self) -> str:
+    def validation_driven_by(self) -> str:
         """The flag for which scores of the validation split enter the mathematics; "" where they do not."""
         if self.schedule == "plateau":
             return "schedule=plateau"
@@ -110,7 +110,7 @@ class TrainingConfig:
     """The run: how long, over how many shards, how often to look."""
 
     seed: int = setting(0, "Seed of initial parameters, dropout and stream offsets.")
-    num_steps: int = setting(1000, "Updates of the whole run.", free=True)
+    num_steps: int = setting(1000, "Updates of the whole run.", mutable=True)
     logical_shards: int = setting(
         0,
         "M: groups that the B streams are split into; each group's gradient is computed by itself, so M above the "
@@ -120,7 +120,7 @@ class TrainingConfig:
         "exact",
         "exact: the same bits on any number of devices that divides M; fast: one plain all-reduce, on any number.",
         choices=("exact", "fast"),
-        free=True,  # the sum is the same but for rounding
+        mutable=True,  # the sum is the same but for rounding
     )
     on_divergence: str = setting(
         "stop",
@@ -128,28 +128,32 @@ class TrainingConfig:
         "loss, a poisoned row of recurrent state): stop; skip the update and zero poisoned rows; or rollback, to the "
         "newest checkpoint, leaving out the windows read since.",
         choices=("stop", "skip", "rollback"),
-        free=True,
+        mutable=True,
     )
     spike_factor: float = setting(
-        0.0, "A loss of more than this many times the usual one, of some 50 updates, is a spike; 0: none is.", free=True
+        0.0,
+        "A loss of more than this many times the usual one, of some 50 updates, is a spike; 0: none is.",
+        mutable=True,
     )
-    max_skips: int = setting(10, "skip: updates skipped one after the other before the run stops.", free=True)
-    max_rollbacks: int = setting(3, "rollback: how often a run goes back before it stops.", free=True)
+    max_skips: int = setting(10, "skip: updates skipped one after the other before the run stops.", mutable=True)
+    max_rollbacks: int = setting(3, "rollback: how often a run goes back before it stops.", mutable=True)
     check_replicas_every: int = setting(
         0,
         "Steps between comparisons of the devices' copies of parameters, their average and optimizer state; 0: only "
         "before every save.",
-        free=True,
+        mutable=True,
     )
-    log_every: int = setting(100, "Steps between lines of log.txt and metrics.jsonl.", free=True)
+    log_every: int = setting(100, "Steps between lines of log.txt and metrics.jsonl.", mutable=True)
     evaluate_every: int = setting(
-        1000, "Steps between evaluations of the validation split; 0: only at the end.", free=True
+        1000, "Steps between evaluations of the validation split; 0: only at the end.", mutable=True
     )
-    checkpoint_every: int = setting(1000, "Steps between checkpoints; 0: only at the end.", free=True)
+    checkpoint_every: int = setting(1000, "Steps between checkpoints; 0: only at the end.", mutable=True)
     max_failed_saves: int = setting(
-        0, "Checkpoints that may fail to be saved, one after the other, before the run stops; 0: any number.", free=True
+        0,
+        "Checkpoints that may fail to be saved, one after the other, before the run stops; 0: any number.",
+        mutable=True,
     )
-    keep_checkpoints: int = setting(3, "Newest checkpoints kept; the best on validation is kept besides.", free=True)
+    keep_checkpoints: int = setting(3, "Newest checkpoints kept; the best on validation is kept besides.", mutable=True)
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -165,15 +169,17 @@ class TrainingConfig:
 class EvaluationConfig:
     """How a held-out split is scored."""
 
-    piece: int = setting(
+    eval_chunk: int = setting(
         8192,
-        "The split is scored in pieces of this many symbols, side by side; part of what the figure means.",
-        free=True,
+        "The split is scored in chunks of this many symbols, side by side; part of what the figure means.",
+        mutable=True,
     )
-    burn_in: int = setting(1024, "Symbols read before each piece to warm the recurrent state, not scored.", free=True)
-    evaluation_batch_size: int = setting(64, "Pieces scored side by side; does not change the figure.", free=True)
+    burn_in: int = setting(
+        1024, "Symbols read before each chunk to warm the recurrent state, not scored.", mutable=True
+    )
+    evaluation_batch_size: int = setting(64, "Pieces scored side by side; does not change the figure.", mutable=True)
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        check_at_least(self, 1, "piece", "evaluation_batch_size")
+        check_at_least(self, 1, "eval_chunk", "evaluation_batch_size")
         check_at_least(self, 0, "burn_in")

@@ -24,14 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from charlstm.config import Config
-from charlstm.inference.evaluate import Split, nats_at, scores
+from charlstm.inference.evaluate import Split, nats_at_temperatures, scores
 from charlstm.inference.score import Score
 from charlstm.model import language_model
 from charlstm.model.ops import compiler
 from charlstm.training.loss import cross_entropy
 from charlstm.types import ModelParams
 from data_pipeline.batch import Batch, Separator
-from data_pipeline.eval_chunks import PiecePlan, read_pieces
+from data_pipeline.eval_chunks import ChunkPlan, read_chunks
 from data_pipeline.settings import check_at_least, check_numbers, setting
 
 CHUNK = 256  # windows learned from in one call of the device
@@ -40,7 +40,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Adaptation:
+class DynamicEvaluationConfig:
     """How a model learns from the text that it is scored on."""
 
     dynamic_window: int = setting(5, "Symbols that are scored, then learned from.")
@@ -65,7 +65,7 @@ class Adaptation:
 
 def mean_square(
     config: Config,
-    settings: Adaptation,
+    settings: DynamicEvaluationConfig,
     params: ModelParams,
     train: Split,
     separator: Separator = (),
@@ -80,12 +80,12 @@ def mean_square(
       separator: what ends a document; its last symbol is read with zero state.
       progress: is told of how many batches are done, of how many: none at first.
     """
-    plan = PiecePlan(len(train), -(-len(train) // PLACES), 0, PLACES, settings.dynamic_window)
+    plan = ChunkPlan(len(train), -(-len(train) // PLACES), 0, PLACES, settings.dynamic_window)
     total, windows = jax.tree.map(jnp.zeros_like, params), 0
-    carry = language_model.initial_state(config.model, PLACES, params.b_out.dtype)
+    carry = language_model.zero_state(config.model, PLACES, params.b_out.dtype)
     batches = min(settings.dynamic_batches, plan.windows)
-    pieces = read_pieces(train, plan, range(PLACES), separator)
-    for number, (batch, scored_BT) in zip(range(batches), pieces, strict=False):
+    chunks = read_chunks(train, plan, range(PLACES), separator)
+    for number, (batch, scored_BT) in zip(range(batches), chunks, strict=False):
         progress(number, batches)
         total, carry = _add_squares(total, carry, params, batch, scored_BT, config.model)
         windows += int(scored_BT.any(1).sum())
@@ -96,7 +96,7 @@ def mean_square(
 
 def score(
     config: Config,
-    settings: Adaptation,
+    settings: DynamicEvaluationConfig,
     params: ModelParams,
     mean_square: ModelParams,
     split: Split,
@@ -106,7 +106,7 @@ def score(
 ) -> list[Score]:
     """The score of the whole of `split` at each soft-max temperature; what is learned does not depend on these.
 
-    Every symbol is scored once, as by `evaluate.of_split`; symbol 0 costs log2(V) bits.
+    Every symbol is scored once, as by `evaluate.make_evaluator`; symbol 0 costs log2(V) bits.
 
     Args:
       params: θ_0, on one device; they are left as they are.
@@ -118,14 +118,14 @@ def score(
       ValueError: the loss is not finite any more: the learning rate is too high.
     """
     N, dtype = len(split), params.b_out.dtype
-    plan = PiecePlan(N, N, 0, 1, CHUNK * settings.dynamic_window)
+    plan = ChunkPlan(N, N, 0, 1, CHUNK * settings.dynamic_window)
     rates = jax.tree.map(
         lambda ms: settings.dynamic_learning_rate / (jnp.sqrt(ms) + settings.dynamic_epsilon), mean_square
     )
     decay, learned = jnp.asarray(settings.dynamic_decay, dtype), jax.tree.map(jnp.copy, params)
-    carry = language_model.initial_state(config.model, 1, dtype)
+    carry = language_model.zero_state(config.model, 1, dtype)
     total_K = np.zeros(len(temperatures))
-    for number, (batch, scored_1T) in enumerate(read_pieces(split, plan, range(1), separator)):
+    for number, (batch, scored_1T) in enumerate(read_chunks(split, plan, range(1), separator)):
         progress(min(number * plan.window, N), N)
         windows = jax.tree.map(lambda a_1T: a_1T.reshape(CHUNK, 1, -1), (batch, scored_1T))
         learned, carry, nats_RK = _learn(
@@ -170,7 +170,7 @@ def _learn(learned, carry, windows, params, rates, decay, config, temperatures):
         learned, carry = before
         batch, scored_1T = window
         gradient, (carry, logits_T1V) = jax.grad(_loss, has_aux=True)(learned, carry, batch, scored_1T, config)
-        nats_KT1 = nats_at(temperatures, logits_T1V, batch.targets.T)
+        nats_KT1 = nats_at_temperatures(temperatures, logits_T1V, batch.targets.T)
         learned = jax.tree.map(
             lambda p, rate, g, trained: p - rate * g + decay * (trained - p), learned, rates, gradient, params
         )

@@ -17,7 +17,7 @@ from charlstm.model.ops import compiler
 from charlstm.training.loss import NATS_PER_BIT, cross_entropy
 from charlstm.types import ModelParams, RecurrentState
 from data_pipeline.batch import Batch, Separator
-from data_pipeline.eval_chunks import PiecePlan, read_pieces
+from data_pipeline.eval_chunks import ChunkPlan, read_chunks
 
 
 class Split(Protocol):
@@ -35,7 +35,7 @@ class Split(Protocol):
     def read(self, start: int, stop: int, /) -> np.ndarray: ...
 
 
-def of_split(
+def make_evaluator(
     config: Config, vocabulary_size: int, split: Split, mesh: Mesh, separator: Separator = (), shards: int = 1
 ) -> Callable[[ModelParams], Score]:
     """A function params -> score of the whole of `split`, on all devices of `mesh`.
@@ -57,18 +57,18 @@ def at_temperatures(
     temperatures: Sequence[float] = (1.0,),
     shards: int = 1,
 ) -> Callable[[ModelParams], list[Score]]:
-    """As `of_split`, a score for each soft-max temperature, all from the same logits."""
-    settings, pieces = config.evaluation, -(-len(split) // config.evaluation.piece)
+    """As `make_evaluator`, a score for each soft-max temperature, all from the same logits."""
+    settings, chunks = config.evaluation, -(-len(split) // config.evaluation.eval_chunk)
     parts = mesh.size * shards
-    rows = -(-min(settings.evaluation_batch_size, pieces) // parts) * parts
-    plan = PiecePlan(len(split), settings.piece, settings.burn_in, rows, config.streams.window)
+    rows = -(-min(settings.evaluation_batch_size, chunks) // parts) * parts
+    plan = ChunkPlan(len(split), settings.eval_chunk, settings.burn_in, rows, config.streams.window)
     own_rows, window = distributed.process_rows(mesh, rows), make_window(config, mesh, temperatures, shards)
 
     def evaluate(params: ModelParams) -> list[Score]:
-        carry = language_model.initial_state(config.model, len(own_rows), params.b_out.dtype)
+        carry = language_model.zero_state(config.model, len(own_rows), params.b_out.dtype)
         carry = distributed.put(mesh, distributed.BY_STREAM, carry)
         total_K, late = np.zeros(len(temperatures)), None
-        for batch in read_pieces(split, plan, own_rows, separator):
+        for batch in read_chunks(split, plan, own_rows, separator):
             carry, nats = window(params, carry, *distributed.put(mesh, distributed.BY_STREAM, batch))
             total_K += 0 if late is None else _sum(late)  # one window late, so that the device never waits
             late = nats
@@ -89,7 +89,7 @@ def _sum(nats_BK: jax.Array) -> np.ndarray:
     return distributed.fetch(nats_BK).sum(0, dtype=np.float64)
 
 
-def nats_at(temperatures: Sequence[float], logits_TBV: jax.Array, targets_TB: jax.Array) -> jax.Array:
+def nats_at_temperatures(temperatures: Sequence[float], logits_TBV: jax.Array, targets_TB: jax.Array) -> jax.Array:
     """Cross-entropy with the soft-max of logits / temperature, `[K, T, B]` nats for K temperatures."""
     # One after the other, so that the memory does not grow with K.
     return jax.lax.map(
@@ -110,7 +110,7 @@ def make_window(
 
     def shard_window(params: ModelParams, carry: RecurrentState, batch: Batch, scored_bT: jax.Array) -> Any:
         carry, logits_TbV = language_model.apply(config.model, params, carry, batch.inputs, batch.reset)
-        nats_KTb = nats_at(temperatures, logits_TbV, batch.targets.T)
+        nats_KTb = nats_at_temperatures(temperatures, logits_TbV, batch.targets.T)
         return carry, jnp.where(scored_bT.T[None], nats_KTb, 0).sum(1).T
 
     whole, by_row = distributed.REPLICATED, distributed.BY_STREAM

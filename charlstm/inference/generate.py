@@ -150,7 +150,7 @@ def _after(
     What is missing to whole windows is put before the text, and the state reset where the text begins: every window
     has one shape, and the program is compiled once.
     """
-    state = language_model.first_state(params, language_model.initial_state(config, 1, params.b_out.dtype))
+    state = language_model.reset_state(params, language_model.zero_state(config, 1, params.b_out.dtype))
     missing = -len(ids) % window
     padded = np.concatenate([np.zeros(missing, np.int32), ids])
     reset = np.arange(len(padded)) == missing
@@ -208,7 +208,7 @@ def _make_chunk(params, state, last_RK, gumbel_TRV, mesh: Mesh, config, sampling
         return (state, last_RK), (next_R, log_probability_R1[:, 0])
 
     def of_rows(params, state, last_RK, gumbel_TRV):
-        params = language_model.with_projected_symbols(config, params)
+        params = language_model.fold_embedding(config, params)
         (state, last_RK), made = jax.lax.scan(partial(make_one, params), (state, last_RK), gumbel_TRV, symbols)
         return state, last_RK, made
 

@@ -25,69 +25,71 @@ import jax.numpy as jnp
 from charlstm import rng
 
 
-class Noise(NamedTuple):
+class DropoutKey(NamedTuple):
     """What the masks of one window depend on: nothing of where they are computed."""
 
     key: jax.Array  # of the seed and the step
     rows_B: jax.Array  # int32: each row's number in the global batch
 
 
-def row_mask(noise: Noise, rate: float, name: str, width: int, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+def row_mask(dropout_key: DropoutKey, rate: float, name: str, width: int, dtype: jnp.dtype = jnp.float32) -> jax.Array:
     """m of each stream, `[B, width]`."""
-    return kept_by_row(noise, rate, name, (width,)).astype(dtype) / (1 - rate)
+    return keep_mask(dropout_key, rate, name, (width,)).astype(dtype) / (1 - rate)
 
 
-def drop(x_TBD: jax.Array, noise: Noise | None, rate: float, name: str, each_symbol: bool = False) -> jax.Array:
+def drop(
+    x_TBD: jax.Array, dropout_key: DropoutKey | None, rate: float, name: str, each_symbol: bool = False
+) -> jax.Array:
     """`x_TBD` times the streams' masks: one for the window, or one for each symbol."""
-    if noise is None or not rate:
+    if dropout_key is None or not rate:
         return x_TBD
     T, _, D = x_TBD.shape
     if each_symbol:
-        return _scaled(x_TBD, kept_by_row(noise, rate, name, (T, D)).swapaxes(0, 1), rate)
-    return _scaled(x_TBD, kept_by_row(noise, rate, name, (D,))[None], rate)
+        return _scaled(x_TBD, keep_mask(dropout_key, rate, name, (T, D)).swapaxes(0, 1), rate)
+    return _scaled(x_TBD, keep_mask(dropout_key, rate, name, (D,))[None], rate)
 
 
 def drop_symbols(
     y_TBK: jax.Array,
     ids_TB: jax.Array,
     vocabulary_size: int,
-    noise: Noise | None,
+    dropout_key: DropoutKey | None,
     rate: float,
     name: str,
     each_symbol: bool = False,
 ) -> jax.Array:
     """`drop` of the one-hot symbols `ids_TB`, of which `y_TBK` is the product with some weights: (m onehot) W."""
-    if noise is None or not rate:
+    if dropout_key is None or not rate:
         return y_TBK
     if each_symbol:
-        kept_BT = kept_by_row(noise, rate, name, ids_TB.shape[:1])
+        kept_BT = keep_mask(dropout_key, rate, name, ids_TB.shape[:1])
     else:
-        kept_BT = jnp.take_along_axis(kept_by_row(noise, rate, name, (vocabulary_size,)), ids_TB.T, axis=1)
+        kept_BT = jnp.take_along_axis(keep_mask(dropout_key, rate, name, (vocabulary_size,)), ids_TB.T, axis=1)
     return _scaled(y_TBK, kept_BT.T[:, :, None], rate)
 
 
-def drop_rows(w_VE: jax.Array, noise: Noise | None, rate: float, name: str) -> jax.Array:
+def drop_rows(w_VE: jax.Array, dropout_key: DropoutKey | None, rate: float, name: str) -> jax.Array:
     """Zeroes rows of `w_VE`, the same for all streams."""
-    if noise is None or not rate:
+    if dropout_key is None or not rate:
         return w_VE
-    return _scaled(w_VE, _kept(rng.named(noise.key, name), rate, (w_VE.shape[0], 1)), rate)
+    return _scaled(w_VE, _kept(rng.named(dropout_key.key, name), rate, (w_VE.shape[0], 1)), rate)
 
 
-def drop_weights(w_HG: jax.Array, noise: Noise | None, rate: float, name: str) -> jax.Array:
+def drop_weights(w_HG: jax.Array, dropout_key: DropoutKey | None, rate: float, name: str) -> jax.Array:
     """Zeroes weights of `w_HG`, the same for all streams."""
-    if noise is None or not rate:
+    if dropout_key is None or not rate:
         return w_HG
-    return _scaled(w_HG, _kept(rng.named(noise.key, name), rate, w_HG.shape), rate)
+    return _scaled(w_HG, _kept(rng.named(dropout_key.key, name), rate, w_HG.shape), rate)
 
 
 def _kept(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.bernoulli(key, 1 - rate, shape)
 
 
-def kept_by_row(noise: Noise, rate: float, name: str, shape: tuple[int, ...]) -> jax.Array:
+def keep_mask(dropout_key: DropoutKey, rate: float, name: str, shape: tuple[int, ...]) -> jax.Array:
     """Whether m is not 0, bool `[B, *shape]`."""
-    key = rng.named(noise.key, name)
-    return jax.vmap(lambda row: _kept(jax.random.fold_in(key, row), rate, shape))(noise.rows_B)
+    key = rng.named(dropout_key.key, name)
+    return jax.vmap(lambda row: _kept(jax.random.fold_in(key, row), rate, shape))(dropout_key.rows_B)
 
 
 def _scaled(x: jax.Array, kept: jax.Array, rate: float) -> jax.Array:

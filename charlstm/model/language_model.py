@@ -20,10 +20,13 @@ from charlstm import rng
 from charlstm.config.model import ModelConfig
 from charlstm.model import initializers
 from charlstm.model import layer as layer_lib
-from charlstm.model.dropout import Noise, drop, drop_rows, drop_symbols, drop_weights
+from charlstm.model.dropout import DropoutKey, drop, drop_rows, drop_symbols, drop_weights
 from charlstm.model.layer import CELLS
 from charlstm.model.ops.matmul import dense, lookup
 from charlstm.types import CellParams, CellState, ModelParams, RecurrentState
+
+# Of the settings that drop inputs, what the masks are called where they are drawn: names of draws are part of the bits.
+MASK_NAMES = {"input_dropout": "input_dropout", "layer_dropout": "between_dropout"}
 
 
 def init(config: ModelConfig, vocabulary_size: int, key: jax.Array) -> ModelParams:
@@ -48,12 +51,12 @@ def init(config: ModelConfig, vocabulary_size: int, key: jax.Array) -> ModelPara
     )
 
 
-def initial_state(config: ModelConfig, batch: int, dtype: jnp.dtype = jnp.float32) -> RecurrentState:
+def zero_state(config: ModelConfig, batch: int, dtype: jnp.dtype = jnp.float32) -> RecurrentState:
     """Zeros for `batch` streams; where the initial state is trained, that of an untrained model."""
-    return tuple(CELLS[config.cell].initial_state(batch, width, dtype) for width in config.widths)
+    return tuple(CELLS[config.cell].zero_state(batch, width, dtype) for width in config.widths)
 
 
-def first_state(params: ModelParams, like: RecurrentState) -> RecurrentState:
+def reset_state(params: ModelParams, like: RecurrentState) -> RecurrentState:
     """The state before anything was read, learned or zero, of as many streams as `like` has."""
 
     def of_layer(p: CellParams, state: CellState) -> CellState:
@@ -70,7 +73,7 @@ def apply(
     state: RecurrentState,
     inputs_BT: jax.Array,
     reset_BT: jax.Array,
-    noise: Noise | None = None,
+    dropout_key: DropoutKey | None = None,
 ) -> tuple[RecurrentState, jax.Array]:
     """Runs a window through the model: to score and to sample, by the loop, on any device, whatever trained it.
 
@@ -83,8 +86,8 @@ def apply(
     Returns:
       The state after the window, and the logits of the symbol after each input, `[T, B, V]`, in the parameters' dtype.
     """
-    state, features_TBH = features(config.by_scan, params, state, inputs_BT, reset_BT, noise)
-    return state, logits(config, params, drop_features(config, features_TBH, noise))
+    state, features_TBH = features(config.with_scan, params, state, inputs_BT, reset_BT, dropout_key)
+    return state, logits(config, params, drop_features(config, features_TBH, dropout_key))
 
 
 def features(
@@ -93,20 +96,20 @@ def features(
     state: RecurrentState,
     inputs_BT: jax.Array,
     reset_BT: jax.Array,
-    noise: Noise | None = None,
+    dropout_key: DropoutKey | None = None,
 ) -> tuple[RecurrentState, jax.Array]:
     """The state after a window, and what the soft-max sees, `[T, B, H]` in the compute dtype; arguments of `apply`."""
     inputs_TB, reset_TB = inputs_BT.T, reset_BT.T
-    params = _with_dropped_weights(config, params, noise)
-    if inputs_BT.size >= len(params.b_out) and not (noise is not None and config.input_dropout):
-        params = with_projected_symbols(config, params)
+    params = _with_dropped_weights(config, params, dropout_key)
+    if inputs_BT.size >= len(params.b_out) and not (dropout_key is not None and config.input_dropout):
+        params = fold_embedding(config, params)
     T, size = len(inputs_TB), math.isqrt(len(inputs_TB))
     if not config.remat or size < 2:
-        return _read(config, params, noise, state, inputs_TB, reset_TB)
+        return _apply_layers(config, params, dropout_key, state, inputs_TB, reset_TB)
     # Pieces of the square root of the window, the first one with what is left over: the states between them, and what
     # one piece keeps, are least then.  The loop holds back what a piece computes again until its turn has come.
     start = size + T % size if T % size else 0
-    read = jax.checkpoint(partial(_read, config, params, noise), prevent_cse=False)
+    read = jax.checkpoint(partial(_apply_layers, config, params, dropout_key), prevent_cse=False)
     state, first = read(state, inputs_TB[:start], reset_TB[:start]) if start else (state, None)
     pieces = jax.tree.map(lambda a: a[start:].reshape(-1, size, *a.shape[1:]), (inputs_TB, reset_TB))
     state, rest = jax.lax.scan(lambda state, piece: read(state, *piece), state, pieces)
@@ -114,19 +117,19 @@ def features(
     return state, rest if first is None else jnp.concatenate([first, rest])
 
 
-def _with_dropped_weights(config: ModelConfig, params: ModelParams, noise: Noise | None) -> ModelParams:
+def _with_dropped_weights(config: ModelConfig, params: ModelParams, dropout_key: DropoutKey | None) -> ModelParams:
     """The embedding and the recurrent weights as the window uses them."""
     table_VE = params.embedding
     if table_VE is not None:
-        table_VE = drop_rows(table_VE, noise, config.embedding_dropout, "embedding_dropout")
+        table_VE = drop_rows(table_VE, dropout_key, config.embedding_dropout, "embedding_dropout")
     cells = []
     for layer, p in enumerate(params.cells):
-        w_h = drop_weights(layer_lib.recurrent_weights(p), noise, config.weight_drop, f"weight_drop.{layer}")
+        w_h = drop_weights(layer_lib.recurrent_weights(p), dropout_key, config.weight_drop, f"weight_drop.{layer}")
         cells.append(p._replace(w_h=w_h))
     return params._replace(embedding=table_VE, cells=tuple(cells))
 
 
-def with_projected_symbols(config: ModelConfig, params: ModelParams) -> ModelParams:
+def fold_embedding(config: ModelConfig, params: ModelParams) -> ModelParams:
     """`params` of the same model of one-hot symbols, whose w_x is embedding W_x: each symbol is projected once.
 
     As they are where that is more arithmetic than it saves: its gradient is a product with V rows, for two with
@@ -140,10 +143,10 @@ def with_projected_symbols(config: ModelConfig, params: ModelParams) -> ModelPar
     return params._replace(embedding=None, cells=(p._replace(w_x=w_VX), *params.cells[1:]), w_out=w_out)
 
 
-def _read(
+def _apply_layers(
     config: ModelConfig,
     params: ModelParams,
-    noise: Noise | None,
+    dropout_key: DropoutKey | None,
     state: RecurrentState,
     inputs_TB: jax.Array,
     reset_TB: jax.Array,
@@ -152,8 +155,8 @@ def _read(
     x_TBD = None if params.embedding is None else lookup(params.embedding, inputs_TB, dtype).astype(dtype)
     new_state, outputs = [], []
     for layer, (p, layer_state) in enumerate(zip(params.cells, state, strict=True)):
-        which = "between_dropout" if layer else "input_dropout"
-        drawn_for = (noise, getattr(config, which), f"{which}.{layer}", each_symbol)
+        which = "layer_dropout" if layer else "input_dropout"
+        drawn_for = (dropout_key, getattr(config, which), f"{MASK_NAMES[which]}.{layer}", each_symbol)
         if x_TBD is None:  # one-hot symbols, or at once their projection
             V = p.w_x.shape[0]
             w_VX = jnp.eye(V, dtype=dtype) if config.takes_raw_input else p.w_x
@@ -162,17 +165,17 @@ def _read(
             inputs_TBX = drop(x_TBD, *drawn_for)
             if not config.takes_raw_input:
                 inputs_TBX = dense(inputs_TBX, p.w_x, None, dtype)
-        layer_state, x_TBD = layer_lib.read(
-            config, p, layer_state, inputs_TBX.astype(dtype), reset_TB, noise, layer, dtype
+        layer_state, x_TBD = layer_lib.apply(
+            config, p, layer_state, inputs_TBX.astype(dtype), reset_TB, dropout_key, layer, dtype
         )
         new_state.append(layer_state)
         outputs.append(x_TBD)
     return tuple(new_state), sum(outputs[1:], outputs[0]) if config.skip else outputs[-1]
 
 
-def drop_features(config: ModelConfig, features_TBH: jax.Array, noise: Noise | None) -> jax.Array:
+def drop_features(config: ModelConfig, features_TBH: jax.Array, dropout_key: DropoutKey | None) -> jax.Array:
     """Output dropout."""
-    return drop(features_TBH, noise, config.output_dropout, "output_dropout", config.dropout_mask == "symbol")
+    return drop(features_TBH, dropout_key, config.output_dropout, "output_dropout", config.dropout_mask == "symbol")
 
 
 def logits(config: ModelConfig, params: ModelParams, features_TBH: jax.Array) -> jax.Array:

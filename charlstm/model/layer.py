@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from charlstm.config.model import ModelConfig
 from charlstm.model.cells import gru, layer_norm_lstm, lstm, mlstm, mogrifier, rnn
-from charlstm.model.dropout import Noise, kept_by_row, row_mask
+from charlstm.model.dropout import DropoutKey, keep_mask, row_mask
 from charlstm.model.ops import autodiff_scan
 from charlstm.types import CellParams, CellState
 
@@ -41,7 +41,7 @@ def init(config: ModelConfig, key: jax.Array, input_width: int, hidden_size: int
     if config.weight_norm:  # the weights are those that were drawn
         params = params._replace(gain=jnp.linalg.norm(params.w_h, axis=0))
     if config.train_initial_state:
-        params = params._replace(first=jax.tree.map(lambda s_BH: s_BH[0], cell.initial_state(1, hidden_size)))
+        params = params._replace(first=jax.tree.map(lambda s_BH: s_BH[0], cell.zero_state(1, hidden_size)))
     if config.mogrifier_rounds:
         sizes = (input_width, hidden_size, config.mogrifier_rounds, config.mogrifier_rank)
         params = params._replace(rounds=mogrifier.init(key, *sizes, *drawn_by))
@@ -55,13 +55,13 @@ def recurrent_weights(params: CellParams) -> jax.Array:
     return params.w_h * (params.gain / jnp.linalg.norm(params.w_h, axis=0))[None]
 
 
-def read(
+def apply(
     config: ModelConfig,
     params: CellParams,
     state: CellState,
     inputs_TBX: jax.Array,
     reset_TB: jax.Array,
-    noise: Noise | None,
+    dropout_key: DropoutKey | None,
     number: int,
     compute_dtype: jax.typing.DTypeLike,
 ) -> tuple[CellState, jax.Array]:
@@ -77,21 +77,21 @@ def read(
       The state after the window, and h_TBH in the compute dtype.
     """
     T, H, mask_BH = len(inputs_TBX), state.h.shape[1], None
-    if noise is not None and config.state_dropout:
-        mask_BH = row_mask(noise, config.state_dropout, f"state_dropout.{number}", H, state.h.dtype)
-    if config.has_fast_path:
+    if dropout_key is not None and config.state_dropout:
+        mask_BH = row_mask(dropout_key, config.state_dropout, f"state_dropout.{number}", H, state.h.dtype)
+    if config.has_custom_vjp:
         cell = CELLS[config.cell]
         args = (params.w_h, cell.bias(params), state, inputs_TBX, reset_TB, compute_dtype, config.variant, mask_BH)
-        if config.recurrence == "fused":
+        if config.lstm_backend == "fused":
             from charlstm.model.ops import lstm_pallas  # which takes a third of a second, for what few machines have
 
             return lstm_pallas.recurrence(*args)
         return cell.recurrence(*args)
 
     def renewed(rate: float, name: str) -> jax.Array | None:
-        if noise is None or not rate:
+        if dropout_key is None or not rate:
             return None
-        return kept_by_row(noise, rate, f"{name}.{number}", (T, H)).swapaxes(0, 1)
+        return keep_mask(dropout_key, rate, f"{name}.{number}", (T, H)).swapaxes(0, 1)
 
     masks = (renewed(config.zoneout, "zoneout"), renewed(config.zoneout_cell, "zoneout_cell"))
     inside: Any = params._replace(gain=None)
@@ -111,11 +111,11 @@ def _step(config: ModelConfig) -> autodiff_scan.Step:
         state = jax.tree.map(lambda f_H, s_BH: jnp.where(reset_B[:, None], f_H[None], s_BH), first, state)
         x_BX = x_BX.astype(state.h.dtype)
         if params.rounds is None:
-            new, _ = cell.advance(params, state, x_BX, config.variant, mask_BH)
+            new, _ = cell.step_projected(params, state, x_BX, config.variant, mask_BH)
         else:
-            seen = state.h if mask_BH is None else state.h * mask_BH
-            x_BX, seen = mogrifier.gate(params.rounds, x_BX, seen)
-            new, _ = cell.step(params, state._replace(h=seen), x_BX, config.variant)
+            h_masked = state.h if mask_BH is None else state.h * mask_BH
+            x_BX, h_masked = mogrifier.gate(params.rounds, x_BX, h_masked)
+            new, _ = cell.step(params, state._replace(h=h_masked), x_BX, config.variant)
         h = _zoned_out(new.h, state.h, config.zoneout, renewed_h)
         c = None if new.c is None else _zoned_out(new.c, state.c, config.zoneout_cell, renewed_c)
         return CellState(h, c), h

@@ -1,4 +1,4 @@
-"""How a run's LSTM reads its windows, where --recurrence=auto leaves the choice: the fastest way, timed here."""
+"""How a run's LSTM reads its windows, where --lstm_backend=auto leaves the choice: the fastest way, timed here."""
 
 from statistics import median
 
@@ -23,25 +23,27 @@ def chosen(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, end: En
     Raises:
       ValueError: what is asked for by name needs another device.
     """
-    asked, device = config.model.recurrence, distributed.device_kind(mesh)
+    asked, device = config.model.lstm_backend, distributed.device_kind(mesh)
     had = {"fused": distributed.has_mosaic(mesh)}
     if not had.get(asked, True):
         raise ValueError(
-            f"recurrence={asked} needs {NEEDS[asked]}, and there is {device}, JAX {jax.__version__}: use scan or auto"
+            f"lstm_backend={asked} needs {NEEDS[asked]}, and there is {device}, JAX {jax.__version__}: use scan or auto"
         )
     if asked != "auto":
         return config, ""
-    beyond = {name: config.model.beyond(name) for name in had}
+    beyond = {name: config.model.unsupported_by(name) for name in had}
     names = ["scan", *(name for name in had if had[name] and not beyond[name])]
     if len(names) == 1:
         reasons = [
             f"{name} does not know {beyond[name]}" if had[name] else f"{name} needs {NEEDS[name]}" for name in had
         ]
-        return config_lib.replace(config, recurrence="scan"), f"recurrence=scan on {device}: {', '.join(reasons)}"
-    ways = {name: config_lib.replace(config, recurrence=name) for name in names}
+        return config_lib.replace(config, lstm_backend="scan"), f"lstm_backend=scan on {device}: {', '.join(reasons)}"
+    ways = {name: config_lib.replace(config, lstm_backend=name) for name in names}
     seconds = {
-        name: median(estimate.timed(way, corpus, plan, mesh, TIMED_STEPS, end=end)) for name, way in ways.items()
+        name: median(estimate.time_steps(way, corpus, plan, mesh, TIMED_STEPS, end=end)) for name, way in ways.items()
     }
-    fastest = distributed.gather(min(seconds, key=lambda name: seconds[name]))[0]  # the first process's, for all
+    fastest = distributed.all_gather_str(min(seconds, key=lambda name: seconds[name]))[
+        0
+    ]  # the first process's, for all
     found = ", ".join(f"{name} {1000 * of:.1f} ms" for name, of in seconds.items())
-    return ways[fastest], f"recurrence={fastest}: an update took {found} on {device}"
+    return ways[fastest], f"lstm_backend={fastest}: an update took {found} on {device}"

@@ -64,8 +64,8 @@ class Checkpoints:
         self._pending: Future[None] | None = None
         logging.getLogger("absl").addFilter(_not_from_orbax)  # failures are told by `log`, in one line
         if writable:
-            distributed.once(self._open)
-            distributed.together(self._files.require_seen)
+            distributed.run_on_first(self._open)
+            distributed.run_on_all(self._files.require_seen)
 
     def _open(self) -> None:
         try:
@@ -118,7 +118,7 @@ class Checkpoints:
         }
         try:
             self.discard_after(step)
-            distributed.once(lambda: self._make_way(step, items))
+            distributed.run_on_first(lambda: self._make_way(step, items))
         except distributed.FAILURES as error:
             self._failed(step, error)
         else:
@@ -148,9 +148,9 @@ class Checkpoints:
         Raises:
           ValueError: there is no such step, or its seal is damaged, or its format is another.
         """
-        return self._first_whole(step, lambda candidate: self._files.read_by_all(candidate, None, distributed.gather))[
-            0
-        ]
+        return self._first_whole(
+            step, lambda candidate: self._files.read_by_all(candidate, None, distributed.all_gather_str)
+        )[0]
 
     def restore(self, abstract: TrainState, *, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
         """The state that was saved, and its meta (as `read_meta`).
@@ -184,7 +184,9 @@ class Checkpoints:
         """Goes back: later steps are set aside, so that none of them is ever taken for the newest."""
         assert self._writable
         self.wait()
-        distributed.once(lambda: self._set_aside([later for later in self.steps() if later > step], "abandoned"))
+        distributed.run_on_first(
+            lambda: self._set_aside([later for later in self.steps() if later > step], "abandoned")
+        )
 
     def _make_way(self, step: int, items: dict[str, Any]) -> None:
         """Makes the directories that all processes write in."""
@@ -195,8 +197,8 @@ class Checkpoints:
     def _commit(self, written: Callable[[], None], meta: dict[str, Any]) -> None:
         """In the background: waits until all processes have written; the first then gives the step its name."""
         try:
-            distributed.together(written, "saves")
-            distributed.once(lambda: self._name(meta), "saves")
+            distributed.run_on_all(written, "saves")
+            distributed.run_on_first(lambda: self._name(meta), "saves")
         except distributed.FAILURES as error:
             self._failed(meta["step"], error)
             return
@@ -246,7 +248,7 @@ class Checkpoints:
             kind, loud = ("best", "NOT THE BEST CHECKPOINT: ") if wanted == "best" else ("newest", "")
             self._log(f"{loud}checkpoint {meta['step']} is the {kind} whole one and is used instead")
             if self._writable:
-                distributed.once(lambda: self._set_aside(damaged, "corrupt"))
+                distributed.run_on_first(lambda: self._set_aside(damaged, "corrupt"))
         return restored, meta
 
     def _first_whole(self, wanted: Wanted, read: Callable[[int], Found]) -> tuple[Found, list[int]]:
@@ -271,10 +273,10 @@ class Checkpoints:
 
         What Orbax raises on files that are whole goes up: out of memory, say, which proves nothing of the checkpoint.
         """
-        meta = self._files.read_by_all(step, trees, distributed.gather)
+        meta = self._files.read_by_all(step, trees, distributed.all_gather_str)
         held = {name: array for name, array in meta["arrays"].items() if name.partition(".")[0] in trees}
         array_files.refuse_other_arrays(f"checkpoint {step} in {self._files.path}", held, describe(trees))
-        restored = distributed.together(lambda: array_files.read(self._files.step(step), trees))
+        restored = distributed.run_on_all(lambda: array_files.read(self._files.step(step), trees))
         wrong = ""
         for name, digest in digests(restored).items():
             if digest != held[name]["digest"]:
@@ -285,12 +287,12 @@ class Checkpoints:
 
     def _candidates(self, wanted: Wanted) -> list[int]:
         """The steps to try, in order, as the first process sees them."""
-        seen = distributed.together(lambda: self._files.candidates(wanted))
-        return json.loads(distributed.gather(json.dumps(seen))[0])
+        seen = distributed.run_on_all(lambda: self._files.candidates(wanted))
+        return json.loads(distributed.all_gather_str(json.dumps(seen))[0])
 
     def _set_aside(self, steps: list[int], why: str) -> None:
         for step in steps:
-            self._log(f"checkpoint {step} was set aside as {self._files.set_aside(step, why)}")
+            self._log(f"checkpoint {step} was set aside as {self._files.quarantine(step, why)}")
 
 
 def _items(state: TrainState) -> dict[str, Any]:

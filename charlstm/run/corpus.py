@@ -5,12 +5,12 @@ from pathlib import Path
 
 from charlstm import config as config_lib
 from charlstm.config import Config
-from data_pipeline.atomic_files import at_home
+from data_pipeline.atomic_files import expand_user
 from data_pipeline.batch import Separator, ends_separator, looks_back
 from data_pipeline.build import corpora
 from data_pipeline.build.datasets import NAMES
 from data_pipeline.build.splits import cut
-from data_pipeline.eval_chunks import PiecePlan
+from data_pipeline.eval_chunks import ChunkPlan
 from data_pipeline.progress import bar, say_on_stderr
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import Corpus, open_corpus
@@ -68,7 +68,7 @@ def plan_for(config: Config, corpus: Corpus) -> StreamPlan:
     refusals = []
     if valid := corpus.splits.get("valid"):
         try:
-            PiecePlan(len(valid), evaluation.piece, evaluation.burn_in, 1, streams.window)
+            ChunkPlan(len(valid), evaluation.eval_chunk, evaluation.burn_in, 1, streams.window)
         except ValueError as error:
             refusals.append(f"validation: {error}; give more text, or --valid_fraction=0 for none")
     try:
@@ -113,7 +113,7 @@ def _occurs(split: Symbols, separator: Separator) -> bool:
 def refuse_inside(run_dir: Path, settings: CorpusSettings) -> None:
     """Raises ValueError where the run would become a part of its own text."""
     for spec in (settings.corpus, settings.train, settings.valid, settings.test):
-        folder = at_home(spec)
+        folder = expand_user(spec)
         if spec and spec not in NAMES and folder.is_dir() and run_dir.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"run_dir={run_dir} lies inside of the corpus {spec}: name one outside of it")
 

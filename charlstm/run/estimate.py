@@ -13,7 +13,7 @@ from charlstm import distributed
 from charlstm.config import Config
 from charlstm.model import language_model
 from charlstm.run import memory
-from charlstm.run.memory import End, in_bytes
+from charlstm.run.memory import End, format_bytes
 from charlstm.run.metrics import duration
 from charlstm.training import schedules
 from charlstm.training import step as step_lib
@@ -53,19 +53,19 @@ def report(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, form: s
     if seconds is not None:
         speed = f"{seconds:.4g} s, {symbols / seconds:,.0f} symbols/s ({how})"
         timing = [("time per step", speed), ("ETA", duration(config.training.num_steps * seconds))]
-    sizes = f"{in_bytes(update.held)} state and batch, {in_bytes(update.temporary)} temporaries"
-    taken = f"{in_bytes(update.on_a_device)} ({sizes})" if update.on_a_device else "not told by this backend"
+    sizes = f"{format_bytes(update.held)} state and batch, {format_bytes(update.temporary)} temporaries"
+    taken = f"{format_bytes(update.on_a_device)} ({sizes})" if update.on_a_device else "not told by this backend"
     rows = [
         ("devices", distributed.describe(mesh)),
         ("corpus", f"{corpus.directory.name}: {plan.symbols:,} training symbols, vocabulary of {V}"),
         ("parameters", f"{parameters:,}"),
-        ("state", in_bytes(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)))),
+        ("state", format_bytes(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)))),
         (
             "arithmetic",
             f"{arithmetic:.2g} FLOP an update, {whole:.2g} in all: {duration(whole / RATE)} at {RATE:.0e} a second",
         ),
         ("memory per device", taken),
-        ("bytes per all-reduce", f"{in_bytes(4 * (parameters + 1))}, once a step ({config.training.reduction})"),
+        ("bytes per all-reduce", f"{format_bytes(4 * (parameters + 1))}, once a step ({config.training.reduction})"),
         ("logical shards", f"{config.training.logical_shards}, {shards} a device"),
         ("symbols per step", f"{symbols:,}"),
         ("steps per epoch", f"{plan.steps_per_epoch:,}"),
@@ -93,7 +93,7 @@ def flops(config: Config, vocabulary_size: int) -> float:
     return 6.0 * (count_parameters(config, vocabulary_size) - looked_up) * symbols
 
 
-def temporaries(config: Config, devices: int) -> int:
+def estimate_temp_bytes(config: Config, devices: int) -> int:
     """Bytes of an update's temporary arrays on one of `devices`, about, before anything is compiled.
 
     They are mostly the window's gates, and their gradients twice; and the gradient of the parameters twice.
@@ -109,17 +109,17 @@ def _seconds_a_step(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh
     T = config.streams.window
     if T > SHORT_WINDOW:
         short = config_lib.replace(config, window=SHORT_WINDOW)
-        scaled = _median(timed(short, corpus, plan, mesh, 1, end=end)) * T / SHORT_WINDOW
+        scaled = _median(time_steps(short, corpus, plan, mesh, 1, end=end)) * T / SHORT_WINDOW
         if scaled * (TIMED_STEPS + 1) > PATIENCE:
-            times = timed(short, corpus, plan, mesh, TIMED_STEPS, end=end)
+            times = time_steps(short, corpus, plan, mesh, TIMED_STEPS, end=end)
             return _median(
                 times
             ) * T / SHORT_WINDOW, f"{len(times)} steps of {SHORT_WINDOW} symbols timed, scaled to {T}"
-    times = timed(config, corpus, plan, mesh, TIMED_STEPS, TIMED_SECONDS, end)
+    times = time_steps(config, corpus, plan, mesh, TIMED_STEPS, TIMED_SECONDS, end)
     return _median(times), f"{len(times)} steps timed"
 
 
-def timed(
+def time_steps(
     config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, steps: int, at_least: float = 0.0, end: End = None
 ) -> list[float]:
     """Seconds of each of so many steps, and of more until `at_least` seconds are full; compilation left out."""

@@ -42,7 +42,7 @@ def take(flag: str, config: Config, identity: Identity, mesh: Mesh, say: Callabl
             f"initial_checkpoint={other_dir} has {other_identity.vocabulary_in_short} and this corpus "
             f"{identity.vocabulary_in_short}: its parameters would mean other symbols"
         )
-    item = other_config.optimizer.evaluated
+    item = other_config.optimizer.eval_params_field
     params, meta = _params(other_dir, item, step, config, identity, mesh, say)
     what = "the average of the parameters" if item == "average" else "the parameters"
     say(f"starting from {what} of step {meta['step']} of {other_dir}")

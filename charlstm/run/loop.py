@@ -6,7 +6,7 @@ from typing import Any
 from charlstm.config.training import TrainingConfig
 from charlstm.run import digest
 from charlstm.run.log import RunLog
-from charlstm.run.metrics import Meter, finite_score
+from charlstm.run.metrics import MetricAggregator, finite_score
 from charlstm.training import averaging
 from charlstm.training.step import TrainStep
 from charlstm.types import ModelParams, TrainState
@@ -28,7 +28,7 @@ def train(
     save: Callable[[TrainState, float | None], None],
     check: Callable[[int, TrainState], None],
     log: RunLog,
-    meter: Meter,
+    meter: MetricAggregator,
     stopping: Callable[[int], bool],
 ) -> TrainState:
     """Trains from `state` to `settings.num_steps`, or until `stopping(step)`, which every process must answer alike.

@@ -39,7 +39,7 @@ class Limit(NamedTuple):
     of: str
 
     def __str__(self) -> str:
-        return f"{in_bytes(self.bytes)} {self.of}"
+        return f"{format_bytes(self.bytes)} {self.of}"
 
 
 class Update(NamedTuple):
@@ -61,7 +61,7 @@ def state_bytes(config: Config, vocabulary_size: int) -> int:
     inputs = [E or V, *settings.widths[:-1]]
     weights = sum(gates * H * (X + H) for X, H in zip(inputs, settings.widths, strict=True))
     weights += V * E + (0 if settings.tie_embeddings else settings.widths[-1] * V)
-    copies = COPIES[config.optimizer.optimizer] + (config.optimizer.evaluated == "average")
+    copies = COPIES[config.optimizer.optimizer] + (config.optimizer.eval_params_field == "average")
     return 4 * copies * weights
 
 
@@ -76,7 +76,7 @@ def require_possible(config: Config, vocabulary_size: int = 1, dry: bool = False
     if dry:
         there = Limit(BEYOND_ALL, "at most on any machine")
     if needed > there.bytes:
-        raise ValueError(f"parameters and optimizer state take {in_bytes(needed)}, and there are {there}: {LESS}")
+        raise ValueError(f"parameters and optimizer state take {format_bytes(needed)}, and there are {there}: {LESS}")
 
 
 def compiled_update(
@@ -132,7 +132,7 @@ def limit() -> Limit:
     return min(limits)
 
 
-def in_bytes(count: float) -> str:
+def format_bytes(count: float) -> str:
     for unit in ("B", "KB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -194,9 +194,9 @@ def _needed(update: Update, mesh: distributed.Mesh) -> tuple[int, Limit]:
 
 def _in_words(update: Update, mesh: distributed.Mesh) -> str:
     if update.devices == 1 or distributed.memory_of_a_device(mesh) is not None:
-        return f"an update takes {in_bytes(update.on_a_device)}"
-    whole = in_bytes(update.on_a_device * update.devices)
-    return f"an update takes {whole} on {update.devices} devices ({in_bytes(update.on_a_device)} each)"
+        return f"an update takes {format_bytes(update.on_a_device)}"
+    whole = format_bytes(update.on_a_device * update.devices)
+    return f"an update takes {whole} on {update.devices} devices ({format_bytes(update.on_a_device)} each)"
 
 
 def _value(config: Config, name: str) -> int:

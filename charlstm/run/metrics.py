@@ -26,13 +26,13 @@ class Diverged(Exception):
         self.step, self.windows_at_fault = step, windows_at_fault
 
 
-class Meter:
+class MetricAggregator:
     """Adds up what the steps report.  Looks at a step's metrics one step late, so that the device never waits.
 
     Attributes:
       records: the latest record of each split.
       skipped: updates skipped by this process's life.
-      rows_reset: rows of recurrent state that were poisoned and zeroed in it.
+      state_resets: rows of recurrent state that were poisoned and zeroed in it.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Meter:
         self._pending: tuple[int, Metrics] | None
         self._started = time.monotonic()
         self.records: dict[str, dict[str, Any]] = {}
-        self.skipped, self.rows_reset = 0, 0
+        self.skipped, self.state_resets = 0, 0
         self.restart(None, 0)
 
     def restart(self, sums: dict[str, Any] | None, left_out: int) -> None:
@@ -104,10 +104,10 @@ class Meter:
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
-        if not metrics.sound or metrics.poisoned_rows:
+        if not metrics.accepted or metrics.nonfinite_rows:
             self._look_at_divergence(step, metrics)
         self._latest = {"step": step, "learning_rate": float(metrics.learning_rate), "grad_norm": None}
-        if metrics.sound:
+        if metrics.accepted:
             self._nats += float(metrics.loss) * int(metrics.symbols)
             self._symbols += int(metrics.symbols)
             self._timed += int(metrics.symbols)
@@ -118,13 +118,13 @@ class Meter:
         what = _what_diverged(step, metrics, self._spike_factor)
         if not (self._skips and metrics.finite_params):
             raise Diverged(step, what)
-        in_a_row = int(metrics.course.skipped_in_a_row)
+        in_a_row = int(metrics.divergence.consecutive_skips)
         if in_a_row > self._max_skips:
             raise Diverged(step, f"{what}, after {in_a_row - 1} updates skipped one after the other (max_skips)")
-        rows = int(metrics.poisoned_rows)
-        self.skipped += not metrics.sound
-        self.rows_reset += rows
-        done = [] if metrics.sound else ["update skipped"]
+        rows = int(metrics.nonfinite_rows)
+        self.skipped += not metrics.accepted
+        self.state_resets += rows
+        done = [] if metrics.accepted else ["update skipped"]
         done += [f"{rows} row{'s' if rows > 1 else ''} of the recurrent state zeroed"] if rows else []
         self._say(f"{what}: {', '.join(done)}")
 
@@ -139,12 +139,12 @@ class Meter:
         score = None  # all were skipped
         if self._steps:
             characters = self._symbols if self._of_ascii or not self._of_bytes else None
-            in_bytes = self._symbols if self._of_ascii or self._of_bytes else None
-            score = Score(self._nats / NATS_PER_BIT, self._symbols, characters, in_bytes)
+            format_bytes = self._symbols if self._of_ascii or self._of_bytes else None
+            score = Score(self._nats / NATS_PER_BIT, self._symbols, characters, format_bytes)
         record = self._record(step, "train", score) | self._speed()
         record |= {k: self._latest[k] for k in ("learning_rate", "grad_norm")}
         if distributed.is_one_of_several():
-            waits = distributed.gather(str(record["input_wait"]))
+            waits = distributed.all_gather_str(str(record["input_wait"]))
             record["input_wait_of_processes"] = [float(wait) for wait in waits]
         self.records["train"] = record
         self._reset()
@@ -225,7 +225,7 @@ def _what_diverged(step: int, metrics: Metrics, spike_factor: float) -> str:
             return f"the recurrent state is not finite at step {step}, in {where}"
         if not metrics.finite_params:
             return f"a parameter is not finite after step {step}"
-        usual = float(metrics.course.usual_loss)
+        usual = float(metrics.divergence.loss_ema)
         if spike_factor and loss > spike_factor * usual > 0:
             bits, usual = loss / NATS_PER_BIT, usual / NATS_PER_BIT
             return f"loss={bits:.3f} bits is a spike at step {step}, where {usual:.3f} is usual"

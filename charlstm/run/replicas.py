@@ -47,7 +47,7 @@ def compare(tree: Any, mesh: Mesh) -> Compared:
 
 def _of_all(own: list[Any]) -> list[Any]:
     """What the processes have of each of their devices, in the order of the mesh."""
-    return [one for word in distributed.gather(json.dumps(own)) for one in json.loads(word)]
+    return [one for word in distributed.all_gather_str(json.dumps(own)) for one in json.loads(word)]
 
 
 def _in_host_memory(leaves: dict[str, jax.Array]) -> list[dict[str, str]]:

@@ -28,7 +28,7 @@ from charlstm.run.checkpoint import Checkpoints, Wanted
 from charlstm.run.step_directory import SEAL, StepDirectory
 from charlstm.training import step as step_lib
 from charlstm.types import ModelParams
-from data_pipeline.atomic_files import at_home, locked, owner_file, written_whole
+from data_pipeline.atomic_files import atomic_write, expand_user, locked, owner_file
 from data_pipeline.batch import Separator
 from data_pipeline.vocabulary import Vocabulary
 
@@ -81,7 +81,7 @@ def named(flag: str, value: str) -> Path:
     Raises:
       ValueError: it is not UTF-8, and neither Orbax nor JSON could write it down.
     """
-    path = at_home(value).absolute()
+    path = expand_user(value).absolute()
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError:
@@ -124,7 +124,7 @@ def write_config(run_dir: Path, config: Config) -> None:
 
 
 @contextlib.contextmanager
-def held(run_dir: Path) -> Iterator[None]:
+def lock_run_directory(run_dir: Path) -> Iterator[None]:
     """Keeps the run for this job alone; its directory is made if need be.  A process that was killed holds nothing.
 
     Raises:
@@ -195,7 +195,7 @@ def _read_identity(path: Path) -> Identity:
         raise ValueError(f"{path} is damaged: {error}") from None
 
 
-def continued(run_dir: Path, wanted: Config, identity: Identity, initial: str) -> tuple[Config, list[str]]:
+def resume_config(run_dir: Path, wanted: Config, identity: Identity, initial: str) -> tuple[Config, list[str]]:
     """The config with which the run in `run_dir` goes on, its own with the free settings of `wanted`; what changed.
 
     Nothing is written.
@@ -209,8 +209,8 @@ def continued(run_dir: Path, wanted: Config, identity: Identity, initial: str) -
       ValueError: it is not a run, or damaged.
     """
     run_config, run_identity = read(run_dir)
-    require_same(run_dir, run_identity, identity)
-    forbidden, free = config_lib.differences(run_config, wanted)
+    check_identity(run_dir, run_identity, identity)
+    forbidden, free = config_lib.diff(run_config, wanted)
     started_from = read_initial(run_dir)
     before = started_from.named if started_from else ""
     if before != initial and (initial or not has_checkpoint(run_dir)):
@@ -228,7 +228,7 @@ def continued(run_dir: Path, wanted: Config, identity: Identity, initial: str) -
     return config_lib.replace(run_config, **values), remarks
 
 
-def require_same(run_dir: Path, run: Identity, now: Identity) -> None:
+def check_identity(run_dir: Path, run: Identity, now: Identity) -> None:
     """Raises OtherRun where the vocabulary or the corpus `now` is not that of the run."""
     if run.vocabulary != now.vocabulary:
         raise OtherRun(
@@ -280,19 +280,21 @@ def restore_params(
         run_dir / "checkpoints", writable=False, log=lambda line: print(line, file=sys.stderr)
     ) as checkpoints:
         step: Wanted = "best" if which == "best" else None if which == "latest" else int(which)
-        params, meta = checkpoints.restore_params(abstract, step=step, item=config.optimizer.evaluated)
-    require_own(meta["identity"], config, identity, run_dir)
-    if config.optimizer.evaluated == "average" and distributed.is_first_process():
+        params, meta = checkpoints.restore_params(abstract, step=step, item=config.optimizer.eval_params_field)
+    check_checkpoint(meta["identity"], config, identity, run_dir)
+    if config.optimizer.eval_params_field == "average" and distributed.is_first_process():
         print(f"{run_dir}: the average of the parameters (average={config.optimizer.average})", file=sys.stderr)
     return params, meta["step"]
 
 
-def require_own(checkpoint: dict[str, Any], config: Config, run: Identity, run_dir: Path) -> None:
+def check_checkpoint(checkpoint: dict[str, Any], config: Config, run: Identity, run_dir: Path) -> None:
     """Raises ValueError where a checkpoint's identity is not that of the run in whose directory it lies."""
     own = {"vocabulary_digest": run.vocabulary.digest, "corpus_fingerprint": run.corpus_fingerprint}
     others = [f"{name}: {checkpoint[name][:12]} -> {own[name][:12]}" for name in own if checkpoint[name] != own[name]]
-    made_with = config_lib.from_json(json.dumps(checkpoint["config"]), f"a checkpoint of {run_dir}")
-    others += config_lib.differences(made_with, config)[0]
+    made_with = config_lib.from_json(
+        json.dumps({"version": config_lib.VERSION, **checkpoint["config"]}), f"a checkpoint of {run_dir}"
+    )
+    others += config_lib.diff(made_with, config)[0]
     if others:
         raise ValueError(
             f"the checkpoints of {run_dir} belong to another run ({'; '.join(others)}): take them out, or name another "
@@ -301,5 +303,5 @@ def require_own(checkpoint: dict[str, Any], config: Config, run: Identity, run_d
 
 
 def _write(path: Path, text: str) -> None:
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         file.write(text.encode("utf-8"))

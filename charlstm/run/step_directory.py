@@ -222,14 +222,14 @@ class StepDirectory:
         _fsync_directory(self.path)
         shutil.rmtree(replaced, ignore_errors=True)
 
-    def set_aside(self, step: int, why: str) -> str:
+    def quarantine(self, step: int, why: str) -> str:
         """Takes the step away and keeps its files; returns their new name, `<step>.<why>-*`."""
         target = self._unique(step, why)
         os.rename(self.step(step), target)
         return target.name
 
     def set_aside_staging(self, step: int, why: str) -> str:
-        """As `set_aside`, of what was to become the step."""
+        """As `quarantine`, of what was to become the step."""
         target = self._unique(step, why)
         os.rename(self.staging(step), target)
         return target.name

@@ -20,22 +20,24 @@ import jax.numpy as jnp
 
 from charlstm.config.training import OptimizerConfig
 from charlstm.training.optimizers import bias_correction
-from charlstm.types import ModelParams, Progress, TrainState
+from charlstm.types import ModelParams, PlateauState, TrainState
 
 Average = ModelParams | tuple[()]
 
 
 def start(settings: OptimizerConfig, params: ModelParams) -> Average:
     """The average before the first update: the parameters, as arrays of their own, since a step donates both."""
-    return jax.tree.map(jnp.copy, params) if settings.evaluated == "average" else ()
+    return jax.tree.map(jnp.copy, params) if settings.eval_params_field == "average" else ()
 
 
-def after(settings: OptimizerConfig, average: Any, progress: Progress, params: ModelParams) -> tuple[Any, Progress]:
+def update(
+    settings: OptimizerConfig, average: Any, plateau_state: PlateauState, params: ModelParams
+) -> tuple[Any, PlateauState]:
     """The average after an update to `params`, and the progress with the count of what it is of."""
     if settings.average == "none":
-        return average, progress
+        return average, plateau_state
     begun = settings.average == "ema" or not settings.average_patience
-    count = progress.averaged + (1 if begun else (progress.averaged > 0).astype(jnp.int32))
+    count = plateau_state.averaged + (1 if begun else (plateau_state.averaged > 0).astype(jnp.int32))
     n = jnp.maximum(count, 1).astype(params.b_out.dtype)
     if settings.average == "ema":
         weight = (1 - settings.ema_decay) / bias_correction(settings.ema_decay, n)
@@ -43,7 +45,7 @@ def after(settings: OptimizerConfig, average: Any, progress: Progress, params: M
         weight = 1 / n
     # Where all the weight is the newest's, a + (p - a) would round.
     average = jax.tree.map(lambda a, p: jnp.where(weight < 1, a + weight * (p - a), p), average, params)
-    return average, progress._replace(averaged=count)
+    return average, plateau_state._replace(averaged=count)
 
 
 def to_evaluate(state: TrainState) -> ModelParams:

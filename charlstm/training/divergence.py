@@ -11,25 +11,27 @@ import jax
 import jax.numpy as jnp
 
 from charlstm.config.training import TrainingConfig
-from charlstm.types import Course
+from charlstm.types import DivergenceState
 
 Tree = Any  # of arrays
 
-USUAL_DECAY = 0.98  # of the usual loss: it is that of some fifty updates
+EMA_DECAY = 0.98  # of the usual loss: it is that of some fifty updates
 
 
-def start(dtype: Any) -> Course:
+def start(dtype: Any) -> DivergenceState:
     """Before the first update; `dtype` is that of the loss."""
     none = jnp.zeros((), jnp.int32)
-    return Course(none, jnp.zeros((), dtype), none, none, none, none)
+    return DivergenceState(none, jnp.zeros((), dtype), none, none, none, none)
 
 
-def is_sound(settings: TrainingConfig, loss: jax.Array, norm: jax.Array, params: Tree, course: Course) -> jax.Array:
+def is_accepted(
+    settings: TrainingConfig, loss: jax.Array, norm: jax.Array, params: Tree, divergence_state: DivergenceState
+) -> jax.Array:
     """bool []: whether the update to `params`, made for `loss` and a gradient of this `norm`, is sound."""
-    sound = jnp.isfinite(loss) & jnp.isfinite(norm) & all_finite(params)
+    accepted = jnp.isfinite(loss) & jnp.isfinite(norm) & all_finite(params)
     if settings.spike_factor > 0:
-        sound &= (course.usual_loss == 0) | (loss <= settings.spike_factor * course.usual_loss)
-    return sound
+        accepted &= (divergence_state.loss_ema == 0) | (loss <= settings.spike_factor * divergence_state.loss_ema)
+    return accepted
 
 
 def all_finite(tree: Tree) -> jax.Array:
@@ -45,31 +47,33 @@ def finite_rows(carry: Tree, nats_b: jax.Array) -> jax.Array:
     return finite_b
 
 
-def either(sound: jax.Array, new: Tree, old: Tree) -> Tree:
+def select(accepted: jax.Array, new: Tree, old: Tree) -> Tree:
     """`new` where it is sound, else `old`, bit for bit."""
-    return jax.tree.map(lambda n, o: jnp.where(sound, n, o), new, old)
+    return jax.tree.map(lambda n, o: jnp.where(accepted, n, o), new, old)
 
 
-def mended(carry: Tree, finite_b: jax.Array, first: Tree) -> Tree:
+def reset_rows(carry: Tree, finite_b: jax.Array, first: Tree) -> Tree:
     """The recurrent state with `first` for its poisoned rows: one NaN otherwise lives in its stream for ever."""
     return jax.tree.map(lambda leaf, f: jnp.where(finite_b[:, None], leaf, f), carry, first)
 
 
-def after(course: Course, loss: jax.Array, sound: jax.Array, skips: bool, poisoned_rows: jax.Array) -> Course:
+def update(
+    divergence_state: DivergenceState, loss: jax.Array, accepted: jax.Array, skips: bool, nonfinite_rows: jax.Array
+) -> DivergenceState:
     """The course after a step of `loss`.
 
     Args:
       skips: updates that are not sound are skipped, and poisoned rows reset.
-      poisoned_rows: int32 []: rows of the global batch that are not finite.
+      nonfinite_rows: int32 []: rows of the global batch that are not finite.
     """
-    moved = USUAL_DECAY * course.usual_loss + (1 - USUAL_DECAY) * loss
-    usual = jnp.where(sound, jnp.where(course.usual_loss == 0, loss, moved), course.usual_loss)
-    course = course._replace(window=course.window + 1, usual_loss=usual)
+    moved = EMA_DECAY * divergence_state.loss_ema + (1 - EMA_DECAY) * loss
+    usual = jnp.where(accepted, jnp.where(divergence_state.loss_ema == 0, loss, moved), divergence_state.loss_ema)
+    divergence_state = divergence_state._replace(next_window=divergence_state.next_window + 1, loss_ema=usual)
     if not skips:
-        return course
-    skipped = (~sound).astype(jnp.int32)
-    return course._replace(
-        skipped=course.skipped + skipped,
-        skipped_in_a_row=(course.skipped_in_a_row + 1) * skipped,
-        rows_reset=course.rows_reset + poisoned_rows,
+        return divergence_state
+    skipped = (~accepted).astype(jnp.int32)
+    return divergence_state._replace(
+        skipped=divergence_state.skipped + skipped,
+        consecutive_skips=(divergence_state.consecutive_skips + 1) * skipped,
+        state_resets=divergence_state.state_resets + nonfinite_rows,
     )

@@ -18,25 +18,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from charlstm.config.training import OptimizerConfig
-from charlstm.types import Progress
+from charlstm.types import PlateauState
 
 
-def start() -> Progress:
+def start() -> PlateauState:
     """Before the first evaluation."""
     none = jnp.zeros((), jnp.int32)
-    return Progress(none, jnp.full((), jnp.inf, jnp.float32), none, jnp.zeros((), bool), none)
+    return PlateauState(none, jnp.full((), jnp.inf, jnp.float32), none, jnp.zeros((), bool), none)
 
 
-def heard(settings: OptimizerConfig, progress: Progress, score: float) -> Progress:
+def update(settings: OptimizerConfig, plateau_state: PlateauState, score: float) -> PlateauState:
     """The progress, in numpy's arrays, after an evaluation that gave `score` bits per symbol."""
-    evaluations, best, without_gain = int(progress.evaluations) + 1, float(np.float32(score)), 0
-    if best >= progress.best:
-        best, without_gain = float(progress.best), int(progress.without_gain) + 1
-    dropped, averaged = bool(progress.dropped), int(progress.averaged)
+    evaluations, best, patience_count = int(plateau_state.evaluations) + 1, float(np.float32(score)), 0
+    if best >= plateau_state.best:
+        best, patience_count = float(plateau_state.best), int(plateau_state.patience_count) + 1
+    dropped, averaged = bool(plateau_state.dropped), int(plateau_state.averaged)
     if settings.schedule == "plateau":
-        dropped |= without_gain >= settings.plateau_patience or evaluations == settings.plateau_latest
-    ripe = without_gain >= settings.average_patience or evaluations == settings.average_latest
+        dropped |= patience_count >= settings.plateau_patience or evaluations == settings.plateau_latest
+    ripe = patience_count >= settings.average_patience or evaluations == settings.average_latest
     if settings.average == "asgd" and ripe:
         averaged = max(averaged, 1)  # the parameters that were evaluated are the first
-    told: Any = (evaluations, best, without_gain, dropped, averaged)
-    return jax.tree.map(lambda old, new: np.asarray(new, old.dtype), progress, Progress(*told))
+    told: Any = (evaluations, best, patience_count, dropped, averaged)
+    return jax.tree.map(lambda old, new: np.asarray(new, old.dtype), plateau_state, PlateauState(*told))

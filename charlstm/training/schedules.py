@@ -27,9 +27,9 @@ import jax
 import jax.numpy as jnp
 
 from charlstm.config.training import OptimizerConfig, TrainingConfig, parse_epochs
-from charlstm.types import Progress
+from charlstm.types import PlateauState
 
-Schedule = Callable[[jax.Array, Progress], jax.Array]
+Schedule = Callable[[jax.Array, PlateauState], jax.Array]
 
 LAST_STEP = 2**31 - 1  # of an int32
 
@@ -49,8 +49,8 @@ def make(config: OptimizerConfig, steps_per_epoch: int, num_steps: int) -> Sched
     decay = _decay(config, min(steps_per_epoch, LAST_STEP), min(config.decay_steps or num_steps, LAST_STEP))
     warmup_steps = min(config.warmup_steps, LAST_STEP)
 
-    def learning_rate(step: jax.Array, progress: Progress) -> jax.Array:
-        rate = jnp.float32(config.learning_rate) * decay(step, progress)
+    def learning_rate(step: jax.Array, plateau_state: PlateauState) -> jax.Array:
+        rate = jnp.float32(config.learning_rate) * decay(step, plateau_state)
         if warmup_steps:
             # minimum first: step + 1 must not wrap round at the last int32.
             rate *= (jnp.minimum(step, warmup_steps - 1) + 1).astype(jnp.float32) / warmup_steps
@@ -82,7 +82,7 @@ def _decay(config: OptimizerConfig, steps_per_epoch: int, decay_steps: int) -> S
     if config.schedule == "exponential":
         return lambda step, _: decayed(jnp.maximum(0, step // steps_per_epoch + 1 - config.decay_start_epoch))
     if config.schedule == "plateau":
-        return lambda _, progress: decayed(progress.dropped)
+        return lambda _, plateau_state: decayed(plateau_state.dropped)
     assert config.schedule == "step", f"schedule={config.schedule!r} is a choice of OptimizerConfig without a formula"
     if epochs := parse_epochs(config.drop_epochs):
         return lambda step, _: decayed((jnp.asarray(epochs, jnp.int32) <= step // steps_per_epoch).sum())

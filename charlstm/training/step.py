@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from charlstm import distributed, rng
 from charlstm.config import Config
 from charlstm.model import language_model
-from charlstm.model.dropout import Noise
+from charlstm.model.dropout import DropoutKey
 from charlstm.model.ops import compiler
 from charlstm.training import averaging, divergence, optimizers, plateau, reduction, schedules
 from charlstm.training.loss import activation_penalties, cross_entropy
@@ -38,9 +38,9 @@ def init(config: Config, vocabulary_size: int) -> TrainState:
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizers.make(config.optimizer).init(params),
-        recurrent_state=language_model.initial_state(config.model, config.streams.batch_size, dtype),
-        course=divergence.start(dtype),
-        progress=plateau.start(),
+        recurrent_state=language_model.zero_state(config.model, config.streams.batch_size, dtype),
+        divergence=divergence.start(dtype),
+        plateau=plateau.start(),
         average=averaging.start(config.optimizer, params),
     )
 
@@ -61,34 +61,37 @@ def place(mesh: Mesh, state: TrainState) -> TrainState:
     return jax.tree.map(lambda spec, tree: distributed.put(mesh, spec, tree), state_specs(), state, is_leaf=_is_spec)
 
 
-def started_from(config: Config, state: TrainState, params: ModelParams) -> TrainState:
+def with_params(config: Config, state: TrainState, params: ModelParams) -> TrainState:
     """`state`, before the first update, with other parameters."""
     return state._replace(params=params, average=averaging.start(config.optimizer, params))
 
 
-def heard(config: Config, mesh: Mesh, state: TrainState, score: float) -> TrainState:
+def update_plateau(config: Config, mesh: Mesh, state: TrainState, score: float) -> TrainState:
     """`state` when validation has said `score`, bits per symbol: what every process agrees on."""
-    told = plateau.heard(config.optimizer, jax.tree.map(np.asarray, state.progress), score)
-    return state._replace(progress=distributed.put(mesh, distributed.REPLICATED, told))
+    told = plateau.update(config.optimizer, jax.tree.map(np.asarray, state.plateau), score)
+    return state._replace(plateau=distributed.put(mesh, distributed.REPLICATED, told))
 
 
-def gone_back(mesh: Mesh, state: TrainState, windows: int) -> TrainState:
+def roll_back(mesh: Mesh, state: TrainState, windows: int) -> TrainState:
     """`state`, gone back to once more, and before the text `windows` windows later, to which it carries nothing over.
 
     With 0 windows it reads again what was read, and its recurrent state stays.
     """
-    whole, course = distributed.REPLICATED, state.course
-    window, rollbacks = (np.int32(int(n) + more) for n, more in ((course.window, windows), (course.rollbacks, 1)))
-    course = course._replace(
-        window=distributed.put(mesh, whole, window), rollbacks=distributed.put(mesh, whole, rollbacks)
+    whole, divergence_state = distributed.REPLICATED, state.divergence
+    window, rollbacks = (
+        np.int32(int(n) + more)
+        for n, more in ((divergence_state.next_window, windows), (divergence_state.rollbacks, 1))
+    )
+    divergence_state = divergence_state._replace(
+        next_window=distributed.put(mesh, whole, window), rollbacks=distributed.put(mesh, whole, rollbacks)
     )
     carry = state.recurrent_state
     if windows:
         rows = distributed.process_rows(mesh, jax.tree.leaves(carry)[0].shape[0])
         zeros = jax.tree.map(lambda a: np.zeros((len(rows), *a.shape[1:]), a.dtype), carry)
-        first = language_model.first_state(jax.tree.map(np.asarray, state.params), zeros)
+        first = language_model.reset_state(jax.tree.map(np.asarray, state.params), zeros)
         carry = distributed.put(mesh, distributed.BY_STREAM, first)
-    return state._replace(recurrent_state=carry, course=course)
+    return state._replace(recurrent_state=carry, divergence=divergence_state)
 
 
 def shards_per_device(config: Config, devices: int, fixed: bool = False) -> int:
@@ -150,35 +153,35 @@ def make(config: Config, vocabulary_size: int, mesh: Mesh, steps_per_epoch: int)
             total_P = reduction.fast_sum(partial_RP, distributed.AXIS)
         # What follows is replicated; the barrier makes it the same program whatever reduced the gradient.
         total_P = jax.lax.optimization_barrier(total_P)
-        mean_P, poisoned_rows = total_P / jnp.asarray(symbols, total_P.dtype), total_P[-1].astype(jnp.int32)
+        mean_P, nonfinite_rows = total_P / jnp.asarray(symbols, total_P.dtype), total_P[-1].astype(jnp.int32)
         gradient, loss = ravel_pytree(state.params)[1](mean_P[:-2]), mean_P[-2]
         norm = optimizers.global_norm(gradient)
-        learning_rate = schedule(state.step, state.progress) * (T / config.streams.window)
+        learning_rate = schedule(state.step, state.plateau) * (T / config.streams.window)
         gradient = optimizers.clip(gradient, norm, config.optimizer)
         params, opt_state = optimizer.update(gradient, state.opt_state, state.params, learning_rate)
-        average, told = averaging.after(config.optimizer, state.average, state.progress, params)
+        average, told = averaging.update(config.optimizer, state.average, state.plateau, params)
         carry = jax.tree.map(lambda a: a.reshape((-1, *a.shape[2:])), carry)
         finite_b = finite_kb.reshape(-1)
 
-        sound = divergence.is_sound(config.training, loss, norm, params, state.course)
+        accepted = divergence.is_accepted(config.training, loss, norm, params, state.divergence)
         if skips:
-            old = state.params, state.opt_state, state.average, state.progress
-            params, opt_state, average, told = divergence.either(sound, (params, opt_state, average, told), old)
-            carry = divergence.mended(carry, finite_b, language_model.first_state(params, carry))
-        course = divergence.after(state.course, loss, sound, skips, poisoned_rows)
+            old = state.params, state.opt_state, state.average, state.plateau
+            params, opt_state, average, told = divergence.select(accepted, (params, opt_state, average, told), old)
+            carry = divergence.reset_rows(carry, finite_b, language_model.reset_state(params, carry))
+        divergence_state = divergence.update(state.divergence, loss, accepted, skips, nonfinite_rows)
         metrics = Metrics(
             loss=loss,
             loss_B=nats_kb.reshape(-1),
             grad_norm=norm,
             learning_rate=learning_rate,
-            sound=sound,
+            accepted=accepted,
             finite_params=divergence.all_finite(params),
             finite_B=finite_b,
-            poisoned_rows=poisoned_rows,
-            course=course,
+            nonfinite_rows=nonfinite_rows,
+            divergence=divergence_state,
             symbols=jnp.asarray(symbols, jnp.int32),
         )
-        return TrainState(state.step + 1, params, opt_state, carry, course, told, average), metrics
+        return TrainState(state.step + 1, params, opt_state, carry, divergence_state, told, average), metrics
 
     return jax.jit(
         jax.shard_map(
@@ -202,12 +205,14 @@ def _shard_gradient(config: Config, streams: int) -> Callable[..., tuple[jax.Arr
     def gradient_of(params, step, shard, carry, batch: Batch):
         """One logical shard: (its gradient, loss and count of poisoned rows [P + 2], (nats [b], finite [b], carry))."""
         rows_b = shard * streams + jnp.arange(streams, dtype=jnp.int32)
-        noise = Noise(jax.random.fold_in(rng.named(seed_key, "noise"), step), rows_b)
+        dropout_key = DropoutKey(jax.random.fold_in(rng.named(seed_key, "noise"), step), rows_b)
 
         def loss(params):
             inputs_bT, reset_bT = batch.inputs.astype(jnp.int32), batch.reset
-            new_carry, features_TbH = language_model.features(config.model, params, carry, inputs_bT, reset_bT, noise)
-            dropped_TbH = language_model.drop_features(config.model, features_TbH, noise)
+            new_carry, features_TbH = language_model.features(
+                config.model, params, carry, inputs_bT, reset_bT, dropout_key
+            )
+            dropped_TbH = language_model.drop_features(config.model, features_TbH, dropout_key)
             logits_TbV = language_model.logits(config.model, params, dropped_TbH)
             nats_b = cross_entropy(logits_TbV, batch.targets.astype(jnp.int32).T).sum(0)
             penalties = activation_penalties(config.optimizer, features_TbH, dropped_TbH, reset_bT.T)
@@ -226,7 +231,7 @@ def state_specs() -> Any:
     """What lies where: everything whole on every device, except the recurrent state, split by stream."""
     whole: Any = distributed.REPLICATED
     rows: Any = distributed.BY_STREAM
-    return TrainState(whole, whole, whole, recurrent_state=rows, course=whole, progress=whole, average=whole)
+    return TrainState(whole, whole, whole, recurrent_state=rows, divergence=whole, plateau=whole, average=whole)
 
 
 def metrics_specs() -> Any:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from data_pipeline.atomic_files import Progress, at_home
+from data_pipeline.atomic_files import Progress, expand_user
 from data_pipeline.build.prepare import prepare
 from data_pipeline.manifest import is_prepared
 from data_pipeline.settings import CorpusSettings
@@ -21,7 +21,7 @@ def resolve(
     Raises:
       ValueError: there is no such corpus, or it cannot be prepared.
     """
-    directory = at_home(settings.corpus)
+    directory = expand_user(settings.corpus)
     if not settings.train and is_prepared(directory):
         open_corpus(directory)
         return directory

@@ -8,7 +8,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from data_pipeline.atomic_files import Progress, locked, sync_directory, written_whole
+from data_pipeline.atomic_files import Progress, atomic_write, locked, sync_directory
 from data_pipeline.build.sources import CHUNK, hash_file
 
 ATTEMPTS = 3  # in a row that bring nothing
@@ -112,7 +112,7 @@ def _unpack(item: Download, archive: Path, text: Path) -> None:
             f"{archive} has {archive.stat().st_size} bytes instead of {item.url_bytes}: delete it and start again"
         )
     try:
-        with zipfile.ZipFile(archive) as packed, packed.open(item.name) as member, written_whole(text) as out:
+        with zipfile.ZipFile(archive) as packed, packed.open(item.name) as member, atomic_write(text) as out:
             left = item.bytes
             while chunk := member.read(min(CHUNK, left + 1)):
                 left -= len(chunk)

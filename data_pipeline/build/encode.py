@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_pipeline import terminal
-from data_pipeline.atomic_files import Progress, sealed, unsealed, written_whole
+from data_pipeline.atomic_files import Progress, atomic_write, sealed, unsealed
 from data_pipeline.build.sources import Extent, ParallelMap, Text
 from data_pipeline.build.splits import Span, cut, shard_spans
 from data_pipeline.build.utf8 import StartCount, count_all, index_characters, read_characters
@@ -129,7 +129,7 @@ def plan(
         parts = {key: [(0, symbols)]} if key else cut(symbols, settings)
         spans |= {split: (key, part) for split, part in parts.items()}
 
-    def in_bytes(key: str, part: list[Span]) -> list[Span]:
+    def format_bytes(key: str, part: list[Span]) -> list[Span]:
         if not characters:
             return part
         offsets = indices[key].byte_offsets(itertools.chain.from_iterable(part))
@@ -138,12 +138,12 @@ def plan(
     vocabulary = Vocabulary("bytes")
     if characters:
         key, part = spans["train"]
-        counts = count_all(indices[key], in_bytes(key, part), parallel("counting"))
+        counts = count_all(indices[key], format_bytes(key, part), parallel("counting"))
         vocabulary = Vocabulary.from_counts(counts, settings.min_count)
     plans = {}
     for split, (key, part) in spans.items():
         shards = shard_spans(part, shard_bytes // vocabulary.dtype.itemsize)
-        flat = iter(in_bytes(key, list(itertools.chain.from_iterable(shards))))
+        flat = iter(format_bytes(key, list(itertools.chain.from_iterable(shards))))
         by_shard = [[next(flat) for _ in shard] for shard in shards]
         extents = [[extent for span in shard for extent in texts[key].extents(*span)] for shard in by_shard]
         plans[split] = SplitPlan(sum(stop - start for shard in by_shard for start, stop in shard), extents)
@@ -189,6 +189,6 @@ def _write_once(task: ShardTask) -> Written:
 
     shard = write_shard(task.directory, task.file, counted(), task.block_bytes)
     written = Written(shard, shard.symbols if characters else starts.characters, unknown)
-    with written_whole(note) as out:
+    with atomic_write(note) as out:
         out.write(sealed(canonical_json([dataclasses.asdict(shard), *written[1:]])))
     return written

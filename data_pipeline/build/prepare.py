@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data_pipeline.atomic_files import Meter, Progress, at_home, locked, sync_directory, written_whole
+from data_pipeline.atomic_files import Meter, Progress, atomic_write, expand_user, locked, sync_directory
 from data_pipeline.build.encode import SMALL, parallel_map, plan, write_splits
 from data_pipeline.build.inputs import find_texts
 from data_pipeline.build.sources import Text, hash_files
@@ -53,14 +53,14 @@ def prepare(
     Raises:
       ValueError: there is no such text, it cannot be prepared so, or `output` holds something else.
     """
-    cache = at_home(settings.cache_dir)
+    cache = expand_user(settings.cache_dir)
     workers = workers or _cores()
     texts, described = find_texts(settings, cache, workers, progress)
     processes = sum(text.bytes for text in texts.values()) > SMALL
     files = [file for text in texts.values() for file in text.files]
     digests = hash_files(files, cache / "memo", workers, progress)
     key = _key(texts, digests, settings, [shard_bytes, block_bytes])
-    output = at_home(output or cache / "corpora" / f"{_label(texts)}-{key[:16]}").absolute()
+    output = expand_user(output or cache / "corpora" / f"{_label(texts)}-{key[:16]}").absolute()
     if _is_done(output, key):
         return output
     for text in texts.values():
@@ -137,7 +137,7 @@ def _partial_directory(output: Path, key: str) -> Iterator[Path]:
         if partial.exists():
             shutil.rmtree(partial)
         partial.mkdir()
-        with written_whole(owner) as out:
+        with atomic_write(owner) as out:
             out.write(key.encode())
     else:
         for torn in partial.glob("*.new"):  # what was being written at a kill

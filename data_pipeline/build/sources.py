@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from data_pipeline.atomic_files import Meter, Progress, at_home, named_in_errors, sealed, unsealed, written_whole
+from data_pipeline.atomic_files import Meter, Progress, atomic_write, expand_user, named_in_errors, sealed, unsealed
 from data_pipeline.manifest import has_shards, is_prepared
 from data_pipeline.vocabulary import canonical_json
 
@@ -124,7 +124,7 @@ def find_text(spec: str) -> Text:
     Raises:
       ValueError: there is no such file, nothing in it, or something that cannot be read.
     """
-    path = at_home(spec)
+    path = expand_user(spec)
     repeated: dict[Path, Path] = {}
     folders: dict[str, Path] = {}
     if path.is_dir():
@@ -200,7 +200,7 @@ def remembered(memo: Path, files: list[TextFile], how: list[Any], find: Callable
         return json.loads(known)
     found = find()
     memo.mkdir(parents=True, exist_ok=True)
-    with written_whole(kept) as out:
+    with atomic_write(kept) as out:
         out.write(sealed(canonical_json(found)))
     return found
 

@@ -43,8 +43,8 @@ def test_a_batch_that_does_not_grow_gains_nothing_once_the_least_time_is_reached
 
 
 def test_where_nothing_is_lost_it_never_stops():
-    free = dataclasses.replace(WORK, gradient=0.0)
-    assert cost_model.stops_at(dataclasses.replace(MACHINE, latency=0.0), free, "exact") is None
+    mutable = dataclasses.replace(WORK, gradient=0.0)
+    assert cost_model.stops_at(dataclasses.replace(MACHINE, latency=0.0), mutable, "exact") is None
 
 
 def test_the_published_109_of_128_gpus_are_met_with_a_jitter_of_5_percent():

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.atomic_files import locked, owner_file, written_whole
+from data_pipeline.atomic_files import atomic_write, locked, owner_file
 from data_pipeline.build.sources import Extent
 from tests.conftest import ROOT
 
@@ -135,10 +135,10 @@ def test_a_full_disk_is_told_of_with_the_name_of_the_file_and_leaves_nothing(tmp
     code = (
         "import resource, sys\n"
         "from pathlib import Path\n"
-        "from data_pipeline.atomic_files import written_whole\n"
+        "from data_pipeline.atomic_files import atomic_write\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
         "try:\n"
-        "    with written_whole(Path(sys.argv[1])) as out: out.write(bytes(int(sys.argv[2])))\n"
+        "    with atomic_write(Path(sys.argv[1])) as out: out.write(bytes(int(sys.argv[2])))\n"
         "except OSError as error: print(error)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "file"), str(size)]
@@ -149,7 +149,7 @@ def test_a_full_disk_is_told_of_with_the_name_of_the_file_and_leaves_nothing(tmp
 
 def test_a_file_that_cannot_be_read_is_not_taken_for_the_one_that_is_written(tmp_path):
     source = Path("/proc/self/mem")  # its first bytes cannot be read
-    with pytest.raises(OSError) as caught, written_whole(tmp_path / "file") as out:
+    with pytest.raises(OSError) as caught, atomic_write(tmp_path / "file") as out:
         for chunk in Extent(source, 0, 10).read():
             out.write(chunk)
     assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(source))

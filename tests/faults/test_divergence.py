@@ -41,7 +41,7 @@ def poisoned_make(config, vocabulary_size, mesh, steps_per_epoch):
     train_step = make(config, vocabulary_size, mesh, steps_per_epoch)
 
     def poisoned_step(state, batch):
-        step, window = int(state.step), int(state.course.window)
+        step, window = int(state.step), int(state.divergence.next_window)
         params, (first, *others) = state.params, state.recurrent_state
         {poison}
         return train_step(state, batch)

@@ -10,12 +10,14 @@ import pytest
 
 from charlstm import distributed
 from charlstm.inference import dynamic_evaluation, evaluate
-from charlstm.inference.dynamic_evaluation import Adaptation
+from charlstm.inference.dynamic_evaluation import DynamicEvaluationConfig
 from charlstm.model import language_model
 from launch.evaluate import search
 from tests.inference.test_evaluate import Text, V, make, params
 
-SETTINGS = Adaptation(dynamic_learning_rate=0.01, dynamic_decay=0.05, dynamic_epsilon=0.003, dynamic_batches=2)
+SETTINGS = DynamicEvaluationConfig(
+    dynamic_learning_rate=0.01, dynamic_decay=0.05, dynamic_epsilon=0.003, dynamic_batches=2
+)
 ONE = {"hidden_size": 8, "num_layers": 1}
 
 
@@ -59,7 +61,7 @@ def windows_of(ids, first, stop, length):
 def twin_mean_square(config, p, ids):
     squares, piece = [], -(-len(ids) // 64)
     for begin in range(0, len(ids), piece):
-        state = language_model.initial_state(config.model, 1, p.b_out.dtype)
+        state = language_model.zero_state(config.model, 1, p.b_out.dtype)
         windows = list(windows_of(ids, begin, min(begin + piece, len(ids)), SETTINGS.dynamic_window))
         for window in windows[: SETTINGS.dynamic_batches]:
             g, state = gradient(config, p, state, window, 1.0)
@@ -70,7 +72,7 @@ def twin_mean_square(config, p, ids):
 def twin_nats(config, trained, mean_square, ids, temperature=1.0):
     rate, decay, epsilon = (getattr(SETTINGS, f"dynamic_{name}") for name in ("learning_rate", "decay", "epsilon"))
     leaves, tree = jax.tree.flatten(trained)
-    now, state, total = trained, language_model.initial_state(config.model, 1, trained.b_out.dtype), 0.0
+    now, state, total = trained, language_model.zero_state(config.model, 1, trained.b_out.dtype), 0.0
     for window in windows_of(ids, 0, len(ids), SETTINGS.dynamic_window):
         total += float(mean_nats(config, now, state, window, temperature)[0]) * (len(window) - 1)
         g, state = gradient(config, now, state, window, 1.0)
@@ -101,8 +103,11 @@ def test_scores_and_gradients_are_those_of_the_plain_equations(monkeypatch):
 
 @pytest.mark.parametrize("separator", [(), (3,), (3, 4)])
 def test_a_model_that_does_not_learn_has_the_static_score(separator):
-    still = Adaptation(dynamic_learning_rate=0, dynamic_decay=0)
-    config, text = make(piece=10**6, **ONE), Text(1403)  # two calls of the device, a first and a last window of 4 and 3
+    still = DynamicEvaluationConfig(dynamic_learning_rate=0, dynamic_decay=0)
+    config, text = (
+        make(eval_chunk=10**6, **ONE),
+        Text(1403),
+    )  # two calls of the device, a first and a last window of 4 and 3
     temperatures = (1.0, 0.9)
     found = dynamic_evaluation.score(config, still, params(config), ones(params(config)), text, separator, temperatures)
     for score, expected in zip(found, static(config, text, separator, temperatures=temperatures), strict=True):
@@ -111,9 +116,9 @@ def test_a_model_that_does_not_learn_has_the_static_score(separator):
 
 
 def test_of_two_symbols_the_first_costs_log2_of_the_vocabulary():
-    config, pair = make(piece=10**6, **ONE), Given([3, 4])
+    config, pair = make(eval_chunk=10**6, **ONE), Given([3, 4])
     (score,) = dynamic_evaluation.score(config, SETTINGS, params(config), ones(params(config)), pair)
-    nats, _ = mean_nats(config, params(config), language_model.initial_state(config.model, 1), np.array([3, 4]), 1.0)
+    nats, _ = mean_nats(config, params(config), language_model.zero_state(config.model, 1), np.array([3, 4]), 1.0)
     assert score.bits == pytest.approx(float(nats) / math.log(2) + math.log2(V), rel=1e-6)
 
 
@@ -130,10 +135,10 @@ def test_a_word_that_is_new_and_comes_again_is_learned_and_the_trained_parameter
     words = [[*random.integers(0, 10, 5), 15, 17, 16, 19] for _ in range(60)]
     trained, text = knows_symbols(config, usual), Given(np.concatenate(words))
     before = jax.tree.map(np.array, trained)
-    squares = dynamic_evaluation.mean_square(config, Adaptation(), trained, Given(usual))
+    squares = dynamic_evaluation.mean_square(config, DynamicEvaluationConfig(), trained, Given(usual))
     learning, still = (
         dynamic_evaluation.score(config, settings, trained, squares, text)[0].bits_per_symbol
-        for settings in (Adaptation(), Adaptation(dynamic_learning_rate=0))
+        for settings in (DynamicEvaluationConfig(), DynamicEvaluationConfig(dynamic_learning_rate=0))
     )
     assert learning < 0.8 * still
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(trained), strict=True):
@@ -141,7 +146,7 @@ def test_a_word_that_is_new_and_comes_again_is_learned_and_the_trained_parameter
 
 
 def test_a_learning_rate_that_leads_to_no_finite_loss_is_refused():
-    config, wild = make(**ONE), Adaptation(dynamic_learning_rate=1e38)
+    config, wild = make(**ONE), DynamicEvaluationConfig(dynamic_learning_rate=1e38)
     with pytest.raises(ValueError, match=r"^with dynamic_learning_rate=1e\+38 the loss is not finite within 1,280"):
         dynamic_evaluation.score(config, wild, params(config), ones(params(config)), Text(1403))
 
@@ -168,7 +173,7 @@ def test_progress_is_told_from_none_to_all():
 )
 def test_a_setting_that_cannot_be_is_refused(changes, sentence):
     with pytest.raises(ValueError) as caught:
-        Adaptation(**changes)
+        DynamicEvaluationConfig(**changes)
     assert str(caught.value) == sentence
 
 
@@ -181,7 +186,7 @@ def test_a_score_at_a_temperature_is_that_of_logits_divided_by_it_whatever_the_d
     for temperature, score in zip(temperatures, found, strict=True):
         p = params(config)
         cooled = p._replace(w_out=p.w_out / temperature, b_out=p.b_out / temperature)
-        expected = evaluate.of_split(config, V, Text(), distributed.make(jax.devices()[:1]))(cooled)
+        expected = evaluate.make_evaluator(config, V, Text(), distributed.make(jax.devices()[:1]))(cooled)
         assert score.bits == pytest.approx(expected.bits, rel=1e-6)
     for score, other in zip(found, static(config, Text(), devices=2, temperatures=temperatures), strict=True):
         assert other.bits_per_symbol == pytest.approx(score.bits_per_symbol, abs=1e-6)

@@ -34,7 +34,14 @@ class Text:
 
 
 def make(**changes) -> Config:
-    small = {"hidden_size": 16, "num_layers": 2, "window": 16, "piece": 100, "burn_in": 30, "evaluation_batch_size": 4}
+    small = {
+        "hidden_size": 16,
+        "num_layers": 2,
+        "window": 16,
+        "eval_chunk": 100,
+        "burn_in": 30,
+        "evaluation_batch_size": 4,
+    }
     return config_lib.replace(Config(), **(small | changes))
 
 
@@ -45,7 +52,7 @@ def params(config: Config):
 
 def score(config: Config, devices: int = 1, separator=(), shards: int = 1) -> evaluate.Score:
     grid = distributed.make(jax.devices()[:devices])
-    score_split = evaluate.of_split(config, V, Text(), grid, separator, shards)
+    score_split = evaluate.make_evaluator(config, V, Text(), grid, separator, shards)
     return score_split(distributed.put(grid, distributed.REPLICATED, params(config)))
 
 
@@ -76,9 +83,9 @@ def test_the_figure_does_not_depend_on_batch_size_devices_or_window():
     ids=["lstm", "gru", "rnn", "mlstm", "general"],
 )
 def test_one_piece_is_the_plain_forward_pass_over_the_whole_split(kind):
-    config, text = make(piece=10**6, **kind), Text()
+    config, text = make(eval_chunk=10**6, **kind), Text()
     ids = text.ids.astype(np.int32)[None]
-    state = language_model.first_state(params(config), language_model.initial_state(config.model, 1))
+    state = language_model.reset_state(params(config), language_model.zero_state(config.model, 1))
     _, logits = language_model.apply(
         config.model, params(config), state, ids[:, :-1], np.zeros((1, len(text) - 1), bool)
     )
@@ -92,7 +99,7 @@ def test_one_piece_is_the_plain_forward_pass_over_the_whole_split(kind):
 
 def test_burn_in_comes_close_to_carried_state():
     sequential, warm, cold = (
-        score(make(piece=piece, burn_in=burn_in)).bits_per_symbol
+        score(make(eval_chunk=piece, burn_in=burn_in)).bits_per_symbol
         for piece, burn_in in ((10**6, 0), (100, 60), (100, 0))
     )
     assert abs(warm - sequential) < abs(cold - sequential) / 10
@@ -100,12 +107,12 @@ def test_burn_in_comes_close_to_carried_state():
 
 @pytest.mark.parametrize("separator", [(3,), (3, 4), (4, 4, 5)], ids=str)
 def test_a_separator_resets_the_state_in_evaluation_too_the_same_whatever_the_windows(separator):
-    whole = {"piece": 10**6}
+    whole = {"eval_chunk": 10**6}
     text = Text().ids.astype(np.int32)
     ends = [tuple(text[max(q - len(separator) + 1, 0) : q + 1]) == separator for q in range(len(text) - 1)]
     config = make(**whole)
     _, logits = language_model.apply(
-        config.model, params(config), language_model.initial_state(config.model, 1), text[None, :-1], np.array([ends])
+        config.model, params(config), language_model.zero_state(config.model, 1), text[None, :-1], np.array([ends])
     )
     expected = np.asarray(cross_entropy(logits, text[None, 1:].T), np.float64).sum() / math.log(2) + math.log2(V)
     assert sum(ends) > 3 and abs(score(config).bits - expected) > 1e-3
@@ -120,7 +127,7 @@ def test_evaluation_leaves_the_parameters_as_they_were():
     config, grid = make(), distributed.make(jax.devices()[:2])
     placed = distributed.put(grid, distributed.REPLICATED, params(config))
     before = jax.tree.map(np.array, placed)
-    evaluator = evaluate.of_split(config, V, Text(), grid)
+    evaluator = evaluate.make_evaluator(config, V, Text(), grid)
     assert evaluator(placed) == evaluator(placed)
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(placed), strict=True):
         np.testing.assert_array_equal(a, b)

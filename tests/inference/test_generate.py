@@ -49,7 +49,7 @@ def full_pass(ids_RT, config=CONFIG, separator=()):
     @jax.jit
     def log_softmax(params, inputs_RT):
         _, logits_TRV = language_model.apply(
-            config, params, language_model.initial_state(config, len(ids_RT)), inputs_RT, reset_RT
+            config, params, language_model.zero_state(config, len(ids_RT)), inputs_RT, reset_RT
         )
         return jax.nn.log_softmax(logits_TRV, axis=2)
 

@@ -10,7 +10,7 @@ import pytest
 from charlstm import distributed
 from charlstm.run import run_directory
 from charlstm.run.checkpoint import Checkpoints
-from charlstm.run.metrics import Meter
+from charlstm.run.metrics import MetricAggregator
 from charlstm.training import step as step_lib
 from launch import cli, evaluate, run, sample, train
 from tests.launch.conftest import refusal
@@ -100,7 +100,11 @@ def test_killed_before_and_after_each_turn_and_at_its_evaluation_it_ends_with_th
     go, straight
 ):
     drop, turn = turns(straight)
-    deaths = [(Meter, "add", drop - 1, 1), (run._Saver, "__call__", turn, 1), (Meter, "add", turn + 2, 2)]
+    deaths = [
+        (MetricAggregator, "add", drop - 1, 1),
+        (run._Saver, "__call__", turn, 1),
+        (MetricAggregator, "add", turn + 2, 2),
+    ]
     for number, (owner, method, at, devices) in enumerate(deaths):
         name = f"killed {number}"
         go(name, 2, (owner, method, at))

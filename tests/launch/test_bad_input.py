@@ -336,13 +336,13 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_status_2(name, flags, sentence
 
 DISTURBED = """
 import os, pathlib, resource, signal, sys, time
-from charlstm.run.metrics import Meter
+from charlstm.run.metrics import MetricAggregator
 from launch import cli, train
-add, run_dir = Meter.add, pathlib.Path(sys.argv[1].removeprefix("--run_dir="))
+add, run_dir = MetricAggregator.add, pathlib.Path(sys.argv[1].removeprefix("--run_dir="))
 def add_and_disturb(self, step, metrics):
     add(self, step, metrics)
     {disturbance}
-Meter.add = add_and_disturb
+MetricAggregator.add = add_and_disturb
 cli.run("launch.train", train.main)
 """
 

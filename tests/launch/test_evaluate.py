@@ -17,7 +17,7 @@ import pytest
 from charlstm import config as config_lib
 from charlstm import distributed, rng
 from charlstm.config import Config
-from charlstm.inference.dynamic_evaluation import Adaptation
+from charlstm.inference.dynamic_evaluation import DynamicEvaluationConfig
 from charlstm.inference.score import Score
 from charlstm.model import language_model
 from charlstm.run import run_directory
@@ -47,9 +47,9 @@ def make_run(folder, scores, vocabulary="characters", text=TEXT, **changes):
     (folder / "text.txt").write_bytes(text.encode() if isinstance(text, str) else text)
     small = {
         "num_layers": 1, "hidden_size": 8, "batch_size": 8, "window": 16, "initializer": "normal", "init_scale": 1.0,
-        "piece": 10**6, "corpus": str(folder / "text.txt"), "cache_dir": str(folder / "cache"),
+        "eval_chunk": 10**6, "corpus": str(folder / "text.txt"), "cache_dir": str(folder / "cache"),
     }  # fmt: skip
-    config = config_lib.replace(config_lib.resolve(Config(), 1), vocabulary=vocabulary, **(small | changes))
+    config = config_lib.replace(config_lib.fill_automatic(Config(), 1), vocabulary=vocabulary, **(small | changes))
     corpus = open_corpus(resolve(config.corpus))
     identity = run_directory.Identity(corpus.vocabulary, corpus.fingerprint)
     run_directory.create(folder / "run", config, identity, [])
@@ -69,7 +69,7 @@ def characters_run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def bytes_run(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("bytes"), {3: None, 5: None}, "bytes", piece=10, burn_in=20)
+    return make_run(tmp_path_factory.mktemp("bytes"), {3: None, 5: None}, "bytes", eval_chunk=10, burn_in=20)
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def bits_by_hand(run_dir, text, step) -> float:
     config, identity = run_directory.read(run_dir)
     ids, V = identity.vocabulary.encode(text).astype(np.int32)[None], identity.vocabulary.size
     forward = jax.jit(language_model.apply, static_argnums=0)
-    state = language_model.initial_state(config.model, 1)
+    state = language_model.zero_state(config.model, 1)
     reset = np.zeros((1, ids.size - 1), bool)
     _, logits = forward(config.model, params_of(config, step, V), state, ids[:, :-1], reset)
     return float(np.asarray(cross_entropy(logits, ids[:, 1:].T), np.float64).sum()) / math.log(2) + math.log2(V)
@@ -205,7 +205,7 @@ def test_where_no_checkpoint_was_validated_the_best_is_the_newest(json_of, bytes
 
 
 def test_the_figure_is_the_same_each_time_and_whatever_is_scored_side_by_side(json_of, characters_run):
-    pieces = ("--piece=10", "--burn_in=20")
+    pieces = ("--eval_chunk=10", "--burn_in=20")
     found = json_of(characters_run, *pieces)
     assert json_of(characters_run, *pieces)["bits_per_character"] == found["bits_per_character"]
     for size in (1, 16, 500):  # of 20 pieces on 8 devices: 8, 16 and 24 at a time
@@ -216,7 +216,7 @@ def test_the_figure_is_the_same_each_time_and_whatever_is_scored_side_by_side(js
 
 def test_the_pieces_are_those_of_the_run_where_no_flag_says_otherwise(json_of, bytes_run):
     own, same, other = (
-        json_of(bytes_run, *flags)["bits_per_character"] for flags in ((), ("--piece=10",), ("--piece=20",))
+        json_of(bytes_run, *flags)["bits_per_character"] for flags in ((), ("--eval_chunk=10",), ("--eval_chunk=20",))
     )
     assert own == same != other
 
@@ -226,7 +226,7 @@ def test_evaluating_changes_nothing_in_the_run(json_of, characters_run):
         return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in characters_run.rglob("*")}
 
     before = tree()
-    json_of(characters_run, "--piece=50", "--evaluation_batch_size=3")
+    json_of(characters_run, "--eval_chunk=50", "--evaluation_batch_size=3")
     json_of(characters_run, "--dynamic", "--search_temperature", "--dynamic_batches=1")
     assert tree() == before
 
@@ -268,7 +268,7 @@ DYNAMIC = ("--dynamic", "--dynamic_batches=1")
 def test_a_dynamic_score_is_the_static_one_of_one_piece_where_nothing_is_learned(json_of, characters_run):
     still, expected = (*DYNAMIC, "--dynamic_learning_rate=0", "--dynamic_decay=0"), json_of(characters_run)
     found = json_of(characters_run, *still)
-    assert found.keys() == KEYS | {field.name for field in dataclasses.fields(Adaptation)}
+    assert found.keys() == KEYS | {field.name for field in dataclasses.fields(DynamicEvaluationConfig)}
     assert found["dynamic_learning_rate"] == 0
     for name in ("bits_per_character", "bits_per_byte"):
         assert found[name] == pytest.approx(expected[name], abs=1e-6)
@@ -327,7 +327,7 @@ def test_a_temperature_that_is_the_last_of_those_tried_is_said_to_be(run, charac
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--dynamic", "--piece=10"), "piece=10 has no part in a dynamic score, of one stream: leave it out"),
+        (("--dynamic", "--eval_chunk=10"), "eval_chunk=10 has no part in a dynamic score, of one stream: leave it out"),
         (("--dynamic_window=9",), "dynamic_window=9 has no part in a static score: give --dynamic as well"),
     ],
 )
@@ -351,11 +351,18 @@ def test_the_time_left_is_told_from_when_all_is_compiled_once_a_minute(monkeypat
 
 def test_stdout_has_the_result_alone_and_another_number_of_devices_gives_the_same_figure(json_of, characters_run):
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-    command = [sys.executable, "-m", "launch.evaluate", f"--run_dir={characters_run}", "--format=json", "--piece=50"]
+    command = [
+        sys.executable,
+        "-m",
+        "launch.evaluate",
+        f"--run_dir={characters_run}",
+        "--format=json",
+        "--eval_chunk=50",
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("\n") == 1
-    here, there = json_of(characters_run, "--piece=50"), json.loads(done.stdout)
+    here, there = json_of(characters_run, "--eval_chunk=50"), json.loads(done.stdout)
     for name in ("bits_per_symbol", "bits_per_character", "bits_per_byte"):
         assert there.pop(name) == pytest.approx(here.pop(name), abs=1e-6)
     assert there | {"seconds": 0} == here | {"seconds": 0}

@@ -67,7 +67,7 @@ OTHER = {
     "tie_embeddings": True,
     "skip": True,
     "input_dropout": 0.1,
-    "between_dropout": 0.2,
+    "layer_dropout": 0.2,
     "output_dropout": 0.3,
     "dropout_mask": "symbol",
     "embedding_dropout": 0.4,
@@ -104,7 +104,7 @@ OTHER = {
     "evaluate_every": 0,
     "checkpoint_every": 0,
     "keep_checkpoints": 1,
-    "piece": 100,
+    "eval_chunk": 100,
     "burn_in": 5,
     "evaluation_batch_size": 8,
 }
@@ -116,7 +116,7 @@ APART: tuple[dict[str, object], ...] = (
     | {"zoneout": 0.1, "zoneout_cell": 0.5, "state_dropout": 0.2, "weight_norm": True, "train_initial_state": True},
     {"window_deviation": 3, "short_window_probability": 0.1, "window": 40},
     {"average": "ema", "ema_decay": 0.9},
-    {"recurrence": "auto"},
+    {"lstm_backend": "auto"},
     {"average": "asgd", "average_patience": 2, "schedule": "plateau", "plateau_patience": 3, "plateau_latest": 9}
     | {"average_latest": 8},
 )
@@ -249,7 +249,7 @@ def test_what_was_given_is_a_flagfile_that_gives_it_again(tmp_path_factory, text
 
 def test_flags_txt_of_a_run_is_a_flagfile_that_makes_the_same_run(trained):
     chosen, config, _ = parse(f"--flagfile={trained / 'flags.txt'}")
-    assert config_lib.resolve(config, 8) == run_directory.read(trained)[0]
+    assert config_lib.fill_automatic(config, 8) == run_directory.read(trained)[0]
     assert chosen == TrainFlags(run_dir=str(trained))
 
 
@@ -325,31 +325,31 @@ def test_a_damaged_run_directory_is_refused_and_left_as_it_is(name, content, sen
 
 
 def test_free_settings_change_and_others_do_not():
-    free = {name for name, (_, field) in config_lib.flatten(Config()).items() if field.metadata["free"]}
-    assert free == {
+    mutable = {name for name, (_, field) in config_lib.flatten(Config()).items() if field.metadata["mutable"]}
+    assert mutable == {
         *("corpus", "binary", "cache_dir", "reader_threads", "read_ahead", "num_steps", "log_every", "evaluate_every"),
-        *("checkpoint_every", "keep_checkpoints", "piece", "burn_in", "evaluation_batch_size"),
+        *("checkpoint_every", "keep_checkpoints", "eval_chunk", "burn_in", "evaluation_batch_size"),
         *("reduction", "train", "valid", "test", "on_divergence", "spike_factor", "max_skips", "max_rollbacks"),
         *("check_replicas_every", "max_failed_saves", "recurrence"),
     }
-    forbidden, changed = config_lib.differences(Config(), config_lib.replace(Config(), **OTHER))
-    assert {line.partition(":")[0] for line in changed} == free - {"recurrence"}  # of the LSTM, which OTHER is not
-    assert {line.partition(":")[0] for line in forbidden} == OTHER.keys() - free
+    forbidden, changed = config_lib.diff(Config(), config_lib.replace(Config(), **OTHER))
+    assert {line.partition(":")[0] for line in changed} == mutable - {"recurrence"}  # of the LSTM, which OTHER is not
+    assert {line.partition(":")[0] for line in forbidden} == OTHER.keys() - mutable
     assert "num_steps: 1000 -> 30" in changed and "cell: lstm -> gru" in forbidden
-    assert config_lib.differences(Config(), Config()) == ([], [])
+    assert config_lib.diff(Config(), Config()) == ([], [])
 
 
 def test_zeros_that_mean_the_obvious_number_are_filled_in_once_and_are_no_difference_later():
-    run = config_lib.resolve(Config(), 8)
+    run = config_lib.fill_automatic(Config(), 8)
     assert (run.training.logical_shards, run.optimizer.decay_steps) == (8, 1000)
     for flags_, rate in (({}, 0.97), ({"schedule": "plateau"}, 0.1), ({"schedule": "step", "drop_epochs": "2"}, 0.1)):
-        assert config_lib.resolve(config_lib.replace(Config(), **flags_), 8).optimizer.decay_rate == rate
-    assert config_lib.resolve(run, 2) == run
+        assert config_lib.fill_automatic(config_lib.replace(Config(), **flags_), 8).optimizer.decay_rate == rate
+    assert config_lib.fill_automatic(run, 2) == run
     longer = config_lib.replace(Config(), num_steps=5000)
-    assert config_lib.differences(run, longer) == ([], ["num_steps: 1000 -> 5000"])
-    assert config_lib.differences(run, config_lib.replace(longer, logical_shards=4))[0] == ["logical_shards: 8 -> 4"]
-    assert config_lib.differences(run, config_lib.replace(longer, decay_steps=500))[0] == ["decay_steps: 1000 -> 500"]
-    assert config_lib.differences(run, config_lib.replace(longer, decay_rate=0.5))[0] == ["decay_rate: 0.97 -> 0.5"]
+    assert config_lib.diff(run, longer) == ([], ["num_steps: 1000 -> 5000"])
+    assert config_lib.diff(run, config_lib.replace(longer, logical_shards=4))[0] == ["logical_shards: 8 -> 4"]
+    assert config_lib.diff(run, config_lib.replace(longer, decay_steps=500))[0] == ["decay_steps: 1000 -> 500"]
+    assert config_lib.diff(run, config_lib.replace(longer, decay_rate=0.5))[0] == ["decay_rate: 0.97 -> 0.5"]
 
 
 def test_a_run_goes_on_with_free_settings_changed_which_the_log_tells_and_config_json_keeps(

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from charlstm import distributed
-from charlstm.run.metrics import FIGURES, Meter
+from charlstm.run.metrics import FIGURES, MetricAggregator
 from charlstm.training import step as step_lib
 from launch import cli, evaluate, train
 
 # Checkpoints of 10, 20, 30 and 40 between lines of 7, 14, 21, 28, 35 and 40; evaluations, saved too, of 12, 24 and 36.
 FLAGS = (
-    "--log_every=7", "--evaluate_every=12", "--keep_checkpoints=40", "--logical_shards=2", "--piece=24", "--burn_in=8",
+    "--log_every=7", "--evaluate_every=12", "--keep_checkpoints=40", "--logical_shards=2", "--eval_chunk=24",
+    "--burn_in=8",
 )  # fmt: skip
 OF_TIME = ("seconds", "symbols_per_second", "input_wait")
 STEPS_PER_EPOCH = 27  # of the text in conftest.py
@@ -37,7 +38,7 @@ def go(arguments, folder):
 
             def step(state, batch):
                 number = int(state.step)
-                if int(state.course.window) == poisoned:
+                if int(state.divergence.next_window) == poisoned:
                     state = state._replace(params=jax.tree.map(lambda p: p * np.float32(np.nan), state.params))
                 state, metrics = train_step(state, batch)
                 losses[number + 1] = float(metrics.loss)
@@ -46,7 +47,7 @@ def go(arguments, folder):
             step.lower = train_step.lower
             return step
 
-        def add(self, step, metrics, add=Meter.add):
+        def add(self, step, metrics, add=MetricAggregator.add):
             add(self, step, metrics)
             if step == at:
                 end()
@@ -56,7 +57,7 @@ def go(arguments, folder):
                 distributed, "make", lambda given=None, make=distributed.make: make(given or jax.devices()[:devices])
             )
             patch.setattr(step_lib, "make", make)
-            patch.setattr(Meter, "add", add)
+            patch.setattr(MetricAggregator, "add", add)
             try:
                 status = train.main(["train", *arguments, *FLAGS, f"--run_dir={folder / name}", *flags])
             except Killed:

@@ -61,7 +61,7 @@ def test_the_large_flagfile_with_sizes_turned_down_trains_on_8_devices(tmp_path)
     text.write_text("the quick brown fox jumps over the lazy dog. " * 400)
     command = [sys.executable, "-m", "launch.train", "--flagfile=configs/large.flags", f"--corpus={text}"]
     command += [f"--cache_dir={tmp_path}", f"--run_dir={tmp_path}/run", "--batch_size=16", "--window=16"]
-    command += ["--hidden_size=32", "--embedding_size=16", "--num_steps=4", "--log_every=2", "--piece=512"]
+    command += ["--hidden_size=32", "--embedding_size=16", "--num_steps=4", "--log_every=2", "--eval_chunk=512"]
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -102,7 +102,7 @@ def test_a_recipe_with_sizes_turned_down_takes_two_updates(name):
     small |= {"embedding_size": 4, "last_hidden_size": 4} if config.model.tie_embeddings else {"embedding_size": 6}
     small |= {"mogrifier_rank": min(config.model.mogrifier_rank, 2)}
     small |= {"window_deviation": min(config.streams.window_deviation, 1)}
-    config = config_lib.resolve(config_lib.replace(config, **small), 1)
+    config = config_lib.fill_automatic(config_lib.replace(config, **small), 1)
     mesh, random = distributed.make(jax.devices()[:1]), np.random.default_rng(0)
     train_step = step.make(config, 7, mesh, steps_per_epoch=10)
     state = step.place(mesh, step.init(config, 7))

@@ -22,16 +22,16 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 # goodbye, the same as `kill -9` from outside but at a known moment.
 KILLED_AT_27 = """
 import os, pathlib, signal, sys, time
-from charlstm.run.metrics import Meter
+from charlstm.run.metrics import MetricAggregator
 from launch import train
-add, run_dir = Meter.add, pathlib.Path(sys.argv[1].removeprefix("--run_dir="))
+add, run_dir = MetricAggregator.add, pathlib.Path(sys.argv[1].removeprefix("--run_dir="))
 def add_and_die(self, step, metrics):
     add(self, step, metrics)
     if step == 27:
         while not (run_dir / "checkpoints" / "20").is_dir():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
-Meter.add = add_and_die
+MetricAggregator.add = add_and_die
 train.main(sys.argv)
 """
 

@@ -45,7 +45,7 @@ def test_a_second_job_in_a_run_directory_is_refused_while_the_first_lives_and_no
 ):
     go_on = (*arguments, f"--run_dir={copied}", "--num_steps=41")
     holder = "import sys, time; from pathlib import Path; from charlstm.run import run_directory\n"
-    holder += "with run_directory.held(Path(sys.argv[1])): print('held', flush=True); time.sleep(1000)"
+    holder += "with run_directory.lock_run_directory(Path(sys.argv[1])): print('held', flush=True); time.sleep(1000)"
     before = {name: content for name, content in tree(copied).items() if name != run_directory.LOCK}
     with subprocess.Popen([sys.executable, "-c", holder, copied], cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
         try:

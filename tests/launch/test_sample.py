@@ -31,7 +31,12 @@ from launch.sample import Sample
 ROOT = Path(__file__).resolve().parent.parent.parent
 BYTES = Vocabulary("bytes")
 CONFIG = config_lib.replace(
-    config_lib.resolve(Config(), 1), num_layers=1, hidden_size=8, batch_size=8, initializer="normal", init_scale=1.0
+    config_lib.fill_automatic(Config(), 1),
+    num_layers=1,
+    hidden_size=8,
+    batch_size=8,
+    initializer="normal",
+    init_scale=1.0,
 )
 SCORES = {3: 2.5, 5: 2.75}  # step -> bits per character: the best is not the latest
 

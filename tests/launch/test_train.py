@@ -34,7 +34,7 @@ KEYS = {
 }  # fmt: skip
 SETTINGS = (
     "--batch_size=8", "--window=16", "--num_layers=1", "--hidden_size=8", "--embedding_size=4", "--num_steps=20",
-    "--log_every=6", "--evaluate_every=8", "--checkpoint_every=5", "--keep_checkpoints=9", "--piece=256",
+    "--log_every=6", "--evaluate_every=8", "--checkpoint_every=5", "--keep_checkpoints=9", "--eval_chunk=256",
     "--burn_in=16", "--logical_shards=8", "--vocabulary=characters",
 )  # fmt: skip
 
@@ -138,7 +138,7 @@ def test_a_run_directory_has_the_documented_files_and_no_other(trained):
 def test_config_json_has_every_setting_of_the_command_and_the_numbers_that_a_zero_stood_for(trained, arguments):
     (wanted,), _ = flags.parse(["train", *arguments], "", Config())
     config, _ = run_directory.read(trained)
-    assert config == config_lib.resolve(wanted, 1)
+    assert config == config_lib.fill_automatic(wanted, 1)
     assert (config.training.logical_shards, config.optimizer.decay_steps) == (8, 20)
 
 

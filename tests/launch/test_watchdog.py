@@ -21,7 +21,7 @@ from launch.watchdog import Watchdog, WatchdogFlags
 watch = Watchdog(WatchdogFlags(10.0, 0.05, 0.5), 3, Path(sys.argv[1]), period=0.02)
 steps, pause = int(sys.argv[2]), sys.argv[3] == "pause"
 for step in range(steps):
-    watch.beat(step)
+    watch.tick(step)
     time.sleep(0.005)
 if pause:
     with watch.pause("evaluating"):
@@ -105,7 +105,7 @@ def test_a_timeout_of_0_is_none(tmp_path):
 def test_a_process_that_gets_on_is_left_alone_and_leaves_no_heartbeat(tmp_path):
     watch = Watchdog(WatchdogFlags(), 0, tmp_path / "beats", period=0.01)
     watch.about = lambda: {"status": "step 7/9"}
-    watch.beat(7)
+    watch.tick(7)
     wait_for((tmp_path / "beats" / "process-0.json").exists)
     wait_for(lambda: '"step": 7' in (tmp_path / "beats" / "process-0.json").read_text())
     assert '"status": "step 7/9"' in (tmp_path / "beats" / "process-0.json").read_text()
@@ -120,7 +120,7 @@ def test_the_time_allowed_is_that_of_most_steps_times_the_factor_and_never_less_
 
     def step(number: int, seconds: float) -> None:
         now[0] += seconds
-        watch.beat(number)
+        watch.tick(number)
 
     assert watch.allowed() == 500  # nothing is known yet
     for number in range(20):

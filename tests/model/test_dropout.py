@@ -17,8 +17,8 @@ from charlstm.training.loss import cross_entropy
 from data_pipeline.batch import Batch
 
 V, B, T, H = 9, 4, 12, 6
-RATES = {"input_dropout": 0.2, "between_dropout": 0.3, "output_dropout": 0.4, "weight_drop": 0.25}
-ROWS = dropout.Noise(jax.random.key(5), jnp.arange(B, dtype=jnp.int32))
+RATES = {"input_dropout": 0.2, "layer_dropout": 0.3, "output_dropout": 0.4, "weight_drop": 0.25}
+ROWS = dropout.DropoutKey(jax.random.key(5), jnp.arange(B, dtype=jnp.int32))
 
 
 def make(**changes) -> ModelConfig:
@@ -31,18 +31,18 @@ def window() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return text[:, :-1], text[:, 1:], random.random((B, T)) < 0.1
 
 
-def of_rows(rows: list[int], step: int = 3) -> dropout.Noise:
-    return dropout.Noise(jax.random.fold_in(jax.random.key(0), step), jnp.asarray(rows, jnp.int32))
+def of_rows(rows: list[int], step: int = 3) -> dropout.DropoutKey:
+    return dropout.DropoutKey(jax.random.fold_in(jax.random.key(0), step), jnp.asarray(rows, jnp.int32))
 
 
 def test_a_stream_has_one_mask_a_window_which_depends_on_the_key_the_name_and_the_global_row_alone():
-    def drop(rows, name="between_dropout.1", step=3):
+    def drop(rows, name="layer_dropout.1", step=3):
         return dropout.drop(jnp.ones((T, len(rows), 64)), of_rows(rows, step), 0.5, name)
 
     @jax.jit
     def drawn():
-        others = drop([0], "between_dropout.2"), drop([0], "output_dropout"), drop([0], step=4)
-        mask_BD = dropout.row_mask(of_rows([0, 1, 2, 3]), 0.5, "between_dropout.1", 64)
+        others = drop([0], "layer_dropout.2"), drop([0], "output_dropout"), drop([0], step=4)
+        mask_BD = dropout.row_mask(of_rows([0, 1, 2, 3]), 0.5, "layer_dropout.1", 64)
         return drop([0, 1, 2, 3]), (drop([0, 1]), drop([2, 3])), others, mask_BD
 
     whole, halves, others, mask_BD = jax.tree.map(np.asarray, drawn())
@@ -121,7 +121,7 @@ def twin(config, params, state, inputs_BT, reset_BT, source):
         x = x @ (params.embedding * bernoulli("embedding_dropout", config.embedding_dropout, (V, 1)))
     new, total = [], 0.0
     for layer, (p, s) in enumerate(zip(params.cells, state, strict=True)):
-        which = "between_dropout" if layer else "input_dropout"
+        which = "layer_dropout" if layer else "input_dropout"
         x = masked(x, f"{which}.{layer}", getattr(config, which))
         p = p._replace(w_h=p.w_h * bernoulli(f"weight_drop.{layer}", config.weight_drop, p.w_h.shape))
         s, x = textbook.unroll(language_model.CELLS[config.cell], p, s, x, reset_BT.T)
@@ -146,9 +146,7 @@ def test_the_noisy_model_equals_its_twin_in_float64_in_value_and_gradient(change
     with jax.enable_x64(True):
         params = jax.tree.map(lambda a: a.astype(np.float64), language_model.init(config, V, jax.random.key(1)))
         random = np.random.default_rng(3)
-        state = jax.tree.map(
-            lambda a: random.normal(size=a.shape), language_model.initial_state(config, B, jnp.float64)
-        )
+        state = jax.tree.map(lambda a: random.normal(size=a.shape), language_model.zero_state(config, B, jnp.float64))
 
         def loss(apply, params, state):
             new, logits = apply(config, params, state, jnp.asarray(inputs), jnp.asarray(reset), ROWS)
@@ -168,7 +166,7 @@ def test_no_noise_and_noise_of_rate_0_are_the_very_program_of_the_plain_model():
     inputs, _, reset = window()
     plain = make(embedding_size=5)
     noisy = make(embedding_size=5, embedding_dropout=0.5, **RATES)
-    params, state = language_model.init(plain, V, jax.random.key(0)), language_model.initial_state(plain, B)
+    params, state = language_model.init(plain, V, jax.random.key(0)), language_model.zero_state(plain, B)
     programs = [
         jax.jit(lambda p, s, c=config, n=source: language_model.apply(c, p, s, inputs, reset, n))
         .lower(params, state)
@@ -205,7 +203,7 @@ def test_evaluation_and_sampling_draw_no_mask(monkeypatch):
     inputs, targets, reset = window()
     params, state = (
         language_model.init(config.model, V, jax.random.key(0)),
-        language_model.initial_state(config.model, B),
+        language_model.zero_state(config.model, B),
     )
     monkeypatch.setattr(dropout, "_kept", kept)
     with pytest.raises(AssertionError, match="a mask was drawn"):

@@ -9,7 +9,7 @@ from benchmarks.peers import textbook
 from charlstm.config.model import ModelConfig
 from charlstm.config.training import OptimizerConfig
 from charlstm.model import language_model
-from charlstm.model.dropout import Noise
+from charlstm.model.dropout import DropoutKey
 from charlstm.model.ops.matmul import dense, lookup
 from charlstm.training.loss import activation_penalties, cross_entropy
 
@@ -60,9 +60,7 @@ def test_the_model_equals_its_textbook_twin_in_float64_in_value_and_gradient(cel
     with jax.enable_x64(True):
         params = double(language_model.init(config, V, jax.random.key(1)))
         random = np.random.default_rng(3)
-        state = jax.tree.map(
-            lambda a: random.normal(size=a.shape), language_model.initial_state(config, B, jnp.float64)
-        )
+        state = jax.tree.map(lambda a: random.normal(size=a.shape), language_model.zero_state(config, B, jnp.float64))
 
         def fast(params, state):
             new, logits = language_model.apply(config, params, state, jnp.asarray(inputs), jnp.asarray(reset))
@@ -85,10 +83,10 @@ def test_the_model_equals_its_textbook_twin_in_float64_in_value_and_gradient(cel
 def gradient_of(config, length):
     """A function (params, state) -> (nats, gradient) of a window of `length` with every mask there is."""
     inputs, targets, reset = (jnp.asarray(a) for a in window(length=length))
-    noise = Noise(jax.random.key(5), jnp.arange(B))
+    dropout_key = DropoutKey(jax.random.key(5), jnp.arange(B))
 
     def nats(params, state):
-        new, logits = language_model.apply(config, params, state, inputs, reset, noise)
+        new, logits = language_model.apply(config, params, state, inputs, reset, dropout_key)
         return cross_entropy(logits, targets.T).sum() + sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(new))
 
     return jax.jit(jax.value_and_grad(nats, (0, 1)))
@@ -100,14 +98,14 @@ def gradient_of(config, length):
     ids=["once", "fewer places than symbols", "more symbols than twice the embedding", "with dropout of the input"],
 )
 def test_each_symbol_is_projected_once_where_that_is_less_arithmetic_and_nothing_is_dropped_between(
-    embedding_size, symbols, noise, once
+    embedding_size, symbols, dropout_key, once
 ):
     config = make(embedding_size=embedding_size, input_dropout=0.5)
     params = language_model.init(config, V, jax.random.key(1))
     ids = jnp.zeros((1, symbols), jnp.int32)
-    drawn = Noise(jax.random.key(0), jnp.arange(1)) if noise else None
+    drawn = DropoutKey(jax.random.key(0), jnp.arange(1)) if dropout_key else None
     program = jax.jit(
-        lambda p: language_model.features(config, p, language_model.initial_state(config, 1), ids, ids == 1, drawn)[1]
+        lambda p: language_model.features(config, p, language_model.zero_state(config, 1), ids, ids == 1, drawn)[1]
     )
     projected_once = f"tensor<1x{V}x{4 * H}xf32>"
     assert (projected_once in program.lower(params).as_text()) == once
@@ -124,12 +122,12 @@ def test_each_symbol_is_projected_once_where_that_is_less_arithmetic_and_nothing
     ids=["lstm", "gru", "general"],
 )
 def test_a_window_computed_again_in_pieces_has_the_value_and_gradient_of_one_that_is_kept(kind, length):
-    kind = kind | {"input_dropout": 0.1, "between_dropout": 0.3}
+    kind = kind | {"input_dropout": 0.1, "layer_dropout": 0.3}
     with jax.enable_x64(True):
         params = double(language_model.init(make(**kind), V, jax.random.key(1)))
         random = np.random.default_rng(3)
         state = jax.tree.map(
-            lambda a: random.normal(size=a.shape), language_model.initial_state(make(**kind), B, jnp.float64)
+            lambda a: random.normal(size=a.shape), language_model.zero_state(make(**kind), B, jnp.float64)
         )
         kept, again = (gradient_of(make(remat=remat, **kind), length)(params, state) for remat in (False, True))
         for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(again), strict=True):
@@ -140,7 +138,7 @@ def test_a_window_computed_again_takes_a_third_of_the_memory():
     def bytes_of(remat: bool) -> int:
         config = make(hidden_size=64, num_layers=3, remat=remat)
         like = jax.eval_shape(
-            lambda: (language_model.init(config, V, jax.random.key(1)), language_model.initial_state(config, B))
+            lambda: (language_model.init(config, V, jax.random.key(1)), language_model.zero_state(config, B))
         )
         return gradient_of(config, 100).lower(*like).compile().memory_analysis().temp_size_in_bytes
 
@@ -183,7 +181,7 @@ def test_projections_and_loss_equal_their_plain_twins_in_float64():
 def test_a_long_window_equals_short_windows_with_carried_state(cell):
     config = make(cell=cell)
     inputs, _, reset = window()
-    params, state = language_model.init(config, V, jax.random.key(0)), language_model.initial_state(config, B)
+    params, state = language_model.init(config, V, jax.random.key(0)), language_model.zero_state(config, B)
     final, logits = language_model.apply(config, params, state, inputs, reset)
     pieces = []
     for start in range(0, T, 4):
@@ -199,7 +197,7 @@ def test_a_long_window_equals_short_windows_with_carried_state(cell):
 def test_resetting_one_stream_leaves_the_others_bit_identical(cell):
     config = make(cell=cell)
     inputs, _, _ = window()
-    params, state = language_model.init(config, V, jax.random.key(0)), language_model.initial_state(config, B)
+    params, state = language_model.init(config, V, jax.random.key(0)), language_model.zero_state(config, B)
     state, _ = language_model.apply(config, params, state, inputs, np.zeros((B, T), bool))
     reset = np.zeros((B, T), bool)
     _, plain = language_model.apply(config, params, state, inputs, reset)
@@ -214,7 +212,7 @@ def test_resetting_one_stream_leaves_the_others_bit_identical(cell):
 def test_bfloat16_computes_in_bfloat16_and_keeps_state_logits_and_gradients_in_float32():
     config = make(compute_dtype="bfloat16", hidden_size=32)
     inputs, targets, reset = window()
-    params, state = language_model.init(config, V, jax.random.key(0)), language_model.initial_state(config, B)
+    params, state = language_model.init(config, V, jax.random.key(0)), language_model.zero_state(config, B)
 
     def loss(params):
         new, logits = language_model.apply(config, params, state, inputs, reset)

@@ -11,7 +11,7 @@ import pytest
 from charlstm.config.model import ModelConfig
 from charlstm.inference.generate import Sampling, generate
 from charlstm.model import language_model, layer
-from charlstm.model.dropout import Noise
+from charlstm.model.dropout import DropoutKey
 from charlstm.model.ops import autodiff_scan
 from tests.model.cells.test_cells import equations
 
@@ -34,8 +34,8 @@ def make(**changes) -> ModelConfig:
     return ModelConfig(**({"num_layers": 2, "hidden_size": H, "embedding_size": E} | changes))
 
 
-def noise(step=0, rows=range(B)) -> Noise:
-    return Noise(jax.random.fold_in(jax.random.key(3), step), jnp.asarray(rows, jnp.int32))
+def dropout_key(step=0, rows=range(B)) -> DropoutKey:
+    return DropoutKey(jax.random.fold_in(jax.random.key(3), step), jnp.asarray(rows, jnp.int32))
 
 
 def drawn(config, dtype=np.float32, seed=1):
@@ -44,7 +44,7 @@ def drawn(config, dtype=np.float32, seed=1):
     params = language_model.init(config, V, jax.random.key(seed))
     params = jax.tree.map(lambda a: jnp.asarray(np.asarray(a) + 0.1 * random.normal(size=a.shape), dtype), params)
     state = jax.tree.map(
-        lambda a: jnp.asarray(random.normal(size=a.shape), dtype), language_model.initial_state(config, B)
+        lambda a: jnp.asarray(random.normal(size=a.shape), dtype), language_model.zero_state(config, B)
     )
     return params, state
 
@@ -78,9 +78,9 @@ def test_the_general_path_equals_plain_autodiff_in_value_and_every_gradient(chan
     config = make(num_layers=1, **changes)
     with jax.enable_x64(True):
         params, state = drawn(config, np.float64)
-        got = value_and_gradient(config, params, state, noise())
+        got = value_and_gradient(config, params, state, dropout_key())
         monkeypatch.setattr(autodiff_scan, "recurrence", plain_scan)
-        expected = value_and_gradient(config, params, state, noise())
+        expected = value_and_gradient(config, params, state, dropout_key())
         assert all(leaf.any() for leaf in jax.tree.leaves(got)), "a gradient that is all zero proves nothing"
         assert_close(got, expected)
 
@@ -90,9 +90,9 @@ def test_the_general_path_equals_the_reverse_pass_by_hand(cell, monkeypatch):
     config = make(num_layers=1, cell=cell, state_dropout=0.3)
     with jax.enable_x64(True):
         params, state = drawn(config, np.float64)
-        expected = value_and_gradient(config, params, state, noise())
-        monkeypatch.setattr(ModelConfig, "has_fast_path", False)
-        assert_close(value_and_gradient(config, params, state, noise()), expected)
+        expected = value_and_gradient(config, params, state, dropout_key())
+        monkeypatch.setattr(ModelConfig, "has_custom_vjp", False)
+        assert_close(value_and_gradient(config, params, state, dropout_key()), expected)
 
 
 def matrix_shaped(config, params, state):
@@ -180,19 +180,19 @@ def one_layer(config, given):
     """What a layer makes of a window without resets, and what it began from."""
     params, (state,) = drawn(config)
     z_TBG = jnp.asarray(np.random.default_rng(0).normal(size=(T, B, 4 * config.hidden_size)), jnp.float32)
-    final, h_TBH = layer.read(config, params.cells[0], state, z_TBG, np.zeros((T, B), bool), given, 0, jnp.float32)
+    final, h_TBH = layer.apply(config, params.cells[0], state, z_TBG, np.zeros((T, B), bool), given, 0, jnp.float32)
     return state, final, np.asarray(h_TBH)
 
 
 def test_zoneout_keeps_units_as_they_were_by_row_and_symbol_and_its_mean_without_noise():
     wide = make(num_layers=1, hidden_size=64, zoneout=0.3)
-    state, _, h_TBH = one_layer(wide, noise())
+    state, _, h_TBH = one_layer(wide, dropout_key())
     before = np.concatenate([np.asarray(state.h)[None], h_TBH[:-1]])
     kept = h_TBH == before
     assert abs(kept.mean() - 0.3) < 0.03
     assert len({kept[t, b].tobytes() for t in range(T) for b in range(B)}) == T * B
-    assert (one_layer(wide, noise(step=1))[2] != h_TBH).any()
-    again = one_layer(wide, Noise(noise().key, jnp.asarray([0, 1, 7, 3], jnp.int32)))[2]
+    assert (one_layer(wide, dropout_key(step=1))[2] != h_TBH).any()
+    again = one_layer(wide, DropoutKey(dropout_key().key, jnp.asarray([0, 1, 7, 3], jnp.int32)))[2]
     np.testing.assert_array_equal(again[:, [0, 1, 3]], h_TBH[:, [0, 1, 3]])
     assert (again[:, 2] != h_TBH[:, 2]).any()
     # Without noise: a first symbol of .3 of the state and .7 of what the cell makes of it.
@@ -202,7 +202,7 @@ def test_zoneout_keeps_units_as_they_were_by_row_and_symbol_and_its_mean_without
 
 def test_zoneout_of_the_cell_state_leaves_the_output_that_of_the_new_cell_state():
     config = make(num_layers=1, hidden_size=64, zoneout_cell=0.4)
-    state, final, h_TBH = one_layer(config, noise())
+    state, final, h_TBH = one_layer(config, dropout_key())
     plain = one_layer(dataclasses.replace(config, zoneout_cell=0.0), None)[2]
     np.testing.assert_allclose(h_TBH[0], plain[0], rtol=1e-5, atol=1e-6)
     assert (np.abs(h_TBH[1] - plain[1]) > 1e-3).any()
@@ -214,11 +214,11 @@ def test_state_dropout_is_one_mask_a_window_of_each_layer_and_row_and_none_in_ev
     params, state = drawn(config)
     _, quiet = language_model.apply(config, params, state, *window())
     np.testing.assert_array_equal(quiet, language_model.apply(plain, params, state, *window())[1])
-    _, whole = language_model.apply(config, params, state, *window(), noise())
+    _, whole = language_model.apply(config, params, state, *window(), dropout_key())
     assert (np.asarray(whole) != np.asarray(quiet)).any()
     two = jax.tree.map(lambda a: a[2:], state)
     ids, reset = window()
-    _, half = language_model.apply(config, params, two, ids[2:], reset[2:], noise(rows=[2, 3]))
+    _, half = language_model.apply(config, params, two, ids[2:], reset[2:], dropout_key(rows=[2, 3]))
     np.testing.assert_allclose(half, np.asarray(whole)[:, 2:], rtol=1e-5, atol=1e-6)
 
 
@@ -248,9 +248,9 @@ def test_a_trained_initial_state_begins_at_zero_and_is_what_a_reset_stream_start
     config = make(cell=cell, train_initial_state=True)
     params, state = drawn(config)
     ids, reset = window()
-    zero = language_model.first_state(language_model.init(config, V, jax.random.key(0)), state)
+    zero = language_model.reset_state(language_model.init(config, V, jax.random.key(0)), state)
     assert not any(leaf.any() for leaf in jax.tree.leaves(zero))
-    first = language_model.first_state(params, state)
+    first = language_model.reset_state(params, state)
     assert all(leaf.any() for leaf in jax.tree.leaves(first))
     reset[:, 0] = False
     _, from_first = language_model.apply(config, params, first, ids, reset)
@@ -263,7 +263,7 @@ def test_a_sample_without_a_prompt_starts_from_the_trained_state():
     config = make(train_initial_state=True)
     params, _ = drawn(config)
     (made,) = generate(config, params, np.array([4]), Sampling(temperature=0), rows=1, length=1, seed=0)
-    one = language_model.first_state(params, language_model.initial_state(config, 1))
+    one = language_model.reset_state(params, language_model.zero_state(config, 1))
     _, logits = language_model.apply(config, params, one, np.array([[4]], np.int32), np.zeros((1, 1), bool))
     np.testing.assert_allclose(made.log_probabilities[0, 0], jax.nn.log_softmax(logits[0, 0]).max(), rtol=1e-5)
 
@@ -299,7 +299,7 @@ def test_parameters_are_counted_as_the_published_models_have_them():
     [
         ({"remat": True, "zoneout_cell": 0.1}, "remat reads a window in pieces, and zoneout_cell draws a mask for the"),
         (
-            {"remat": True, "dropout_mask": "symbol", "between_dropout": 0.1},
+            {"remat": True, "dropout_mask": "symbol", "layer_dropout": 0.1},
             "remat reads a window in pieces, and dropout_mask=symbol draws a mask",
         ),
         ({"nonlinearity": "relu"}, "nonlinearity=relu is one of cell=rnn, and this is cell=lstm"),

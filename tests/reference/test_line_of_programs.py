@@ -216,9 +216,7 @@ def test_a_seed_program_and_the_model_make_the_same_text_of_the_same_draws(progr
 def test_every_stream_carries_its_own_state_h_and_c_each_from_its_own():
     config, params = NumpyLstm.config, NumpyLstm().params(np.float32)
     inputs, reset = np.random.default_rng(0).integers(V, size=(3, T)).astype(np.int32), np.zeros((3, T), bool)
-    (state,), _ = language_model.apply(
-        config.model, params, language_model.initial_state(config.model, 3), inputs, reset
-    )
+    (state,), _ = language_model.apply(config.model, params, language_model.zero_state(config.model, 3), inputs, reset)
     lstm = NumpyLstm().lstm
     for row in range(3):
         _, (h, c), _ = lstm.forward(inputs[row : row + 1].T, lstm.zero_state(1))
@@ -236,7 +234,7 @@ def test_the_cell_state_is_not_squashed_and_counts_beyond_1():
     params = params._replace(cells=(open_wide,))
     inputs = np.zeros((1, T), np.int32)
     (state,), _ = language_model.apply(
-        config.model, params, language_model.initial_state(config.model, 1), inputs, inputs > 0
+        config.model, params, language_model.zero_state(config.model, 1), inputs, inputs > 0
     )
     np.testing.assert_allclose(state.c, T, atol=1e-3)
     lstm = numpy_lstm.Lstm(np.random.default_rng(0), V, H)

@@ -1,4 +1,4 @@
-"""--recurrence: what a run without a GPU does, and how the faster way is found."""
+"""--lstm_backend: what a run without a GPU does, and how the faster way is found."""
 
 import json
 
@@ -14,21 +14,23 @@ from tests.launch.conftest import refusal
 
 
 def test_auto_is_the_loop_where_there_is_no_gpu_and_the_run_keeps_what_was_chosen(arguments, tmp_path):
-    command = ["train", *arguments, f"--run_dir={tmp_path}", "--recurrence=auto"]
+    command = ["train", *arguments, f"--run_dir={tmp_path}", "--lstm_backend=auto"]
     for steps in (2, 4):  # begun, and continued by the same command
         assert train.main([*command, f"--num_steps={steps}"]) == 0
         assert json.loads((tmp_path / "config.json").read_text())["model"]["recurrence"] == "scan"
     log = (tmp_path / "log.txt").read_text()
-    said = "recurrence=scan on cpu: fused needs an NVIDIA GPU of the Hopper generation or newer, and JAX 0.11 or newer"
+    said = (
+        "lstm_backend=scan on cpu: fused needs an NVIDIA GPU of the Hopper generation or newer, and JAX 0.11 or newer"
+    )
     assert log.count(said) == 1
     assert [line.split(": ")[-1] for line in log.splitlines() if "changed since" in line] == ["2 -> 4"]
 
 
 def test_what_needs_a_gpu_is_refused_where_there_is_none(arguments, tmp_path):
     needed = "an NVIDIA GPU of the Hopper generation or newer, and JAX 0.11 or newer"
-    given = [*arguments, "--hidden_size=128", f"--run_dir={tmp_path / 'run'}", "--recurrence=fused"]
+    given = [*arguments, "--hidden_size=128", f"--run_dir={tmp_path / 'run'}", "--lstm_backend=fused"]
     assert refusal(train.main, *given) == (
-        f"recurrence=fused needs {needed}, and there is cpu, JAX {jax.__version__}: use scan or auto"
+        f"lstm_backend=fused needs {needed}, and there is cpu, JAX {jax.__version__}: use scan or auto"
     )
     assert not (tmp_path / "run").exists()
 
@@ -36,11 +38,11 @@ def test_what_needs_a_gpu_is_refused_where_there_is_none(arguments, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "taken", "words"),
     [
-        ({}, "fused", "recurrence=fused: an update took scan 30.0 ms, fused 5.0 ms on cpu"),
-        ({"hidden_size": 100}, "scan", "recurrence=scan on cpu: fused does not know hidden_size=100"),
-        ({"cell": "gru"}, "scan", "recurrence=scan on cpu: fused does not know cell=gru"),
-        ({"recurrence": "scan"}, "scan", ""),
-        ({"recurrence": "fused"}, "fused", ""),
+        ({}, "fused", "lstm_backend=fused: an update took scan 30.0 ms, fused 5.0 ms on cpu"),
+        ({"hidden_size": 100}, "scan", "lstm_backend=scan on cpu: fused does not know hidden_size=100"),
+        ({"cell": "gru"}, "scan", "lstm_backend=scan on cpu: fused does not know cell=gru"),
+        ({"lstm_backend": "scan"}, "scan", ""),
+        ({"lstm_backend": "fused"}, "fused", ""),
     ],
     ids=["the fastest", "of what knows it", "one that the loop alone knows", *("as given",) * 2],
 )
@@ -50,8 +52,8 @@ def test_of_what_is_left_open_the_fastest_way_is_taken(settings, taken, words, m
         "fused": [0.9, 0.005, 0.005, 0.02, 0.005],
     }
     monkeypatch.setattr(distributed, "has_mosaic", lambda mesh: True)
-    monkeypatch.setattr(estimate, "timed", lambda config, *_: seconds[config.model.recurrence])
-    config = config_lib.replace(Config(), **({"recurrence": "auto"} | settings))
+    monkeypatch.setattr(estimate, "timed", lambda config, *_: seconds[config.model.lstm_backend])
+    config = config_lib.replace(Config(), **({"lstm_backend": "auto"} | settings))
     chosen = backend.chosen(config, None, None, distributed.make())
     assert chosen == (config_lib.replace(config, recurrence=taken), words)
 
@@ -61,7 +63,7 @@ def test_what_a_gpu_has_trained_is_scored_and_sampled_where_there_is_none(argume
     assert train.main(["train", *arguments, "--hidden_size=128", "--num_steps=2", f"--run_dir={run_dir}"]) == 0
     path = run_dir / "config.json"
     before = path.read_text()
-    path.write_text(before.replace('"recurrence": "scan"', '"recurrence": "fused"'))
+    path.write_text(before.replace('"lstm_backend": "scan"', '"lstm_backend": "fused"'))
     assert path.read_text() != before
     for flags_ in ((), ("--dynamic",)):
         assert evaluate.main(["evaluate", f"--run_dir={run_dir}", "--split=valid", *flags_]) == cli.DONE

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from charlstm.run import step_directory
 from charlstm.run.checkpoint import Checkpoints
-from charlstm.types import CellParams, CellState, Course, ModelParams, Progress, TrainState
+from charlstm.types import CellParams, CellState, DivergenceState, ModelParams, PlateauState, TrainState
 
 IDENTITY = {"config": {"model": {"hidden_size": 16}}, "vocabulary": "0123abcd", "versions": ["0.1", None]}
 ROWS = 8  # streams; the recurrent state is split by them
@@ -39,9 +39,9 @@ def host_state(step: int, layers: int = 2) -> TrainState:
         "mean": any_bits(16, 64),
         "low": any_bits(3, 5, dtype=jnp.bfloat16),
     }
-    course = Course(number, any_bits(), number, number, number, number)
-    progress = Progress(number, any_bits(), number, np.asarray(step % 2 == 1), number)
-    return TrainState(number, params(), opt_state, carry, course, progress, params())
+    divergence_state = DivergenceState(number, any_bits(), number, number, number, number)
+    plateau_state = PlateauState(number, any_bits(), number, np.asarray(step % 2 == 1), number)
+    return TrainState(number, params(), opt_state, carry, divergence_state, plateau_state, params())
 
 
 def shardings(devices: int) -> TrainState:

@@ -11,7 +11,7 @@ from charlstm.config import Config
 from charlstm.run import run_directory
 from charlstm.run.checkpoint import Checkpoints
 from charlstm.run.log import Lines
-from data_pipeline.atomic_files import written_whole
+from data_pipeline.atomic_files import atomic_write
 from data_pipeline.build import downloads
 from data_pipeline.build.downloads import Download
 from data_pipeline.build.prepare import prepare
@@ -31,7 +31,7 @@ def test_the_watch_itself_sees_what_comes_too_early_and_what_is_left_out(root):
         (root / "unsynced").write_text("content")
         (root / "unsynced").replace(root / "file")
         assert disk.faults == ["file was named before unsynced in it was on disk"] and disk.lost == ["file"]
-        with written_whole(root / "other") as file:
+        with atomic_write(root / "other") as file:
             file.write(b"content")
         assert len(disk.faults) == 1 and disk.lost == [] and disk.named == ["file", "other"]
 

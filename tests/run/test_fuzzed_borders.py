@@ -34,7 +34,7 @@ from tests.fuzzing import ANY_TEXT, TOO_DEEP, damaged, fuzzed, replaced, sentenc
 
 # A run directory: config.json and identity.json.
 
-CONFIG = config_lib.resolve(Config(), 8)
+CONFIG = config_lib.fill_automatic(Config(), 8)
 IDENTITIES = [
     run_directory.Identity(Vocabulary("bytes"), "0123456789abcdef" * 4),
     run_directory.Identity(Vocabulary("characters", "\n abßλ漢🙂"), "fedcba9876543210" * 4),
@@ -85,7 +85,7 @@ def test_an_identity_json_is_read_as_it_was_written_or_refused_by_itself_or_by_t
     with standing(path, data.draw(spoiled(path.read_bytes()))):
         try:
             _, found = run_directory.read(run_dir)
-            run_directory.require_own(sealed, CONFIG, found, run_dir)
+            run_directory.check_checkpoint(sealed, CONFIG, found, run_dir)
         except ValueError as error:
             assert str(run_dir) in sentence(error)
         else:
@@ -108,7 +108,7 @@ def test_an_identity_json_with_another_vocabulary_is_refused_by_the_checkpoints(
     _, own = run_directory.read(run_dir)
     other = run_directory.Identity(Vocabulary("characters", "ab"), own.corpus_fingerprint)
     with pytest.raises(ValueError, match="vocabulary_digest"):
-        run_directory.require_own(run_directory.checkpoint_identity(CONFIG, own), CONFIG, other, run_dir)
+        run_directory.check_checkpoint(run_directory.checkpoint_identity(CONFIG, own), CONFIG, other, run_dir)
 
 
 NEARLY_ALL = Vocabulary("characters", "".join(map(chr, range(0xD800))))

@@ -14,7 +14,7 @@ from charlstm.inference.score import Score
 from charlstm.run import digest, loop
 from charlstm.run.log import RunLog
 from charlstm.run.loop import due
-from charlstm.run.metrics import Diverged, Meter
+from charlstm.run.metrics import Diverged, MetricAggregator
 from charlstm.training import divergence, plateau
 from charlstm.types import Metrics, ModelParams, TrainState
 
@@ -73,8 +73,10 @@ class Run:
         if step + 1 == self._bad:
             figures[self._what] = np.nan
         finite = np.arange(4) != (2 if step + 1 == self._bad else -1)
-        bad, course = int(4 - finite.sum()), state.course
-        metrics = Metrics(figures["loss"], np.ones(4), figures["norm"], 0.01, not bad, True, finite, bad, course, 4)
+        bad, divergence_state = int(4 - finite.sum()), state.divergence
+        metrics = Metrics(
+            figures["loss"], np.ones(4), figures["norm"], 0.01, not bad, True, finite, bad, divergence_state, 4
+        )
         return state._replace(step=jnp.asarray(step + 1, jnp.int32), params=jnp.asarray(seen)), metrics
 
     def evaluate(self, step, params):
@@ -85,11 +87,11 @@ class Run:
 
     def hear(self, state, score):
         self.heard[int(state.step)] = score
-        return state._replace(progress=state.progress._replace(evaluations=state.progress.evaluations + 1))
+        return state._replace(plateau=state.plateau._replace(evaluations=state.plateau.evaluations + 1))
 
     def save(self, state, score):
         step = int(state.step)
-        assert state.progress.evaluations == len(self.heard)  # a checkpoint has heard what was said at its step
+        assert state.plateau.evaluations == len(self.heard)  # a checkpoint has heard what was said at its step
         assert list(np.asarray(state.params)) == [*range(step), *[-1] * (LAST - step)]
         assert self.batches == [*range(int(self.first.step), step)]
         self.saves.append(step)
@@ -104,7 +106,7 @@ class Run:
         return step == self._stop_after
 
     def train(self) -> TrainState:
-        self.meter = Meter(4, self.settings, self._log.say)
+        self.meter = MetricAggregator(4, self.settings, self._log.say)
         try:
             return loop.train(
                 self.settings,

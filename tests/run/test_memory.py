@@ -97,7 +97,7 @@ def test_sizes_that_no_machine_has_are_refused_before_anything_is_traced(
 )
 def test_the_state_is_known_about_before_it_is_traced(changes):
     config = config_lib.replace(Config(), **{"hidden_size": 256, "batch_size": 1, "embedding_size": 100} | changes)
-    state = jax.eval_shape(lambda: step_lib.init(config_lib.resolve(config, 1), 96))
+    state = jax.eval_shape(lambda: step_lib.init(config_lib.fill_automatic(config, 1), 96))
     there = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     assert 0.7 * there < memory.state_bytes(config, 96) <= there
 
@@ -185,6 +185,6 @@ def test_where_the_backend_does_not_tell_sizes_nothing_is_refused():
         def memory_analysis(self):
             return None
 
-    config, mesh = config_lib.resolve(Config(), 1), distributed.make(jax.devices()[:1])
+    config, mesh = config_lib.fill_automatic(Config(), 1), distributed.make(jax.devices()[:1])
     update = memory.compiled_update(Step(), config, 256, "uint8", mesh)
     assert update.on_a_device == 0 and memory.too_much(update, config, mesh) == ""

@@ -12,7 +12,7 @@ import pytest
 from charlstm.config.training import TrainingConfig
 from charlstm.inference.score import Score
 from charlstm.run import metrics as metrics_lib
-from charlstm.run.metrics import Diverged, Meter, duration
+from charlstm.run.metrics import Diverged, MetricAggregator, duration
 from charlstm.training import divergence
 from charlstm.types import Metrics
 
@@ -47,14 +47,14 @@ def reported(loss=1.0, norm=0.5, rate=0.01, streams=4, bad=(), worst=0, finite_p
     """What a step reports, in which the streams `bad` are not finite and `worst` has the largest loss."""
     finite, losses = np.ones(streams, bool), np.ones(streams, np.float32)
     finite[list(bad)], losses[worst] = False, 2
-    sound = finite_params and np.isfinite(getattr(loss, "value", loss)) and np.isfinite(getattr(norm, "value", norm))
-    course = divergence.start(np.float32)
-    return Metrics(loss, losses, norm, rate, sound, finite_params, finite, len(bad), course, symbols)
+    accepted = finite_params and np.isfinite(getattr(loss, "value", loss)) and np.isfinite(getattr(norm, "value", norm))
+    divergence_state = divergence.start(np.float32)
+    return Metrics(loss, losses, norm, rate, accepted, finite_params, finite, len(bad), divergence_state, symbols)
 
 
-def meter(num_steps=100, say=print, **settings) -> Meter:
+def meter(num_steps=100, say=print, **settings) -> MetricAggregator:
     """Of 4 streams of 5 symbols, 8 steps an epoch."""
-    return Meter(8, TrainingConfig(num_steps=num_steps, **settings), say)
+    return MetricAggregator(8, TrainingConfig(num_steps=num_steps, **settings), say)
 
 
 # Lines of metrics.jsonl.
@@ -126,7 +126,7 @@ def test_a_line_of_an_evaluation_has_the_figure_and_speed_given_and_nothing_of_t
 def test_a_line_of_training_has_the_figure_of_what_its_symbols_are(
     kind, of_ascii, per_character, per_byte, units, clock
 ):
-    m = Meter(8, TrainingConfig(num_steps=9), print, kind, of_ascii)
+    m = MetricAggregator(8, TrainingConfig(num_steps=9), print, kind, of_ascii)
     m.add(1, reported(2 * BIT))
     m.settle()
     clock.now += 1
@@ -241,7 +241,7 @@ def test_the_streams_that_are_not_finite_are_named(bad, where):
         m.settle()
 
 
-@pytest.mark.parametrize("look", [Meter.settle, Meter.train_record])
+@pytest.mark.parametrize("look", [MetricAggregator.settle, MetricAggregator.train_record])
 def test_a_step_that_diverged_gets_no_line(look):
     m = meter()
     m.add(1, reported(np.nan))
@@ -261,7 +261,7 @@ def test_parameters_that_are_not_finite_after_a_sound_step_are_noticed():
 
 def unsound(in_a_row=1, **figures) -> Metrics:
     found = reported(**figures)
-    return found._replace(sound=False, course=found.course._replace(skipped_in_a_row=in_a_row))
+    return found._replace(accepted=False, divergence=found.divergence._replace(consecutive_skips=in_a_row))
 
 
 def test_what_was_skipped_is_told_counted_and_left_out_of_the_mean():
@@ -271,7 +271,7 @@ def test_what_was_skipped_is_told_counted_and_left_out_of_the_mean():
     m.add(2, unsound(loss=np.nan, bad=(2,)))
     m.add(3, reported(4 * BIT, bad=(0, 3)))  # an update may be sound although rows of the state are not
     line = m.train_record()
-    assert (line["bits_per_symbol"], m.skipped, m.rows_reset) == (3.0, 1, 3)
+    assert (line["bits_per_symbol"], m.skipped, m.state_resets) == (3.0, 1, 3)
     assert said == [
         "loss=nan is not finite at step 2, in stream 2: update skipped, 1 row of the recurrent state zeroed",
         "the recurrent state is not finite at step 3, in streams 0, 3: 2 rows of the recurrent state zeroed",

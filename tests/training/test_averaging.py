@@ -26,13 +26,13 @@ def averages(settings: OptimizerConfig, updates: list[ModelParams], turn: int | 
     with jax.enable_x64(True):
         first = jax.tree.map(lambda p: jnp.full_like(p, 7.0), updates[0])
         average, told, found = averaging.start(settings, first), plateau.start(), []
-        compiled = jax.jit(lambda average, told, params: averaging.after(settings, average, told, params))
+        compiled = jax.jit(lambda average, told, params: averaging.update(settings, average, told, params))
         for number, params in enumerate(updates, 1):
             average, told = compiled(average, told, jax.tree.map(jnp.asarray, params))
             found.append(jax.tree.map(np.asarray, average))
             if number == turn:
-                told = jax.tree.map(np.asarray, told)._replace(best=np.float32(1), without_gain=np.int32(99))
-                told = plateau.heard(settings, told, 9.0)
+                told = jax.tree.map(np.asarray, told)._replace(best=np.float32(1), patience_count=np.int32(99))
+                told = plateau.update(settings, told, 9.0)
         return found
 
 
@@ -86,7 +86,7 @@ def test_where_none_is_kept_nothing_is_paid_for_it():
     before = step.init(SKIP, V)
     assert before.average == ()
     state, _ = advance(SKIP, before, [0])
-    assert (state.average, int(state.progress.averaged)) == ((), 0)
+    assert (state.average, int(state.plateau.averaged)) == ((), 0)
 
 
 @pytest.mark.parametrize(("config", "others"), [(EMA, (2, 1)), (ASGD, (4,))], ids=["ema", "asgd"])
@@ -103,14 +103,14 @@ def test_an_update_that_is_skipped_is_not_averaged(config):
     before, _ = advance(config, step.init(config, V), [0, 1])
     after, (metrics,) = advance(config, before, [beyond(config, 2)])
     assert not metrics.sound
-    assert_equal_bits((after.average, after.progress), (before.average, before.progress))
-    assert int(before.progress.averaged) == 2
+    assert_equal_bits((after.average, after.plateau), (before.average, before.plateau_state))
+    assert int(before.plateau_state.averaged) == 2
 
 
 def test_a_run_that_starts_from_other_parameters_starts_their_average():
     config = make_config(average="ema")
     state = step.init(config, V)
     other = jax.tree.map(lambda p: p + 1, state.params)
-    begun = step.started_from(config, state, other)
+    begun = step.with_params(config, state, other)
     assert_equal_bits((begun.params, begun.average), (other, other))
-    assert step.started_from(make_config(), state, other).average == ()
+    assert step.with_params(make_config(), state, other).average == ()

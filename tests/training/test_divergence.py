@@ -66,33 +66,33 @@ def begun():
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_poisoned_row_of_state_costs_one_update_and_that_row_alone(value, devices, begun):
     state, (metrics,) = advance(SKIP, begun, [2], devices, with_row(5, value))
-    sound, (good,) = advance(SKIP, begun, [2], devices)
-    if not metrics.sound:  # an infinite cell state may leave a finite loss, and then a sound update
+    accepted, (good,) = advance(SKIP, begun, [2], devices)
+    if not metrics.accepted:  # an infinite cell state may leave a finite loss, and then a sound update
         assert_equal_bits((state.params, state.opt_state), (begun.params, begun.opt_state))
-    assert list(np.flatnonzero(~metrics.finite_B)) in ([5], []) and good.sound
-    assert metrics.poisoned_rows == metrics.course.rows_reset == (~metrics.finite_B).sum()
-    for layer, other in zip(state.recurrent_state, sound.recurrent_state, strict=True):
+    assert list(np.flatnonzero(~metrics.finite_B)) in ([5], []) and good.accepted
+    assert metrics.nonfinite_rows == metrics.divergence.state_resets == (~metrics.finite_B).sum()
+    for layer, other in zip(state.recurrent_state, accepted.recurrent_state, strict=True):
         for name in ("h", "c"):
             mine, his = getattr(layer, name), getattr(other, name)
             if 5 in np.flatnonzero(~metrics.finite_B):
                 assert not mine[5].any()
             assert np.delete(mine, 5, 0).tobytes() == np.delete(his, 5, 0).tobytes()
     again, (after,) = advance(SKIP, state, [3], devices)
-    assert after.sound and after.finite_B.all() and np.isfinite(again.recurrent_state[0].c).all()
+    assert after.accepted and after.finite_B.all() and np.isfinite(again.recurrent_state[0].c).all()
 
 
 def test_what_was_skipped_and_zeroed_is_counted(begun):
     _, found = advance(SKIP, begun, [2, beyond(SKIP, 3), 4, beyond(SKIP, 5)], spoil=with_row(5, np.nan))
-    assert list(np.flatnonzero(~found[0].finite_B)) == [5] and not found[0].sound
-    assert [m.course.skipped for m in found] == [m.course.rows_reset for m in found] == [1, 2, 2, 3]
-    assert [m.course.skipped_in_a_row for m in found] == [1, 2, 0, 1]
+    assert list(np.flatnonzero(~found[0].finite_B)) == [5] and not found[0].accepted
+    assert [m.divergence.skipped for m in found] == [m.divergence.state_resets for m in found] == [1, 2, 2, 3]
+    assert [m.divergence.consecutive_skips for m in found] == [1, 2, 0, 1]
 
 
 def test_skipped_is_to_the_bit_as_if_that_update_had_never_been_made(begun):
     """But for the step number, which goes on, and so does the text."""
     state, (metrics, _) = advance(SKIP, begun, [beyond(SKIP, 2), 3])
-    assert not metrics.sound and metrics.finite_params
-    held = begun._replace(step=np.int32(3), course=state.course)
+    assert not metrics.accepted and metrics.finite_params
+    held = begun._replace(step=np.int32(3), divergence=state.divergence)
     # The other rows have read the text, so their state is taken from the run that skipped.
     skipped, _ = advance(SKIP, begun, [beyond(SKIP, 2)])
     held = held._replace(recurrent_state=skipped.recurrent_state)
@@ -111,7 +111,7 @@ def test_a_poisoned_parameter_is_told_from_a_poisoned_gradient(poison, begun):
         return state._replace(params=params)
 
     _, (metrics,) = advance(SKIP, begun, [2], spoil=spoil)
-    assert not metrics.sound
+    assert not metrics.accepted
     assert metrics.finite_params == (poison == "gradient")  # skipping helps against one of them
 
 
@@ -135,18 +135,18 @@ def test_every_device_count_skips_alike():
 @pytest.mark.parametrize("spoiled", ["loss", "norm", "params"])
 def test_an_update_is_sound_where_loss_norm_and_new_parameters_are_finite_and_only_there(spoiled):
     good = {"loss": jnp.float32(2.0), "norm": jnp.float32(1.0), "params": {"w": jnp.ones((2, 3))}}
-    course = divergence.start(jnp.float32)
-    assert divergence.is_sound(TrainingConfig(), **good, course=course)
+    divergence_state = divergence.start(jnp.float32)
+    assert divergence.is_accepted(TrainingConfig(), **good, divergence=divergence_state)
     bad = good | {spoiled: jax.tree.map(lambda leaf: leaf * jnp.inf, good[spoiled])}
-    assert not divergence.is_sound(TrainingConfig(), **bad, course=course)
+    assert not divergence.is_accepted(TrainingConfig(), **bad, divergence=divergence_state)
 
 
 def test_a_spike_is_a_loss_of_more_than_so_many_times_the_usual_one():
     config = make_config(spike_factor=1.5, on_divergence="skip", learning_rate=0.0)
     state = step.init(config, V)
     state, metrics = advance(config, state, range(3))
-    assert all(m.sound for m in metrics)
-    usual = float(state.course.usual_loss)
+    assert all(m.accepted for m in metrics)
+    usual = float(state.divergence.loss_ema)
     assert usual == pytest.approx(0.98 * (0.98 * metrics[0].loss + 0.02 * metrics[1].loss) + 0.02 * metrics[2].loss)
 
     def wrong(factor):
@@ -157,21 +157,21 @@ def test_a_spike_is_a_loss_of_more_than_so_many_times_the_usual_one():
 
         return spoil
 
-    for factor, sound in ((0.5, True), (30.0, False)):
+    for factor, accepted in ((0.5, True), (30.0, False)):
         after, (metrics,) = advance(config, state, [4], spoil=wrong(factor))
-        assert metrics.sound == sound == bool(metrics.loss <= 1.5 * usual)
-        assert (float(after.course.usual_loss) == usual) == (not sound)  # a spike is not usual
+        assert metrics.accepted == accepted == bool(metrics.loss <= 1.5 * usual)
+        assert (float(after.divergence.loss_ema) == usual) == (not accepted)  # a spike is not usual
 
 
 def test_going_back_leaves_windows_out_and_carries_nothing_over(begun):
     mesh, _ = compiled(SKIP, 4)
     state = step.place(mesh, jax.tree.map(jnp.asarray, begun))
-    back = jax.tree.map(np.asarray, step.gone_back(mesh, state, 7))
-    assert (back.course.window, back.course.rollbacks, back.step) == (2 + 7, 1, 2)
+    back = jax.tree.map(np.asarray, step.roll_back(mesh, state, 7))
+    assert (back.divergence.next_window, back.divergence.rollbacks, back.step) == (2 + 7, 1, 2)
     assert not any(leaf.any() for leaf in jax.tree.leaves(back.recurrent_state))
     assert_equal_bits((back.params, back.opt_state), (begun.params, begun.opt_state))
-    again = jax.tree.map(np.asarray, step.gone_back(mesh, state, 0))
-    assert again.course.window == 2
+    again = jax.tree.map(np.asarray, step.roll_back(mesh, state, 0))
+    assert again.divergence.next_window == 2
     assert_equal_bits(again.recurrent_state, begun.recurrent_state)
 
 

@@ -88,9 +88,9 @@ def after_going_back_and_a_plateau() -> str:
     for number in range(6):
         state, _ = train_step(state, distributed.put(mesh, distributed.BY_STREAM, test_step.batch(config, number)))
         if number in (1, 2, 3):
-            state = step.heard(config, mesh, state, 3.0)
+            state = step.update_plateau(config, mesh, state, 3.0)
         if number == 4:
-            state = step.gone_back(mesh, state, 2)
+            state = step.roll_back(mesh, state, 2)
     return digest(state)
 
 

@@ -14,23 +14,23 @@ from charlstm.training import plateau
 SCORES = [3.0, 2.0, 2.5, 2.0, 1.9, 2.1, 1.9, 1.95, 1.8, 2.0]  # without gain: 0 0 1 2 0 1 2 3 0 1
 
 
-def told(settings: OptimizerConfig, scores=SCORES) -> list[plateau.Progress]:
+def told(settings: OptimizerConfig, scores=SCORES) -> list[plateau.PlateauState]:
     """The progress after each evaluation."""
     state, found = jax.tree.map(np.asarray, plateau.start()), []
     for score in scores:
-        state = plateau.heard(settings, state, score)
+        state = plateau.update(settings, state, score)
         found.append(state)
     return found
 
 
-def first(found: list[plateau.Progress], field: str) -> int | None:
+def first(found: list[plateau.PlateauState], field: str) -> int | None:
     """The evaluation, from 1 on, after which a field is set."""
     return next((number for number, state in enumerate(found, 1) if getattr(state, field)), None)
 
 
 def test_a_score_as_good_as_the_best_is_no_gain():
     found = told(OptimizerConfig())
-    assert [int(state.without_gain) for state in found] == [0, 0, 1, 2, 0, 1, 2, 3, 0, 1]
+    assert [int(state.patience_count) for state in found] == [0, 0, 1, 2, 0, 1, 2, 3, 0, 1]
     assert [int(state.evaluations) for state in found] == [*range(1, 11)]
     np.testing.assert_array_equal([state.best for state in found], np.minimum.accumulate(np.float32(SCORES)))
 
@@ -61,7 +61,7 @@ def test_averaging_begins_after_so_many_evaluations_without_gain_or_at_the_lates
     assert first(told(ema), "averaged") is None
     begun = told(settings)[-1]._replace(averaged=np.int32(40))
     for score in (9.0, 0.1):  # the evaluations 11 and 12
-        begun = plateau.heard(settings, begun, score)
+        begun = plateau.update(settings, begun, score)
         assert begun.averaged == 40
 
 
@@ -81,9 +81,9 @@ def test_a_run_that_goes_by_validation_and_never_validates_is_refused(flags):
 
 
 def test_where_a_run_goes_by_validation_what_makes_the_scores_is_held():
-    changes = {"evaluate_every": 7, "piece": 100, "burn_in": 3, "evaluation_batch_size": 5}
+    changes = {"evaluate_every": 7, "eval_chunk": 100, "burn_in": 3, "evaluation_batch_size": 5}
     for flags, held in (({}, []), ({"average": "ema"}, []), ({"schedule": "plateau"}, [*changes])):
         run = config_lib.replace(Config(), **flags)
-        forbidden, free = config_lib.differences(run, config_lib.replace(run, **changes))
+        forbidden, mutable = config_lib.diff(run, config_lib.replace(run, **changes))
         assert sorted(words.partition(":")[0] for words in forbidden) == sorted(held)
-        assert len(forbidden) + len(free) == 4
+        assert len(forbidden) + len(mutable) == 4

@@ -18,7 +18,7 @@ from charlstm.training.loss import cross_entropy
 from data_pipeline.batch import Batch
 
 V = 11
-QUIET = dict.fromkeys(("input_dropout", "between_dropout", "output_dropout", "weight_drop"), 0.0)
+QUIET = dict.fromkeys(("input_dropout", "layer_dropout", "output_dropout", "weight_drop"), 0.0)
 LSTM = {"cell": "lstm", "cap_input_gate": True}
 # All that the general path does, with trained initial states.
 GENERAL = {
@@ -41,7 +41,7 @@ KINDS = pytest.mark.parametrize(
 def make_config(**changes) -> Config:
     small = {
         "batch_size": 16, "window": 7, "hidden_size": 12, "num_layers": 2, "logical_shards": 8, "decay_steps": 10,
-        "input_dropout": 0.1, "between_dropout": 0.25, "output_dropout": 0.25, "weight_drop": 0.2, "clip_norm": 0.5,
+        "input_dropout": 0.1, "layer_dropout": 0.25, "output_dropout": 0.25, "weight_drop": 0.2, "clip_norm": 0.5,
         "activation_penalty": 0.1, "activation_change_penalty": 0.1, "l2": 1e-4,
     }  # fmt: skip
     return config_lib.replace(Config(), **(small | changes))
@@ -168,7 +168,7 @@ def test_the_update_is_that_of_the_mean_loss_over_all_symbols_by_plain_autodiff(
     start = jax.tree.map(np.asarray, step.init(config, V))
 
     def mean_loss(params):
-        state = language_model.initial_state(config.model, 16)
+        state = language_model.zero_state(config.model, 16)
         _, h_TBH = language_model.features(config.model, params, state, rows.inputs.astype(np.int32), rows.reset)
         logits = language_model.logits(config.model, params, h_TBH)
         loss = cross_entropy(logits, rows.targets.astype(np.int32).T).mean()
@@ -241,7 +241,7 @@ def test_a_stream_that_is_not_finite_is_named_by_its_row():
 def test_a_poisoned_stream_and_a_run_gone_back_start_from_the_trained_state():
     config = make_config(compute_dtype="bfloat16", state_dropout=0.2, **GENERAL)  # compiled above
     state, _ = run(config, [8], steps=2)
-    first = language_model.first_state(state.params, state.recurrent_state)
+    first = language_model.reset_state(state.params, state.recurrent_state)
     assert all(leaf.any() for leaf in jax.tree.leaves(first)), "resets have trained them"
     layers = jax.tree.map(np.array, state.recurrent_state)
     layers[0].h[5, 3] = np.nan
@@ -250,8 +250,8 @@ def test_a_poisoned_stream_and_a_run_gone_back_start_from_the_trained_state():
     rows.reset[:] = False
     placed = step.place(mesh, state._replace(recurrent_state=layers))
     after, metrics = train_step(placed, distributed.put(mesh, distributed.BY_STREAM, rows))
-    assert not metrics.sound and np.flatnonzero(~np.asarray(metrics.finite_B)).tolist() == [5]
-    back = step.gone_back(mesh, after, 1).recurrent_state
+    assert not metrics.accepted and np.flatnonzero(~np.asarray(metrics.finite_B)).tolist() == [5]
+    back = step.roll_back(mesh, after, 1).recurrent_state
     for found, went_back, expected in zip(*map(jax.tree.leaves, (after.recurrent_state, back, first)), strict=True):
         np.testing.assert_array_equal(found[5], expected[5])
         np.testing.assert_array_equal(went_back, expected)

@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 
 from charlstm.model import initializers
-from charlstm.model.ops.matmul import bias_gradient, in_loop, recurrent_weight_gradient
+from charlstm.model.ops.matmul import bias_gradient, recurrent_matmul, recurrent_weight_gradient
 from charlstm.model.ops.scan import scan
 from charlstm.types import CellParams, CellState
 
@@ -52,7 +52,7 @@ def init(
     return initializers.layer(initializer, key, input_width, hidden_size, GATES, scale=scale)
 
 
-def initial_state(batch: int, hidden_size: int, dtype: jax.typing.DTypeLike = jnp.float32) -> CellState:
+def zero_state(batch: int, hidden_size: int, dtype: jax.typing.DTypeLike = jnp.float32) -> CellState:
     """The state before anything was read: zeros, `[batch, hidden_size]`."""
     return CellState(h=jnp.zeros((batch, hidden_size), dtype), c=None)
 
@@ -61,7 +61,7 @@ def step(
     params: CellParams, state: CellState, x_BD: jax.Array, variant: str = "", mask_BH: jax.Array | None = None
 ) -> tuple[CellState, jax.Array]:
     """One symbol of every stream, straight from the equations: (the new state, h_BH).  There is one variant."""
-    return advance(params, state, x_BD @ params.w_x, variant, mask_BH)
+    return step_projected(params, state, x_BD @ params.w_x, variant, mask_BH)
 
 
 def bias(params: CellParams) -> jax.Array:
@@ -71,14 +71,14 @@ def bias(params: CellParams) -> jax.Array:
     return jnp.concatenate([x_ru + h_ru, h_n, x_n])
 
 
-def advance(
+def step_projected(
     params: CellParams, state: CellState, z_BG: jax.Array, variant: str = "", mask_BH: jax.Array | None = None
 ) -> tuple[CellState, jax.Array]:
     """`step`, given the symbol's projection."""
-    seen = state.h if mask_BH is None else state.h * mask_BH
+    h_masked = state.h if mask_BH is None else state.h * mask_BH
     z_r, z_u, z_n = jnp.split(z_BG, GATES, axis=1)
     b_q, b_n = jnp.split(bias(params)[None], [z_BG.shape[1]], axis=1)
-    q_r, q_u, q_n = jnp.split(seen @ params.w_h + b_q, GATES, axis=1)
+    q_r, q_u, q_n = jnp.split(h_masked @ params.w_h + b_q, GATES, axis=1)
     r, u = jax.nn.sigmoid(z_r + q_r), jax.nn.sigmoid(z_u + q_u)
     n = jnp.tanh(z_n + b_n + r * q_n)
     h = (1 - u) * n + u * state.h
@@ -115,14 +115,17 @@ def recurrence(
 
 def _forward(w_h, b, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
     dtype = state.h.dtype
-    times_w, (b_q, b_n) = in_loop(w_h, compute_dtype, dtype), jnp.split(b.astype(dtype)[None], [w_h.shape[1]], axis=1)
+    times_w, (b_q, b_n) = (
+        recurrent_matmul(w_h, compute_dtype, dtype),
+        jnp.split(b.astype(dtype)[None], [w_h.shape[1]], axis=1),
+    )
 
-    def read(h, symbol):
+    def forward(h, symbol):
         z_BG, reset_B = symbol
         # A choice, not a product with 0: a NaN in the state of a stream that is reset must not survive.
         h_prev = jnp.where(reset_B[:, None], 0, h)
-        seen = h_prev if mask_BH is None else h_prev * mask_BH
-        q_BG = times_w(seen) + b_q
+        h_masked = h_prev if mask_BH is None else h_prev * mask_BH
+        q_BG = times_w(h_masked) + b_q
         z_r, z_u, z_n = jnp.split(z_BG.astype(dtype), GATES, axis=1)
         q_r, q_u, q_n = jnp.split(q_BG, GATES, axis=1)
         r, u = jax.nn.sigmoid(z_r + q_r), jax.nn.sigmoid(z_u + q_u)
@@ -130,7 +133,7 @@ def _forward(w_h, b, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
         h = (1 - u) * n + u * h_prev
         return h, (h, (r, u, n, q_n))
 
-    h, (h_TBH, gates) = scan(read, state.h, (z_TBG, reset_TB))
+    h, (h_TBH, gates) = scan(forward, state.h, (z_TBG, reset_TB))
     # Of z only the dtype is wanted later; an empty slice carries it, so that the window's projection need not be kept.
     residuals = (w_h, state.h, h_TBH, gates, reset_TB, z_TBG[:0], mask_BH)
     return (CellState(h, None), h_TBH.astype(compute_dtype)), residuals
@@ -140,10 +143,10 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
     w_h, h_first, h_TBH, gates, reset_TB, z_like, mask_BH = residuals
     dfinal, dh_TBH = cotangents
     dtype = h_first.dtype
-    times_w = in_loop(w_h, compute_dtype, dtype, reverse=True)
+    times_w = recurrent_matmul(w_h, compute_dtype, dtype, reverse=True)
     h_prev_TBH = jnp.where(reset_TB[:, :, None], 0, jnp.concatenate([h_first[None], h_TBH[:-1]]))
 
-    def unread(dh_right, symbol):
+    def backward(dh_right, symbol):
         dh_above, h_prev, (r, u, n, q_n), reset_B = symbol
         dh = dh_above.astype(dtype) + dh_right
         dz_n = dh * (1 - u) * (1 - n * n)
@@ -154,7 +157,7 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
         dh_prev = dh * u + (dseen if mask_BH is None else dseen * mask_BH)
         return jnp.where(reset_B[:, None], 0, dh_prev), (dq_BG.astype(z_like.dtype), dz_n.astype(z_like.dtype))
 
-    dh_first, (dq_TBG, dz_n) = scan(unread, dfinal.h, (dh_TBH, h_prev_TBH, gates, reset_TB), reverse=True)
+    dh_first, (dq_TBG, dz_n) = scan(backward, dfinal.h, (dh_TBH, h_prev_TBH, gates, reset_TB), reverse=True)
     dw_h = recurrent_weight_gradient(h_first, h_TBH, reset_TB, mask_BH, dq_TBG, compute_dtype)
     db = jnp.concatenate([bias_gradient(d_TBG, dtype) for d_TBG in (dq_TBG, dz_n)])
     dz_TBG = jnp.concatenate([dq_TBG[:, :, : 2 * w_h.shape[0]], dz_n], axis=2)

@@ -24,7 +24,7 @@ from charlstm.types import CellParams, CellState, LayerNorms
 
 GATES = lstm.GATES  # i f g o
 EPSILON = 1e-5
-initial_state = lstm.initial_state
+zero_state = lstm.zero_state
 
 
 def init(
@@ -40,16 +40,16 @@ def step(
     params: CellParams, state: CellState, x_BD: jax.Array, variant: str = "plain", mask_BH: jax.Array | None = None
 ) -> tuple[CellState, jax.Array]:
     """One symbol of every stream, straight from the equations: (the new state, h_BH)."""
-    return advance(params, state, x_BD @ params.w_x, variant, mask_BH)
+    return step_projected(params, state, x_BD @ params.w_x, variant, mask_BH)
 
 
-def advance(
+def step_projected(
     params: CellParams, state: CellState, z_BG: jax.Array, variant: str = "plain", mask_BH: jax.Array | None = None
 ) -> tuple[CellState, jax.Array]:
     """`step`, given the symbol's projection x W_x."""
-    norms, seen = params.norms, state.h if mask_BH is None else state.h * mask_BH
+    norms, h_masked = params.norms, state.h if mask_BH is None else state.h * mask_BH
     assert norms is not None
-    a_BG = _normalised(z_BG, norms.gain_x) + _normalised(seen @ params.w_h, norms.gain_h)
+    a_BG = _normalised(z_BG, norms.gain_x) + _normalised(h_masked @ params.w_h, norms.gain_h)
     c, o = lstm.cell_state(a_BG + lstm.bias(params)[None], state, variant)
     h = o * jnp.tanh(_normalised(c, norms.gain_c) + norms.b_c[None])
     return CellState(h, c), h

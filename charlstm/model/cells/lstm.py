@@ -44,7 +44,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from charlstm.model import initializers
-from charlstm.model.ops.matmul import bias_gradient, in_loop, recurrent_weight_gradient
+from charlstm.model.ops.matmul import bias_gradient, recurrent_matmul, recurrent_weight_gradient
 from charlstm.model.ops.scan import blocks_at, scan
 from charlstm.types import CellParams, CellState
 
@@ -69,7 +69,7 @@ def init(
     return params._replace(b_x=params.b_x.at[hidden_size : 2 * hidden_size].set(forget_bias))
 
 
-def initial_state(batch: int, hidden_size: int, dtype: jax.typing.DTypeLike = jnp.float32) -> CellState:
+def zero_state(batch: int, hidden_size: int, dtype: jax.typing.DTypeLike = jnp.float32) -> CellState:
     """The state before anything was read: zeros, `[batch, hidden_size]` each."""
     return CellState(h=jnp.zeros((batch, hidden_size), dtype), c=jnp.zeros((batch, hidden_size), dtype))
 
@@ -78,7 +78,7 @@ def step(
     params: CellParams, state: CellState, x_BD: jax.Array, variant: str = "plain", mask_BH: jax.Array | None = None
 ) -> tuple[CellState, jax.Array]:
     """One symbol of every stream, straight from the equations: (the new state, h_BH)."""
-    return advance(params, state, x_BD @ params.w_x, variant, mask_BH)
+    return step_projected(params, state, x_BD @ params.w_x, variant, mask_BH)
 
 
 def bias(params: CellParams) -> jax.Array:
@@ -86,15 +86,15 @@ def bias(params: CellParams) -> jax.Array:
     return params.b_x + params.b_h
 
 
-def advance(
+def step_projected(
     params: CellParams, state: CellState, z_BG: jax.Array, variant: str = "plain", mask_BH: jax.Array | None = None
 ) -> tuple[CellState, jax.Array]:
     """`step`, given the symbol's projection."""
-    seen = state.h if mask_BH is None else state.h * mask_BH
-    return after(z_BG + seen @ params.w_h + bias(params)[None], state, variant)
+    h_masked = state.h if mask_BH is None else state.h * mask_BH
+    return from_preactivations(z_BG + h_masked @ params.w_h + bias(params)[None], state, variant)
 
 
-def after(a_BG: jax.Array, state: CellState, variant: str) -> tuple[CellState, jax.Array]:
+def from_preactivations(a_BG: jax.Array, state: CellState, variant: str) -> tuple[CellState, jax.Array]:
     """What follows from the gates' sums a: (the new state, h_BH)."""
     c, o = cell_state(a_BG, state, variant)
     h = o * jnp.tanh(c)
@@ -106,10 +106,10 @@ def cell_state(a_BG: jax.Array, state: CellState, variant: str) -> tuple[jax.Arr
     assert state.c is not None
     a_i, a_f, a_g, a_o = jnp.split(a_BG, GATES, axis=1)
     i, f, g, o = jax.nn.sigmoid(a_i), jax.nn.sigmoid(a_f), jnp.tanh(a_g), jax.nn.sigmoid(a_o)
-    return remembered(i, f, g, state.c, variant), o
+    return next_cell(i, f, g, state.c, variant), o
 
 
-def remembered(i: jax.Array, f: jax.Array, g: jax.Array, c_prev: jax.Array, variant: str) -> jax.Array:
+def next_cell(i: jax.Array, f: jax.Array, g: jax.Array, c_prev: jax.Array, variant: str) -> jax.Array:
     """c, of gates and c⁻ of any one shape."""
     return f * c_prev + (jnp.minimum(i, 1 - f) if variant == "capped" else i) * g
 
@@ -144,26 +144,26 @@ def recurrence(
 
 def _forward(w_h, b, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
     dtype = state.h.dtype
-    times_w, b_BG = in_loop(w_h, compute_dtype, dtype), b.astype(dtype)[None]
+    times_w, b_BG = recurrent_matmul(w_h, compute_dtype, dtype), b.astype(dtype)[None]
 
-    def read(carry, symbol):
+    def forward(carry, symbol):
         state, gates_TBG = carry
         t, reset_B = symbol
         # A choice, not a product with 0: a NaN in the state of a stream that is reset must not survive.
         h_prev, c_prev = (jnp.where(reset_B[:, None], 0, s_BH) for s_BH in state)
-        seen = h_prev if mask_BH is None else h_prev * mask_BH
+        h_masked = h_prev if mask_BH is None else h_prev * mask_BH
         z_BG = jax.lax.dynamic_index_in_dim(gates_TBG, t, keepdims=False)
-        a_BG = z_BG + b_BG + times_w(seen)
+        a_BG = z_BG + b_BG + times_w(h_masked)
         gates_BG = _activated(a_BG)
         i, f, g, o = jnp.split(gates_BG, GATES, axis=1)
-        c = remembered(i, f, g, c_prev, variant)
+        c = next_cell(i, f, g, c_prev, variant)
         h = o * jnp.tanh(c)
         gates_TBG = jax.lax.dynamic_update_index_in_dim(gates_TBG, gates_BG, t, 0)
         return (CellState(h, c), gates_TBG), (h.astype(compute_dtype), c_prev)
 
     # The gates take the place of the window's projection, symbol by symbol: one array less of the largest there are.
     start, symbols = (state, z_TBG.astype(dtype)), (jnp.arange(z_TBG.shape[0]), reset_TB)
-    (final, gates_TBG), (h_TBH, c_prev_TBH) = scan(read, start, symbols)
+    (final, gates_TBG), (h_TBH, c_prev_TBH) = scan(forward, start, symbols)
     # Of z only the dtype is wanted later; an empty slice carries it.
     return (final, h_TBH), (w_h, state.h, h_TBH, c_prev_TBH, gates_TBG, reset_TB, z_TBG[:0], mask_BH)
 
@@ -178,9 +178,9 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
     w_h, h_first, h_TBH, c_prev_TBH, gates_TBG, reset_TB, z_like, mask_BH = residuals
     dfinal, dh_TBH = cotangents
     dtype = h_first.dtype
-    times_w = in_loop(w_h, compute_dtype, dtype, reverse=True)
+    times_w = recurrent_matmul(w_h, compute_dtype, dtype, reverse=True)
 
-    def unread(dstate, symbol):
+    def backward(dstate, symbol):
         t, dh_above, c_prev, reset_B = symbol
         dh = dh_above.astype(dtype) + dstate.h
         das, dc_prev = gate_gradients(blocks_at(gates_TBG, t, GATES), c_prev, dh, dstate.c, variant)
@@ -191,7 +191,7 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
         return dstate, da_BG.astype(z_like.dtype)
 
     symbols = (jnp.arange(len(reset_TB)), dh_TBH, c_prev_TBH, reset_TB)
-    dfirst, da_TBG = scan(unread, dfinal, symbols, reverse=True)
+    dfirst, da_TBG = scan(backward, dfinal, symbols, reverse=True)
     weights = parameter_gradients(w_h, h_first, h_TBH, da_TBG, reset_TB, compute_dtype, mask_BH)
     return *weights, dfirst, da_TBG, None, None
 

@@ -35,12 +35,12 @@ import jax
 import jax.numpy as jnp
 
 from charlstm.model.cells import lstm
-from charlstm.model.ops.matmul import bias_gradient, in_loop, recurrent_weight_gradient, weight_gradient
+from charlstm.model.ops.matmul import bias_gradient, recurrent_matmul, recurrent_weight_gradient, weight_gradient
 from charlstm.model.ops.scan import scan
 from charlstm.types import CellParams, CellState
 
 GATES = lstm.GATES  # i f g o
-initial_state, bias = lstm.initial_state, lstm.bias
+zero_state, bias = lstm.zero_state, lstm.bias
 
 
 def init(
@@ -55,16 +55,16 @@ def step(
     params: CellParams, state: CellState, x_BD: jax.Array, variant: str = "plain", mask_BH: jax.Array | None = None
 ) -> tuple[CellState, jax.Array]:
     """One symbol of every stream, straight from the equations: (the new state, h_BH)."""
-    return advance(params, state, x_BD @ params.w_x, variant, mask_BH)
+    return step_projected(params, state, x_BD @ params.w_x, variant, mask_BH)
 
 
-def advance(
+def step_projected(
     params: CellParams, state: CellState, z_BG: jax.Array, variant: str = "plain", mask_BH: jax.Array | None = None
 ) -> tuple[CellState, jax.Array]:
     """`step`, given the symbol's projection."""
-    seen, G = state.h if mask_BH is None else state.h * mask_BH, params.b_h.shape[0]
-    m_BH = z_BG[:, G:] * (seen @ params.w_h[:, G:])
-    return lstm.after(z_BG[:, :G] + m_BH @ params.w_h[:, :G] + bias(params)[None], state, variant)
+    h_masked, G = state.h if mask_BH is None else state.h * mask_BH, params.b_h.shape[0]
+    m_BH = z_BG[:, G:] * (h_masked @ params.w_h[:, G:])
+    return lstm.from_preactivations(z_BG[:, :G] + m_BH @ params.w_h[:, :G] + bias(params)[None], state, variant)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -97,16 +97,16 @@ def recurrence(
 
 def _forward(w_h, b, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
     dtype, G = state.h.dtype, b.shape[0]
-    times_w_hm, times_w_mh = (in_loop(w, compute_dtype, dtype) for w in (w_h[:, :G], w_h[:, G:]))
+    times_w_hm, times_w_mh = (recurrent_matmul(w, compute_dtype, dtype) for w in (w_h[:, :G], w_h[:, G:]))
     b_BG = b.astype(dtype)[None]
 
-    def read(state, symbol):
+    def forward(state, symbol):
         z_BG, reset_B = symbol
         z_a, z_m = z_BG[:, :G].astype(dtype), z_BG[:, G:].astype(dtype)
         # A choice, not a product with 0: a NaN in the state of a stream that is reset must not survive.
         h_prev, c_prev = (jnp.where(reset_B[:, None], 0, s_BH) for s_BH in state)
-        seen = h_prev if mask_BH is None else h_prev * mask_BH
-        q = times_w_mh(seen)
+        h_masked = h_prev if mask_BH is None else h_prev * mask_BH
+        q = times_w_mh(h_masked)
         a_BG = z_a + b_BG + times_w_hm(z_m * q)
         a_i, a_f, a_g, a_o = jnp.split(a_BG, GATES, axis=1)
         i, f, g, o = jax.nn.sigmoid(a_i), jax.nn.sigmoid(a_f), jnp.tanh(a_g), jax.nn.sigmoid(a_o)
@@ -114,7 +114,7 @@ def _forward(w_h, b, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
         h = o * jnp.tanh(c)
         return CellState(h, c), (h.astype(compute_dtype), (c_prev, i, f, g, o), q)
 
-    final, (h_TBH, gates, q_TBH) = scan(read, state, (z_TBG, reset_TB))
+    final, (h_TBH, gates, q_TBH) = scan(forward, state, (z_TBG, reset_TB))
     return (final, h_TBH), (w_h, state.h, h_TBH, gates, q_TBH, z_TBG[:, :, G:], reset_TB, mask_BH)
 
 
@@ -122,9 +122,9 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
     w_h, h_first, h_TBH, gates, q_TBH, z_m_TBH, reset_TB, mask_BH = residuals
     dfinal, dh_TBH = cotangents
     dtype, G = h_first.dtype, GATES * h_first.shape[1]
-    times_w_hm, times_w_mh = (in_loop(w, compute_dtype, dtype, reverse=True) for w in (w_h[:, :G], w_h[:, G:]))
+    times_w_hm, times_w_mh = (recurrent_matmul(w, compute_dtype, dtype, reverse=True) for w in (w_h[:, :G], w_h[:, G:]))
 
-    def unread(dstate, symbol):
+    def backward(dstate, symbol):
         dh_above, (c_prev, i, f, g, o), q, z_m, reset_B = symbol
         dh = dh_above.astype(dtype) + dstate.h
         k = jnp.minimum(i, 1 - f) if variant == "capped" else i
@@ -148,7 +148,7 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
         # m by the way: made after the loop, it would be made together with its transposition.
         return dstate, (dz_BG.astype(z_m_TBH.dtype), dq.astype(z_m_TBH.dtype), (z_m * q).astype(compute_dtype))
 
-    dfirst, (dz_TBG, dq_TBH, m_TBH) = scan(unread, dfinal, (dh_TBH, gates, q_TBH, z_m_TBH, reset_TB), reverse=True)
+    dfirst, (dz_TBG, dq_TBH, m_TBH) = scan(backward, dfinal, (dh_TBH, gates, q_TBH, z_m_TBH, reset_TB), reverse=True)
     da_TBG = dz_TBG[:, :, :G]
     dw_hm = weight_gradient(m_TBH, da_TBG, compute_dtype, dtype)
     dw_mh = recurrent_weight_gradient(h_first, h_TBH, reset_TB, mask_BH, dq_TBH, compute_dtype)

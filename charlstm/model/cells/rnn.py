@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from charlstm.model import initializers
-from charlstm.model.ops.matmul import bias_gradient, in_loop, recurrent_weight_gradient
+from charlstm.model.ops.matmul import bias_gradient, recurrent_matmul, recurrent_weight_gradient
 from charlstm.model.ops.scan import scan
 from charlstm.types import CellParams, CellState
 
@@ -42,7 +42,7 @@ def init(
     return initializers.layer(initializer, key, input_width, hidden_size, GATES, scale=scale)
 
 
-def initial_state(batch: int, hidden_size: int, dtype: jax.typing.DTypeLike = jnp.float32) -> CellState:
+def zero_state(batch: int, hidden_size: int, dtype: jax.typing.DTypeLike = jnp.float32) -> CellState:
     """The state before anything was read: zeros, `[batch, hidden_size]`."""
     return CellState(h=jnp.zeros((batch, hidden_size), dtype), c=None)
 
@@ -51,7 +51,7 @@ def step(
     params: CellParams, state: CellState, x_BD: jax.Array, variant: str = "tanh", mask_BH: jax.Array | None = None
 ) -> tuple[CellState, jax.Array]:
     """One symbol of every stream, straight from the equations: (the new state, h_BH)."""
-    return advance(params, state, x_BD @ params.w_x, variant, mask_BH)
+    return step_projected(params, state, x_BD @ params.w_x, variant, mask_BH)
 
 
 def bias(params: CellParams) -> jax.Array:
@@ -59,12 +59,12 @@ def bias(params: CellParams) -> jax.Array:
     return params.b_x + params.b_h
 
 
-def advance(
+def step_projected(
     params: CellParams, state: CellState, z_BH: jax.Array, variant: str = "tanh", mask_BH: jax.Array | None = None
 ) -> tuple[CellState, jax.Array]:
     """`step`, given the symbol's projection."""
-    seen = state.h if mask_BH is None else state.h * mask_BH
-    a_BH = z_BH + seen @ params.w_h + bias(params)[None]
+    h_masked = state.h if mask_BH is None else state.h * mask_BH
+    a_BH = z_BH + h_masked @ params.w_h + bias(params)[None]
     h = jax.nn.relu(a_BH) if variant == "relu" else jnp.tanh(a_BH)
     return CellState(h, None), h
 
@@ -99,18 +99,18 @@ def recurrence(
 
 def _forward(w_h, b, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
     dtype = state.h.dtype
-    times_w, b_BH = in_loop(w_h, compute_dtype, dtype), b.astype(dtype)[None]
+    times_w, b_BH = recurrent_matmul(w_h, compute_dtype, dtype), b.astype(dtype)[None]
 
-    def read(h, symbol):
+    def forward(h, symbol):
         z_BH, reset_B = symbol
         # A choice, not a product with 0: a NaN in the state of a stream that is reset must not survive.
         h_prev = jnp.where(reset_B[:, None], 0, h)
-        seen = h_prev if mask_BH is None else h_prev * mask_BH
-        a_BH = z_BH.astype(dtype) + b_BH + times_w(seen)
+        h_masked = h_prev if mask_BH is None else h_prev * mask_BH
+        a_BH = z_BH.astype(dtype) + b_BH + times_w(h_masked)
         h = jax.nn.relu(a_BH) if variant == "relu" else jnp.tanh(a_BH)
         return h, h
 
-    h, h_TBH = scan(read, state.h, (z_TBG, reset_TB))
+    h, h_TBH = scan(forward, state.h, (z_TBG, reset_TB))
     # Of z only the dtype is wanted later; an empty slice carries it, so that the window's projection need not be kept.
     residuals = (w_h, state.h, h_TBH, reset_TB, z_TBG[:0], mask_BH)
     return (CellState(h, None), h_TBH.astype(compute_dtype)), residuals
@@ -120,9 +120,9 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
     w_h, h_first, h_TBH, reset_TB, z_like, mask_BH = residuals
     dfinal, dh_TBH = cotangents
     dtype = h_first.dtype
-    times_w = in_loop(w_h, compute_dtype, dtype, reverse=True)
+    times_w = recurrent_matmul(w_h, compute_dtype, dtype, reverse=True)
 
-    def unread(dh_right, symbol):
+    def backward(dh_right, symbol):
         dh_above, h, reset_B = symbol
         dh = dh_above.astype(dtype) + dh_right
         da_BH = jnp.where(h > 0, dh, 0) if variant == "relu" else dh * (1 - h * h)
@@ -130,7 +130,7 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
         dh_prev = dh_prev if mask_BH is None else dh_prev * mask_BH
         return jnp.where(reset_B[:, None], 0, dh_prev), da_BH.astype(z_like.dtype)
 
-    dh_first, da_TBH = scan(unread, dfinal.h, (dh_TBH, h_TBH, reset_TB), reverse=True)
+    dh_first, da_TBH = scan(backward, dfinal.h, (dh_TBH, h_TBH, reset_TB), reverse=True)
     dw_h = recurrent_weight_gradient(h_first, h_TBH, reset_TB, mask_BH, da_TBH, compute_dtype)
     db = bias_gradient(da_TBH, dtype)
     return dw_h.astype(w_h.dtype), db.astype(w_h.dtype), CellState(dh_first, None), da_TBH, None, None

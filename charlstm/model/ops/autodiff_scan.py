@@ -93,13 +93,13 @@ class _Products:
 def _scan(step, dtype, matrices, vectors, constants, state, inputs, zeros):
     """The state after the window, h_TBH, and the operands of all products."""
 
-    def read(state, symbol):
+    def forward(state, symbol):
         inputs, zeros = symbol
         products = _Products(matrices, dtype, zeros)
         state, h_BH = step(products.matrices, vectors, constants, state, inputs)
         return state, (h_BH.astype(dtype), products.operands)
 
-    final, (h_TBH, operands) = jax.lax.scan(read, state, (inputs, zeros))
+    final, (h_TBH, operands) = jax.lax.scan(forward, state, (inputs, zeros))
     return (final, h_TBH), operands
 
 

@@ -49,12 +49,12 @@ def _forward(w_h, b, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
     after_product = _kernel(partial(_read, variant), B, H)
 
     def window(refs: Any) -> None:
-        def read(_: None, t: jax.Array) -> tuple[None, None]:
+        def forward(_: None, t: jax.Array) -> tuple[None, None]:
             a_BG = jnp.dot(refs[0][...], w_HG, preferred_element_type=dtype)
             after_product(t[None], a_BG, *given, *refs)
             return None, None
 
-        jax.lax.scan(read, None, jnp.arange(T, dtype=jnp.int32), unroll=UNROLL)
+        jax.lax.scan(forward, None, jnp.arange(T, dtype=jnp.int32), unroll=UNROLL)
 
     # The gates take the place of the window's projection, in its dtype (see `_pack`).
     windows = z_TBG, jax.lax.empty((T, B, H), compute_dtype), jax.lax.empty((T, B, H), dtype)
@@ -71,15 +71,15 @@ def _read(variant, block, t_ref, a, b, resets, *refs):
     a_i, a_f, a_g, a_o = (a[row, k] + gates[t, row, k].astype(a.dtype) + b[k] for k in columns)
     i, f, g, o = _logistic(a_i), _logistic(a_f), jnp.tanh(a_g), _logistic(a_o)
     c_prev = c_out[row, units]
-    c = lstm.remembered(i, f, g, c_prev, variant)
+    c = lstm.next_cell(i, f, g, c_prev, variant)
     h = o * jnp.tanh(c)
     for k, gate in zip(columns, (_pack(i), _pack(f), g, _pack(o)), strict=True):
         gates[t, row, k] = gate.astype(gates.dtype)
     c_prev_seq[t, row, units] = c_prev
     h_seq[t, row, units] = h.astype(h_seq.dtype)
     reset = resets[t + 1, row]
-    seen = h * mask[0][row, units] if mask else h
-    seen_out[row, units] = _unless(reset, seen).astype(seen_out.dtype)
+    h_masked = h * mask[0][row, units] if mask else h
+    seen_out[row, units] = _unless(reset, h_masked).astype(seen_out.dtype)
     h_out[row, units] = h
     c_out[row, units] = _unless(reset, c)
 
@@ -112,12 +112,12 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
     def window(refs: Any) -> None:
         *written, dh_ref = refs
 
-        def unread(dh_BH: jax.Array, t: jax.Array) -> tuple[jax.Array, None]:
+        def backward(dh_BH: jax.Array, t: jax.Array) -> tuple[jax.Array, None]:
             before_product(t[None], dh_BH, *given, *written)
             return jnp.dot(written[0][...], w_GH, preferred_element_type=dtype), None
 
         symbols = jnp.arange(T, dtype=jnp.int32)
-        dh_ref[...], _ = jax.lax.scan(unread, dh_ref[...], symbols, reverse=True, unroll=UNROLL)
+        dh_ref[...], _ = jax.lax.scan(backward, dh_ref[...], symbols, reverse=True, unroll=UNROLL)
 
     da_BG, da_TBG = jax.lax.empty((B, G), compute_dtype), jax.lax.empty((T, B, G), z_like.dtype)
     _, dc_BH, da_TBG, dh_BH = pl.run_state(window)((da_BG, dfinal.c, da_TBG, dfinal.h))

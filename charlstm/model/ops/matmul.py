@@ -19,7 +19,7 @@ PART = 640  # of a whole window: so many rows at a time
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def dense(x_TBD: jax.Array, w_DK: jax.Array, b_K: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
     """y = x W + b, or x W: `[T, B, K]` in the weights' dtype; operands are rounded to `dtype` first."""
-    y_TBK = _of_window(x_TBD.astype(dtype), w_DK)
+    y_TBK = window_matmul(x_TBD.astype(dtype), w_DK)
     return y_TBK if b_K is None else y_TBK + b_K[None, None, :]
 
 
@@ -31,7 +31,7 @@ def _dense_reverse(dtype, residuals, dy_TBK):
     # dx = dy W'
     x_TBD, w_DK, b_K = residuals
     return (
-        _of_window(dy_TBK.astype(dtype), w_DK, reverse=True).astype(x_TBD.dtype),
+        window_matmul(dy_TBK.astype(dtype), w_DK, reverse=True).astype(x_TBD.dtype),
         weight_gradient(x_TBD, dy_TBK, dtype, w_DK.dtype),
         None if b_K is None else bias_gradient(dy_TBK, w_DK.dtype),
     )
@@ -40,7 +40,7 @@ def _dense_reverse(dtype, residuals, dy_TBK):
 dense.defvjp(_dense_forward, _dense_reverse)
 
 
-def _of_window(x_TBD: jax.Array, w_DK: jax.Array, *, reverse: bool = False) -> jax.Array:
+def window_matmul(x_TBD: jax.Array, w_DK: jax.Array, *, reverse: bool = False) -> jax.Array:
     """x W, or in reverse x W', `[T, B, .]` in the weights' dtype; on a CPU by parts of the window, for its cache."""
     T, B, _ = x_TBD.shape
     size = next(size for size in range(T, 0, -1) if T % size == 0 and (size * B <= PART or size == 1))
@@ -51,7 +51,7 @@ def _of_window(x_TBD: jax.Array, w_DK: jax.Array, *, reverse: bool = False) -> j
 
     def by_parts(x_TBD: jax.Array) -> jax.Array:
         w, parts = w_DK.astype(x_TBD.dtype), x_TBD.reshape(T // size, size * B, -1)
-        w = transposed(w, w.dtype) if reverse else w
+        w = materialize_transpose(w, w.dtype) if reverse else w
         y = jax.lax.map(lambda x_ND: jnp.dot(x_ND, w, preferred_element_type=w_DK.dtype), parts)
         return y.reshape(T, B, -1)
 
@@ -60,12 +60,12 @@ def _of_window(x_TBD: jax.Array, w_DK: jax.Array, *, reverse: bool = False) -> j
     return jax.lax.platform_dependent(x_TBD, cpu=by_parts, default=whole)
 
 
-def transposed(w_DK: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+def materialize_transpose(w_DK: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """W', `[K, D]` in `dtype`, as an array of its own: XLA would take the transposition into the products."""
     return jax.lax.optimization_barrier(w_DK.astype(dtype).T)
 
 
-def in_loop(
+def recurrent_matmul(
     w_DK: jax.Array, compute_dtype: jax.typing.DTypeLike, dtype: jax.typing.DTypeLike, *, reverse: bool = False
 ) -> Callable[[jax.Array], jax.Array]:
     """x -> x W, or in reverse x W', of `[B, .]` and accumulated in `dtype`: a product that is made at every symbol.
@@ -73,7 +73,7 @@ def in_loop(
     What can be prepared is, before the loop.  On a CPU, W is on the left where it is large: on the right it would be
     laid out anew for each product.
     """
-    as_it_is, turned = w_DK.astype(compute_dtype), transposed(w_DK, compute_dtype)
+    as_it_is, turned = w_DK.astype(compute_dtype), materialize_transpose(w_DK, compute_dtype)
     from_rows, from_columns = (turned, as_it_is) if reverse else (as_it_is, turned)
 
     def on_the_right(x_BD: jax.Array) -> jax.Array:
@@ -81,7 +81,7 @@ def in_loop(
 
     def on_the_left(x_BD: jax.Array) -> jax.Array:
         y_KB = jax.lax.dot_general(from_columns, x_BD, (((1,), (1,)), ((), ())), preferred_element_type=dtype)
-        return _by_rows(jax.lax.optimization_barrier(y_KB).T)  # not held, it would be turned into the other one
+        return row_major(jax.lax.optimization_barrier(y_KB).T)  # not held, it would be turned into the other one
 
     def product(x_BD: jax.Array) -> jax.Array:
         x_BD = x_BD.astype(compute_dtype)
@@ -92,7 +92,7 @@ def in_loop(
     return product
 
 
-def _by_rows(array: jax.Array) -> jax.Array:
+def row_major(array: jax.Array) -> jax.Array:
     """`array` laid out in the order of its axes: a transposition, XLA otherwise has each reader make for itself."""
     return with_layout_constraint(array, Layout(tuple(range(array.ndim))))
 
@@ -150,7 +150,7 @@ def recurrent_weight_gradient(
 
 def _columns(x_TBD: jax.Array) -> jax.Array:
     """x', `[D, T, B]`, as an array of its own.  Of three axes: that of a matrix XLA would fold into the product."""
-    return jax.lax.optimization_barrier(_by_rows(x_TBD.transpose(2, 0, 1)))
+    return jax.lax.optimization_barrier(row_major(x_TBD.transpose(2, 0, 1)))
 
 
 def _product_of_columns(x_DTB: jax.Array, dy_NK: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

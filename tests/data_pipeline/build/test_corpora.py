@@ -260,8 +260,8 @@ def test_where_a_text_lies_is_free_as_equal_texts_have_one_fingerprint(tmp_path)
     )
     assert open_corpus(resolve(here)).fingerprint == open_corpus(resolve(there)).fingerprint
     moved = [field for field in fields(here) if getattr(here, field.name) != getattr(there, field.name)]
-    assert [field.name for field in moved if field.metadata["free"]] == [*splits, "cache_dir"]
-    assert {field.name for field in fields(here) if field.metadata["free"]} == {
+    assert [field.name for field in moved if field.metadata["mutable"]] == [*splits, "cache_dir"]
+    assert {field.name for field in fields(here) if field.metadata["mutable"]} == {
         "corpus",
         "binary",
         *splits,

@@ -14,7 +14,7 @@ T, B, D, H = 12, 2, 3, 8
 @pytest.mark.parametrize("cell", [lstm, gru, rnn, mlstm], ids=lambda cell: cell.__name__.rpartition(".")[2])
 def test_one_symbol_is_written_without_converting_the_whole_window(cell):
     params = cell.init(jax.random.key(0), D, H, "pytorch", 0.1, 1.0)
-    state, z_TBG = cell.initial_state(B, H), jnp.zeros((T, B, params.w_x.shape[1]), jnp.bfloat16)
+    state, z_TBG = cell.zero_state(B, H), jnp.zeros((T, B, params.w_x.shape[1]), jnp.bfloat16)
     variant = "tanh" if cell is rnn else "plain"
 
     def total(w_h, z_TBG):

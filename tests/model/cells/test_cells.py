@@ -74,7 +74,7 @@ def problem(cell: ModuleType, dtype: Any = np.float32, *, resets: bool = False, 
         return jnp.asarray(rng.normal(size=shape), dtype)
 
     def draw_state():
-        return jax.tree.map(lambda s_BH: draw(*s_BH.shape), cell.initial_state(B, H, dtype))
+        return jax.tree.map(lambda s_BH: draw(*s_BH.shape), cell.zero_state(B, H, dtype))
 
     shapes = jax.eval_shape(lambda: cell.init(jax.random.key(0), D, H, "normal", 1.0, 0.0))
     params = jax.tree.map(lambda leaf: draw(*leaf.shape), shapes)
@@ -344,7 +344,7 @@ def test_a_layer_starts_float32_with_its_gates_side_by_side_and_its_state_at_zer
     expected[forget] = 1.5
     np.testing.assert_array_equal(params.b_x, expected)
     np.testing.assert_array_equal(params.b_h, jnp.zeros(width))
-    state = cell.initial_state(B, H)
+    state = cell.zero_state(B, H)
     assert (state.c is not None) == (cell in (lstm, mlstm))
     for s_BH in jax.tree.leaves(state):
         np.testing.assert_array_equal(s_BH, np.zeros((B, H), np.float32))

@@ -32,7 +32,7 @@ def asked_anew():
 def compiled(name: str) -> str:
     """The program of a step or an evaluation on one device, of a size at which XLA divides what it may."""
     config = config_lib.replace(Config(), hidden_size=768, num_layers=1, embedding_size=64, batch_size=4, window=3)
-    config, mesh = config_lib.resolve(config, 1), distributed.make(jax.devices()[:1])
+    config, mesh = config_lib.fill_automatic(config, 1), distributed.make(jax.devices()[:1])
     ids, truth = jax.ShapeDtypeStruct((4, 3), np.uint8), jax.ShapeDtypeStruct((4, 3), np.bool_)
     batch, scored = distributed.abstract(mesh, distributed.BY_STREAM, (Batch(ids, ids, truth), truth))
     state = step.abstract(config, 100, mesh)

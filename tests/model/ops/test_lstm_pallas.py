@@ -18,7 +18,7 @@ from charlstm.config import Config
 from charlstm.config.model import ModelConfig
 from charlstm.model import language_model
 from charlstm.model.cells import lstm
-from charlstm.model.dropout import Noise
+from charlstm.model.dropout import DropoutKey
 from charlstm.model.ops import lstm_pallas
 from charlstm.training import step as step_lib
 from charlstm.types import CellState
@@ -133,14 +133,17 @@ def test_a_model_of_layers_that_are_read_fused_is_the_same_model(machine):
 
     def value(recurrence):
         config = ModelConfig(
-            hidden_size=128, embedding_size=5, between_dropout=0.3, state_dropout=0.2, weight_drop=0.2,
+            hidden_size=128, embedding_size=5, layer_dropout=0.3, state_dropout=0.2, weight_drop=0.2,
             recurrence=recurrence, remat=remat,
         )  # fmt: skip
-        params, state = language_model.init(config, 9, jax.random.key(1)), language_model.initial_state(config, 2)
-        ids_BT, noise = jnp.arange(8).reshape(2, 4) % 7, Noise(jax.random.key(3), jnp.arange(2, dtype=jnp.int32))
+        params, state = language_model.init(config, 9, jax.random.key(1)), language_model.zero_state(config, 2)
+        ids_BT, dropout_key = (
+            jnp.arange(8).reshape(2, 4) % 7,
+            DropoutKey(jax.random.key(3), jnp.arange(2, dtype=jnp.int32)),
+        )
 
         def loss(params):
-            new, features_TBH = language_model.features(config, params, state, ids_BT, ids_BT == 6, noise)
+            new, features_TBH = language_model.features(config, params, state, ids_BT, ids_BT == 6, dropout_key)
             return jnp.sin(features_TBH).sum() + sum(jnp.cos(leaf).sum() for leaf in jax.tree.leaves(new))
 
         with jax.default_matmul_precision("highest"):
@@ -162,9 +165,9 @@ def test_a_model_of_layers_that_are_read_fused_is_the_same_model(machine):
     ],
 )
 def test_what_is_not_read_fused_is_refused_by_name(settings, named):
-    with pytest.raises(ValueError, match=f"recurrence=fused does not know {named}: use auto or scan"):
-        ModelConfig(recurrence="fused", **settings)
-    assert ModelConfig(recurrence="auto", **settings).beyond("fused") == named
+    with pytest.raises(ValueError, match=f"lstm_backend=fused does not know {named}: use auto or scan"):
+        ModelConfig(lstm_backend="fused", **settings)
+    assert ModelConfig(lstm_backend="auto", **settings).unsupported_by("fused") == named
 
 
 @pytest.mark.parametrize("backend", ["scan", "fused"])
@@ -176,7 +179,7 @@ def test_the_whole_step_is_lowered_for_a_gpu_by_every_jax_that_is_offered_it(bac
         Config(), batch_size=4, window=4, hidden_size=128, embedding_size=8, compute_dtype="bfloat16",
         state_dropout=0.1, recurrence=backend,
     )  # fmt: skip
-    config = config_lib.resolve(config, 1)
+    config = config_lib.fill_automatic(config, 1)
     ids = jax.ShapeDtypeStruct((4, 4), np.uint8)
     batch = Batch(ids, ids, jax.ShapeDtypeStruct(ids.shape, np.bool_))
     state, batch = step_lib.abstract(config, 256, mesh), distributed.abstract(mesh, distributed.BY_STREAM, batch)
