@@ -143,6 +143,26 @@ class Split:
         return maps
 
 
+class ArraySplit:
+    """A text in memory, to be read as a split is."""
+
+    def __init__(self, text: str | bytes, vocabulary: Vocabulary) -> None:
+        """Encodes `text`; what is not in the vocabulary becomes the unknown symbol, and is counted."""
+        whole = text.decode("utf-8", "surrogateescape") if isinstance(text, bytes) else text
+        self._ids = vocabulary.encode(whole, "map")
+        self.dtype, self.bytes = self._ids.dtype, len(whole.encode("utf-8", "surrogateescape"))
+        self.characters = None if any("\udc80" <= symbol <= "\udcff" for symbol in whole) else len(whole)
+        self.unknown = int((self._ids == 0).sum()) if vocabulary.kind == "characters" else 0
+
+    def __len__(self) -> int:
+        """Symbols in the text."""
+        return len(self._ids)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The ids `[stop - start]` of symbols `start` to `stop`."""
+        return self._ids[start:stop].copy()
+
+
 @dataclasses.dataclass(frozen=True)
 class Corpus:
     """A prepared corpus.  Nothing of it is in memory but its manifest and the blocks read last."""
@@ -152,6 +172,26 @@ class Corpus:
     splits: dict[str, Split]  # train, valid, test: those that have any symbols
     fingerprint: str  # in hex; equal for equal ids
     sources: tuple[Source, ...]
+
+    @property
+    def train(self) -> Split:
+        """The split that is learned from."""
+        return self._split("train")
+
+    @property
+    def valid(self) -> Split:
+        """The split that checkpoints are compared on.  Raises ValueError if absent."""
+        return self._split("valid")
+
+    @property
+    def test(self) -> Split:
+        """The split that is scored at the end.  Raises ValueError if absent."""
+        return self._split("test")
+
+    def _split(self, name: str) -> Split:
+        if name not in self.splits:
+            raise ValueError(f"{self.directory} has no {name} split, only {', '.join(self.splits)}")
+        return self.splits[name]
 
 
 def open_corpus(directory: Path | str) -> Corpus:

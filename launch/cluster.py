@@ -1,9 +1,11 @@
 """How a process joins the others of its job, and how it leaves when one of them is lost."""
 
+import contextlib
 import dataclasses
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from typing import NoReturn
 
 from charlstm import distributed
@@ -54,6 +56,19 @@ def join(chosen: JobFlags) -> None:
         distributed.join(chosen.coordinator, chosen.num_processes, chosen.process_id, chosen.heartbeat_timeout)
     if chosen.has_others:
         terminal.cede(signal.SIGTERM)  # JAX tells the others of it
+
+
+@contextlib.contextmanager
+def leaving(chosen: JobFlags) -> Iterator[None]:
+    """Ends this process, where an error within it must not wait for the other processes of the job."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        if chosen.has_others and distributed.is_peer_failure(error):
+            exit_peer_lost(error)
+        if chosen.has_others:
+            exit_alone(error)
+        raise
 
 
 def exit_alone(error: Exception) -> None:

@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
     mesh = distributed.make()
     if chosen.dynamic:
         mesh = distributed.make(list(mesh.devices.flat[:1]))
-    params, step = run_directory.restore_params(run_dir, config, identity, mesh, chosen.checkpoint)
+    params, step = run_directory.restore_params(run_dir, config, identity, mesh, chosen.checkpoint, say_on_stderr)
     config = dataclasses.replace(config, evaluation=evaluation)
     began = time.monotonic()
     score = _scorer(config, corpus, mesh, params, adaptation if chosen.dynamic else None)

@@ -52,18 +52,21 @@ class MonitorFlags:
 
 
 class Monitor:
-    """The port of one process, from its start until `stop`; without --metrics_port, nothing.
+    """The port of one process, from its start until `stop`; without --metrics_port, nothing."""
 
-    Attributes:
-      values: what there is to tell, by the names in METRICS, None where it is not yet known; called by other threads.
-    """
+    def __init__(self, chosen: MonitorFlags, process: int, values: Callable[[], Values]) -> None:
+        """Listens, and answers in a thread.
 
-    def __init__(self, chosen: MonitorFlags, process: int) -> None:
-        """Listens, and answers in a thread.  Raises ValueError where the port or the host cannot be had."""
-        self.values: Callable[[], Values] = dict
+        Args:
+          values: gives what there is to tell, by the names in METRICS, None where it is not yet known; called by other
+            threads.
+
+        Raises:
+          ValueError: the port or the host cannot be had.
+        """
         self._server = _listening(chosen, process) if chosen.metrics_port else None
         if self._server:
-            self._server.text = lambda: exposition(self.values(), process)
+            self._server.text = lambda: exposition(values(), process)
             threading.Thread(target=self._server.serve_forever, args=(0.1,), name="monitor", daemon=True).start()
 
     def stop(self) -> None:
@@ -73,12 +76,12 @@ class Monitor:
 
 
 @contextlib.contextmanager
-def of_this_process(chosen: MonitorFlags) -> Iterator[Monitor]:
+def of_this_process(chosen: MonitorFlags, values: Callable[[], Values]) -> Iterator[Monitor]:
     """The monitor of this process.  Raises ValueError on all processes of the job where one of them cannot listen."""
     with contextlib.ExitStack() as held:
         refusal = ""
         try:
-            monitor = Monitor(chosen, distributed.process_number())
+            monitor = Monitor(chosen, distributed.process_number(), values)
             held.callback(monitor.stop)
         except ValueError as error:
             refusal = str(error)

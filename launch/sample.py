@@ -28,18 +28,18 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from charlstm.inference import generate as generate_lib
 from charlstm.inference.generate import Chunk, Sampling
+from charlstm.inference.text import Sample, encode_prompt, grow, unknown_id, unseen_before
 from charlstm.run import run_directory
 from charlstm.training.loss import NATS_PER_BIT
 from data_pipeline import terminal
 from data_pipeline.atomic_files import expand_user
-from data_pipeline.batch import Separator
 from data_pipeline.settings import LARGEST_INT, check_choices, setting
 from data_pipeline.vocabulary import Vocabulary
 from launch import cli, compilation, cores, flags
@@ -94,72 +94,6 @@ class SampleFlags:
             raise ValueError(f"--prompt and --prompt_file={self.prompt_file} are both given: leave one out")
 
 
-class Sample:
-    """One text as it grows: what may be shown of it, and where it stops.
-
-    Args:
-      vocabulary: of the ids.
-      prompt: ids [symbols] that are shown first.
-      stop: ids [symbols] before which the text ends; none where it does not.
-      before_stop: ids [symbols] before the continuation in which the stop string may begin already.
-      errors: what becomes of bytes that are not UTF-8, as for `bytes.decode`.
-
-    Attributes:
-      ids, log_probabilities: of the symbols after the prompt, up to the stop string.
-      stopped: the stop string was met.
-    """
-
-    def __init__(
-        self,
-        vocabulary: Vocabulary,
-        prompt: np.ndarray,
-        stop: np.ndarray,
-        before_stop: np.ndarray | None = None,
-        errors: str = "replace",
-    ) -> None:
-        self.ids: list[int] = []
-        self.log_probabilities: list[float] = []
-        self.stopped = False
-        self._decoder, self._stop, self._taken = vocabulary.decoder(errors), stop.tolist(), 0
-        # The last symbols, too few for a stop string, which would have been met before.
-        self._end: list[int] = [] if before_stop is None else self._too_few(before_stop.tolist())
-        self._prompt_text = self._decoder.feed(prompt)
-
-    def feed(self, ids: np.ndarray, log_probabilities: np.ndarray) -> None:
-        """Adds symbols; those from the stop string on are dropped."""
-        if self.stopped:
-            return
-        before, end = len(self.ids), self._end + ids.tolist()
-        self.ids += ids.tolist()
-        self.log_probabilities += log_probabilities.tolist()
-        for start in range(len(end) - len(self._stop) + 1 if self._stop else 0):
-            if end[start : start + len(self._stop)] == self._stop:
-                self.stopped = True
-                kept = max(0, before - len(self._end) + start)
-                del self.ids[kept:], self.log_probabilities[kept:]
-                return
-        self._end = self._too_few(end)
-
-    def _too_few(self, ids: list[int]) -> list[int]:
-        return ids[max(0, len(ids) - len(self._stop) + 1) :]
-
-    def take(self, last: bool = False) -> str:
-        """The text, prompt first, that was not taken yet and can be shown.
-
-        What may be the beginning of the stop string or of a UTF-8 sequence is held back, unless nothing more will come.
-        """
-        end = len(self.ids) - (0 if last or self.stopped else self._beginning_of_stop())
-        text, self._prompt_text = self._prompt_text, ""
-        text += self._decoder.feed(np.array(self.ids[self._taken : end], np.int32))
-        self._taken = end
-        return text + (self._decoder.flush() if last else "")
-
-    def _beginning_of_stop(self) -> int:
-        """How many symbols at the end may be the beginning of the stop string."""
-        lengths = range(len(self._end), 0, -1)
-        return min(len(self.ids), next((n for n in lengths if self._end[-n:] == self._stop[:n]), 0))
-
-
 def main(argv: Sequence[str]) -> int:
     (chosen, sampling), given = flags.parse(argv, __doc__ or "", SampleFlags(), Sampling())
     if not chosen.run_dir:
@@ -175,17 +109,17 @@ def main(argv: Sequence[str]) -> int:
 
     compilation.keep()
     mesh = cores.mesh_of_samples(chosen.num_samples)
-    params, step = run_directory.restore_params(run_dir, config, identity, mesh, chosen.checkpoint)
+    params, step = run_directory.restore_params(run_dir, config, identity, mesh, chosen.checkpoint, terminal.say)
     print(f"{run_dir}: the checkpoint of step {step}", file=sys.stderr)
     chunks = generate_lib.generate(
         config.model,
         params,
-        np.concatenate([_unseen(prompt, separator, vocabulary), prompt]),
+        np.concatenate([unseen_before(prompt, separator, vocabulary), prompt]),
         sampling,
         rows=chosen.num_samples,
         length=chosen.length,
         seed=chosen.seed,
-        unknown_id=0 if vocabulary.kind == "characters" else None,
+        unknown_id=unknown_id(vocabulary),
         separator=separator,
     )
     errors = "surrogateescape" if chosen.format == "text" and _gets_bytes(sys.stdout, vocabulary) else "replace"
@@ -194,7 +128,7 @@ def main(argv: Sequence[str]) -> int:
     samples = [Sample(vocabulary, prompt, stop, before_stop, errors) for _ in range(chosen.num_samples)]
     began = time.monotonic()
     if chosen.format == "json":
-        for _ in _grow(samples, chunks):
+        for _ in grow(samples, chunks):
             pass
         for number, sample in enumerate(samples, 1):
             fields = {"sample": number} | _fields(sample, vocabulary, prompt, chosen.seed, step)
@@ -218,15 +152,9 @@ def _prompt(chosen: SampleFlags, vocabulary: Vocabulary) -> np.ndarray:
         except OSError as error:
             raise ValueError(f"prompt_file={chosen.prompt_file} cannot be read: {error.strerror}") from None
     try:
-        ids = vocabulary.encode(text, "map")
+        return encode_prompt(text, vocabulary, chosen.unknown)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    if chosen.unknown == "refuse" and (position := _first_unknown(ids, vocabulary)) is not None:
-        raise ValueError(
-            f"{name}: {_named(text[position])} at position {position} is not in the vocabulary: leave it out, or turn "
-            f"such symbols into the unknown one with --unknown=map"
-        )
-    return ids
 
 
 def _stop(text: str, vocabulary: Vocabulary) -> np.ndarray:
@@ -237,34 +165,9 @@ def _stop(text: str, vocabulary: Vocabulary) -> np.ndarray:
         raise ValueError(f"stop={text!r} can never be met: {error}") from None
 
 
-def _first_unknown(ids: np.ndarray, vocabulary: Vocabulary) -> int | None:
-    return None if vocabulary.kind == "bytes" or ids.all() else int(np.argmin(ids != 0))
-
-
-def _named(symbol: str) -> str:
-    return f"{symbol!r} (U+{ord(symbol):04X})"
-
-
-def _unseen(prompt: np.ndarray, separator: Separator, vocabulary: Vocabulary) -> np.ndarray:
-    """The ids [symbols] that are read before the prompt and not shown."""
-    has_newline = vocabulary.kind == "bytes" or "\n" in vocabulary.characters
-    newline = vocabulary.encode("\n" if has_newline and not len(prompt) else "")
-    return np.array(separator, np.int32) if separator else newline
-
-
 def _gets_bytes(stdout: Any, vocabulary: Vocabulary) -> bool:
     """Whether the very bytes of a text are written: to what is a file or a pipe, and no terminal."""
     return vocabulary.kind == "bytes" and isinstance(stdout, io.TextIOWrapper) and not stdout.isatty()
-
-
-def _grow(samples: list[Sample], chunks: Iterable[Chunk]) -> Iterator[None]:
-    """Feeds the samples, chunk by chunk, until there is no more or all have stopped."""
-    for chunk in chunks:
-        for row, sample in enumerate(samples):
-            sample.feed(chunk.ids[row], chunk.log_probabilities[row])
-        yield
-        if all(sample.stopped for sample in samples):
-            return
 
 
 def _print_text(samples: list[Sample], chunks: Iterable[Chunk], errors: str = "replace") -> None:
@@ -283,7 +186,7 @@ def _print_text(samples: list[Sample], chunks: Iterable[Chunk], errors: str = "r
 
     with terminal.reacting(interrupted):
         print(live.take(), end="", flush=True)
-        for _ in _grow(samples, chunks):
+        for _ in grow(samples, chunks):
             print(live.take(), end="", flush=True)
             if came:
                 break

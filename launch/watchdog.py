@@ -53,18 +53,24 @@ class Watchdog:
 
     Attributes:
       step: the last that the run has come to the end of.
-      about: what a heartbeat says of the run, besides its step; called by another thread.
     """
 
-    def __init__(self, chosen: WatchdogFlags, process: int, directory: Path, period: float = 1.0) -> None:
+    def __init__(
+        self,
+        chosen: WatchdogFlags,
+        process: int,
+        directory: Path,
+        about: Callable[[], dict[str, Any]] = dict,
+        period: float = 1.0,
+    ) -> None:
         """Starts the threads.
 
         Args:
           directory: where the heartbeats of all processes are, `process-N.json`.
+          about: gives what a heartbeat says of the run, besides its step; called by another thread.
           period: seconds between two looks, and between two heartbeats.
         """
-        self.about: Callable[[], dict[str, Any]] = dict
-        self._chosen, self._process, self._directory = chosen, process, directory
+        self._about, self._chosen, self._process, self._directory = about, chosen, process, directory
         self.step, self._times, self._since, self._pause = 0, deque[float](maxlen=99), time.monotonic(), "starting"
         self._done = threading.Event()
         directory.mkdir(parents=True, exist_ok=True)
@@ -134,7 +140,7 @@ class Watchdog:
 
     def _words(self) -> dict[str, Any]:
         return {"process": self._process, "host": platform.node(), "pid": os.getpid(), "time": time.time(),
-                "step": self.step, **self.about()}  # fmt: skip
+                "step": self.step, **self._about()}  # fmt: skip
 
     def _end(self, waited: float) -> None:
         """Says what hangs, and where in the program, and ends the process: nothing of it can be saved any more."""

@@ -1,9 +1,14 @@
 """All the frozen settings of a run as one tree, and its json."""
 
 import dataclasses
+import difflib
+import importlib.resources
 import json
+import os
+from pathlib import Path
 from typing import Any
 
+from charlstm.config import flagfile
 from charlstm.config.model import ModelConfig
 from charlstm.config.training import EvaluationConfig, OptimizerConfig, TrainingConfig
 from data_pipeline.settings import CorpusSettings, StreamSettings, check_numbers
@@ -15,9 +20,12 @@ AUTOMATIC = {"logical_shards": 0, "decay_steps": 0, "decay_rate": 0, "lstm_backe
 VERSION = 2  # of config.json: 1 had other names of settings
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False)
 class Config:
-    """The whole of a run's settings; `config.json` in the run directory."""
+    """The whole of a run's settings; `config.json` in the run directory.
+
+    `Config(hidden_size=512, num_steps=2000)` takes every setting by the name of its flag, and whole sections as well.
+    """
 
     corpus: CorpusSettings = CorpusSettings()
     streams: StreamSettings = StreamSettings()
@@ -26,7 +34,50 @@ class Config:
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
-    def __post_init__(self) -> None:
+    def __init__(self, **settings: Any) -> None:
+        """Takes sections and settings by name; what is not given has its default.
+
+        Raises:
+          ValueError: there is no such setting, or it cannot have that value.
+        """
+        fields = dataclasses.fields(self)
+        sections: dict[str, Any] = {field.name: field.default for field in fields}
+        for name in sections.keys() & settings.keys():
+            if isinstance(settings[name], type(sections[name])):
+                sections[name] = settings.pop(name)
+        home = {field.name: section for section, at in sections.items() for field in dataclasses.fields(at)}
+        for name, value in settings.items():
+            if name not in home:
+                near = difflib.get_close_matches(name, home, 1)
+                raise ValueError(f"unknown setting {name}{f'; did you mean {near[0]}?' if near else ''}")
+            kind = type(getattr(sections[home[name]], name))
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise ValueError(f"{name}={value!r} is not a {kind.__name__}")
+        for name, section in sections.items():
+            given = {setting: value for setting, value in settings.items() if home[setting] == name}
+            object.__setattr__(self, name, dataclasses.replace(section, **given))
+        self._check()
+
+    @classmethod
+    def from_flagfile(cls, path: str | os.PathLike[str]) -> "Config":
+        """The settings in a flagfile: a line --name=value each.  Raises ValueError as the programs do."""
+        return cls(**flagfile.read(Path(path), {name: field.type for name, (_, field) in flatten(cls()).items()}))
+
+    @classmethod
+    def recipe(cls, name: str) -> "Config":
+        """The settings of a flagfile that comes with the project, such as "tinyshakespeare".
+
+        Raises:
+          ValueError: there is none of that name; the message has those that there are.
+        """
+        folder = importlib.resources.files("configs")
+        names = sorted(file.name.removesuffix(".flags") for file in folder.iterdir() if file.name.endswith(".flags"))
+        if name not in names:
+            raise ValueError(f"there is no recipe {name!r}, only {', '.join(names)}")
+        with importlib.resources.as_file(folder / f"{name}.flags") as path:
+            return cls.from_flagfile(path)
+
+    def _check(self) -> None:
         check_numbers(self.corpus)
         check_numbers(self.streams)
         flag = self.optimizer.validation_driven_by

@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +21,8 @@ from etils import epath
 
 from charlstm import distributed
 from charlstm.run.digest import named_leaves
+
+Result = TypeVar("Result")
 
 
 def named_items(trees: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -35,14 +38,18 @@ def start_writing(directory: Path, trees: dict[str, Any]) -> Callable[[], None]:
     all is written, and raises what has failed.
     """
     writes, failures = list[Any](), list[Exception]()
-    with contextlib.closing(asyncio.new_event_loop()) as loop:
-        try:
+
+    def start() -> None:
+        with contextlib.closing(asyncio.new_event_loop()) as loop:
             for item, leaves in named_items(trees).items():
                 os.stat(directory / item)  # the first process has made it: what it does not see, it would not seal
                 saving = _handler().async_save(epath.Path(directory / item), args=ocp.args.PyTreeSave(leaves))
-                writes += loop.run_until_complete(saving) or []
-        except distributed.FAILURES as error:
-            failures.append(error)
+                writes.extend(loop.run_until_complete(saving) or [])
+
+    try:
+        _apart_from_event_loops(start)
+    except distributed.FAILURES as error:
+        failures.append(error)
 
     def wait() -> None:
         for write in writes:
@@ -59,7 +66,7 @@ def start_writing(directory: Path, trees: dict[str, Any]) -> Callable[[], None]:
 def finalize(directory: Path) -> None:
     """Joins what all processes have written; the first process does it when they are done."""
     for item in directory.iterdir():
-        _handler().finalize(epath.Path(item))
+        _apart_from_event_loops(_handler().finalize, epath.Path(item))
 
 
 def read(directory: Path, abstract: dict[str, Any]) -> dict[str, Any]:
@@ -67,7 +74,7 @@ def read(directory: Path, abstract: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for item, leaves in named_items(abstract).items():
         restore = ocp.args.PyTreeRestore(leaves, ocp.checkpoint_utils.construct_restore_args(leaves))
-        found[item] = _handler().restore(epath.Path(directory / item), args=restore)
+        found[item] = _apart_from_event_loops(_restore, directory / item, restore)
     return {
         item: jax.tree.unflatten(jax.tree.structure(tree), [found[item][name] for name in named_leaves(tree)])
         for item, tree in abstract.items()
@@ -80,7 +87,7 @@ def read_to_host(directory: Path, names: list[str]) -> Iterator[tuple[str, np.nd
         item, _, name = full_name.partition(".")
         args = {name: ocp.RestoreArgs(restore_type=np.ndarray)}
         restore = ocp.args.PyTreeRestore({name: 0}, args, partial_restore=True)
-        yield full_name, _handler().restore(epath.Path(directory / item), args=restore)[name]
+        yield full_name, _apart_from_event_loops(_restore, directory / item, restore)[name]
 
 
 def refuse_other_arrays(checkpoint: str, held: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -99,6 +106,20 @@ def refuse_other_arrays(checkpoint: str, held: dict[str, Any], wanted: dict[str,
                 f"{checkpoint} is of another model or optimizer: {name} is {there} there and {here} here; use the "
                 "settings that it was made with, or another run_dir"
             )
+
+
+def _restore(item: Path, restore: Any) -> Any:
+    return _handler().restore(epath.Path(item), args=restore)
+
+
+def _apart_from_event_loops(function: Callable[..., Result], *arguments: Any) -> Result:
+    """What `function` returns.  Orbax runs event loops of its own, which one that runs already (in Jupyter) forbids."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return function(*arguments)
+    with ThreadPoolExecutor(1, "orbax") as thread:
+        return thread.submit(function, *arguments).result()
 
 
 def _handler() -> ocp.PyTreeCheckpointHandler:

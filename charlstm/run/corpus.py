@@ -13,7 +13,7 @@ from data_pipeline.build.splits import cut
 from data_pipeline.eval_chunks import ChunkPlan
 from data_pipeline.progress import bar, say_on_stderr
 from data_pipeline.settings import CorpusSettings
-from data_pipeline.shards import Corpus, open_corpus
+from data_pipeline.shards import Corpus
 from data_pipeline.streams import StreamPlan, Symbols
 
 SEARCHED = 64 << 20  # symbols in which a separator is looked for: a fraction of a second
@@ -35,9 +35,7 @@ def open_for(config: Config, given: list[str]) -> tuple[Corpus, Config]:
         )
     if not settings.corpus and not settings.train:
         raise ValueError("--corpus is empty: name a text, a prepared directory, or python")
-    corpus = open_corpus(corpora.resolve(settings, bar(), say_on_stderr))
-    if "train" not in corpus.splits:
-        raise ValueError(f"{corpus.directory} has no training split")
+    corpus = corpora.load(settings, bar(), say_on_stderr)
     # Of a directory that was prepared before, the vocabulary and the splits are what they are.
     kind = corpus.vocabulary.kind
     if "vocabulary" in names and settings.vocabulary != kind:

@@ -4,7 +4,6 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,21 +13,17 @@ class RunLog:
 
     A `silent` log (of a process that is not the first, or of a dry run) writes nothing to the run directory.  What a
     full disk does not take is kept, and written when there is room again.
-
-    Attributes:
-      trouble: what stands after every line of the steps, while it is not "": that nothing can be saved, say.
     """
 
     def __init__(self, run_dir: Path, terminal: TextIO, silent: bool = False) -> None:
         self._terminal: TextIO | None = terminal
-        self._live = terminal.isatty()
+        self._live = terminal.isatty() or type(terminal).__module__.startswith("ipykernel")
         self._lock = threading.Lock()  # a checkpoint's thread has something to say, too
         self._log = None if silent else Lines(run_dir / "log.txt")
         self._metrics = None if silent else Lines(run_dir / "metrics.jsonl")
         self._status_shown = False
-        self.trouble: Callable[[], str] = str
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """One plain line, in log.txt and on the terminal."""
         if self._log is None:
             return
@@ -36,14 +31,14 @@ class RunLog:
             self._write(text)
             self._show(self._wiped() + text + "\n")
 
-    def note(self, text: str) -> None:
+    def progress(self, text: str) -> None:
         """One plain line in log.txt; on a terminal it is the live line."""
         if self._log is None:
             return
         with self._lock:
-            self._write(text + self.trouble())
+            self._write(text)
             if not self._live:
-                self._show(text + self.trouble() + "\n")
+                self._show(text + "\n")
         self.status(text)
 
     def status(self, text: str) -> None:
@@ -52,7 +47,7 @@ class RunLog:
             return
         with self._lock:
             width = self._width()
-            self._show("\r" + (text + self.trouble())[:width].ljust(width))
+            self._show("\r" + text[:width].ljust(width))
             self._status_shown = True
 
     def record(self, fields: dict[str, Any]) -> None:

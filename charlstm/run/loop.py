@@ -1,77 +1,305 @@
-"""The training loop: update, count, then look."""
+"""The training loop: a run from its newest checkpoint to its end.
 
-from collections.abc import Callable
-from typing import Any
+Get a batch, update, and once in a while compare the devices, log, evaluate and save; roll back where it diverges.
+"""
 
-from charlstm.config.training import TrainingConfig
-from charlstm.run import digest
+import contextlib
+import enum
+import itertools
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO
+
+from charlstm import distributed
+from charlstm.inference import evaluate as evaluate_lib
+from charlstm.run import digest, memory, replicas, run_directory
+from charlstm.run.checkpoint import Checkpoints
 from charlstm.run.log import RunLog
-from charlstm.run.metrics import MetricAggregator, finite_score
+from charlstm.run.metrics import Diverged, MetricAggregator, duration, finite_score
+from charlstm.run.services import Services
+from charlstm.run.start import Run
 from charlstm.training import averaging
-from charlstm.training.step import TrainStep
-from charlstm.types import ModelParams, TrainState
+from charlstm.training import step as step_lib
+from charlstm.types import Metrics, TrainState
+from data_pipeline.batch import Batch
+from data_pipeline.loader import Windows, open_windows
 
 
-def due(step: int, every: int, last: int) -> bool:
-    """Whether what happens every `every` steps (0: never), and at step `last`, happens after `step` updates."""
+class Outcome(enum.Enum):
+    """How a run ended that did not diverge."""
+
+    FINISHED = "finished"
+    STOPPED = "stopped, saved"
+    NOT_SAVED = "not saved"
+
+
+def train(run: Run, services: Services, given: Sequence[str] = (), terminal: TextIO | None = None) -> Outcome:
+    """Trains `run` to --num_steps, or until it is asked to stop.
+
+    Args:
+      given: the flags that began the run, kept as its flagfile.
+      terminal: takes the log's lines; stderr by default.
+
+    Raises:
+      ValueError: another job has the run directory, or it cannot be written.
+      Diverged: training diverged, and does not go on from an earlier checkpoint, or not any more.
+    """
+    with contextlib.ExitStack() as opened:
+        distributed.run_on_first(
+            lambda: opened.enter_context(run_directory.lock_run_directory(run.run_dir)),
+        )
+        opened.enter_context(services.opened(run.run_dir))
+        if not run.resumed:
+            distributed.run_on_first(
+                lambda: run_directory.create(run.run_dir, run.config, run.identity, given, run.initial)
+            )
+        log = RunLog(run.run_dir, terminal or sys.stderr, silent=not distributed.is_first_process())
+        opened.callback(log.close)
+        for remark in run.remarks:
+            log.info(remark)
+        keep = run.config.training.keep_checkpoints
+        checkpoints = opened.enter_context(Checkpoints(run.run_dir / "checkpoints", keep=keep, log=log.info))
+        return Training(run, checkpoints, log, services).train()
+
+
+def due(step: int, every: int, last: int = 0) -> bool:
+    """True if `step` is a multiple of `every` (0 disables), or the last step."""
     return step == last or (every > 0 and step % every == 0)
 
 
-def train(
-    settings: TrainingConfig,
-    state: TrainState,
-    train_step: TrainStep,
-    next_batch: Callable[[], Any],
-    *,
-    evaluate: Callable[[int, ModelParams], dict[str, Any]] | None,
-    heard: Callable[[TrainState, float], TrainState],
-    save: Callable[[TrainState, float | None], None],
-    check: Callable[[int, TrainState], None],
-    log: RunLog,
-    meter: MetricAggregator,
-    stopping: Callable[[int], bool],
-) -> TrainState:
-    """Trains from `state` to `settings.num_steps`, or until `stopping(step)`, which every process must answer alike.
+class Training:
+    """One run as it trains.
 
-    Args:
-      next_batch: gives the batch of step `state.step`, then the next one, and so on.
-      evaluate: (step, params or their average) -> a line of metrics.jsonl; None where there is no validation split.
-      heard: (state, validation bits per symbol) -> the state that training goes on from.
-      save: makes a checkpoint of (state, validation bits per symbol or None).
-      check: (step, state) -> None where the devices' copies are equal.
-
-    Raises:
-      Diverged: an update, a score or a device's copy is not sound; nothing of it was saved.
+    Attributes:
+      metrics: what the steps reported.
+      rollbacks: how often this process rolled back.
+      gave_up: --max_failed_saves saves failed one after the other, on one process or on all; every process knows it at
+        the same step.
     """
-    step, last = int(state.step), settings.num_steps
-    saved = step or None  # what is on disk already is not saved again: it would lose its score
-    while step < last and not stopping(step):
-        state, metrics = train_step(state, next_batch())
-        step += 1
-        meter.add(step, metrics)
-        log.status(meter.status())
-        if due(step, settings.check_replicas_every, last=0):
-            check(step, state)
-        records, score = [], None
-        if due(step, settings.log_every, last):
-            meter.settle()
-            log.note(meter.status())
-            records.append(meter.train_record())
-        if evaluate and due(step, settings.evaluate_every, last):
-            meter.settle()
-            records.append(evaluate(step, averaging.to_evaluate(state)))
-            score = finite_score(step, records[-1])
-            if due(step, settings.evaluate_every, last=0):  # at any other last step, a longer run is told nothing
-                state = heard(state, score)
-        if records and step == last:
-            records[-1]["state_digest"] = digest.state_digest(state)
-        for record in records:
-            log.record(record)
-        if score is not None or due(step, settings.checkpoint_every, last):
-            meter.settle()
-            save(state, score)
-            saved = step
-    if step != saved:
-        meter.settle()
-        save(state, None)
-    return state
+
+    def __init__(self, run: Run, checkpoints: Checkpoints, log: RunLog, services: Services) -> None:
+        self.run, self.checkpoints, self.log, self.services = run, checkpoints, log, services
+        text = run.corpus.splits["train"]
+        self.metrics = MetricAggregator(
+            run.plan.steps_per_epoch,
+            run.config.training,
+            log.info,
+            run.corpus.vocabulary.kind,
+            of_ascii=text.characters == text.bytes and not text.unknown,
+        )
+        self.rollbacks, self.gave_up = 0, False
+        self._stop_polls = itertools.count()
+        self._lengths = set[int]()  # of windows, for which the update is compiled
+        self._valid = run.corpus.splits.get("valid")
+        if self._valid is not None:
+            # In the logical shards, as gradients are: the same bits on any number of devices that divides them.
+            shards = step_lib.shards_per_device(run.config, run.mesh.size)
+            V = run.corpus.vocabulary.size
+            self._score = evaluate_lib.make_evaluator(run.config, V, self._valid, run.mesh, run.separator, shards)
+
+    def train(self) -> Outcome:
+        """Trains from the newest checkpoint, or from the beginning.  Raises Diverged."""
+        config, last, began = self.run.config, self.run.config.training.num_steps, time.monotonic()
+        state, _, sums = self.restore()
+        # What is refused until here changes nothing.
+        distributed.run_on_first(lambda: run_directory.write_config(self.run.run_dir, config))
+        start = int(state.step)
+        self.log.rewind(start)
+        if start >= last:
+            self.log.info(f"finished: the run is at step {start} of {last}; --num_steps above that goes on")
+            return Outcome.FINISHED
+        self.metrics.restart(sums, skipped_windows(state))
+        self.log.info(
+            f"training on {distributed.describe(self.run.mesh)}: step {start} of {last}, "
+            f"{self.run.plan.steps_per_epoch} steps an epoch, {config.training.logical_shards} logical shards"
+        )
+        if config.optimizer.eval_params_field == "average":
+            self.log.info(f"what is evaluated is the average of the parameters (average={config.optimizer.average})")
+        with self.services.watching(self), memory.watched(self.run.mesh, self.services.end) as self._watch_memory:
+            while True:
+                try:
+                    state = self.train_from(state)
+                    break
+                except Diverged as diverged:
+                    stops = config.training.on_divergence == "stop"
+                    self.log.info(f"{'stopped' if stops else 'diverged'}: {diverged}")
+                    with self.services.pause("rolling back"):
+                        state = self.roll_back(diverged)
+            self.checkpoints.wait()
+            outcome = self.outcome(int(state.step), time.monotonic() - began)
+            self.services.ended(outcome)
+        return outcome
+
+    def train_from(self, state: TrainState) -> TrainState:
+        """Trains from `state` to num_steps, or until all processes agree to stop; the state it ended with, saved."""
+        settings = self.run.config.training
+        step, last = int(state.step), settings.num_steps
+        saved = step or None  # what is on disk already is not saved again: it would lose its score
+        with self.open_windows(state) as windows:
+            while step < last and not self.stopping(step):
+                state, metrics = self.update(state, self.next_batch(windows))
+                step += 1
+                self.metrics.add(step, metrics)
+                self.log.status(self.status())
+                if due(step, settings.check_replicas_every):
+                    self.check_replicas(state)
+                records, score = [], None
+                if due(step, settings.log_every, last):
+                    self.metrics.settle()
+                    self.log.progress(self.status())
+                    records.append(self.metrics.train_record())
+                if self._valid is not None and due(step, settings.evaluate_every, last):
+                    self.metrics.settle()
+                    records.append(self.evaluate(step, state))
+                    score = finite_score(step, records[-1])
+                    if due(step, settings.evaluate_every):  # at any other last step, a longer run is told nothing
+                        state = self.update_plateau(state, score)
+                if records and step == last:
+                    records[-1]["state_digest"] = digest.state_digest(state)
+                for record in records:
+                    self.log.record(record)
+                if score is not None or due(step, settings.checkpoint_every, last):
+                    self.save(state, score)
+                    saved = step
+        if step != saved:
+            self.save(state, None)
+        return state
+
+    def restore(self) -> tuple[TrainState, float | None, dict[str, Any] | None]:
+        """The newest whole checkpoint: state, validation score, sums of the metrics; else the state before step 1."""
+        run, V = self.run, self.run.corpus.vocabulary.size
+        if distributed.any_process(bool(self.checkpoints.steps())):
+            state, meta = self.checkpoints.restore(step_lib.abstract(run.config, V, run.mesh))
+            run_directory.check_checkpoint(meta["identity"], run.config, run.identity, run.run_dir)
+            self.log.info(f"continuing from the checkpoint of step {int(state.step)}")
+            return state, meta["bits_per_symbol"], meta["sums"]
+        state = step_lib.place(run.mesh, step_lib.init(run.config, V))
+        return (state if run.params is None else step_lib.with_params(run.config, state, run.params)), None, None
+
+    def stopping(self, step: int) -> bool:
+        """True if the run is to stop before the next update, which all processes answer alike."""
+        self.services.tick(step)
+        return self.gave_up or distributed.stop_agreed(next(self._stop_polls), self.services.stop_requested())
+
+    def open_windows(self, state: TrainState) -> Windows:
+        """The windows of this process's streams, from the one that `state` reads next."""
+        run, streams = self.run, self.run.config.streams
+        return open_windows(
+            run.corpus.splits["train"],
+            run.plan,
+            rows=distributed.process_rows(run.mesh, streams.batch_size),
+            start_step=int(state.divergence.next_window),
+            separator=run.separator,
+            threads=streams.reader_threads,
+            read_ahead=streams.read_ahead,
+        )
+
+    def next_batch(self, windows: Iterator[Batch]) -> Batch:
+        """The next window of every stream, on the devices."""
+        return distributed.put(self.run.mesh, distributed.BY_STREAM, self.metrics.next_of(windows))
+
+    def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """One update; it is compiled, which is no step, for each length of a window that it meets."""
+        length = batch.inputs.shape[1]
+        with contextlib.nullcontext() if length in self._lengths else self.services.pause("compiling"):
+            self._lengths.add(length)
+            state, metrics = self.run.train_step(state, batch)
+        self._watch_memory(metrics.loss)
+        return state, metrics
+
+    def evaluate(self, step: int, state: TrainState) -> dict[str, Any]:
+        """Scores the validation split: a line of metrics.jsonl."""
+        assert self._valid is not None
+        self.log.status(f"step {step}: evaluating the validation split")
+        began = time.monotonic()
+        with self.services.pause("evaluating"):
+            score = self._score(averaging.to_evaluate(state))
+        seconds = time.monotonic() - began
+        self.metrics.pause(seconds)
+        self.log.info(f"step {step}: validation {score.in_words(self.run.corpus.vocabulary.kind)}")
+        return self.metrics.evaluation_record(step, "valid", score, len(self._valid) / seconds)
+
+    def update_plateau(self, state: TrainState, score: float) -> TrainState:
+        """`state` with a validation score taken into account, where the run is driven by these; says what changes."""
+        optimizer, before = self.run.config.optimizer, state.plateau
+        if not optimizer.validation_driven_by:
+            return state
+        state = step_lib.update_plateau(self.run.config, self.run.mesh, state, score)
+        now = state.plateau
+        where = f"step {int(state.step)}: evaluation {int(now.evaluations)}, {int(now.patience_count)} without gain:"
+        if now.dropped and not before.dropped:
+            self.log.info(f"{where} from here on the learning rate is times {optimizer.decay_rate:g}")
+        if now.averaged and not before.averaged:
+            self.log.info(f"{where} from here on the parameters are averaged")
+        return state
+
+    def save(self, state: TrainState, score: float | None) -> None:
+        """Makes a checkpoint, after a comparison of the devices.  Raises Diverged where they differ."""
+        self.metrics.settle()
+        began, most = time.monotonic(), self.run.config.training.max_failed_saves
+        identity = run_directory.checkpoint_identity(self.run.config, self.run.identity)
+        with self.services.pause("saving"):
+            try:
+                self.checkpoints.save(state, identity, score, self.metrics.sums())
+            except replicas.CopiesDiffer as found:
+                raise _drifted(int(state.step), str(found)) from None
+            failed = self.checkpoints.failed_saves  # of this save only what failed at once; it goes on behind
+            self.gave_up = bool(most) and distributed.any_process(failed >= most)
+        self.metrics.pause(time.monotonic() - began)
+
+    def check_replicas(self, state: TrainState) -> None:
+        """Raises Diverged where a device's copy of what every device holds whole differs from the others'."""
+        differing = replicas.compare(state._replace(recurrent_state=())._asdict(), self.run.mesh).differing
+        if differing:
+            raise _drifted(int(state.step), differing)
+
+    def roll_back(self, diverged: Diverged) -> TrainState:
+        """The state that a run which diverged goes on from, saved.  Raises `diverged` where it is not to go on."""
+        training = self.run.config.training
+        if training.on_divergence != "rollback":
+            raise diverged
+        self.checkpoints.wait()
+        state, score, sums = self.restore()
+        rollbacks = int(state.divergence.rollbacks) + 1
+        if rollbacks > training.max_rollbacks:
+            self.log.info(f"stopped: the run has gone back {training.max_rollbacks} times (max_rollbacks)")
+            raise diverged
+        step, first = int(state.step), int(state.divergence.next_window)
+        skipped = diverged.step - step if diverged.windows_at_fault else 0
+        state = step_lib.roll_back(self.run.mesh, state, skipped)
+        words = f"; windows {first} to {first + skipped - 1} of each stream are left out" if skipped else ""
+        self.log.info(f"went back to step {step}, rollback {rollbacks} of {training.max_rollbacks}{words}")
+        self.log.rewind(step)
+        self.metrics.restart(sums, skipped_windows(state))
+        self.rollbacks += 1
+        self.save(state, score)
+        return state
+
+    def status(self) -> str:
+        """The live line; that nothing can be saved stands first, where a narrow terminal does not cut it off."""
+        line, failed = self.metrics.status(), self.checkpoints.failed_saves
+        return f"NOT SAVED, {failed} times  {line}" if line and failed else line
+
+    def outcome(self, step: int, seconds: float) -> Outcome:
+        """Says how the run ended."""
+        last, say = self.run.config.training.num_steps, self.log.info
+        if self.checkpoints.failed_saves:
+            left = f"the checkpoint of step {max(steps)}" if (steps := self.checkpoints.steps()) else "the beginning"
+            say(f"ended at step {step}, which could not be saved; the same command goes on from {left}")
+            return Outcome.NOT_SAVED
+        if step < last:
+            why = "as saves had failed (max_failed_saves)" if self.gave_up else "by a signal"
+            say(f"stopped {why} at step {step}, saved; the same command goes on")
+            return Outcome.STOPPED
+        say(f"finished: {last} steps, {duration(seconds)} in this process")
+        return Outcome.FINISHED
+
+
+def skipped_windows(state: TrainState) -> int:
+    """Windows of each stream that the run has passed over."""
+    return int(state.divergence.next_window) - int(state.step)
+
+
+def _drifted(step: int, differing: str) -> Diverged:
+    return Diverged(step, f"{differing} after step {step}", windows_at_fault=False)

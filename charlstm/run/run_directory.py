@@ -14,8 +14,7 @@ import json
 import os
 import platform
 import re
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,7 +88,9 @@ def named(flag: str, value: str) -> Path:
     return path
 
 
-def create(run_dir: Path, config: Config, identity: Identity, given: list[str], initial: Initial | None = None) -> None:
+def create(
+    run_dir: Path, config: Config, identity: Identity, given: Sequence[str], initial: Initial | None = None
+) -> None:
     """Makes a new run in a directory that is `held`, and is made if need be.
 
     A run that is there and has no checkpoint gives way to it; its log goes on.
@@ -262,7 +263,7 @@ def separator(config: Config, vocabulary: Vocabulary) -> Separator:
 
 
 def restore_params(
-    run_dir: Path, config: Config, identity: Identity, mesh: Mesh, which: str
+    run_dir: Path, config: Config, identity: Identity, mesh: Mesh, which: str, say: Callable[[str], None]
 ) -> tuple[ModelParams, int]:
     """Parameters of a run (their average, where it keeps one, saying so), on every device of `mesh`, and their step.
 
@@ -276,14 +277,12 @@ def restore_params(
     if which not in ("best", "latest") and not which.isdecimal():
         raise ValueError(f"checkpoint={which!r} is neither best, nor latest, nor a step")
     abstract = step_lib.abstract(config, identity.vocabulary.size, mesh).params
-    with Checkpoints(
-        run_dir / "checkpoints", writable=False, log=lambda line: print(line, file=sys.stderr)
-    ) as checkpoints:
+    with Checkpoints(run_dir / "checkpoints", writable=False, log=say) as checkpoints:
         step: Wanted = "best" if which == "best" else None if which == "latest" else int(which)
         params, meta = checkpoints.restore_params(abstract, step=step, item=config.optimizer.eval_params_field)
     check_checkpoint(meta["identity"], config, identity, run_dir)
     if config.optimizer.eval_params_field == "average" and distributed.is_first_process():
-        print(f"{run_dir}: the average of the parameters (average={config.optimizer.average})", file=sys.stderr)
+        say(f"{run_dir}: the average of the parameters (average={config.optimizer.average})")
     return params, meta["step"]
 
 

@@ -7,7 +7,17 @@ from data_pipeline.atomic_files import Progress, expand_user
 from data_pipeline.build.prepare import prepare
 from data_pipeline.manifest import is_prepared
 from data_pipeline.settings import CorpusSettings
-from data_pipeline.shards import open_corpus
+from data_pipeline.shards import Corpus, open_corpus
+
+
+def load(
+    settings: CorpusSettings, progress: Progress | None = None, say: Callable[[str], None] | None = None
+) -> Corpus:
+    """The corpus that `settings` name, opened; arguments and errors as of `resolve`."""
+    corpus = open_corpus(resolve(settings, progress, say))
+    if "train" not in corpus.splits:
+        raise ValueError(f"{corpus.directory} has no training split")
+    return corpus
 
 
 def resolve(

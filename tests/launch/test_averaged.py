@@ -10,9 +10,10 @@ import pytest
 from charlstm import distributed
 from charlstm.run import run_directory
 from charlstm.run.checkpoint import Checkpoints
+from charlstm.run.loop import Training
 from charlstm.run.metrics import MetricAggregator
 from charlstm.training import step as step_lib
-from launch import cli, evaluate, run, sample, train
+from launch import cli, evaluate, sample, train
 from tests.launch.conftest import refusal
 from tests.training.test_divergence import flipped
 from tests.training.test_step import assert_equal_bits
@@ -102,7 +103,7 @@ def test_killed_before_and_after_each_turn_and_at_its_evaluation_it_ends_with_th
     drop, turn = turns(straight)
     deaths = [
         (MetricAggregator, "add", drop - 1, 1),
-        (run._Saver, "__call__", turn, 1),
+        (Training, "save", turn, 1),
         (MetricAggregator, "add", turn + 2, 2),
     ]
     for number, (owner, method, at, devices) in enumerate(deaths):
@@ -126,7 +127,7 @@ def test_the_average_is_what_is_validated_evaluated_and_sampled(straight, capsys
     logged = records(straight, "valid")
     config, identity = run_directory.read(straight)
     mesh = distributed.make(jax.devices()[:1])
-    average, _ = run_directory.restore_params(straight, config, identity, mesh, "40")
+    average, _ = run_directory.restore_params(straight, config, identity, mesh, "40", print)
     with Checkpoints(straight / "checkpoints", writable=False, log=print) as checkpoints:
         params, meta = checkpoints.restore_params(average, step=40)
         held, _ = checkpoints.restore_params(average, step=40, item="average")

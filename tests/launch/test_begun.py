@@ -25,7 +25,7 @@ def dies_before_it_trains(monkeypatch):
         monkeypatch.undo()
         raise Killed
 
-    monkeypatch.setattr(train.run_lib, "train", die)
+    monkeypatch.setattr(train.loop.Training, "train", die)
 
 
 def log_of(run_dir: Path) -> list[str]:

@@ -95,22 +95,26 @@ def test_a_window_that_is_closed_ends_no_program():
 
 
 @pytest.mark.parametrize("first", ["SIGINT", "SIGTERM"])
-def test_the_first_signal_in_training_is_acknowledged_at_once_and_a_second_ctrl_c_is_one_line_and_130(first):
+def test_the_first_signal_in_training_is_acknowledged_at_once_and_a_second_ctrl_c_is_one_line_and_130(first, tmp_path):
     code = (
         "import os, signal, sys, time\n"
-        "from types import SimpleNamespace\n"
-        "from launch import cli, run\n"
+        "from pathlib import Path\n"
+        "from launch import cli\n"
+        "from launch.prometheus import MonitorFlags\n"
+        "from launch.services import ProgramServices\n"
+        "from launch.watchdog import WatchdogFlags\n"
         "def main(argv):\n"
-        "    with run._signals(SimpleNamespace(doing='evaluating')) as stopping:\n"
+        "    services = ProgramServices(WatchdogFlags(), MonitorFlags())\n"
+        "    with services.opened(Path(sys.argv[2])), services.watching(None), services.pause('evaluating'):\n"
         "        for number in (getattr(signal, sys.argv[1]), signal.SIGINT):\n"
         "            os.kill(os.getpid(), number)\n"
-        "            while not stopping():\n"
+        "            while not services.stop_requested():\n"
         "                time.sleep(0.01)\n"
         "        time.sleep(60)\n"
         "cli.run('launch.test', main)\n"
     )
     told = "told to stop: saves and ends after evaluating; a second Ctrl-C ends it at once, unsaved"
-    assert python(code, first) == (130, f"{told}\nlaunch.test: interrupted\n")
+    assert python(code, first, str(tmp_path)) == (130, f"{told}\nlaunch.test: interrupted\n")
 
 
 def shell(command: str) -> subprocess.CompletedProcess:

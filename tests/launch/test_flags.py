@@ -123,7 +123,7 @@ APART: tuple[dict[str, object], ...] = (
 
 
 def parse(*arguments: str) -> tuple[TrainFlags, Config, list[str]]:
-    chosen, _, _, _, config, given_ = train.parse(["train", *arguments])
+    chosen, _, _, config, given_ = train.parse(["train", *arguments])
     return chosen, config, given_
 
 

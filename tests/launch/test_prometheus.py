@@ -39,8 +39,7 @@ def free_ports(count: int) -> int:
 def listening(process: int = 0, **values: float | None) -> Iterator[int]:
     """The port of a monitor that tells `values`."""
     port = free_ports(process + 1)
-    told = Monitor(MonitorFlags(metrics_port=port), process)
-    told.values = lambda: values
+    told = Monitor(MonitorFlags(metrics_port=port), process, lambda: values)
     try:
         yield port + process
     finally:
@@ -95,10 +94,9 @@ def test_every_number_arrives_as_it_is(value):
 
 def test_a_value_is_that_of_the_moment_it_is_asked_for():
     port = free_ports(1)
-    told = Monitor(MonitorFlags(metrics_port=port), 0)
+    figures = iter([{}, {"step": 7}, {"step": 8}, {"step": 9}])
+    told = Monitor(MonitorFlags(metrics_port=port), 0, lambda: next(figures))
     assert get(port)[0] == ""
-    seen = iter(range(7, 100))
-    told.values = lambda: {"step": next(seen)}
     assert [values_of(port)["step"] for _ in range(3)] == [7, 8, 9]
     told.stop()
 
@@ -116,7 +114,7 @@ def test_there_is_nothing_but_the_metrics(path, status):
 @pytest.mark.parametrize("port_given", [0, 1])
 def test_without_the_flag_there_is_no_port_and_no_thread(port_given):
     before = set(threading.enumerate())
-    told = Monitor(MonitorFlags(metrics_port=port_given * free_ports(1)), 0)
+    told = Monitor(MonitorFlags(metrics_port=port_given * free_ports(1)), 0, dict)
     assert bool(set(threading.enumerate()) - before) == bool(port_given)
     told.stop()
     wait_for(lambda: set(threading.enumerate()) <= before, 10)
@@ -132,7 +130,7 @@ def test_a_client_that_says_nothing_more_keeps_neither_others_nor_the_end_of_the
         assert time.monotonic() - began < 5  # it is heard of for 10
         with pytest.raises(urllib.error.URLError):
             get(port)
-        Monitor(MonitorFlags(metrics_port=port), 0).stop()
+        Monitor(MonitorFlags(metrics_port=port), 0, dict).stop()
 
 
 def test_a_client_that_says_nothing_is_not_heard_of_for_ever(monkeypatch):
@@ -171,14 +169,14 @@ def test_a_client_that_goes_away_in_the_middle_is_nothing_to_say_and_a_bug_is(ca
 )
 def test_a_host_that_is_not_this_machine_is_refused_with_the_remedy(host, reason):
     with pytest.raises(ValueError, match=f"^metrics_host={host} is no address of this machine .*{reason}") as caught:
-        Monitor(MonitorFlags(metrics_port=free_ports(1), metrics_host=host), 0)
+        Monitor(MonitorFlags(metrics_port=free_ports(1), metrics_host=host), 0, dict)
     assert type(caught.value) is ValueError
     assert str(caught.value).endswith("): use 127.0.0.1, or 0.0.0.0 for all of its networks")
 
 
 def test_a_port_in_use_is_refused_with_the_remedy():
     with listening(process=1) as port, pytest.raises(ValueError) as caught:
-        Monitor(MonitorFlags(metrics_port=port - 2), 2)
+        Monitor(MonitorFlags(metrics_port=port - 2), 2, dict)
     sentence = f"process 2 cannot listen on port {port} of 127.0.0.1 (Address already in use): choose another"
     assert str(caught.value) == f"{sentence} metrics_port, above 1023, or 0 for none"
 
@@ -189,7 +187,7 @@ def test_a_port_that_is_not_allowed_is_refused_with_the_remedy(monkeypatch):
 
     monkeypatch.setattr(prometheus._Server, "server_bind", bind)
     with pytest.raises(ValueError, match=r"port 80 of 127.0.0.1 \(Permission denied\): choose .*, above 1023"):
-        Monitor(MonitorFlags(metrics_port=80), 0)
+        Monitor(MonitorFlags(metrics_port=80), 0, dict)
 
 
 def test_a_port_that_there_is_not_is_refused():
@@ -197,7 +195,7 @@ def test_a_port_that_there_is_not_is_refused():
         with pytest.raises(ValueError, match=f"^metrics_port={port} must be from 1 to 65535, or 0 for no port$"):
             MonitorFlags(metrics_port=port)
     with pytest.raises(ValueError, match=r"^metrics_port=65535 \+ process 1 is above 65535: choose a lower one$"):
-        Monitor(MonitorFlags(metrics_port=65535), 1)
+        Monitor(MonitorFlags(metrics_port=65535), 1, dict)
 
 
 @pytest.mark.parametrize("on_this_process", [False, True])
@@ -212,7 +210,7 @@ def test_where_one_process_cannot_listen_all_refuse_and_none_keeps_its_port(on_t
         refused = pytest.raises(ValueError, match=f"^process {int(not on_this_process)} cannot listen")
         with refused, prometheus.of_this_process(MonitorFlags(metrics_port=port)):
             pass
-    Monitor(MonitorFlags(metrics_port=port), 0).stop()
+    Monitor(MonitorFlags(metrics_port=port), 0, dict).stop()
 
 
 def test_the_latest_records_are_what_is_told_of_training_and_validation():

@@ -96,11 +96,11 @@ def test_a_line_is_on_disk_when_it_is_recorded(log, tmp_path):
 @pytest.mark.parametrize("stream", [Terminal, io.StringIO], ids=["terminal", "pipe"])
 def test_log_txt_has_each_line_with_its_time_and_nothing_of_the_status_line(stream, tmp_path):
     log = RunLog(tmp_path, stream())
-    log.say("training on 1 x cpu")
+    log.info("training on 1 x cpu")
     log.status("step 9/100")
-    log.note("step 10/100  1 € bpc")
+    log.progress("step 10/100  1 € bpc")
     log.status("step 11/100")
-    log.say("finished")
+    log.info("finished")
     text = (tmp_path / "log.txt").read_text("utf-8")  # flushed: whoever watches the file sees the line
     stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d "
     assert re.fullmatch(f"{stamp}training on 1 x cpu\n{stamp}step 10/100  1 € bpc\n{stamp}finished\n", text)
@@ -111,7 +111,7 @@ def test_log_txt_has_each_line_with_its_time_and_nothing_of_the_status_line(stre
 def test_a_second_log_of_the_same_run_goes_on_at_the_end(tmp_path):
     for word in ("one", "two"):
         log = RunLog(tmp_path, io.StringIO())
-        log.say(word)
+        log.info(word)
         log.close()
     assert [line.split()[2] for line in (tmp_path / "log.txt").read_text().splitlines()] == ["one", "two"]
 
@@ -131,25 +131,25 @@ def test_the_live_line_is_cut_to_the_width_of_the_terminal_so_that_it_never_wrap
 
 
 def test_the_live_line_is_wiped_before_a_plain_line_and_at_the_end(log, terminal):
-    log.say("begins")
+    log.info("begins")
     for text in ("x" * 25, "y" * 500, "z" * 59):
         log.status(text)
-        log.say("saved")
+        log.info("saved")
     log.status("x" * 25)
     log.close()
     assert on_screen(terminal.getvalue(), 60) == ["begins", "saved", "saved", "saved", ""]
 
 
 def test_a_plain_line_alone_has_no_control_characters_on_a_terminal_either(log, terminal):
-    log.say("one")
-    log.say("two")
+    log.info("one")
+    log.info("two")
     log.close()
     assert terminal.getvalue() == "one\ntwo\n"
 
 
 def test_where_there_is_a_live_line_a_note_goes_to_log_txt_alone(log, terminal, tmp_path):
     log.status("step 10/100")
-    log.note("step 10/100")
+    log.progress("step 10/100")
     assert on_screen(terminal.getvalue(), 60) == ["step 10/100"]
     assert (tmp_path / "log.txt").read_text().endswith(" step 10/100\n")
 
@@ -158,9 +158,9 @@ def test_what_is_no_terminal_gets_plain_lines_and_no_status(tmp_path):
     pipe = io.StringIO()
     log = RunLog(tmp_path, pipe)
     log.status("step 1/100")
-    log.note("step 10/100")
+    log.progress("step 10/100")
     log.status("step 11/100")
-    log.say("finished")
+    log.info("finished")
     log.close()
     assert pipe.getvalue() == "step 10/100\nfinished\n"
 
@@ -170,8 +170,8 @@ def test_a_silent_log_writes_nothing(stream, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 9}\n')
     terminal = stream()
     log = RunLog(tmp_path, terminal, silent=True)
-    log.say("a")
-    log.note("b")
+    log.info("a")
+    log.progress("b")
     log.status("c")
     log.record({"step": 1})
     log.rewind(0)
@@ -210,7 +210,7 @@ def test_lines_that_a_full_disk_does_not_take_are_there_once_it_takes_them(tmp_p
     full(17)  # the second line fits by half
     for step in (2, 3):
         log.record({"step": step})
-        log.note(f"step {step}")
+        log.progress(f"step {step}")
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"ste'
     assert pipe.getvalue() == "step 2\nstep 3\n"
     full(resource.RLIM_INFINITY)
@@ -236,7 +236,7 @@ def test_rewinding_drops_the_lines_that_wait_as_well(tmp_path, full):
 def test_lines_that_the_disk_never_took_are_told_of_at_the_end(tmp_path, full):
     log = RunLog(tmp_path, io.StringIO())
     full(10)
-    log.note("step 2")
+    log.progress("step 2")
     with pytest.raises(OSError, match=r"log\.txt"):
         log.close()
 
@@ -251,17 +251,3 @@ def test_what_waits_for_a_full_disk_is_bounded_and_whole_lines(tmp_path, full, m
     full(resource.RLIM_INFINITY)
     lines.add("the third")
     assert (tmp_path / "lines.txt").read_text() == "the first\nthe third\n"
-
-
-@pytest.mark.parametrize("stream", [Terminal, io.StringIO], ids=["terminal", "pipe"])
-def test_what_troubles_the_run_stands_in_every_line_of_its_steps_until_it_is_over(stream, tmp_path):
-    terminal = stream()
-    log, trouble = RunLog(tmp_path, terminal), ["  NOT SAVED", "  NOT SAVED", ""]
-    log.trouble = lambda: trouble[0]
-    for step in (1, 2, 3):
-        log.note(f"step {step}")
-        del trouble[: step < 3]
-    log.close()
-    lines = (tmp_path / "log.txt").read_text().splitlines()
-    assert [line[20:] for line in lines] == ["step 1  NOT SAVED", "step 2  NOT SAVED", "step 3"]
-    assert terminal.getvalue().count("NOT SAVED") == 2

@@ -1,9 +1,12 @@
 """The loop does each thing at its step: no batch is left out, nothing that diverged is saved, a stop is saved once."""
 
+import contextlib
 import io
 import itertools
 import json
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,11 +14,11 @@ import pytest
 
 from charlstm.config.training import TrainingConfig
 from charlstm.inference.score import Score
-from charlstm.run import digest, loop
+from charlstm.run import digest
 from charlstm.run.log import RunLog
-from charlstm.run.loop import due
+from charlstm.run.loop import Training, due
 from charlstm.run.metrics import Diverged, MetricAggregator
-from charlstm.training import divergence, plateau
+from charlstm.training import averaging, divergence, plateau
 from charlstm.types import Metrics, ModelParams, TrainState
 
 LAST = 11
@@ -34,7 +37,7 @@ class Terminal(io.StringIO):
         return True
 
 
-class Run:
+class Model(Training):
     """A run of a model that learns nothing but which batches it saw, in order; what the loop asked of it, in order.
 
     The parameters are the numbers of the batches seen, then -1.  Batch n is the number n, and update n its successor.
@@ -43,8 +46,11 @@ class Run:
     def __init__(
         self, tmp_path, start=0, stop_after=None, bad=None, what="loss", valid=True, terminal=None, **settings
     ):
-        self.folder = tmp_path
-        self.settings = TrainingConfig(num_steps=LAST, **settings)
+        self.folder, settings = tmp_path, TrainingConfig(num_steps=LAST, **settings)
+        self.run = SimpleNamespace(config=SimpleNamespace(training=settings))
+        self.checkpoints = SimpleNamespace(failed_saves=0)
+        self.log = RunLog(tmp_path, terminal or io.StringIO())
+        self.metrics = MetricAggregator(4, settings, self.log.info)
         self.batches: list[int] = []
         self.evaluated: list[int] = []
         self.saved: dict[int, float | None] = {}
@@ -54,18 +60,21 @@ class Run:
         self.heard: dict[int, float] = {}
         self._source, self._stop_after = itertools.count(start), stop_after
         self._bad, self._what = bad, what
-        self._log, self._valid = RunLog(tmp_path, terminal or io.StringIO()), valid
+        self._valid = valid or None
         seen = np.where(np.arange(LAST) < start, np.arange(LAST), -1)
         self.first = TrainState(
             jnp.asarray(start, jnp.int32), jnp.asarray(seen, jnp.int32), (), (), divergence.start(np.float32),
             plateau.start(), (),
         )  # fmt: skip
 
-    def next_batch(self) -> int:
+    def open_windows(self, state):
+        return contextlib.nullcontext()
+
+    def next_batch(self, windows) -> int:
         self.batches.append(next(self._source))
         return self.batches[-1]
 
-    def train_step(self, state, batch):
+    def update(self, state, batch):
         step = int(state.step)
         seen = np.array(state.params)
         seen[step] = batch
@@ -79,50 +88,40 @@ class Run:
         )
         return state._replace(step=jnp.asarray(step + 1, jnp.int32), params=jnp.asarray(seen)), metrics
 
-    def evaluate(self, step, params):
-        # It is given the parameters after `step` updates, neither older nor newer ones.
-        assert list(np.asarray(params)) == [*range(step), *[-1] * (LAST - step)]
-        self.evaluated.append(step)
-        return self.meter.evaluation_record(step, "valid", scored(step / 100), 1.0)
+    def score(self, step) -> Score:
+        return scored(step / 100)
 
-    def hear(self, state, score):
+    def evaluate(self, step, state):
+        # It is given the state after `step` updates, neither older nor newer ones.
+        assert list(np.asarray(state.params)) == [*range(step), *[-1] * (LAST - step)]
+        self.evaluated.append(step)
+        return self.metrics.evaluation_record(step, "valid", self.score(step), 1.0)
+
+    def update_plateau(self, state, score):
         self.heard[int(state.step)] = score
         return state._replace(plateau=state.plateau._replace(evaluations=state.plateau.evaluations + 1))
 
     def save(self, state, score):
         step = int(state.step)
+        self.metrics.settle()
         assert state.plateau.evaluations == len(self.heard)  # a checkpoint has heard what was said at its step
         assert list(np.asarray(state.params)) == [*range(step), *[-1] * (LAST - step)]
         assert self.batches == [*range(int(self.first.step), step)]
         self.saves.append(step)
         self.saved[step] = score
 
-    def check(self, step, state):
-        assert step == int(state.step)
-        self.checked.append(step)
+    def check_replicas(self, state):
+        self.checked.append(int(state.step))
 
     def stopping(self, step) -> bool:
         self.asked.append(step)
         return step == self._stop_after
 
     def train(self) -> TrainState:
-        self.meter = MetricAggregator(4, self.settings, self._log.say)
         try:
-            return loop.train(
-                self.settings,
-                self.first,
-                self.train_step,
-                self.next_batch,
-                evaluate=self.evaluate if self._valid else None,
-                heard=self.hear,
-                save=self.save,
-                check=self.check,
-                log=self._log,
-                meter=self.meter,
-                stopping=self.stopping,
-            )
+            return self.train_from(self.first)
         finally:
-            self._log.close()
+            self.log.close()
 
     @property
     def lines(self) -> list[dict]:
@@ -177,7 +176,7 @@ def test_what_is_due_every_so_often_is_due_then_and_at_the_last_step_and_never_e
 def test_lines_evaluations_and_checkpoints_are_made_at_their_steps_and_a_checkpoint_has_the_score_of_its_step(
     settings, start, logged, evaluated, saved, tmp_path
 ):
-    run = Run(tmp_path, start=start, **settings)
+    run = Model(tmp_path, start=start, **settings)
     state = run.train()
     assert int(state.step) == LAST
     assert (run.recorded("train"), run.recorded("valid")) == (logged, evaluated)
@@ -189,19 +188,15 @@ def test_lines_evaluations_and_checkpoints_are_made_at_their_steps_and_a_checkpo
     assert run.heard == {step: step / 100 for step in evaluated if every and step % every == 0}
 
 
-def test_what_is_evaluated_is_the_average_where_one_is_kept(tmp_path):
-    run = Run(tmp_path, evaluate_every=0)
-    run.first = run.first._replace(average=ModelParams(None, (), None, jnp.zeros(())))
-    given = []
-    run.evaluate = lambda step, params: (
-        given.append(params) or run.meter.evaluation_record(step, "valid", scored(1.0), 1.0)
-    )
-    run.train()
-    assert given == [run.first.average]
+def test_what_is_evaluated_is_the_average_where_one_is_kept():
+    state = Model(Path(), evaluate_every=0).first
+    assert averaging.to_evaluate(state) is state.params
+    state = state._replace(average=ModelParams(None, (), None, jnp.zeros(())))
+    assert averaging.to_evaluate(state) is state.average
 
 
 def test_a_line_of_training_is_of_the_steps_since_the_line_before(tmp_path):
-    run = Run(tmp_path, log_every=4, evaluate_every=3)
+    run = Model(tmp_path, log_every=4, evaluate_every=3)
     run.train()
     nats = [line["bits_per_symbol"] * np.log(2) for line in run.lines if line["split"] == "train"]
     assert nats == pytest.approx([(1 + 2 + 3 + 4) / 4, (5 + 6 + 7 + 8) / 4, (9 + 10 + 11) / 3])
@@ -212,7 +207,7 @@ def test_a_line_of_training_is_of_the_steps_since_the_line_before(tmp_path):
 
 @pytest.mark.parametrize("start", [0, 4, 10])
 def test_checkpoint_n_has_seen_exactly_batches_0_to_n_minus_1(start, tmp_path):
-    run = Run(tmp_path, start=start, checkpoint_every=1)  # `save` looks at what was seen, and at what was handed out
+    run = Model(tmp_path, start=start, checkpoint_every=1)  # `save` looks at what was seen, and at what was handed out
     state = run.train()
     assert run.saves == [*range(start + 1, LAST + 1)]
     assert np.asarray(state.params).tolist() == [*range(LAST)]
@@ -220,7 +215,7 @@ def test_checkpoint_n_has_seen_exactly_batches_0_to_n_minus_1(start, tmp_path):
 
 
 def test_a_run_that_has_all_its_steps_takes_no_batch_and_saves_nothing(tmp_path):
-    run = Run(tmp_path, start=LAST)
+    run = Model(tmp_path, start=LAST)
     assert run.train() is run.first
     assert (run.batches, run.saves, run.lines) == ([], [], [])
 
@@ -231,7 +226,7 @@ def test_a_run_that_has_all_its_steps_takes_no_batch_and_saves_nothing(tmp_path)
 @pytest.mark.parametrize("valid", [True, False], ids=["with validation", "without"])
 @pytest.mark.parametrize("start", [0, 8])
 def test_the_last_line_of_a_finished_run_alone_has_the_digest_of_its_state(start, valid, tmp_path):
-    run = Run(tmp_path, start=start, log_every=2, evaluate_every=3, valid=valid)
+    run = Model(tmp_path, start=start, log_every=2, evaluate_every=3, valid=valid)
     state = run.train()
     *before, last = run.lines
     assert before
@@ -242,7 +237,7 @@ def test_the_last_line_of_a_finished_run_alone_has_the_digest_of_its_state(start
 
 
 def test_a_run_that_was_stopped_has_no_digest(tmp_path):
-    run = Run(tmp_path, stop_after=9, log_every=1, evaluate_every=3)
+    run = Model(tmp_path, stop_after=9, log_every=1, evaluate_every=3)
     run.train()
     assert all(line.keys() == KEYS for line in run.lines) and run.lines[-1]["step"] == 9
 
@@ -252,7 +247,7 @@ def test_a_run_that_was_stopped_has_no_digest(tmp_path):
 
 @pytest.mark.parametrize("stop_after", [0, 1, 3, 7, 10])
 def test_a_run_that_is_stopped_between_two_checkpoints_saves_where_it_is(stop_after, tmp_path):
-    run = Run(tmp_path, stop_after=stop_after, checkpoint_every=4, evaluate_every=0)
+    run = Model(tmp_path, stop_after=stop_after, checkpoint_every=4, evaluate_every=0)
     state = run.train()
     assert int(state.step) == stop_after == len(run.batches)
     assert run.saved == {step: None for step in (4, 8) if step < stop_after} | {stop_after: None}
@@ -267,26 +262,26 @@ def test_a_run_that_is_stopped_between_two_checkpoints_saves_where_it_is(stop_af
 def test_a_run_that_is_stopped_at_a_checkpoint_does_not_save_it_again(
     start, stop_after, evaluate_every, saved, tmp_path
 ):
-    run = Run(tmp_path, start=start, stop_after=stop_after, checkpoint_every=4, evaluate_every=evaluate_every)
+    run = Model(tmp_path, start=start, stop_after=stop_after, checkpoint_every=4, evaluate_every=evaluate_every)
     assert int(run.train().step) == stop_after
     assert run.saved == saved
     assert run.saves == sorted(saved)
 
 
 def test_a_stop_that_comes_in_the_last_step_comes_too_late(tmp_path):
-    run = Run(tmp_path, stop_after=LAST, evaluate_every=0, checkpoint_every=0)
+    run = Model(tmp_path, stop_after=LAST, evaluate_every=0, checkpoint_every=0)
     run.train()
     assert run.saves == [LAST] and "state_digest" in run.lines[-1]
 
 
 def test_whether_to_stop_is_asked_once_before_each_update(tmp_path):
-    run = Run(tmp_path, start=3)  # the answer is agreed among processes, so that all must ask at the same steps
+    run = Model(tmp_path, start=3)  # the answer is agreed among processes, so that all must ask at the same steps
     run.train()
     assert run.asked == [*range(3, LAST)]
 
 
 def test_the_devices_copies_are_compared_at_their_steps_and_no_others(tmp_path):
-    run = Run(tmp_path, check_replicas_every=4)
+    run = Model(tmp_path, check_replicas_every=4)
     run.train()
     assert run.checked == [4, 8]
 
@@ -298,7 +293,7 @@ def test_the_devices_copies_are_compared_at_their_steps_and_no_others(tmp_path):
 @pytest.mark.parametrize("every", [1, 2, 3, 0])
 @pytest.mark.parametrize("bad", [1, 4, 6, 10, 11])
 def test_nothing_is_saved_evaluated_or_recorded_from_a_step_on_that_is_not_finite(bad, every, what, tmp_path):
-    run = Run(tmp_path, bad=bad, what=what, log_every=every or 5, evaluate_every=every, checkpoint_every=every)
+    run = Model(tmp_path, bad=bad, what=what, log_every=every or 5, evaluate_every=every, checkpoint_every=every)
     with pytest.raises(Diverged, match=re.escape(f"not finite at step {bad}, in stream 2;")):
         run.train()
     expected = [step for step in range(1, bad) if every and step % every == 0]
@@ -310,22 +305,22 @@ def test_nothing_is_saved_evaluated_or_recorded_from_a_step_on_that_is_not_finit
 @pytest.mark.parametrize("due_then", ["log_every", "evaluate_every", "checkpoint_every"])
 def test_each_of_the_things_that_are_done_once_in_a_while_looks_first(due_then, tmp_path):
     never = {"log_every": 100, "evaluate_every": 0, "checkpoint_every": 0}
-    run = Run(tmp_path, bad=5, **never | {due_then: 5})
+    run = Model(tmp_path, bad=5, **never | {due_then: 5})
     with pytest.raises(Diverged):
         run.train()
     assert (len(run.batches), run.saves, run.evaluated, run.lines) == (5, [], [], [])
 
 
 def test_a_run_that_is_stopped_in_a_step_that_is_not_finite_saves_nothing_of_it(tmp_path):
-    run = Run(tmp_path, bad=5, stop_after=5, checkpoint_every=3, evaluate_every=0)
+    run = Model(tmp_path, bad=5, stop_after=5, checkpoint_every=3, evaluate_every=0)
     with pytest.raises(Diverged):
         run.train()
     assert run.saves == [3]
 
 
 def test_a_score_that_is_not_finite_stops_the_run_and_nothing_of_it_is_saved_or_recorded(tmp_path):
-    run = Run(tmp_path, evaluate_every=4, checkpoint_every=3)
-    run.evaluate = lambda step, params: run.meter.evaluation_record(step, "valid", scored(np.nan), 1.0)
+    run = Model(tmp_path, evaluate_every=4, checkpoint_every=3)
+    run.score = lambda step: scored(np.nan)
     with pytest.raises(Diverged, match="not finite at step 4"):
         run.train()
     assert (run.saves, run.recorded("valid")) == ([3], [])
@@ -335,7 +330,7 @@ def test_a_score_that_is_not_finite_stops_the_run_and_nothing_of_it_is_saved_or_
 
 
 def test_log_txt_has_a_line_for_each_line_of_training_in_the_metrics(tmp_path):
-    Run(tmp_path, log_every=4).train()
+    Model(tmp_path, log_every=4).train()
     log = (tmp_path / "log.txt").read_text()
     assert [int(n) for n in re.findall(r"^\S+ \S+ step (\d+)/11  epoch \S+  \S+ bpb ", log, re.MULTILINE)] == [4, 8, 11]
     assert log.count("\n") == 3
@@ -343,7 +338,7 @@ def test_log_txt_has_a_line_for_each_line_of_training_in_the_metrics(tmp_path):
 
 def test_the_live_line_goes_with_the_steps(tmp_path):
     terminal = Terminal()
-    Run(tmp_path, log_every=6, terminal=terminal).train()
+    Model(tmp_path, log_every=6, terminal=terminal).train()
     shown = re.findall(r"\rstep (\d+)/11 ", terminal.getvalue())
     steps = [int(step) for step in shown]
     assert steps == sorted(steps) and {1, 2, 3, 4, 5, 7, 8, 9, 10} <= set(steps)
@@ -353,6 +348,21 @@ def test_the_live_line_goes_with_the_steps(tmp_path):
 @pytest.mark.parametrize("log_every", [1, 2])
 def test_the_live_line_is_never_blank_once_there_is_something_to_show(log_every, tmp_path):
     terminal = Terminal()
-    Run(tmp_path, log_every=log_every, evaluate_every=0, terminal=terminal).train()
+    Model(tmp_path, log_every=log_every, evaluate_every=0, terminal=terminal).train()
     shown = [bool(line.strip()) for line in terminal.getvalue().removesuffix("\r").split("\r")[1:-1]]
     assert True in shown and all(shown[shown.index(True) :])
+
+
+@pytest.mark.parametrize("terminal", [Terminal(), io.StringIO()], ids=["terminal", "pipe"])
+def test_that_nothing_can_be_saved_stands_in_every_line_of_the_steps_until_it_is_over(terminal, tmp_path):
+    run = Model(tmp_path, log_every=1, evaluate_every=0, checkpoint_every=1, terminal=terminal)
+
+    def save(state, score):
+        run.metrics.settle()
+        run.checkpoints.failed_saves = (run.checkpoints.failed_saves + 1) * (int(state.step) < 3)
+
+    run.save = save
+    run.train()
+    said = [line[20:].partition("step")[0] for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert said[:4] == ["", "NOT SAVED, 1 times  ", "NOT SAVED, 2 times  ", ""] and not any(said[4:])
+    assert terminal.getvalue().count("NOT SAVED") == 2

@@ -1,0 +1,310 @@
+"""The library in a notebook: a text becomes a corpus, a corpus a model, and a model scores and writes."""
+
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from charlstm import config as config_lib
+from charlstm import distributed
+from charlstm.config import Config
+from charlstm.inference import evaluate as evaluate_lib
+from charlstm.inference.generate import Sampling, generate
+from charlstm.inference.score import Score
+from charlstm.inference.text import Sample, encode_prompt, grow, unknown_id, unseen_before
+from charlstm.model import language_model
+from charlstm.model.ops import compiler
+from charlstm.run import loop, run_directory
+from charlstm.run.loop import Outcome, Training
+from charlstm.run.services import Services
+from charlstm.run.start import start
+from charlstm.training.loss import NATS_PER_BIT, cross_entropy
+from charlstm.training.step import choose_mesh
+from charlstm.types import CellState, ModelParams, RecurrentState
+from data_pipeline.atomic_files import atomic_write, expand_user
+from data_pipeline.batch import Separator, ends_separator, looks_back
+from data_pipeline.build import corpora
+from data_pipeline.progress import bar, say_on_stderr
+from data_pipeline.settings import CorpusSettings
+from data_pipeline.shards import ArraySplit, Corpus
+from data_pipeline.vocabulary import Vocabulary
+
+WINDOW = 256  # symbols that one call of the device reads
+
+_log = logging.getLogger("charlstm")
+
+
+def load_corpus(source: str | os.PathLike[str] | bytes, **settings: Any) -> Corpus:
+    """The corpus of a text, prepared into the cache where it is not yet.
+
+    Args:
+      source: a text file, a glob, a directory of texts, a prepared directory, or the name of a corpus (python,
+        tinyshakespeare, enwik8, text8); bytes, or a string of several lines, are the text itself.
+      settings: any of `CorpusSettings`, such as vocabulary="characters" or valid_fraction=0.1.
+
+    Raises:
+      ValueError: there is no such text, or it cannot be prepared so.
+    """
+    if isinstance(source, str) and "\n" in source:
+        source = source.encode("utf-8", "surrogateescape")
+    if isinstance(source, bytes):
+        cache = CorpusSettings(**settings).cache_dir
+        source = _written_down(source, expand_user(cache) / "texts")
+    found = os.fspath(source)
+    return corpora.load(CorpusSettings(corpus=found, **settings), bar(), say_on_stderr)
+
+
+def _written_down(text: bytes, folder: Path) -> Path:
+    """The file that holds `text`, made if absent: a corpus is prepared from files."""
+    path = folder / f"{hashlib.sha256(text).hexdigest()[:32]}.txt"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(text)
+    return path
+
+
+def train(
+    config: Config, corpus: Corpus, run_dir: str | os.PathLike[str], *, initial_checkpoint: str = ""
+) -> "Model":
+    """Trains a run to config's num_steps and returns its best model; the same call again resumes it.
+
+    The bits are those of `launch.train` with the same settings.  An interrupt in the main thread saves, and returns
+    the best model so far; a second one is a KeyboardInterrupt.
+
+    Args:
+      config: the settings; of a run that is there, those that may change on resuming.
+      corpus: of `load_corpus`.
+      run_dir: where the run lives, or is to live: config, log, metrics, checkpoints.
+      initial_checkpoint: a run directory whose parameters a new run starts from.
+
+    Raises:
+      ValueError: the settings go neither with each other, nor with the text, the machine or the run that is there.
+      Diverged: a loss or a gradient was not finite.
+      OSError: the last checkpoint could not be written.
+    """
+    distributed.use_cpu_cores()
+    folder = run_directory.named("run_dir", os.fspath(run_dir))
+    where = {"corpus": str(corpus.directory), "train": "", "valid": "", "test": ""}
+    config = config_lib.replace(config, vocabulary=corpus.vocabulary.kind, **where)
+    services = _InterruptibleServices()
+    outcome = loop.train(start(folder, config, corpus, choose_mesh, initial_checkpoint), services)
+    if outcome is Outcome.NOT_SAVED:
+        raise OSError(f"the last checkpoint of {folder} could not be written: see {folder / 'log.txt'}")
+    return load(folder)
+
+
+class _InterruptibleServices(Services):
+    """Turns an interrupt of the main thread into a stop that is saved."""
+
+    def __init__(self) -> None:
+        self._interrupted = False
+
+    @contextlib.contextmanager
+    def watching(self, training: Training) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, self._interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _interrupt(self, number: int, frame: Any) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
+        print("interrupted: saves and returns; a second interrupt ends it at once, unsaved", file=sys.stderr)
+
+    def stop_requested(self) -> bool:
+        return self._interrupted
+
+
+def load(run_dir: str | os.PathLike[str], checkpoint: str = "best") -> "Model":
+    """The model of a run, on this machine's first device, whatever it was trained on.
+
+    Args:
+      checkpoint: "best" on validation (the newest where none was validated), "latest", or a step in digits.
+
+    Raises:
+      ValueError: there is no such run or checkpoint, or it is damaged.
+    """
+    distributed.use_cpu_cores()
+    folder = run_directory.named("run_dir", os.fspath(run_dir))
+    config, identity = run_directory.read(folder)
+    mesh = distributed.make(list(distributed.make().devices.flat[:1]))
+    params, step = run_directory.restore_params(folder, config, identity, mesh, checkpoint, _log.warning)
+    return Model(config, identity.vocabulary, params, step)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A trained language model."""
+
+    config: Config
+    vocabulary: Vocabulary
+    params: ModelParams
+    step: int  # updates after which its parameters were saved
+
+    @property
+    def separator(self) -> Separator:
+        """The symbols that end a document; () where documents are not told apart."""
+        return run_directory.separator(self.config, self.vocabulary)
+
+    def evaluate(self, text: evaluate_lib.Split | str | bytes) -> Score:
+        """The score of a split or a text, as `launch.evaluate` gives it: every symbol once, with carried state.
+
+        Raises:
+          ValueError: it has fewer than two symbols.
+        """
+        split = ArraySplit(text, self.vocabulary) if isinstance(text, str | bytes) else text
+        mesh = distributed.make()
+        evaluator = evaluate_lib.make_evaluator(self.config, self.vocabulary.size, split, mesh, self.separator)
+        return evaluator(distributed.put(mesh, distributed.REPLICATED, jax.tree.map(np.asarray, self.params)))
+
+    def bits(self, text: str | bytes) -> np.ndarray:
+        """Bits of each symbol given all before it, float32 [symbols]; the first, which nothing precedes, has log2(V)."""
+        ids = self._encode(text)
+        state, found = self._start(1), [np.full(min(1, len(ids)), np.log2(self.vocabulary.size), np.float32)]
+        for read, following, reset in self._windows(ids):
+            state, nats = _nats(self.params, state, read, following, reset, self.config.model)
+            found.append(np.asarray(nats, np.float32) / NATS_PER_BIT)
+        return np.concatenate(found)[: len(ids)].astype(np.float32)
+
+    def states(self, text: str | bytes) -> tuple[CellState, ...]:
+        """The state of every layer after each symbol: hidden states h, and cell states c if any, `[symbols, H]`."""
+        ids = self._encode(text)
+        state, found = self._start(1), []
+        for read, _, reset in self._windows(ids, following=0):
+            state, window = _states(self.params, state, read, reset, self.config.model)
+            found.append(jax.tree.map(np.asarray, window))
+        empty = jax.tree.map(lambda a: np.zeros((0, a.shape[1]), a.dtype), self._start(1))
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(ids)], empty, *found)
+
+    def __call__(self, ids: Any, state: RecurrentState | None = None) -> tuple[jax.Array, RecurrentState]:
+        """(logits of the symbol after each one, the state after them).
+
+        Args:
+          ids: symbol ids `[T]`, or `[B, T]` of B texts side by side; of NumPy or JAX.
+          state: that of the call before; None before a text begins.
+
+        Returns:
+          Logits `[T, V]`, or `[B, T, V]`, and the state to be handed on.
+        """
+        ids_BT = jnp.atleast_2d(jnp.asarray(ids, jnp.int32))
+        state = self._start(len(ids_BT)) if state is None else state
+        state, logits_BTV = _logits(self.params, state, ids_BT, self.config.model)
+        return (logits_BTV if jnp.ndim(ids) == 2 else logits_BTV[0]), state
+
+    def sample(self, prompt: str = "", length: int = 1000, *, num_samples: int = 1, **how: Any) -> str | list[str]:
+        """The prompt with its continuation; of several samples, a list.  Arguments as of `stream`."""
+        samples, made = self._samples(prompt, length, num_samples, **how)
+        for _ in made:
+            pass
+        texts = [sample.take(last=True) for sample in samples]
+        return texts[0] if num_samples == 1 else texts
+
+    def stream(self, prompt: str = "", length: int = 1000, **how: Any) -> Iterator[str]:
+        """Yields the prompt, then its continuation as it is made, the text of `sample` and `launch.sample`.
+
+        Args:
+          length: symbols to write after the prompt.
+          temperature: divides the logits; 0 takes the most probable symbol.
+          top_k, top_p: choose among the most probable symbols only; 0 and 1.0: among all.
+          seed: 0 to 2**32 - 1; the same seed makes the same text.
+          stop: the text ends before this string; by default, where the run tells documents apart, before their
+            separator.
+
+        Raises:
+          ValueError: a symbol of the prompt or of `stop` is not in the vocabulary, or a number is out of range.
+        """
+        (sample,), made = self._samples(prompt, length, 1, **how)
+        yield sample.take()
+        for _ in made:
+            yield sample.take()
+        yield sample.take(last=True)
+
+    def _samples(
+        self,
+        prompt: str,
+        length: int,
+        count: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: str | None = None,
+    ) -> tuple[list[Sample], Iterator[None]]:
+        if length < 0 or count < 1 or not 0 <= seed < 1 << 32:
+            raise ValueError(f"length={length}, num_samples={count} or seed={seed} is out of range")
+        separator, ids = self.separator, encode_prompt(prompt, self.vocabulary)
+        ends = np.array(separator, np.int32) if stop is None else self.vocabulary.encode(stop)
+        chunks = generate(
+            self.config.model,
+            self.params,
+            np.concatenate([unseen_before(ids, separator, self.vocabulary), ids]),
+            Sampling(temperature, top_k, top_p),
+            rows=count,
+            length=length,
+            seed=seed,
+            unknown_id=unknown_id(self.vocabulary),
+            separator=separator,
+        )
+        before_stop = ids if tuple(ends.tolist()) == separator else None
+        samples = [Sample(self.vocabulary, ids, ends, before_stop) for _ in range(count)]
+        return samples, grow(samples, chunks)
+
+    def _encode(self, text: str | bytes) -> np.ndarray:
+        split = ArraySplit(text, self.vocabulary)
+        return split.read(0, len(split)).astype(np.int32)
+
+    def _start(self, rows: int) -> RecurrentState:
+        zeros = language_model.zero_state(self.config.model, rows, self.params.b_out.dtype)
+        return language_model.reset_state(self.params, zeros)
+
+    def _windows(self, ids: np.ndarray, following: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yields windows of one length: symbols, those that follow, and where the state is reset, `[1, WINDOW]`."""
+        back = looks_back(self.separator)
+        before = np.concatenate([np.full(back, -1, np.int32), ids])
+        reset = ends_separator(before, self.separator)
+        count = len(ids) - following
+        for first in range(0, count, WINDOW):
+            missing = max(0, first + WINDOW + 1 - len(ids))
+            part = np.pad(ids[first : first + WINDOW + 1], (0, missing))
+            yield part[None, :-1], part[None, 1:], np.pad(reset[first : first + WINDOW], (0, max(0, missing - 1)))[None]
+
+
+@partial(compiler.jit, static_argnames="config")
+def _logits(params, state, ids_BT, config):
+    state, logits_TBV = language_model.apply(config, params, state, ids_BT, jnp.zeros(ids_BT.shape, bool))
+    return state, logits_TBV.swapaxes(0, 1)
+
+
+@partial(compiler.jit, static_argnames="config")
+def _nats(params, state, ids_BT, following_BT, reset_BT, config):
+    state, logits_TBV = language_model.apply(config, params, state, ids_BT, reset_BT)
+    return state, cross_entropy(logits_TBV, following_BT.T)[:, 0]
+
+
+@partial(compiler.jit, static_argnames="config")
+def _states(params, state, ids_BT, reset_BT, config):
+    def read(state, symbol):
+        id_, reset = symbol
+        state, _ = language_model.apply(config, params, state, id_[None, None], reset[None, None])
+        return state, jax.tree.map(lambda a: a[0], state)
+
+    return jax.lax.scan(read, state, (ids_BT[0], reset_BT[0]))

@@ -1,0 +1,121 @@
+"""A text as it is sampled: what is read before it, what may be shown of it already, and where it stops."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from charlstm.inference.generate import Chunk
+from data_pipeline.batch import Separator
+from data_pipeline.vocabulary import Vocabulary
+
+
+class Sample:
+    """One text as it grows: what may be shown of it, and where it stops.
+
+    Args:
+      vocabulary: of the ids.
+      prompt: ids [symbols] that are shown first.
+      stop: ids [symbols] before which the text ends; none where it does not.
+      before_stop: ids [symbols] before the continuation in which the stop string may begin already.
+      errors: what becomes of bytes that are not UTF-8, as for `bytes.decode`.
+
+    Attributes:
+      ids, log_probabilities: of the symbols after the prompt, up to the stop string.
+      stopped: the stop string was met.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        prompt: np.ndarray,
+        stop: np.ndarray,
+        before_stop: np.ndarray | None = None,
+        errors: str = "replace",
+    ) -> None:
+        self.ids: list[int] = []
+        self.log_probabilities: list[float] = []
+        self.stopped = False
+        self._decoder, self._stop, self._taken = vocabulary.decoder(errors), stop.tolist(), 0
+        # The last symbols, too few for a stop string, which would have been met before.
+        self._end: list[int] = [] if before_stop is None else self._too_few(before_stop.tolist())
+        self._prompt_text = self._decoder.feed(prompt)
+
+    def feed(self, ids: np.ndarray, log_probabilities: np.ndarray) -> None:
+        """Adds symbols; those from the stop string on are dropped."""
+        if self.stopped:
+            return
+        before, end = len(self.ids), self._end + ids.tolist()
+        self.ids += ids.tolist()
+        self.log_probabilities += log_probabilities.tolist()
+        for start in range(len(end) - len(self._stop) + 1 if self._stop else 0):
+            if end[start : start + len(self._stop)] == self._stop:
+                self.stopped = True
+                kept = max(0, before - len(self._end) + start)
+                del self.ids[kept:], self.log_probabilities[kept:]
+                return
+        self._end = self._too_few(end)
+
+    def _too_few(self, ids: list[int]) -> list[int]:
+        return ids[max(0, len(ids) - len(self._stop) + 1) :]
+
+    def take(self, last: bool = False) -> str:
+        """The text, prompt first, that was not taken yet and can be shown.
+
+        What may be the beginning of the stop string or of a UTF-8 sequence is held back, unless nothing more will come.
+        """
+        end = len(self.ids) - (0 if last or self.stopped else self._beginning_of_stop())
+        text, self._prompt_text = self._prompt_text, ""
+        text += self._decoder.feed(np.array(self.ids[self._taken : end], np.int32))
+        self._taken = end
+        return text + (self._decoder.flush() if last else "")
+
+    def _beginning_of_stop(self) -> int:
+        """How many symbols at the end may be the beginning of the stop string."""
+        lengths = range(len(self._end), 0, -1)
+        return min(len(self.ids), next((n for n in lengths if self._end[-n:] == self._stop[:n]), 0))
+
+
+def unseen_before(prompt: np.ndarray, separator: Separator, vocabulary: Vocabulary) -> np.ndarray:
+    """The ids [symbols] that are read before the prompt and not shown.
+
+    The separator, as before every document in training; where documents are not told apart and there is no prompt, a
+    newline, if the vocabulary has one.
+    """
+    has_newline = vocabulary.kind == "bytes" or "\n" in vocabulary.characters
+    newline = vocabulary.encode("\n" if has_newline and not len(prompt) else "")
+    return np.array(separator, np.int32) if separator else newline
+
+
+def unknown_id(vocabulary: Vocabulary) -> int | None:
+    """The id of the symbol that is never drawn; None if there is none."""
+    return 0 if vocabulary.kind == "characters" else None
+
+
+def encode_prompt(text: str, vocabulary: Vocabulary, unknown: str = "refuse") -> np.ndarray:
+    """The ids [symbols] of a prompt.
+
+    Args:
+      unknown: "refuse" symbols that are not in the vocabulary, or "map" them to the unknown symbol.
+
+    Raises:
+      ValueError: a symbol is unknown; says which, where, and the remedy.
+    """
+    ids = vocabulary.encode(text, "map")
+    if unknown == "refuse" and vocabulary.kind == "characters" and not ids.all():
+        position = int(np.argmin(ids != 0))
+        symbol = text[position]
+        raise ValueError(
+            f"{symbol!r} (U+{ord(symbol):04X}) at position {position} is not in the vocabulary: leave it out, or turn "
+            f"such symbols into the unknown one with --unknown=map"
+        )
+    return ids
+
+
+def grow(samples: list[Sample], chunks: Iterable[Chunk]) -> Iterator[None]:
+    """Feeds the samples, chunk by chunk, until there is no more or all have stopped."""
+    for chunk in chunks:
+        for row, sample in enumerate(samples):
+            sample.feed(chunk.ids[row], chunk.log_probabilities[row])
+        yield
+        if all(sample.stopped for sample in samples):
+            return

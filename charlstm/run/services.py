@@ -1,0 +1,46 @@
+"""What surrounds a training loop: here nothing; a program watches its run, reports on it and may stop it."""
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from charlstm.run.memory import End
+
+if TYPE_CHECKING:
+    from charlstm.run.loop import Outcome, Training
+
+
+class Services:
+    """The quiet services of a run in a notebook; `launch.services` has those of a program.
+
+    Attributes:
+      end: called with the error of a device that failed while others may wait for it; None: the error is raised.
+    """
+
+    end: End = None
+
+    @contextlib.contextmanager
+    def opened(self, run_dir: Path) -> Iterator[None]:
+        """Surrounds the run from before its directory is written until all is closed."""
+        yield
+
+    @contextlib.contextmanager
+    def watching(self, training: "Training") -> Iterator[None]:
+        """Surrounds the updates."""
+        yield
+
+    def stop_requested(self) -> bool:
+        """Returns True if this process was asked to save and stop."""
+        return False
+
+    def tick(self, step: int) -> None:
+        """Is told that the run has come to the end of `step`."""
+
+    def ended(self, outcome: "Outcome") -> None:
+        """Is told how the run ended, when all is saved."""
+
+    def pause(self, doing: str) -> AbstractContextManager[None]:
+        """Surrounds what is no step: compiling, evaluating, saving, rolling back."""
+        return contextlib.nullcontext()

@@ -1,0 +1,135 @@
+"""A run as it starts: new, or resumed.  All that can be refused is refused here, before anything is written."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from charlstm import config as config_lib
+from charlstm import distributed
+from charlstm.config import Config
+from charlstm.run import backend, initial_checkpoint, memory, run_directory
+from charlstm.run import corpus as corpus_lib
+from charlstm.run.memory import End
+from charlstm.run.run_directory import Identity, Initial
+from charlstm.run.step_directory import StepDirectory
+from charlstm.training import schedules
+from charlstm.training import step as step_lib
+from charlstm.types import ModelParams
+from data_pipeline.batch import Separator
+from data_pipeline.shards import Corpus
+from data_pipeline.streams import StreamPlan
+
+ChooseMesh = Callable[[Config], Mesh]
+
+
+class Run(NamedTuple):
+    """What a run is: where it lives, its settings, its text, and the devices it has now."""
+
+    run_dir: Path
+    config: Config
+    identity: Identity
+    corpus: Corpus
+    plan: StreamPlan
+    mesh: Mesh
+    train_step: jax.stages.Wrapped
+    resumed: bool
+    params: ModelParams | None  # of another run, from which this one starts; None: from what is drawn
+    initial: Initial | None  # which these are
+    remarks: list[str]  # what the log is to say first
+
+    @property
+    def separator(self) -> Separator:
+        """What ends a document; () where documents are not told apart."""
+        return run_directory.separator(self.config, self.corpus.vocabulary)
+
+
+def check(config: Config, corpus: Corpus, mesh: Mesh, dry: bool = False) -> StreamPlan:
+    """How the training split is read.
+
+    Args:
+      dry: nothing is to be made, so memory that only other machines have is not refused.
+
+    Raises:
+      ValueError: the settings do not go with this text, these devices or this machine.
+    """
+    step_lib.shards_per_device(config_lib.fill_automatic(config, mesh.size), mesh.size)
+    plan = corpus_lib.plan_for(config, corpus)
+    if (flag := config.optimizer.validation_driven_by) and "valid" not in corpus.splits:
+        raise ValueError(f"{flag} goes by validation scores, and {corpus.directory} has no valid split: give one")
+    run_directory.separator(config, corpus.vocabulary)
+    memory.require_possible(config, corpus.vocabulary.size, dry)
+    return plan
+
+
+def start(
+    run_dir: Path, config: Config, corpus: Corpus, choose_mesh: ChooseMesh, initial: str = "", end: End = None
+) -> Run:
+    """The run in `run_dir`, resumed, or a new one; nothing is written yet.
+
+    Args:
+      choose_mesh: gives the devices for a config.
+      initial: what --initial_checkpoint names, or "".
+      end: called where a device fails, see `memory.watched`.
+
+    Raises:
+      ValueError: this run cannot be had, in one sentence with the remedy.
+    """
+    plan = check(config, corpus, choose_mesh(config))
+    identity = Identity(corpus.vocabulary, corpus.fingerprint)
+    initial = str(run_directory.named("initial_checkpoint", initial)) if initial else ""
+    resumed, config, remarks = _settings(run_dir, config, identity, initial, choose_mesh)
+    mesh = choose_mesh(config)
+    step_lib.shards_per_device(config, mesh.size, fixed=resumed)
+    config, remark = backend.chosen(config, corpus, plan, mesh, end)
+    remarks += [remark] if remark else []
+    separator = run_directory.separator(config, corpus.vocabulary)
+    remarks += corpus_lib.remarks_on_separator(config, corpus, separator)
+    remarks += schedules.remarks(config.optimizer, config.training, plan.steps_per_epoch, begun=resumed)
+    train_step = step_lib.make(config, corpus.vocabulary.size, mesh, plan.steps_per_epoch)
+    remarks += _require_memory(config, corpus, mesh, train_step)
+    params, taken = None, None
+    if not distributed.any_process(bool(StepDirectory(run_dir / "checkpoints").steps())):
+        if resumed and (taken := run_directory.read_initial(run_dir)):
+            params = initial_checkpoint.take_again(run_dir, taken, config, identity, mesh, remarks.append)
+        elif initial:
+            params, taken = initial_checkpoint.take(initial, config, identity, mesh, remarks.append)
+    return Run(run_dir, config, identity, corpus, plan, mesh, train_step, resumed, params, taken, remarks)
+
+
+def _settings(
+    run_dir: Path, wanted: Config, identity: Identity, initial: str, choose_mesh: ChooseMesh
+) -> tuple[bool, Config, list[str]]:
+    """Whether the run that is there is resumed, or a new one begins; its settings; and what to say of them.
+
+    A run that is there without a checkpoint, as its first try has failed, does not stand in the way of other settings.
+    """
+    remarks: list[str] = []
+    if distributed.any_process(run_directory.exists(run_dir)):
+        has_checkpoint = distributed.any_process(run_directory.has_checkpoint(run_dir))
+        try:
+            config, remarks = distributed.run_on_all(
+                lambda: run_directory.resume_config(run_dir, wanted, identity, initial)
+            )
+            return True, config, remarks
+        except run_directory.OtherRun as refused:
+            if has_checkpoint:
+                raise
+            remarks = [f"begun anew, as there was no checkpoint yet: {str(refused).partition(': give ')[0]}"]
+    return False, config_lib.fill_automatic(wanted, choose_mesh(wanted).size), remarks
+
+
+def _require_memory(config: Config, corpus: Corpus, mesh: Mesh, train_step: jax.stages.Wrapped) -> list[str]:
+    """A remark where the memory is short, before anything is made.  Raises ValueError where an update cannot run."""
+
+    def update() -> memory.Update:
+        sizes = corpus.vocabulary.size, corpus.splits["train"].dtype
+        found = memory.compiled_update(train_step, config, *sizes, mesh)
+        if why := memory.too_much(found, config, mesh):
+            raise ValueError(why)
+        return found
+
+    remark = memory.close(distributed.run_on_all(update), mesh)
+    return [remark] if remark else []

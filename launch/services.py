@@ -1,0 +1,97 @@
+"""The services of a training program: signals, the watchdog and the port for Prometheus."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from charlstm import distributed
+from charlstm.run.loop import Outcome, Training
+from charlstm.run.services import Services
+from data_pipeline import terminal
+from launch import cli, prometheus
+from launch.prometheus import MonitorFlags
+from launch.watchdog import Watchdog, WatchdogFlags
+
+STATUS = {Outcome.FINISHED: cli.DONE, Outcome.STOPPED: cli.STOPPED, Outcome.NOT_SAVED: cli.NOT_SAVED}
+
+
+class ProgramServices(Services):
+    """Ends a run that hangs, saves and stops one that gets Ctrl-C or SIGTERM, and tells a monitor what it measures."""
+
+    def __init__(self, watchdog_flags: WatchdogFlags, monitor_flags: MonitorFlags) -> None:
+        self._watchdog_flags, self._monitor_flags = watchdog_flags, monitor_flags
+        self._training: Training | None = None
+        self._signals: list[int] = []
+        self.end = cli.end_if_out_of_memory
+
+    @contextlib.contextmanager
+    def opened(self, run_dir: Path) -> Iterator[None]:
+        """Raises ValueError where the port cannot be had."""
+        self._run_dir = run_dir
+        with prometheus.of_this_process(self._monitor_flags, self.figures):
+            number = distributed.process_number()
+            self._watchdog = Watchdog(self._watchdog_flags, number, run_dir / "heartbeats", self.about)
+            try:
+                yield
+            finally:
+                self._watchdog.stop()
+
+    @contextlib.contextmanager
+    def watching(self, training: Training) -> Iterator[None]:
+        """Answers signals: the first lets the step finish and be saved; a second Ctrl-C does not.
+
+        Of several processes, JAX catches SIGTERM and tells the others of it; Ctrl-C is then as good as SIGTERM.
+        """
+        self._training = training
+        with terminal.reacting(self.signalled):
+            yield
+
+    def signalled(self, number: int) -> None:
+        """Takes a signal."""
+        if self._signals and number == signal.SIGINT:
+            terminal.leave(number)
+        self._signals.append(number)
+        if distributed.is_one_of_several():
+            os.kill(os.getpid(), signal.SIGTERM)
+        if len(self._signals) == 1:
+            after = f"told to stop: saves and ends after {self._watchdog.doing}"
+            terminal.say(f"{after}; a second Ctrl-C ends it at once, unsaved")
+
+    def stop_requested(self) -> bool:
+        return bool(self._signals)
+
+    def tick(self, step: int) -> None:
+        self._watchdog.tick(step)
+
+    def ended(self, outcome: Outcome) -> None:
+        terminal.settle(STATUS[outcome])
+
+    def pause(self, doing: str) -> AbstractContextManager[None]:
+        return self._watchdog.pause(doing)
+
+    def about(self) -> dict[str, Any]:
+        """What a heartbeat says of the run, besides its step."""
+        if self._training is None:
+            return {}
+        last = self._training.run.config.training.num_steps
+        return {"num_steps": last, "status": self._training.metrics.status()}
+
+    def figures(self) -> dict[str, float | None]:
+        """What the monitor is told."""
+        if (training := self._training) is None:
+            return {}
+        return {
+            "step": self._watchdog.step,
+            **prometheus.of_records(training.metrics.records),
+            "checkpoint_age_seconds": prometheus.checkpoint_age(self._run_dir / "checkpoints"),
+            "checkpoint_failures_in_a_row": training.checkpoints.failed_saves,
+            "devices": training.run.mesh.size,
+            "processes": distributed.number_of_processes(),
+            "rollbacks_total": training.rollbacks,
+            "skipped_updates_total": training.metrics.skipped,
+            "recurrent_state_rows_reset_total": training.metrics.state_resets,
+        }
