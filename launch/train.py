@@ -28,7 +28,7 @@ from charlstm.training import schedules
 from charlstm.training import step as step_lib
 from data_pipeline.atomic_files import expand_user
 from data_pipeline.settings import check_choices, setting
-from launch import allocator, cli, cluster, compilation, cores, flags, prometheus
+from launch import cli, cluster, flags, prometheus, runtime
 from launch import run as run_lib
 from launch.cluster import JobFlags
 from launch.prometheus import MonitorFlags
@@ -72,9 +72,9 @@ def main(argv: Sequence[str]) -> int:
         run_directory.named("run_dir", chosen.run_dir)
     settings = _settings_there(chosen.run_dir, config)
     memory.require_possible(settings, dry=chosen.dry_run)
-    allocator.keep(estimate.estimate_temp_bytes(settings, cores.usable()))
-    compilation.keep()
-    mesh_of = cores.mesh_of(joined)
+    runtime.keep_freed_memory(estimate.estimate_temp_bytes(settings, runtime.usable_cores()))
+    runtime.keep_compiled()
+    mesh_of = runtime.mesh_chooser(joined)
     cluster.join(joined)
     try:
         return _run(chosen, watching, telling, config, given, mesh_of)
