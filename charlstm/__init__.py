@@ -1,11 +1,11 @@
 """Deep character-level recurrent language models and their training, from scratch on JAX.
 
-    import charlstm as cl
+import charlstm as cl
 
-    corpus = cl.load_corpus("shakespeare.txt")
-    model = cl.train(cl.Config(hidden_size=256, num_steps=2000), corpus, run_dir="runs/bard")
-    print(model.evaluate(corpus.test).bits_per_character)
-    print(model.sample("ROMEO:", length=500, temperature=0.8))
+corpus = cl.load_corpus("shakespeare.txt")
+model = cl.train(cl.Config(hidden_size=256, num_steps=2000), corpus, run_dir="runs/bard")
+print(model.evaluate(corpus.test).bits_per_character)
+print(model.sample("ROMEO:", length=500, temperature=0.8))
 """
 
 import importlib

@@ -31,7 +31,7 @@ from charlstm.run.loop import Outcome, Training
 from charlstm.run.services import Services
 from charlstm.run.start import start
 from charlstm.training.loss import NATS_PER_BIT, cross_entropy
-from charlstm.training.step import choose_mesh
+from charlstm.training.placement import choose_mesh
 from charlstm.types import CellState, ModelParams, RecurrentState
 from data_pipeline.atomic_files import atomic_write, expand_user
 from data_pipeline.batch import Separator, ends_separator, looks_back
@@ -76,9 +76,7 @@ def _written_down(text: bytes, folder: Path) -> Path:
     return path
 
 
-def train(
-    config: Config, corpus: Corpus, run_dir: str | os.PathLike[str], *, initial_checkpoint: str = ""
-) -> "Model":
+def train(config: Config, corpus: Corpus, run_dir: str | os.PathLike[str], *, initial_checkpoint: str = "") -> "Model":
     """Trains a run to config's num_steps and returns its best model; the same call again resumes it.
 
     The bits are those of `launch.train` with the same settings.  An interrupt in the main thread saves, and returns
@@ -176,7 +174,7 @@ class Model:
         return evaluator(distributed.put(mesh, distributed.REPLICATED, jax.tree.map(np.asarray, self.params)))
 
     def bits(self, text: str | bytes) -> np.ndarray:
-        """Bits of each symbol given all before it, float32 [symbols]; the first, which nothing precedes, has log2(V)."""
+        """Bits of each symbol given all before it, float32 [symbols]; the first has log2(V), as nothing precedes it."""
         ids = self._encode(text)
         state, found = self._start(1), [np.full(min(1, len(ids)), np.log2(self.vocabulary.size), np.float32)]
         for read, following, reset in self._windows(ids):

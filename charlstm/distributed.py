@@ -9,6 +9,7 @@ devices of one process are neighbours, so a process holds one run of rows.
 """
 
 import itertools
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -69,6 +70,27 @@ def is_peer_failure(error: Exception) -> bool:
         return False
     out_of_reach = isinstance(error, jax.errors.JaxRuntimeError) and str(error).startswith("UNAVAILABLE: ")
     return out_of_reach or _LOST.match(str(error)) is not None
+
+
+def use_cpu_cores() -> bool:
+    """Makes one device per core of a CPU, before JAX starts.
+
+    Returns:
+      False if JAX has started, or the user has set the number of devices (XLA_FLAGS or JAX_NUM_CPU_DEVICES).
+    """
+    chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if chosen or "JAX_NUM_CPU_DEVICES" in os.environ:
+        return False
+    try:
+        jax.config.update("jax_num_cpu_devices", usable_cores())
+    except RuntimeError:  # it has started
+        return False
+    return True
+
+
+def usable_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    return (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()) or 1  # not on a Mac
 
 
 def make(devices: list[jax.Device] | None = None) -> Mesh:

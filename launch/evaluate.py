@@ -33,7 +33,7 @@ from data_pipeline.build import corpora
 from data_pipeline.progress import bar, say_on_stderr
 from data_pipeline.settings import check_choices, setting
 from data_pipeline.shards import Corpus, open_corpus
-from launch import allocator, cli, compilation, flags
+from launch import cli, flags, runtime
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +85,8 @@ def main(argv: Sequence[str]) -> int:
         if split not in corpus.splits:
             raise ValueError(f"{corpus.directory} has no {split} split, only {', '.join(corpus.splits)}")
 
-    allocator.keep()
-    compilation.keep()
+    runtime.keep_freed_memory()
+    runtime.keep_compiled()
     mesh = distributed.make()
     if chosen.dynamic:
         mesh = distributed.make(list(mesh.devices.flat[:1]))

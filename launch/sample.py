@@ -42,7 +42,7 @@ from data_pipeline import terminal
 from data_pipeline.atomic_files import expand_user
 from data_pipeline.settings import LARGEST_INT, check_choices, setting
 from data_pipeline.vocabulary import Vocabulary
-from launch import cli, compilation, cores, flags
+from launch import cli, flags, runtime
 
 MOST_SAMPLES = 1 << 16  # side by side, each with a state and with noise of its own
 ENDING = 2.0  # seconds in which a text that is interrupted may come to its end: it is whole UTF-8, and a line
@@ -107,8 +107,8 @@ def main(argv: Sequence[str]) -> int:
     if not any(flag.startswith("--stop=") for flag in given):
         stop = np.array(separator, np.int32)
 
-    compilation.keep()
-    mesh = cores.mesh_of_samples(chosen.num_samples)
+    runtime.keep_compiled()
+    mesh = runtime.sampling_mesh(chosen.num_samples)
     params, step = run_directory.restore_params(run_dir, config, identity, mesh, chosen.checkpoint, terminal.say)
     print(f"{run_dir}: the checkpoint of step {step}", file=sys.stderr)
     chunks = generate_lib.generate(

@@ -13,15 +13,16 @@ import dataclasses
 from collections.abc import Sequence
 
 from charlstm import config as config_lib
+from charlstm import distributed
 from charlstm.config import Config
 from charlstm.run import backend, estimate, loop, memory, run_directory
 from charlstm.run import corpus as corpus_lib
 from charlstm.run import start as start_lib
 from charlstm.run.metrics import Diverged
-from charlstm.training import step as step_lib
+from charlstm.training import placement
 from data_pipeline.atomic_files import expand_user
 from data_pipeline.settings import check_choices, setting
-from launch import allocator, cli, cluster, compilation, cores, flags
+from launch import cli, cluster, flags, runtime
 from launch.cluster import JobFlags
 from launch.prometheus import MonitorFlags
 from launch.services import STATUS, ProgramServices
@@ -66,9 +67,9 @@ def main(argv: Sequence[str]) -> int:
         with contextlib.suppress(ValueError, OSError):  # told of when the run is opened
             settings = run_directory.read(expand_user(chosen.run_dir))[0]  # which need not all be given again
     memory.require_possible(settings, dry=chosen.dry_run)
-    allocator.keep(estimate.estimate_temp_bytes(settings, cores.usable()))
-    compilation.keep()
-    choose_mesh = cores.mesh_of(job)
+    runtime.keep_freed_memory(estimate.estimate_temp_bytes(settings, distributed.usable_cores()))
+    runtime.keep_compiled()
+    choose_mesh = runtime.mesh_chooser(job)
     cluster.join(job)
     with cluster.leaving(job):
         return _run(chosen, services, config, given, choose_mesh)
@@ -78,7 +79,7 @@ def _run(
     chosen: TrainFlags, services: ProgramServices, config: Config, given: list[str], choose_mesh: start_lib.ChooseMesh
 ) -> int:
     mesh, run_dir = choose_mesh(config), expand_user(chosen.run_dir)
-    step_lib.shards_per_device(config_lib.fill_automatic(config, mesh.size), mesh.size)  # a text may take hours
+    placement.shards_per_device(config_lib.fill_automatic(config, mesh.size), mesh.size)  # a text may take hours
     if chosen.run_dir:
         corpus_lib.refuse_inside(run_dir, config.corpus)
     corpus, config = corpus_lib.open_for(config, given)

@@ -15,7 +15,7 @@ from charlstm.model import language_model
 from charlstm.run import memory
 from charlstm.run.memory import End, format_bytes
 from charlstm.run.metrics import duration
-from charlstm.training import schedules
+from charlstm.training import placement, schedules
 from charlstm.training import step as step_lib
 from data_pipeline.batch import Batch
 from data_pipeline.shards import Corpus
@@ -33,7 +33,7 @@ def report(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, form: s
 
     What does not fit in memory is not timed: its seconds are null.
     """
-    shards = step_lib.shards_per_device(config, mesh.size)
+    shards = placement.shards_per_device(config, mesh.size)
     V, symbols = corpus.vocabulary.size, config.streams.batch_size * config.streams.window
     state = jax.eval_shape(lambda: step_lib.init(config, V))
     parameters, arithmetic = count_parameters(config, V), flops(config, V)

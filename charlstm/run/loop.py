@@ -19,7 +19,7 @@ from charlstm.run.log import RunLog
 from charlstm.run.metrics import Diverged, MetricAggregator, duration, finite_score
 from charlstm.run.services import Services
 from charlstm.run.start import Run
-from charlstm.training import averaging
+from charlstm.training import averaging, placement
 from charlstm.training import step as step_lib
 from charlstm.types import Metrics, TrainState
 from data_pipeline.batch import Batch
@@ -94,7 +94,7 @@ class Training:
         self._valid = run.corpus.splits.get("valid")
         if self._valid is not None:
             # In the logical shards, as gradients are: the same bits on any number of devices that divides them.
-            shards = step_lib.shards_per_device(run.config, run.mesh.size)
+            shards = placement.shards_per_device(run.config, run.mesh.size)
             V = run.corpus.vocabulary.size
             self._score = evaluate_lib.make_evaluator(run.config, V, self._valid, run.mesh, run.separator, shards)
 

@@ -15,7 +15,7 @@ from charlstm.run import corpus as corpus_lib
 from charlstm.run.memory import End
 from charlstm.run.run_directory import Identity, Initial
 from charlstm.run.step_directory import StepDirectory
-from charlstm.training import schedules
+from charlstm.training import placement, schedules
 from charlstm.training import step as step_lib
 from charlstm.types import ModelParams
 from data_pipeline.batch import Separator
@@ -55,7 +55,7 @@ def check(config: Config, corpus: Corpus, mesh: Mesh, dry: bool = False) -> Stre
     Raises:
       ValueError: the settings do not go with this text, these devices or this machine.
     """
-    step_lib.shards_per_device(config_lib.fill_automatic(config, mesh.size), mesh.size)
+    placement.shards_per_device(config_lib.fill_automatic(config, mesh.size), mesh.size)
     plan = corpus_lib.plan_for(config, corpus)
     if (flag := config.optimizer.validation_driven_by) and "valid" not in corpus.splits:
         raise ValueError(f"{flag} goes by validation scores, and {corpus.directory} has no valid split: give one")
@@ -82,7 +82,7 @@ def start(
     initial = str(run_directory.named("initial_checkpoint", initial)) if initial else ""
     resumed, config, remarks = _settings(run_dir, config, identity, initial, choose_mesh)
     mesh = choose_mesh(config)
-    step_lib.shards_per_device(config, mesh.size, fixed=resumed)
+    placement.shards_per_device(config, mesh.size, fixed=resumed)
     config, remark = backend.chosen(config, corpus, plan, mesh, end)
     remarks += [remark] if remark else []
     separator = run_directory.separator(config, corpus.vocabulary)

@@ -24,6 +24,7 @@ from charlstm.model.dropout import DropoutKey
 from charlstm.model.ops import compiler
 from charlstm.training import averaging, divergence, optimizers, plateau, reduction, schedules
 from charlstm.training.loss import activation_penalties, cross_entropy
+from charlstm.training.placement import shards_per_device
 from charlstm.types import Metrics, ModelParams, TrainState
 from data_pipeline.batch import Batch
 
@@ -92,39 +93,6 @@ def roll_back(mesh: Mesh, state: TrainState, windows: int) -> TrainState:
         first = language_model.reset_state(jax.tree.map(np.asarray, state.params), zeros)
         carry = distributed.put(mesh, distributed.BY_STREAM, first)
     return state._replace(recurrent_state=carry, divergence=divergence_state)
-
-
-def shards_per_device(config: Config, devices: int, fixed: bool = False) -> int:
-    """k: how many logical shards each of `devices` computes.
-
-    Args:
-      fixed: the run has begun, so only the number of devices, and the reduction, can be another.
-
-    Raises:
-      ValueError: the B streams, or the M logical shards, cannot be split over the devices; says which counts can.
-    """
-    B, M = config.streams.batch_size, config.training.logical_shards
-    assert M > 0, "resolve(config) fills in logical_shards"
-    if B % devices:
-        low, high = B - B % devices, B + devices - B % devices
-        choice = f"{low} or {high}" if low else f"{high}"
-        if fixed:
-            choice = f"{_divisors(B)} devices, as the run has this batch_size"
-        raise ValueError(f"batch_size={B} cannot be split over {devices} devices: use {choice}")
-    if B % M:
-        raise ValueError(f"batch_size={B} cannot be split into logical_shards={M}: use a multiple of {M}")
-    if M % devices == 0:
-        return M // devices
-    if config.training.reduction == "exact":
-        raise ValueError(
-            f"logical_shards={M} cannot be split exactly over {devices} devices: use {_divisors(M)} devices, or "
-            f"--reduction=fast (not bit-stable across counts)"
-        )
-    return next(k for k in range(-(-M // devices), B // devices + 1) if B % (devices * k) == 0)
-
-
-def _divisors(count: int) -> str:
-    return ", ".join(str(d) for d in range(1, count + 1) if count % d == 0)
 
 
 def make(config: Config, vocabulary_size: int, mesh: Mesh, steps_per_epoch: int) -> jax.stages.Wrapped:

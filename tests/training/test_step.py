@@ -1,7 +1,6 @@
 """The training step: the same bits on any number of devices, one reduction, the right gradient."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -204,24 +203,6 @@ def test_the_recurrent_state_is_split_by_stream_and_carried():
     state, _ = step.make(config, V, mesh, 100)(state, distributed.put(mesh, distributed.BY_STREAM, batch(config, 0)))
     assert np.asarray(state.recurrent_state[0].h).any(1).all()
     assert int(state.step) == 1
-
-
-@pytest.mark.parametrize(
-    ("changes", "devices", "message"),
-    [
-        ({"batch_size": 100}, 8, "batch_size=100 cannot be split over 8 devices: use 96 or 104"),
-        ({"batch_size": 4}, 8, "batch_size=4 cannot be split over 8 devices: use 8"),
-        ({"batch_size": 24, "logical_shards": 16}, 8, "batch_size=24 cannot be split into logical_shards=16"),
-        (
-            {"batch_size": 24, "logical_shards": 8},
-            3,
-            "logical_shards=8 cannot be split exactly over 3 devices: use 1, 2, 4, 8",
-        ),
-    ],
-)
-def test_counts_that_do_not_divide_are_refused_with_both_numbers_and_the_remedy(changes, devices, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        step.shards_per_device(make_config(**changes), devices)
 
 
 def test_a_stream_that_is_not_finite_is_named_by_its_row():
