@@ -8,18 +8,14 @@ if __name__ == "__main__":  # before what takes seconds to import
 
     startup.attach("launch.train")
 
-import contextlib
 import dataclasses
 from collections.abc import Sequence
 
-from charlstm import config as config_lib
 from charlstm import distributed
 from charlstm.config import Config
-from charlstm.run import backend, estimate, loop, memory, run_directory
-from charlstm.run import corpus as corpus_lib
+from charlstm.run import estimate, loop, memory, run_directory
 from charlstm.run import start as start_lib
 from charlstm.run.metrics import Diverged
-from charlstm.training import placement
 from data_pipeline.atomic_files import expand_user
 from data_pipeline.settings import check_choices, setting
 from launch import cli, cluster, flags, runtime
@@ -61,38 +57,25 @@ def main(argv: Sequence[str]) -> int:
     chosen, job, services, config, given = parse(argv)
     if not chosen.run_dir and not chosen.dry_run:
         raise ValueError("--run_dir is required: name a directory for the run, such as --run_dir=runs/mine")
-    settings = config
-    if chosen.run_dir:
-        run_directory.named("run_dir", chosen.run_dir)
-        with contextlib.suppress(ValueError, OSError):  # told of when the run is opened
-            settings = run_directory.read(expand_user(chosen.run_dir))[0]  # which need not all be given again
+    run_dir = expand_user(chosen.run_dir) if chosen.run_dir else None
+    run_directory.named("run_dir", chosen.run_dir)
+    settings = run_directory.settings_of(run_dir, config) if run_dir else config
     memory.require_possible(settings, dry=chosen.dry_run)
     runtime.keep_freed_memory(estimate.estimate_temp_bytes(settings, distributed.usable_cores()))
     runtime.keep_compiled()
     choose_mesh = runtime.mesh_chooser(job)
     cluster.join(job)
     with cluster.leaving(job):
-        return _run(chosen, services, config, given, choose_mesh)
-
-
-def _run(
-    chosen: TrainFlags, services: ProgramServices, config: Config, given: list[str], choose_mesh: start_lib.ChooseMesh
-) -> int:
-    mesh, run_dir = choose_mesh(config), expand_user(chosen.run_dir)
-    placement.shards_per_device(config_lib.fill_automatic(config, mesh.size), mesh.size)  # a text may take hours
-    if chosen.run_dir:
-        corpus_lib.refuse_inside(run_dir, config.corpus)
-    corpus, config = corpus_lib.open_for(config, given)
-    if chosen.dry_run:
-        plan, config = start_lib.check(config, corpus, mesh, dry=True), config_lib.fill_automatic(config, mesh.size)
-        config, _ = backend.chosen(config, corpus, plan, mesh, services.end)
-        estimate.report(config, corpus, plan, mesh, chosen.dry_run_format, services.end)
-        return cli.DONE
-    run = start_lib.start(run_dir, config, corpus, choose_mesh, chosen.initial_checkpoint, services.end)
-    try:
-        return STATUS[loop.train(run, services, given)]
-    except Diverged:
-        return cli.DIVERGED
+        mesh = choose_mesh(config)
+        corpus, config = start_lib.open_corpus(config, given, run_dir, mesh)
+        if chosen.dry_run or run_dir is None:
+            print(start_lib.dry_run(config, corpus, mesh, chosen.dry_run_format, services.end))
+            return cli.DONE
+        run = start_lib.start(run_dir, config, corpus, choose_mesh, chosen.initial_checkpoint, services.end)
+        try:
+            return STATUS[loop.train(run, services, given)]
+        except Diverged:
+            return cli.DIVERGED
 
 
 if __name__ == "__main__":

@@ -1,1 +1,5 @@
-"""What is computed: symbols -> logits."""
+"""What is computed: symbols -> logits.  The functional level, for research: parameters in, arrays out."""
+
+from charlstm.model.language_model import apply, init, reset_state, zero_state
+
+__all__ = ["apply", "init", "reset_state", "zero_state"]

@@ -1,6 +1,7 @@
 """The corpus that a command names, held to what the same command says of it."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from charlstm import config as config_lib
@@ -20,7 +21,7 @@ SEARCHED = 64 << 20  # symbols in which a separator is looked for: a fraction of
 CHUNK = 1 << 20  # symbols
 
 
-def open_for(config: Config, given: list[str]) -> tuple[Corpus, Config]:
+def open_for(config: Config, given: Sequence[str]) -> tuple[Corpus, Config]:
     """The corpus, and `config` with the vocabulary that it has.
 
     Raises:

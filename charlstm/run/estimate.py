@@ -28,8 +28,8 @@ SHORT_WINDOW = 8
 RATE = 1e13  # products and sums in a second, of which the arithmetic is told in hours: those of one fast GPU, about
 
 
-def report(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, form: str = "text", end: End = None) -> None:
-    """Prints the table, or with the form "json" one line of its numbers.  Raises ValueError as the run itself would.
+def report(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, form: str = "text", end: End = None) -> str:
+    """The table, or with the form "json" one line of its numbers.  Raises ValueError as the run itself would.
 
     What does not fit in memory is not timed: its seconds are null.
     """
@@ -45,8 +45,7 @@ def report(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, form: s
     too_much = memory.too_much(update, config, mesh)
     seconds, how = (None, "") if too_much else _seconds_a_step(even, corpus, even_plan, mesh, end)
     if form == "json":
-        print(json.dumps({"parameters": parameters, "flops_per_step": arithmetic, "seconds_per_step": seconds}))
-        return
+        return json.dumps({"parameters": parameters, "flops_per_step": arithmetic, "seconds_per_step": seconds})
     remarks = schedules.remarks(config.optimizer, config.training, plan.steps_per_epoch, begun=False)
     whole = config.training.num_steps * arithmetic
     timing = [("time per step", "not timed: it does not fit"), ("does not fit", too_much)]
@@ -73,8 +72,7 @@ def report(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, form: s
         ("learning rate", "; ".join([f"{config.optimizer.learning_rate:g}, {config.optimizer.schedule}", *remarks])),
         *timing,
     ]
-    for name, value in rows:
-        print(f"{name:<22}{value}")
+    return "\n".join(f"{name:<22}{value}" for name, value in rows)
 
 
 def count_parameters(config: Config, vocabulary_size: int) -> int:

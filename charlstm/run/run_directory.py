@@ -185,6 +185,13 @@ def read(run_dir: Path) -> tuple[Config, Identity]:
         raise ValueError(f"{run_dir} is not a whole run: {error}") from None
 
 
+def settings_of(run_dir: Path, otherwise: Config) -> Config:
+    """The settings of the run in `run_dir`, which need not all be given again; `otherwise` if there is none."""
+    with contextlib.suppress(ValueError, OSError):  # told of when the run is opened
+        return read(run_dir)[0]
+    return otherwise
+
+
 def _read_identity(path: Path) -> Identity:
     try:
         tree = json.loads(path.read_text("utf-8"))

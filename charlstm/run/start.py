@@ -1,6 +1,6 @@
 """A run as it starts: new, or resumed.  All that can be refused is refused here, before anything is written."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from charlstm import config as config_lib
 from charlstm import distributed
 from charlstm.config import Config
-from charlstm.run import backend, initial_checkpoint, memory, run_directory
+from charlstm.run import backend, estimate, initial_checkpoint, memory, run_directory
 from charlstm.run import corpus as corpus_lib
 from charlstm.run.memory import End
 from charlstm.run.run_directory import Identity, Initial
@@ -46,6 +46,22 @@ class Run(NamedTuple):
         return run_directory.separator(self.config, self.corpus.vocabulary)
 
 
+def open_corpus(config: Config, given: Sequence[str], run_dir: Path | None, mesh: Mesh) -> tuple[Corpus, Config]:
+    """The corpus that `config` names, prepared where it is not yet, and `config` with the vocabulary that it has.
+
+    Args:
+      given: the flags that were given, as lines of a flagfile: a corpus that was prepared otherwise is refused.
+
+    Raises:
+      ValueError: there is no such corpus, or it goes with neither these settings nor these devices.
+    """
+    # Before a text is prepared, which may take hours.
+    placement.shards_per_device(config_lib.fill_automatic(config, mesh.size), mesh.size)
+    if run_dir:
+        corpus_lib.refuse_inside(run_dir, config.corpus)
+    return corpus_lib.open_for(config, given)
+
+
 def check(config: Config, corpus: Corpus, mesh: Mesh, dry: bool = False) -> StreamPlan:
     """How the training split is read.
 
@@ -62,6 +78,13 @@ def check(config: Config, corpus: Corpus, mesh: Mesh, dry: bool = False) -> Stre
     run_directory.separator(config, corpus.vocabulary)
     memory.require_possible(config, corpus.vocabulary.size, dry)
     return plan
+
+
+def dry_run(config: Config, corpus: Corpus, mesh: Mesh, form: str = "text", end: End = None) -> str:
+    """What such a run would take, as a table or one line of JSON.  Raises ValueError as the run would."""
+    plan, config = check(config, corpus, mesh, dry=True), config_lib.fill_automatic(config, mesh.size)
+    config, _ = backend.chosen(config, corpus, plan, mesh, end)
+    return estimate.report(config, corpus, plan, mesh, form, end)
 
 
 def start(

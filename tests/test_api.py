@@ -1,0 +1,213 @@
+"""The library: the ten lines train, resume, score and sample, in a plain interpreter, an event loop and a thread."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import charlstm as cl
+from charlstm.config import Config
+from charlstm.model import language_model
+from launch import cli, sample, train
+from tests.conftest import ROOT
+
+TEXT = "".join(f"line {n * n} of a text\n" for n in range(700))
+SETTINGS = {
+    "hidden_size": 12, "num_layers": 2, "batch_size": 16, "window": 8, "num_steps": 12, "log_every": 6,
+    "evaluate_every": 6, "eval_chunk": 64, "burn_in": 8, "learning_rate": 0.5,
+}  # fmt: skip
+TEN_LINES = f"""
+import sys
+import charlstm as cl
+
+corpus = cl.load_corpus(open(sys.argv[1]).read(), cache_dir=sys.argv[2])
+config = cl.Config(**{SETTINGS!r})
+model = cl.train(config, corpus, run_dir=sys.argv[3])
+print(model.evaluate(corpus.test).bits_per_character)
+print(model.sample("line", length=20, temperature=0.8, seed=0))
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return cl.load_corpus(TEXT, cache_dir=str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
+def config() -> Config:
+    return cl.Config(**SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def run_dir(config, corpus, tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("api") / "run"
+    cl.train(config, corpus, directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def model(run_dir):
+    return cl.load(run_dir)
+
+
+def digest(run_dir: Path) -> str:
+    return json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["state_digest"]
+
+
+def test_the_ten_lines_in_a_plain_interpreter_have_the_bits_of_the_program(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    arguments = [str(tmp_path / name) for name in ("text.txt", "cache", "run")]
+    how = {"env": environment, "capture_output": True, "text": True, "timeout": 300, "cwd": tmp_path}
+    done = subprocess.run([sys.executable, "-c", TEN_LINES, *arguments], **how)
+    assert done.returncode == 0, done.stderr
+    bits, text = done.stdout.split("\n", 1)
+    assert 0 < float(bits) < 8 and text.startswith("line") and len(text) >= 20
+    flags = [f"--{name}={value}" for name, value in SETTINGS.items()]
+    flags += [f"--corpus={arguments[0]}", f"--cache_dir={arguments[1]}", f"--run_dir={tmp_path / 'program'}"]
+    program = subprocess.run([sys.executable, "-m", "launch.train", *flags], **how)
+    assert program.returncode == 0, program.stderr
+    assert digest(tmp_path / "run") == digest(tmp_path / "program")
+
+
+def test_the_same_call_resumes_and_a_longer_one_goes_on(config, corpus, run_dir, tmp_path):
+    half = tmp_path / "half"
+    cl.train(cl.Config(**SETTINGS | {"num_steps": 6, "decay_steps": 12}), corpus, half)
+    again = cl.train(cl.Config(**SETTINGS | {"decay_steps": 12}), corpus, half)
+    assert again.step in (6, 12) and digest(half) == digest(run_dir)
+    before = (half / "metrics.jsonl").read_text()
+    cl.train(cl.Config(**SETTINGS | {"decay_steps": 12}), corpus, half)
+    assert (half / "metrics.jsonl").read_text() == before
+
+
+def test_in_a_running_event_loop_and_in_a_thread_it_saves_and_has_the_same_bits(config, corpus, run_dir, tmp_path):
+    async def cell():
+        return cl.train(config, corpus, tmp_path / "loop")
+
+    asyncio.run(cell())
+    thread = threading.Thread(target=cl.train, args=(config, corpus, tmp_path / "thread"))
+    thread.start()
+    thread.join()
+    for name in ("loop", "thread"):
+        assert digest(tmp_path / name) == digest(run_dir)
+        assert "not saved" not in (tmp_path / name / "log.txt").read_text()
+        assert (tmp_path / name / "checkpoints" / "12").is_dir()
+
+
+def test_an_interrupt_saves_and_returns_and_the_same_call_goes_on(config, corpus, run_dir, tmp_path, monkeypatch):
+    update = cl.api.loop.Training.update
+
+    def interrupted(self, state, batch):
+        if int(state.step) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(self, state, batch)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(cl.api.loop.Training, "update", interrupted)
+    stopped = cl.train(config, corpus, tmp_path / "run")
+    assert 4 <= stopped.step < 7 and signal.getsignal(signal.SIGINT) is before
+    monkeypatch.undo()
+    cl.train(config, corpus, tmp_path / "run")
+    assert digest(tmp_path / "run") == digest(run_dir)
+
+
+def test_mistakes_are_exceptions_and_write_nothing(config, corpus, tmp_path):
+    with pytest.raises(ValueError, match="batch_size=20000"):
+        cl.train(cl.Config(**SETTINGS | {"batch_size": 20000, "logical_shards": 1}), corpus, tmp_path / "run")
+    with pytest.raises(ValueError, match="did you mean hidden_size"):
+        cl.Config(hiden_size=3)
+    with pytest.raises(ValueError, match="hidden_size='3' is not a int"):
+        cl.Config(hidden_size="3")
+    with pytest.raises(ValueError, match="no recipe 'nothing', only amazon"):
+        cl.Config.recipe("nothing")
+    with pytest.raises(ValueError, match="is not a run"):
+        cl.load(tmp_path / "run")
+    diverging = cl.Config(**SETTINGS | {"learning_rate": 3e38, "clip_norm": 0.0})
+    with pytest.raises(cl.Diverged):
+        cl.train(diverging, corpus, tmp_path / "diverged")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_is_its_flagfile():
+    recipe = cl.Config.recipe("tinyshakespeare")
+    assert recipe == cl.Config.from_flagfile(ROOT / "configs" / "tinyshakespeare.flags")
+    (_, _, _, parsed, _) = train.parse(["train", f"--flagfile={ROOT / 'configs' / 'tinyshakespeare.flags'}"])
+    assert recipe == parsed
+
+
+def test_a_corpus_is_a_path_a_name_or_a_text(corpus, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    cache = str(tmp_path / "cache")
+    sources = [str(tmp_path / "text.txt"), tmp_path / "text.txt", TEXT.encode(), str(corpus.directory)]
+    assert {cl.load_corpus(source, cache_dir=cache).fingerprint for source in sources} == {corpus.fingerprint}
+    assert cl.load_corpus(TEXT, cache_dir=cache, vocabulary="characters").vocabulary.size < 40
+    with pytest.raises(ValueError, match="does not exist"):
+        cl.load_corpus(tmp_path / "nothing.txt", cache_dir=cache)
+
+
+# A model.
+
+
+def test_bits_add_up_to_the_score_and_calls_with_carried_state_to_the_bits(model):
+    text = TEXT[:700]  # several windows
+    bits = model.bits(text)
+    whole = cl.Model(cl.api.config_lib.replace(model.config, eval_chunk=700), *list(vars(model).values())[1:])
+    assert bits.dtype == np.float32 and bits.shape == (700,)
+    assert bits.sum() == pytest.approx(whole.evaluate(text).bits, rel=1e-5)
+    ids, state, found = np.frombuffer(text.encode(), np.uint8), None, []
+    for part in (ids[:300], ids[300:699]):
+        logits, state = model(part, state)
+        found.append(np.asarray(logits))
+    log_p = np.concatenate(found) - np.logaddexp.reduce(np.concatenate(found), axis=1, keepdims=True)
+    expected = -log_p[np.arange(699), ids[1:]] / np.log(2)
+    np.testing.assert_allclose(bits[1:], expected, rtol=1e-4, atol=1e-4)
+    assert bits[0] == 8
+    assert model.bits("").shape == (0,) and model.bits("a").tolist() == [8]
+
+
+def test_states_are_those_that_calls_end_with(model):
+    text = TEXT[:300]
+    states = model.states(text)
+    assert [(s.h.shape, s.c.shape) for s in states] == [((300, 12), (300, 12))] * 2
+    for stop in (1, 256, 257, 300):
+        _, state = model(np.frombuffer(text[:stop].encode(), np.uint8))
+        for all_of_layer, last in zip(states, state, strict=True):
+            np.testing.assert_allclose(all_of_layer.h[stop - 1], last.h[0], rtol=2e-5, atol=2e-6)
+            np.testing.assert_allclose(all_of_layer.c[stop - 1], last.c[0], rtol=2e-5, atol=2e-6)
+
+
+def test_a_sample_is_the_text_of_the_program_and_a_stream_its_pieces(model, run_dir, capsys):
+    how = {"length": 150, "temperature": 0.7, "top_k": 9, "seed": 3}
+    flags = [f"--{name}={value}" for name, value in how.items()]
+    assert sample.main(["sample", f"--run_dir={run_dir}", "--prompt=line", "--format=json", *flags]) == cli.DONE
+    text = "line" + json.loads(capsys.readouterr().out)["text"]
+    assert model.sample("line", **how) == text
+    pieces = list(model.stream("line", **how))
+    assert "".join(pieces) == text and len(pieces) > 3
+    several = model.sample("line", num_samples=3, **how)
+    assert several[0] == text and len(set(several)) == 3
+    assert model.sample("line", **how, stop="i").count("i") == 1
+    with pytest.raises(ValueError, match="temperature=-1"):
+        model.sample(temperature=-1.0)
+
+
+def test_a_score_is_of_splits_and_texts(model, corpus):
+    assert model.evaluate(corpus.test).symbols == len(corpus.test)
+    ids = corpus.test.read(0, len(corpus.test))
+    assert model.evaluate(ids.tobytes()).bits == pytest.approx(model.evaluate(corpus.test).bits)
+    assert model.evaluate("größe\n").bytes == 8 and model.evaluate("größe\n").characters == 6
+    with pytest.raises(ValueError, match="at least 2"):
+        model.evaluate("a")
+
+
+def test_the_functional_level_is_there():
+    assert cl.model.apply is language_model.apply and cl.model.init is language_model.init
+    assert callable(cl.training.make_step) and callable(cl.distributed.make)
+    assert set(cl.__all__) <= set(dir(cl)) | {name for name in cl.__all__ if hasattr(cl, name)}
