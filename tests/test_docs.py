@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib
 import io
+import pkgutil
 import re
 import runpy
 import sys
@@ -42,6 +43,11 @@ def code(text: str) -> list[str]:
     ]
 
 
+def words(document: Path) -> list[str]:
+    """What stands in code, cut at spaces and without punctuation."""
+    return [word.strip(",;:()") for line in code(document.read_text("utf-8")) for word in line.split()]
+
+
 def is_there(path: str) -> bool:
     """Whether some file or folder of the project has this path, or ends with it; a star stands for anything."""
     pattern = path.rstrip("/")
@@ -50,9 +56,8 @@ def is_there(path: str) -> bool:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_every_path_in_a_document_exists(document):
-    words = [word.strip(",;:()") for line in code(document.read_text("utf-8")) for word in line.split()]
     ours = re.compile(rf"(?:{'|'.join(TOP)})/[\w./*-]*|[\w./*-]+\.(?:py|md|flags|ipynb|lock|sbatch)")
-    missing = {word for word in words if ours.fullmatch(word) and not is_there(word)}
+    missing = {word for word in words(document) if ours.fullmatch(word) and not is_there(word)}
     assert not missing
 
 
@@ -67,6 +72,13 @@ def test_every_link_in_a_document_leads_somewhere(document):
             assert not heading or heading in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_every_dotted_name_of_the_project_in_a_document_can_be_imported(document):
+    for word in words(document):
+        if re.fullmatch(r"(charlstm|data_pipeline|launch|benchmarks)(\.\w+)+", word) and not word.endswith(".yml"):
+            pkgutil.resolve_name(word)
+
+
 @functools.cache
 def flags_of(module: str) -> set[str]:
     """The flags of a program that is started with `python -m`."""
@@ -78,6 +90,7 @@ def flags_of(module: str) -> set[str]:
     shown = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown), pytest.raises(SystemExit):
         patch.setattr(sys, "argv", [module, "--help"])
+        patch.delitem(sys.modules, module, raising=False)  # runpy warns of one that was imported before
         runpy.run_module(module, run_name="__main__")
     return set(re.findall(r"--(\w+)", shown.getvalue()))
 
