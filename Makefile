@@ -60,11 +60,13 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy charlstm data_pipeline launch benchmarks
 
-# The lock holds for Python 3.11 to 3.13 at once; `make lock` writes it anew.
-$(VENV)/installed: requirements.lock
+# The lock holds for Python 3.11 to 3.13 at once; `make lock` writes it anew.  The project itself is built by the lock's
+# own setuptools, so that nothing is fetched for it.
+$(VENV)/installed: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; assert (3, 11) <= v, f"Python {v[0]}.{v[1]} is too old: name 3.11 or later, make PYTHON=python3.12"'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
 .venv-bench/installed: requirements.lock pyproject.toml

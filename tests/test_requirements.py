@@ -40,3 +40,12 @@ def test_what_is_older_or_newer_than_what_is_tested_is_not_allowed(requirement):
     least = next(Version(part.version) for part in allowed if part.operator == ">=")
     assert least.release[0] == versions[0].release[0] and least <= versions[0]
     assert len(least.release) < 2 or least.release[:2] == versions[0].release[:2]
+
+
+def test_a_commit_is_looked_at_by_the_linter_of_the_lock():
+    assert f"rev: v{locked()['ruff'][0]}\n" in (ROOT / ".pre-commit-config.yaml").read_text()
+
+
+def test_the_citation_is_of_this_version_and_licence():
+    lines = (ROOT / "CITATION.cff").read_text().splitlines()
+    assert {f"version: {PROJECT['version']}", f"license: {PROJECT['license']}"} <= set(lines)
