@@ -122,7 +122,7 @@ def twin(config, params, state, inputs_BT, reset_BT, source):
     new, total = [], 0.0
     for layer, (p, s) in enumerate(zip(params.cells, state, strict=True)):
         which = "layer_dropout" if layer else "input_dropout"
-        x = masked(x, f"{which}.{layer}", getattr(config, which))
+        x = masked(x, f"{language_model.MASK_NAMES[which]}.{layer}", getattr(config, which))
         p = p._replace(w_h=p.w_h * bernoulli(f"weight_drop.{layer}", config.weight_drop, p.w_h.shape))
         s, x = textbook.unroll(language_model.CELLS[config.cell], p, s, x, reset_BT.T)
         new.append(s)
