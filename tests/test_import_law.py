@@ -172,7 +172,7 @@ def test_importing_starts_no_backend_parses_no_flag_and_changes_no_environment()
 def test_a_program_answers_ctrl_c_before_it_imports_anything():
     stems = ("launch/train", "launch/evaluate", "launch/sample", "launch/tune", "launch/local", "launch/prepare")
     programs = [ROOT / f"{stem}.py" for stem in stems]
-    run = [path for path in files() if "\n    program.run(" in path.read_text("utf-8")]
+    run = [path for path in files() if "\n    cli.run(" in path.read_text("utf-8")]
     assert set(run) <= set(programs)
     for path in programs:
         first = ast.parse(path.read_text("utf-8")).body[1]  # after the docstring
