@@ -16,13 +16,13 @@ from charlstm import config as config_lib
 from charlstm import distributed
 from charlstm.config import Config
 from charlstm.model import language_model
-from charlstm.run import estimate
+from charlstm.run import estimate, search_space
 from charlstm.training import plateau, schedules, step
 from data_pipeline.batch import Batch
 from data_pipeline.build.corpora import resolve
 from data_pipeline.shards import open_corpus
 from data_pipeline.streams import StreamPlan
-from launch import flags, search_space
+from launch import flags
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
