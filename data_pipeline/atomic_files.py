@@ -8,29 +8,12 @@ import json
 import os
 import platform
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-Progress = Callable[[str, int, int], None]  # (what is being done, how much of it is done, how much there is)
-
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # the disk is full or fails
-
-
-class Meter:
-    """Adds up what several threads have done of something, and tells `progress` from one thread at a time."""
-
-    def __init__(self, progress: Progress | None, doing: str, total: int):
-        self._progress, self._doing, self._total, self._done = progress, doing, total, 0
-        self._lock = threading.Lock()
-
-    def add(self, amount: int) -> None:
-        with self._lock:
-            self._done += amount
-            if self._progress:
-                self._progress(self._doing, self._done, self._total)
 
 
 def expand_user(path: Path | str) -> Path:

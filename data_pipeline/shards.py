@@ -12,8 +12,9 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from data_pipeline.atomic_files import Progress, atomic_write
+from data_pipeline.atomic_files import atomic_write
 from data_pipeline.manifest import NAME, Shard, Source, SplitRecord, read_manifest
+from data_pipeline.progress import Progress
 from data_pipeline.vocabulary import Vocabulary
 
 OPEN_SHARDS = 64  # maps kept open by a split; each takes a file descriptor, and a process has often only 1024

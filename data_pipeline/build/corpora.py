@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from data_pipeline.atomic_files import Progress, expand_user
+from data_pipeline.atomic_files import expand_user
 from data_pipeline.build.prepare import prepare
 from data_pipeline.manifest import is_prepared
+from data_pipeline.progress import Progress
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import open_corpus
 

@@ -5,9 +5,9 @@ import os
 import sysconfig
 from pathlib import Path
 
-from data_pipeline.atomic_files import Progress
 from data_pipeline.build.downloads import Download, fetch
 from data_pipeline.build.sources import Text, find_text, refuse_unreadable, sorted_files
+from data_pipeline.progress import Progress
 
 DOWNLOADS = {
     item.name: item

@@ -8,8 +8,9 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from data_pipeline.atomic_files import Progress, atomic_write, locked, sync_directory
+from data_pipeline.atomic_files import atomic_write, locked, sync_directory
 from data_pipeline.build.sources import CHUNK, hash_file
+from data_pipeline.progress import Progress
 
 ATTEMPTS = 3  # in a row that bring nothing
 TIMEOUT = 30  # seconds without a byte

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_pipeline import terminal
-from data_pipeline.atomic_files import Progress, atomic_write, sealed, unsealed
+from data_pipeline.atomic_files import atomic_write, sealed, unsealed
 from data_pipeline.build.sources import Extent, ParallelMap, Text
 from data_pipeline.build.splits import Span, cut, shard_spans
 from data_pipeline.build.utf8 import StartCount, count_all, index_characters, read_characters
 from data_pipeline.manifest import Shard, SplitRecord
+from data_pipeline.progress import Progress
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import shard_sizes, write_shard
 from data_pipeline.vocabulary import Vocabulary, canonical_json

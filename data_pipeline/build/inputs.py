@@ -3,10 +3,10 @@
 import difflib
 from pathlib import Path
 
-from data_pipeline.atomic_files import Progress
 from data_pipeline.build.datasets import NAMES, named_text
 from data_pipeline.build.inspection import joined, look_at, refuse_binary, remarks
 from data_pipeline.build.sources import Text, TextFile, find_text
+from data_pipeline.progress import Progress
 from data_pipeline.settings import CorpusSettings
 
 

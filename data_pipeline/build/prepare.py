@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data_pipeline.atomic_files import Meter, Progress, atomic_write, expand_user, locked, sync_directory
+from data_pipeline.atomic_files import atomic_write, expand_user, locked, sync_directory
 from data_pipeline.build.encode import SMALL, parallel_map, plan, write_splits
 from data_pipeline.build.inputs import find_texts
 from data_pipeline.build.sources import Text, hash_files
@@ -22,6 +22,7 @@ from data_pipeline.manifest import (
     read_manifest,
     write_manifest,
 )
+from data_pipeline.progress import Progress
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import open_corpus
 from data_pipeline.vocabulary import canonical_json
@@ -69,8 +70,9 @@ def prepare(
             # The corpus would be text for the next one.
             raise ValueError(f"{output} lies inside of the input {min(inside)}: name an output outside of it")
     output.parent.mkdir(parents=True, exist_ok=True)
-    waiting = Meter(progress, f"waiting for another preparation of {output}", 0)
-    with locked(output.with_name(f".{output.name}.lock"), lambda: waiting.add(0)):
+    report = progress or (lambda doing, done, total: None)
+    waiting = f"waiting for another preparation of {output}"
+    with locked(output.with_name(f".{output.name}.lock"), lambda: report(waiting, 0, 0)):
         if _is_done(output, key):
             return output
         if say:

@@ -11,12 +11,14 @@ import itertools
 import json
 import os
 import stat
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from data_pipeline.atomic_files import Meter, Progress, atomic_write, expand_user, named_in_errors, sealed, unsealed
+from data_pipeline.atomic_files import atomic_write, expand_user, named_in_errors, sealed, unsealed
 from data_pipeline.manifest import has_shards, is_prepared
+from data_pipeline.progress import Progress
 from data_pipeline.vocabulary import canonical_json
 
 CHUNK = 1 << 20  # bytes read at a time
@@ -175,13 +177,20 @@ def hash_files(files: list[TextFile], memo: Path, workers: int, progress: Progre
 
     They are kept in the directory `memo`, so that nothing is read when the same files, unchanged, are asked for again.
     """
-    meter = Meter(progress, "hashing", sum(file.bytes for file in files))
+    lock, done, total = threading.Lock(), 0, sum(file.bytes for file in files)
+
+    def add(count: int) -> None:
+        nonlocal done
+        with lock:
+            done += count
+            if progress:
+                progress("hashing", done, total)
 
     def hash_one(file: TextFile) -> str:
         digest = hashlib.sha256()
         for chunk in Extent(file.path, 0, file.bytes).read():
             digest.update(chunk)
-            meter.add(len(chunk))
+            add(len(chunk))
         return digest.hexdigest()
 
     def hash_all() -> list[str]:
