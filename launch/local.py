@@ -2,10 +2,10 @@
 
     python -m launch.local --processes=2 --restarts=3 -- --flagfile=configs/large.flags --run_dir=runs/mine
 
-What follows the -- is for launch.train.  On CPUs the processes have --devices_per_process simulated devices each, on
-GPUs one GPU each.  What they print comes here with the process's number before each line, and is kept in the run
-directory as logs/process-N.txt.  When one process dies the others are ended, and with --restarts the job is started
-again from its newest checkpoint.  Ctrl-C and SIGTERM reach all of them; a second Ctrl-C kills them.
+Arguments after the -- are those of launch.train.  On CPUs the processes have --devices_per_process simulated devices
+each, on GPUs one GPU each.  Their output is printed here with the number of the process before each line, and kept in
+the run directory as logs/process-N.txt.  When one process dies the others are ended, and with --restarts the job is
+restarted from its newest checkpoint.  Ctrl-C and SIGTERM are passed on to all; a second Ctrl-C kills them.
 """
 
 if __name__ == "__main__":  # before what takes seconds to import
@@ -40,9 +40,9 @@ from launch import cli, flags, train
 TRAIN = (sys.executable, "-m", "launch.train")
 
 ENDED_WELL = (cli.DONE, cli.STOPPED)
-# Started again, the job would end so again.
+# A restarted job would end in the same way.
 FINAL = (cli.MISTAKE, cli.DIVERGED, cli.NOT_SAVED, cli.INTERRUPTED)
-FUTILE = 2  # deaths in a row at the same checkpoint, after which it is not trusted any more
+FUTILE = 2  # consecutive deaths at the same checkpoint, after which it is no longer trusted
 LONGEST_PAUSE = 60.0  # seconds
 
 
@@ -51,10 +51,12 @@ class LocalFlags:
     """The processes on this machine."""
 
     processes: int = setting(2, "Processes to start.")
-    devices_per_process: int = setting(0, "Simulated CPU devices of each; 0: what there is, of several GPUs one each.")
-    restarts: int = setting(0, "How many times the job is started again when a process has died.")
+    devices_per_process: int = setting(
+        0, "Simulated CPU devices of each process; 0: the devices that exist, one GPU per process."
+    )
+    restarts: int = setting(0, "How many times the job is restarted after the death of a process.")
     grace: float = setting(
-        30.0, "Seconds that the others have to end by themselves when one has died, and that one may be stopped."
+        30.0, "Seconds until the others are killed when one has died, and until a stopped process is killed."
     )
 
     def __post_init__(self) -> None:
@@ -139,7 +141,7 @@ class Job(ChildProcesses):
             log.close()
 
     def wait(self) -> list[int]:
-        """The exit statuses (-N where signal N killed), once all have ended; one that dies takes the others along."""
+        """Waits for all; returns their exit statuses, -N for signal N.  If one dies, the others are ended."""
         deadline = None
         while None in (statuses := [process.poll() for process in self.started]):
             time.sleep(0.05)
@@ -153,7 +155,7 @@ class Job(ChildProcesses):
         return [process.returncode for process in self.started]
 
     def _end_the_stopped(self) -> None:
-        """Kills what is stopped (SIGSTOP) for longer than the grace: alone, a process cannot notice that it is."""
+        """Kills processes stopped (SIGSTOP) for longer than --grace: a process cannot notice that it is stopped."""
         for process in self.started:
             with contextlib.suppress(ChildProcessError):
                 if os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOHANG):
@@ -167,11 +169,11 @@ class Job(ChildProcesses):
 
 
 class RestartPolicy:
-    """Starts a job again after a death, at most `limit` times.
+    """Decides whether a job is restarted after a death, at most `limit` times.
 
-    The first time at once.  Where the newest checkpoint is the one of the death before, after a pause that doubles;
-    after `FUTILE` such deaths the checkpoint is set aside and the job goes back to the one before; and where that was
-    done once and it dies `FUTILE` times again, the job is given up: whatever kills it is not chance.
+    The first restart is immediate.  If there is no newer checkpoint than at the last death, restarts wait, twice as
+    long each time.  After more than `FUTILE` such deaths the checkpoint is quarantined and the job goes back to the one
+    before; if it then dies as often again, the job is given up: the cause is not chance.
     """
 
     def __init__(self, checkpoints: Path, limit: int, pause: float = 1.0) -> None:
@@ -179,7 +181,7 @@ class RestartPolicy:
         self._deaths, self._newest, self._went_back = 0, self._newest_step(), False
 
     def decide(self, statuses: Sequence[int], told_to_stop: bool) -> tuple[bool, str]:
-        """Whether to start again, after the pause there is to be; and the sentence that says why."""
+        """Returns, after the pause before a restart, whether to restart, and a sentence with the reason."""
         if all(status in ENDED_WELL for status in statuses):
             return False, "all processes have ended well"
         died = describe(statuses)
@@ -207,14 +209,14 @@ class RestartPolicy:
 
 
 def describe(statuses: Sequence[int]) -> str:
-    """Which processes ended how, those first that did not merely follow another."""
+    """Returns how each process ended; those that were only taken along by another come last."""
     followers = (*ENDED_WELL, cli.LOST, -signal.SIGABRT)
     order = sorted(range(len(statuses)), key=lambda p: (statuses[p] in followers, p))
     return ", ".join(f"process {p} {_ending(statuses[p])}" for p in order if statuses[p] not in ENDED_WELL)
 
 
 def job_status(statuses: Sequence[int]) -> int:
-    """The exit status for all: that of the process that did not merely follow another."""
+    """Returns the exit status of the job: that of the process that was not only taken along by another."""
     for status in (*FINAL, cli.STOPPED):
         if status in statuses:
             return status
@@ -248,7 +250,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _divided(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """This program's own arguments, and those of launch.train."""
+    """Splits `argv` at the -- into the arguments of this program and those of launch.train."""
     arguments = list(argv)
     if "--" in arguments:
         cut = arguments.index("--")
@@ -261,7 +263,7 @@ def _divided(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _devices(number: int, count: int) -> dict[str, str]:
-    """What the environment of process `number` says of devices."""
+    """Returns the environment variables that choose the devices of process `number`."""
     if count:
         given = os.environ.get("XLA_FLAGS", "")
         return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{given} --xla_force_host_platform_device_count={count}".strip()}
@@ -269,17 +271,17 @@ def _devices(number: int, count: int) -> dict[str, str]:
 
 
 def _free_port() -> int:
-    with socket.socket() as mutable:
-        mutable.bind(("localhost", 0))
-        return mutable.getsockname()[1]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
 def _die_with(parent: int) -> None:
-    """In a child: hears signals, and is killed when `parent`, this program, dies, however that happens (Linux only)."""
+    """Runs in a child: unblocks signals, and has the kernel kill it when `parent`, this program, dies (Linux only)."""
     terminal.unblock()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it has died before that
+    if os.getppid() != parent:  # it died before the call
         os._exit(cli.LOST)
 
 

@@ -55,16 +55,18 @@ class MonitorFlags:
 
 
 class Monitor:
-    """Serves the metrics of one process from its start until `stop`; without --metrics_port, does nothing.
+    """Serves the metrics of one process from its start until `stop`; without --metrics_port, does nothing."""
 
-    Attributes:
-      values: returns the values by the names in METRICS, None if not yet known; called by other threads.
-    """
+    def __init__(self, chosen: MonitorFlags, process: int, values: Callable[[], Values] = dict) -> None:
+        """Listens, and answers in threads.
 
-    def __init__(self, chosen: MonitorFlags, process: int) -> None:
-        """Listens, and answers in threads.  Raises ValueError if the port or the host is not available."""
-        self.values: Callable[[], Values] = dict
-        self._process, self._server = process, None
+        Args:
+          values: returns the values by the names in METRICS, None if not yet known; called by other threads.
+
+        Raises:
+          ValueError: the port or the host is not available.
+        """
+        self.values, self._process, self._server = values, process, None
         if chosen.metrics_port:
             registry = prometheus_client.CollectorRegistry()  # without the library's metrics of the Python process
             registry.register(self)
@@ -90,12 +92,12 @@ class Monitor:
 
 
 @contextlib.contextmanager
-def of_this_process(chosen: MonitorFlags) -> Iterator[Monitor]:
+def of_this_process(chosen: MonitorFlags, values: Callable[[], Values] = dict) -> Iterator[Monitor]:
     """Yields the monitor of this process.  Raises ValueError on every process of the job if any cannot listen."""
     with contextlib.ExitStack() as held:
         refusal = ""
         try:
-            monitor = Monitor(chosen, distributed.process_number())
+            monitor = Monitor(chosen, distributed.process_number(), values)
             held.callback(monitor.stop)
         except ValueError as error:
             refusal = str(error)

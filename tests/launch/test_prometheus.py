@@ -202,7 +202,7 @@ def test_a_port_that_there_is_not_is_refused():
 def test_where_one_process_cannot_listen_all_refuse_and_none_keeps_its_port(on_this_process, monkeypatch):
     port = free_ports(1)
     monkeypatch.setattr(
-        distributed, "gather", lambda word: [word, "" if on_this_process else "process 1 cannot listen"]
+        distributed, "all_gather_str", lambda word: [word, "" if on_this_process else "process 1 cannot listen"]
     )
     with contextlib.ExitStack() as taken:
         if on_this_process:
