@@ -77,13 +77,12 @@ class CorpusSettings:
     )
     file_separator: str = setting(
         r"\n",
-        r"What a file ends with where another one follows: what it lacks of this is added, escapes allowed (\n, \0, "
-        r"'<|endoftext|>').  Nothing is put after the last file, nor, where this is empty, between any.",
+        r"Ending of a file that another one follows: its missing part is added; escapes are allowed (\n, \0, "
+        r"'<|endoftext|>').  Nothing is added after the last file; if empty, nothing is added at all.",
     )
     binary: str = setting(
         "refuse",
-        "Files that are no text (compressed, pictures, mostly NUL and the like): refuse them, or allow them, to learn "
-        "their bytes as they are.",
+        "Files that are not text (compressed, pictures, mostly NUL): refuse them, or allow them, to learn their bytes.",
         choices=("refuse", "allow"),
         mutable=True,
     )
@@ -94,7 +93,7 @@ class CorpusSettings:
     valid: str = setting("", "Explicit validation text, with --train.", mutable=True)
     test: str = setting("", "Explicit test text, with --train.", mutable=True)
     cache_dir: str = setting(
-        "~/.cache/charlstm", "Where downloaded texts and prepared corpora are kept, keyed by content.", mutable=True
+        "~/.cache/charlstm", "Directory of downloaded texts and prepared corpora, keyed by content.", mutable=True
     )
 
     def __post_init__(self) -> None:
@@ -142,22 +141,22 @@ class StreamSettings:
         "Standard deviation of the windows' lengths, which are window + k window_deviation, with k from -2 to 2 at the "
         "probabilities 1, 4, 6, 4, 1 of 16; the learning rate is scaled by length / window.",
     )
-    short_window_probability: float = setting(0.0, "Part of the windows that have half the length instead.")
+    short_window_probability: float = setting(0.0, "Fraction of the windows that have half the length instead.")
     rotate_streams: bool = setting(True, "Each epoch starts all the streams at another seeded offset.")
     reset_state: str = setting(
         "stream",
-        "When recurrent state is zeroed: stream (where a stream begins anew) or document (there, and at each "
+        "When recurrent state is reset: stream (where a stream begins anew) or document (there, and at each "
         "--document_separator).",
         choices=("stream", "document"),
     )
     document_separator: str = setting(
         r"\x00",
-        r"What ends a document where --reset_state=document, one symbol or several: \n\n, \0, <|endoftext|>.  Escapes "
+        r"End of a document for --reset_state=document, one symbol or several: \n\n, \0, <|endoftext|>.  Escapes "
         r"are \n \r \t \f \v \0 \\ \xHH \uHHHH \UHHHHHHHH; in a vocabulary of bytes \xHH is a byte.",
     )
     reset_probability: float = setting(
         0.01,
-        "Zero a stream's state before a window with this probability as well.  A model that never starts from zero "
+        "Probability of a random state reset of a stream before a window.  A model that never starts from zero "
         "state in training cannot be trusted to start from it when it is evaluated or sampled.",
     )
     reader_threads: int = setting(1, "Threads that read windows ahead; one or two are enough.", mutable=True)

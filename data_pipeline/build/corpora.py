@@ -1,4 +1,4 @@
-"""What --corpus names, as a prepared directory."""
+"""Resolves --corpus to a prepared directory."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +14,9 @@ from data_pipeline.shards import open_corpus
 def resolve(
     settings: CorpusSettings, progress: Progress | None = None, say: Callable[[str], None] | None = None
 ) -> Path:
-    """The prepared directory of the corpus that `settings` name; a text is prepared into the cache where it is not yet.
+    """Returns the prepared directory of the corpus that `settings` name; prepares a text into the cache if needed.
 
-    A prepared directory is used as it is: of the settings, only `corpus` counts then.  May be called by several
+    A prepared directory is used as it is: then only `corpus` of the settings has an effect.  Safe to call in several
     processes at a time: one prepares, the others wait for it.
 
     Raises:
