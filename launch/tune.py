@@ -127,12 +127,8 @@ def evaluations(directory: Path) -> dict[int, float]:
     return {line["step"]: line["bits_per_symbol"] for line in map(json.loads, lines) if line["split"] == "valid"}
 
 
-class _Taken(Exception):
-    """Another worker has the trial."""
-
-
 def _refuse() -> None:
-    raise _Taken
+    raise BlockingIOError("another worker has the trial")
 
 
 class Study:
@@ -169,7 +165,7 @@ class Study:
         with contextlib.ExitStack() as held:
 
             def take(number: int) -> bool:
-                with contextlib.suppress(_Taken):
+                with contextlib.suppress(BlockingIOError):
                     held.enter_context(locked(self.directory / f".trial-{number}.lock", _refuse))
                     return True
                 return False
@@ -238,7 +234,8 @@ class Study:
         hopeless()  # reports the last scores
         trial.set_user_attr("seconds", trial.user_attrs.get("seconds", 0.0) + round(time.monotonic() - began, 1))
         scores = list(evaluations(directory).values())
-        if ended.told_to_stop or ended.status == cli.NOT_SAVED or (ended.status == cli.STOPPED and not ended.pruned):
+        interrupted = ended.told_to_stop or (ended.status == cli.STOPPED and not ended.pruned)
+        if interrupted or ended.status == cli.NOT_SAVED:
             terminal.say(f"trial {number}: {ended.last_words}; launch.tune goes on with it")
             return cli.STOPPED if ended.told_to_stop else ended.status
         if ended.status == cli.DONE:
