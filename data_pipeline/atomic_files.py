@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and locks between the processes that make them."""
+"""Writes files atomically, and locks them between processes."""
 
 import contextlib
 import errno
@@ -8,33 +8,16 @@ import json
 import os
 import platform
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-Progress = Callable[[str, int, int], None]  # (what is being done, how much of it is done, how much there is)
-
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # the disk is full or fails
 
 
-class Meter:
-    """Adds up what several threads have done of something, and tells `progress` from one thread at a time."""
-
-    def __init__(self, progress: Progress | None, doing: str, total: int):
-        self._progress, self._doing, self._total, self._done = progress, doing, total, 0
-        self._lock = threading.Lock()
-
-    def add(self, amount: int) -> None:
-        with self._lock:
-            self._done += amount
-            if self._progress:
-                self._progress(self._doing, self._done, self._total)
-
-
 def expand_user(path: Path | str) -> Path:
-    """`path`, where a ~ at its start stands for a home directory.  Raises ValueError where there is no such home."""
+    """Expands a leading ~ to the home directory.  Raises ValueError if there is no such home."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -43,7 +26,7 @@ def expand_user(path: Path | str) -> Path:
 
 @contextlib.contextmanager
 def named_in_errors(path: Path) -> Iterator[None]:
-    """An OSError of the block that names no file, as those of reading and writing do not, gets the name of `path`."""
+    """Adds the name of `path` to an OSError of the block that names no file, as those of read and write do not."""
     try:
         yield
     except OSError as error:
@@ -54,7 +37,7 @@ def named_in_errors(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A file to write in, which is at `path` once the block has ended and on disk, and nowhere if it failed."""
+    """Yields a file to write to, which appears at `path`, synced to disk, when the block ends; not if it fails."""
     beside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
     try:
         with named_in_errors(path), beside.open("wb") as file:
@@ -68,12 +51,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def sealed(content: bytes) -> bytes:
-    """`content`, and a line with its sha256: what we keep for ourselves, and make again where it is not whole."""
+    """Appends a line with the sha256 of `content`, for files that are made again if they are damaged."""
     return content + b"\n" + hashlib.sha256(content).hexdigest().encode() + b"\n"
 
 
 def unsealed(path: Path) -> bytes | None:
-    """The content that was `sealed` in the file `path`; None where there is none, or it is not as it was written."""
+    """Reads a file that was `sealed` and returns its content; None if it is absent or damaged."""
     if not path.is_file():
         return None
     data = path.read_bytes()
@@ -82,7 +65,7 @@ def unsealed(path: Path) -> bytes | None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Puts the names in `directory` on disk: without it a file that was renamed may not survive a loss of power."""
+    """Syncs the names in `directory` to disk: else a renamed file may not survive a loss of power."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -92,18 +75,18 @@ def sync_directory(directory: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """Holds the lock file `path`, which is there no longer than it is held.
+    """Holds the lock file `path`, which is removed afterwards.
 
-    A killed process holds no lock.  On a file system without locks, `owner_file(path)` does what they would do; there a
-    process that was killed on another machine holds its lock until somebody deletes that file.  `waiting` is called
-    once, when another process has the lock.
+    A killed process holds no lock.  On a file system without locks, `owner_file(path)` takes their place; there, a
+    process killed on another machine holds its lock until somebody deletes that file.  `waiting` is called once if
+    another process has the lock.
     """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             held = _flock(descriptor, waiting)
             with contextlib.suppress(FileNotFoundError):
-                # Who had the lock removed the file when it was done; what counts is the file that is there now.
+                # The previous holder has removed the file; the lock is on the file that is there now.
                 if not held or os.path.samestat(os.fstat(descriptor), os.stat(path)):
                     break
         except BaseException:
@@ -121,12 +104,12 @@ def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
 
 
 def owner_file(path: Path) -> Path:
-    """What stands for the lock `path` on a file system without locks: it says which process has it."""
+    """Returns the file that replaces the lock `path` on a file system without locks; it names the holder."""
     return path.with_name(f"{path.name}.owner")
 
 
 def _flock(descriptor: int, waiting: Callable[[], None]) -> bool:
-    """Whether the lock was got: yes, unless the file system has none."""
+    """Waits for the lock and returns True; False if the file system has no locks."""
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -142,7 +125,7 @@ def _flock(descriptor: int, waiting: Callable[[], None]) -> bool:
 
 @contextlib.contextmanager
 def _owned(file: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """Holds a file that only one process can make.  One that a dead process of this machine has left is taken away."""
+    """Holds a file that only one process can create.  Removes one left by a dead process of this machine."""
     own, told = _process(os.getpid()), False
     assert own is not None
     while not _made(file, own):
@@ -161,7 +144,7 @@ def _owned(file: Path, waiting: Callable[[], None]) -> Iterator[None]:
 
 
 def _made(file: Path, content: bytes) -> bool:
-    """Whether this process has made the file, which was not there."""
+    """Creates the file; returns False if it exists."""
     try:
         with file.open("xb") as out:
             out.write(content)
@@ -171,15 +154,15 @@ def _made(file: Path, content: bytes) -> bool:
 
 
 def _process(number: int) -> bytes | None:
-    """A process of this machine as nobody else is: machine, number and when it was started.  None where it is dead."""
+    """Returns the identity of a process of this machine: machine, number, start time.  None if it is dead."""
     try:
         os.kill(number, 0)
     except ProcessLookupError:
         return None
     except PermissionError:
-        pass  # another user's, which lives
+        pass  # another user's process, which is alive
     began = ""
-    with contextlib.suppress(OSError):  # there is no /proc
+    with contextlib.suppress(OSError):  # no /proc
         state, *_, began = Path(f"/proc/{number}/stat").read_text().rpartition(") ")[2].split()[:20]
         if state == "Z":
             return None
@@ -195,7 +178,7 @@ def _is_of_the_dead(owner: bytes) -> bool:
 
 
 def _take_away(file: Path, dead: bytes) -> None:
-    """Removes `file` if it still says `dead`.  Of several processes that try, none takes what another has just made."""
+    """Removes `file` if it still contains `dead`.  Of several that try, none removes the new file of another."""
     aside = file.with_name(f"{file.name}.{secrets.token_hex(4)}")
     with contextlib.suppress(FileNotFoundError):
         os.rename(file, aside)

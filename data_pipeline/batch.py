@@ -1,8 +1,8 @@
-"""What the data pipeline hands to the model."""
+"""The batch: what the data pipeline hands to the model."""
 
 from typing import Any, NamedTuple
 
-# The ids of the symbols that end a document, one after the other; none where documents are not told apart.
+# The ids of the symbols that end a document, in order; empty if documents are not separated.
 Separator = tuple[int, ...]
 
 
@@ -19,14 +19,14 @@ class Batch(NamedTuple):
 
 
 def ends_separator(ids: Any, separator: Separator) -> Any:
-    """Whether each symbol is the last one of an occurrence of `separator`, bool `[..., n]`.
+    """Returns whether each symbol is the last one of an occurrence of `separator`, bool `[..., n]`.
 
-    Occurrences may overlap: of three newlines the second and the third end one of two.  So the answer depends on the
-    len(separator) symbols up to this one, and not on where the reading began.
+    Occurrences may overlap: of three newlines, the second and the third end one of two.  So the result depends on the
+    len(separator) symbols up to this one, and not on where reading started.
 
     Args:
-      ids: array of numpy or JAX `[..., k + n]`: the n symbols, and before them the k = `looks_back(separator)` symbols
-        that precede them in the text, -1 where there are none.
+      ids: NumPy or JAX array `[..., k + n]`: the n symbols, after the k = `looks_back(separator)` symbols that precede
+        them in the text, -1 beyond its start.
     """
     first = ids[..., looks_back(separator) :]
     found = first != first if not separator else True
@@ -36,11 +36,11 @@ def ends_separator(ids: Any, separator: Separator) -> Any:
 
 
 def looks_back(separator: Separator) -> int:
-    """How many symbols before one say, with it, whether an occurrence of `separator` ends there."""
+    """Returns the number of preceding symbols needed to decide whether an occurrence of `separator` ends at one."""
     return max(0, len(separator) - 1)
 
 
 def rows_of_process(rows: int, index: int, count: int) -> range:
-    """The rows of a global batch of `rows` that process `index` of `count` reads: neighbours, equally many for each."""
+    """Returns the rows of a global batch of `rows` that process `index` of `count` reads: contiguous, equally many."""
     assert rows % count == 0 and 0 <= index < count, (rows, index, count)
     return range(rows * index // count, rows * (index + 1) // count)

@@ -1,9 +1,9 @@
-"""A held-out split as chunks that are scored side by side.
+"""Cuts a held-out split into chunks that are scored side by side.
 
 The split of N symbols is cut into chunks of P symbols; each is warmed by reading up to `burn_in` symbols before it,
-from zero state. Chunks depend on the split, P and the burn-in alone, so the score does not depend on how many are
-read at a time, in windows of what length, or on how many devices. Symbol 0 of the split has nothing before it and is
-in no batch: whoever adds up the score charges it log2(V) bits.
+from zero state. Chunks depend on the split, P and the burn-in alone, so the score does not depend on the batch size,
+the length of windows or the number of devices. Symbol 0 of the split has no context and is in no batch: the caller that
+sums up the score charges it log2(V) bits.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from data_pipeline.streams import Symbols
 
 @dataclasses.dataclass(frozen=True)
 class ChunkPlan:
-    """Which symbol is scored where: formulas alone."""
+    """Position of every scored symbol: formulas of the split and the settings alone."""
 
     symbols: int  # N
     chunk: int  # P: symbols scored in a row of a batch
@@ -35,12 +35,12 @@ class ChunkPlan:
 
     @property
     def warm_up(self) -> int:
-        """Symbols before a chunk that are read; a single chunk has none before it."""
+        """Number of symbols read before a chunk; a single chunk has none before it."""
         return self.burn_in if self.chunks > 1 else 0
 
     @property
     def windows(self) -> int:
-        """Windows of one batch of chunks."""
+        """Number of windows of one batch of chunks."""
         return -(-(self.warm_up + min(self.chunk, self.symbols)) // self.window)
 
     @property
@@ -51,10 +51,10 @@ class ChunkPlan:
 def read_chunks(
     split: Symbols, plan: ChunkPlan, rows: range, separator: Separator = ()
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Every window of every group of chunks, as (batch, scored): rows `rows` of them.
+    """Yields every window of every group of chunks, rows `rows` of it, as (batch, scored).
 
-    The recurrent state is carried from window to window; `reset` says where it starts anew.  `scored` is bool `[B, T]`:
-    over a whole split it is true exactly once for each target position 1 .. N-1.
+    The recurrent state is carried from window to window, except where `reset` is true.  `scored`, bool `[B, T]`, is
+    true exactly once over a whole split for each target position 1 .. N-1.
     """
     for group in range(plan.groups):
         chunks = [group * plan.batch_size + row for row in rows]

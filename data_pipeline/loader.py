@@ -1,4 +1,4 @@
-"""Windows of a stream plan read ahead of the training step.  The only file that knows grain.
+"""Reads the windows of a stream plan ahead of the training step.  The only file that knows grain.
 
 grain is imported by `open_windows`, not by this module, because it imports JAX.
 """
@@ -13,14 +13,14 @@ import numpy as np
 from data_pipeline.batch import Batch, Separator
 from data_pipeline.streams import StreamPlan, Symbols
 
-RUN_SYMBOLS = 2**14  # symbols of a stream in one reading: a few large reads cost far less than one for each window
-RUN_TOTAL = 2**24  # symbols of all rows in one reading, at most (where a single window is not more already)
+RUN_SYMBOLS = 2**14  # symbols of a stream per read: a few large reads cost far less than one per window
+RUN_TOTAL = 2**24  # most symbols of all rows per read (unless a single window has more)
 
 
 class WindowSource:
-    """Element i is window i of `rows`, a pure function of i; safe to index from several threads.
+    """A sequence whose element i is window i of `rows`, a pure function of i; thread-safe.
 
-    Windows are cut from runs of up to 16 Ki symbols of every stream, read in one go; the two newest runs are kept.
+    Windows are cut from runs of up to 16 Ki symbols of every stream, read at once; the two newest runs are kept.
     """
 
     def __init__(self, split: Symbols, plan: StreamPlan, rows: range, separator: Separator = ()) -> None:
@@ -34,7 +34,7 @@ class WindowSource:
         return sys.maxsize  # epochs without end; no length could be larger
 
     def __getitem__(self, step: int) -> Batch:
-        """The window of `step`: arrays [rows, its length] of their own."""
+        """Returns the window of `step`: new arrays [rows, its length]."""
         epoch, window = divmod(step, self._plan.steps_per_epoch)
         first = window - window % self._run_windows
         run = self._run(step - window % self._run_windows)
@@ -42,7 +42,7 @@ class WindowSource:
         return Batch(*(np.copy(array[:, start - begin : stop - begin]) for array in run))
 
     def _run(self, first: int) -> Batch:
-        """The run that begins with step `first`: arrays [rows, symbols], the last of an epoch shorter."""
+        """Returns the run that begins with step `first`: arrays [rows, symbols], shorter at the end of an epoch."""
         with self._lock:  # held while reading, so that two threads never read the same run
             if first not in self._runs:
                 left = self._plan.steps_per_epoch - first % self._plan.steps_per_epoch
@@ -60,9 +60,9 @@ class WindowSource:
 
 
 class Windows:
-    """An endless iterator of batches, and the context that stops its threads.
+    """An endless iterator of batches, and a context manager that stops its threads.
 
-    `position` is the step whose window comes next, whatever was read ahead: the training step, the one integer that
+    `position` is the step whose window comes next, regardless of read-ahead: the training step, the one integer that
     resuming needs.
     """
 
@@ -74,10 +74,10 @@ class Windows:
         return self
 
     def __next__(self) -> Batch:
-        """The window of step `position`: arrays [rows, T].
+        """Returns the window of step `position`: arrays [rows, T].
 
         Raises:
-          ValueError: a block of the corpus is not what its checksum says, or the windows were closed.
+          ValueError: a block of the corpus does not match its checksum, or the windows were closed.
         """
         try:
             batch = next(self._iterator)
@@ -108,19 +108,19 @@ def open_windows(
     threads: int = 1,
     read_ahead: int = 8,
 ) -> Windows:
-    """The windows of `rows` from step `start_step` on, read ahead by background threads.
+    """Opens the windows of `rows` from step `start_step` on, read ahead by background threads.
 
     Args:
-      split: the N symbols that `plan` is of; safe to read from several threads.
+      split: the N symbols of `plan`; thread-safe.
       plan: which symbols each stream reads at each step.
       rows: the streams of this process (`batch.rows_of_process`).
-      start_step: the first step wanted; far ones cost no more than 0.
-      separator: what ends a document.
-      threads: background threads that read; one or two.
-      read_ahead: windows held ready, at most.
+      start_step: the first step; a late one costs no more than 0.
+      separator: ids of the symbols that end a document.
+      threads: number of reading threads, one or two.
+      read_ahead: most windows held ready.
 
     Raises:
-      ValueError: `start_step` is not a step that can be counted to.
+      ValueError: `start_step` is negative or too large.
     """
     import grain
 

@@ -1,4 +1,4 @@
-"""`manifest.json`, the table of contents of a prepared corpus.  docs/data_format.md specifies it."""
+"""Reads and writes `manifest.json`, the table of contents of a prepared corpus, specified by docs/data_format.md."""
 
 import dataclasses
 import hashlib
@@ -11,10 +11,10 @@ from data_pipeline.atomic_files import atomic_write
 from data_pipeline.vocabulary import Vocabulary, canonical_json
 
 FORMAT_VERSION = 3
-IDS_VERSION = 1  # enters the fingerprint, to which runs are held: the ids are those of format 1
+IDS_VERSION = 1  # part of the fingerprint that runs are checked against: the ids are those of format 1
 NAME = "manifest.json"
 SPLITS = ("train", "valid", "test")
-BLOCK_BYTES = 16 * 1024  # of shard data under one checksum
+BLOCK_BYTES = 16 * 1024  # of shard data per checksum
 SHARD_BYTES = 256 * 1024 * 1024
 
 
@@ -29,7 +29,7 @@ class Shard:
 
     @property
     def checksums(self) -> str:
-        """The name of the checksum file."""
+        """Returns the name of the checksum file."""
         return str(Path(self.file).with_suffix(".crc"))
 
 
@@ -39,8 +39,8 @@ class SplitRecord:
 
     symbols: int
     bytes: int  # of the original text
-    characters: int | None  # code points that start in it; None where it is not UTF-8
-    unknown: int  # symbols that are not in the vocabulary
+    characters: int | None  # code points that start in it; None if it is not UTF-8
+    unknown: int  # number of symbols that are not in the vocabulary
     shards: tuple[Shard, ...]
 
 
@@ -55,23 +55,23 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """All of `manifest.json`."""
+    """The content of `manifest.json`."""
 
     vocabulary: Vocabulary
     splits: dict[str, SplitRecord]
     sources: tuple[Source, ...] = ()
-    key: str = ""  # digest of the sources' content and of the settings: what this corpus is the answer to
+    key: str = ""  # digest of the sources' content and of the settings
     block_bytes: int = BLOCK_BYTES
 
     @property
     def fingerprint(self) -> str:
-        """sha256, in hex, of the canonical json of what determines the ids."""
+        """Returns the sha256, in hex, of the canonical JSON of everything that determines the ids."""
         splits = {name: [[s.symbols, s.sha256] for s in split.shards] for name, split in self.splits.items()}
         identity = {"format_version": IDS_VERSION, "vocabulary": self.vocabulary.to_json(), "splits": splits}
         return hashlib.sha256(canonical_json(identity)).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """The json object of `manifest.json`, which ends with the digest of all the rest."""
+        """Returns the JSON object of `manifest.json`, which ends with the digest of the rest."""
         tree = {
             "format": "charlstm corpus",
             "format_version": FORMAT_VERSION,
@@ -87,26 +87,26 @@ class Manifest:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Writes `manifest.json`, which makes `directory` a prepared corpus: the shards must be on disk by now."""
+    """Writes `manifest.json`, which makes `directory` a prepared corpus: the shards must be on disk already."""
     with atomic_write(directory / NAME) as file:
         file.write(json.dumps(manifest.to_json(), indent=1).encode("ascii") + b"\n")
 
 
 def is_prepared(directory: Path) -> bool:
-    """Whether `directory` claims to be a prepared corpus."""
+    """Returns whether `directory` has a manifest."""
     return (directory / NAME).is_file()
 
 
 def has_shards(directory: Path) -> bool:
-    """Whether `directory` holds shards, be it a whole corpus or not."""
+    """Returns whether `directory` holds shards, of a whole corpus or not."""
     return any(ids.with_suffix(".crc").is_file() for ids in directory.glob("*.ids"))
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of the prepared corpus in `directory`.
+    """Reads the manifest of the prepared corpus in `directory`.
 
     Raises:
-      ValueError: there is none, it is of another version, or it is damaged.
+      ValueError: it is absent, of another version, or damaged.
     """
     path = directory / NAME
     try:

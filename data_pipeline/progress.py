@@ -1,38 +1,41 @@
-"""What is shown of long work: a progress bar in one line, and lines."""
+"""Shows long work on stderr: progress bars (tqdm) and lines."""
 
 import contextlib
 import sys
-import time
+from collections.abc import Callable
 from typing import TextIO
 
-from data_pipeline.atomic_files import Progress
+from tqdm import tqdm
 
-WIDTH = 30
+Progress = Callable[[str, int, int], None]  # (what is being done, how much of it is done, the total or 0 if unknown)
+
+tqdm.monitor_interval = 0  # no thread that watches the bars
 
 
 def bar(stream: TextIO | None = None) -> Progress:
-    """A function that shows how far something is, on `stream` (stderr): a bar on a terminal, otherwise nothing.
+    """Returns a function that shows progress as a bar on `stream` (stderr) if it is a terminal, and else does nothing.
 
-    Its arguments are what is being done, how much of it is done and how much there is (0: nobody knows).
+    A bar starts anew when its total changes, or less is done than before.
     """
-    out = stream or sys.stderr
-    shown = ("", 0.0)  # what, and when
+    shown: tqdm | None = None
 
     def show(doing: str, done: int, total: int) -> None:
         nonlocal shown
-        now = time.monotonic()
-        if doing == shown[0] and done < total and now - shown[1] < 0.1:
-            return
-        shown = (doing, now)
-        filled = WIDTH * done // total if total else 0
-        share = f" {100 * done // total:3d}% [{'=' * filled}{' ' * (WIDTH - filled)}]" if total else " ..."
-        out.write(f"\r{doing}{share}\033[K" + ("\n" if total and done >= total else ""))
-        out.flush()
+        if shown is None or done < shown.n or total != (shown.total or 0):
+            if shown is not None:
+                shown.close()
+            # With a height of its own, as a terminal that knows no size of its own would show no bar.
+            shown = tqdm(desc=doing, total=total or None, file=stream, disable=None, nrows=24, unit="", unit_scale=True)
+        shown.set_description(doing, refresh=False)
+        shown.update(done - shown.n)
+        if 0 < total <= done:
+            shown.close()
+            shown = None
 
-    return show if out and out.isatty() else lambda doing, done, total: None
+    return show
 
 
 def say_on_stderr(line: str) -> None:
-    """Prints `line` on stderr, while there is one: work does not end with the terminal it was started on."""
+    """Prints `line` on stderr if it is still there: work does not end with the terminal it was started on."""
     with contextlib.suppress(OSError, ValueError):
         print(" ".join(line.split()), file=sys.stderr, flush=True)  # names may have line breaks

@@ -1,7 +1,7 @@
-"""Frozen settings of a corpus and of the streams read from it: names, defaults, help and checks.
+"""Settings of a corpus and of the streams read from it, frozen: names, defaults, help and checks.
 
-Each field is made by `setting`; flags, `config.json` and the rules of resuming are all derived from the fields, so a
-setting is written down once.
+Each field is made by `setting`; flags, `config.json` and the rules of resuming are derived from the fields, so that a
+setting is declared once.
 """
 
 import dataclasses
@@ -9,24 +9,24 @@ from typing import Any
 
 from data_pipeline.vocabulary import Vocabulary
 
-# What steps, sizes and rates are on the device: int32 and float32.
+# Steps, sizes and rates are int32 and float32 on the device.
 LARGEST_INT, LARGEST_FLOAT = 2**31 - 1, 3.4e38
 
 
 def setting(default: Any, help: str, *, choices: tuple[str, ...] = (), mutable: bool = False) -> Any:
-    """A dataclass field with its help text.
+    """Returns a dataclass field with its help text.
 
     Args:
-      default: the value when neither flagfile nor command line gives one; its type is the flag's type.
+      default: the value if neither flagfile nor command line gives one; its type is that of the flag.
       help: one sentence for `--help`.
-      choices: the values allowed, for a string.
+      choices: the allowed values of a string.
       mutable: a run may change it when it is resumed, because it does not enter the mathematics.
     """
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "mutable": mutable})
 
 
 def check_choices(settings: Any) -> None:
-    """Raises ValueError where a field of the dataclass `settings` is not among its choices."""
+    """Raises ValueError if a field of the dataclass `settings` is not among its choices."""
     for field in dataclasses.fields(settings):
         choices, value = field.metadata.get("choices"), getattr(settings, field.name)
         if choices and value not in choices:
@@ -34,17 +34,17 @@ def check_choices(settings: Any) -> None:
 
 
 def check_numbers(settings: Any) -> None:
-    """Raises ValueError where a number of the dataclass `settings` is one that no computation can take."""
+    """Raises ValueError if a number of the dataclass `settings` is not finite, or too large for the device."""
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:  # not a number is not, either
+        if isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:  # NaN fails this as well
             raise ValueError(f"{field.name}={value} is not a finite float32")
         if isinstance(value, int) and abs(value) > LARGEST_INT:
             raise ValueError(f"{field.name}={value} must be at most {LARGEST_INT}")
 
 
 def check_at_least(settings: Any, least: int, *names: str) -> None:
-    """Raises ValueError where one of the settings `names` is less than `least`."""
+    """Raises ValueError if one of the settings `names` is less than `least`."""
     for name in names:
         value = getattr(settings, name)
         if value < least:
@@ -54,13 +54,13 @@ def check_at_least(settings: Any, least: int, *names: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class CorpusSettings:
-    """Which text, turned into which symbols, split how."""
+    """The text, its symbols and its splits."""
 
     corpus: str = setting(
         "python",
         "A prepared directory; a text file, a quoted glob or a directory of text files; or a name: "
         "python (the standard library's source), tinyshakespeare, enwik8, text8.",
-        mutable=True,  # the fingerprint of the corpus is what a run is held to, not where it lies
+        mutable=True,  # a run is checked against the fingerprint of the corpus, not against its place
     )
     vocabulary: str = setting(
         "bytes",
@@ -77,24 +77,23 @@ class CorpusSettings:
     )
     file_separator: str = setting(
         r"\n",
-        r"What a file ends with where another one follows: what it lacks of this is added, escapes allowed (\n, \0, "
-        r"'<|endoftext|>').  Nothing is put after the last file, nor, where this is empty, between any.",
+        r"Ending of a file that another one follows: its missing part is added; escapes are allowed (\n, \0, "
+        r"'<|endoftext|>').  Nothing is added after the last file; if empty, nothing is added at all.",
     )
     binary: str = setting(
         "refuse",
-        "Files that are no text (compressed, pictures, mostly NUL and the like): refuse them, or allow them, to learn "
-        "their bytes as they are.",
+        "Files that are not text (compressed, pictures, mostly NUL): refuse them, or allow them, to learn their bytes.",
         choices=("refuse", "allow"),
         mutable=True,
     )
-    # Where explicit texts lie is free as well.
+    # So may the place of explicit texts.
     train: str = setting(
         "", "Explicit training text (file, glob or directory) instead of --corpus and fractions.", mutable=True
     )
     valid: str = setting("", "Explicit validation text, with --train.", mutable=True)
     test: str = setting("", "Explicit test text, with --train.", mutable=True)
     cache_dir: str = setting(
-        "~/.cache/charlstm", "Where downloaded texts and prepared corpora are kept, keyed by content.", mutable=True
+        "~/.cache/charlstm", "Directory of downloaded texts and prepared corpora, keyed by content.", mutable=True
     )
 
     def __post_init__(self) -> None:
@@ -115,7 +114,7 @@ class CorpusSettings:
         self.file_separator_bytes()
 
     def file_separator_bytes(self) -> bytes:
-        """The file separator with its escapes read, in UTF-8.  Raises ValueError where it is not to be read."""
+        """Returns the file separator in UTF-8, with its escapes replaced.  Raises ValueError if they are malformed."""
         try:
             return Vocabulary("bytes").encode_escaped(self.file_separator).tobytes()
         except ValueError as error:
@@ -123,7 +122,7 @@ class CorpusSettings:
 
 
 def parse_columns(split: str) -> tuple[int, int]:
-    """The two numbers of `columns:BxT`.  Raises ValueError where `split` is not of that form."""
+    """Returns the two numbers of `columns:BxT`.  Raises ValueError if `split` has another form."""
     head, _, sizes = split.partition(":")
     columns, _, window = sizes.partition("x")
     if head != "columns" or not (columns.isdecimal() and window.isdecimal() and int(columns) and int(window)):
@@ -133,7 +132,7 @@ def parse_columns(split: str) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class StreamSettings:
-    """How the training split is read: B streams, windows of T symbols."""
+    """Reading of the training split: B streams, windows of T symbols."""
 
     batch_size: int = setting(64, "B: streams in the global batch, spaced evenly through the training split.")
     window: int = setting(128, "T: symbols in a window, the length of truncated backpropagation through time.")
@@ -142,22 +141,22 @@ class StreamSettings:
         "Standard deviation of the windows' lengths, which are window + k window_deviation, with k from -2 to 2 at the "
         "probabilities 1, 4, 6, 4, 1 of 16; the learning rate is scaled by length / window.",
     )
-    short_window_probability: float = setting(0.0, "Part of the windows that have half the length instead.")
+    short_window_probability: float = setting(0.0, "Fraction of the windows that have half the length instead.")
     rotate_streams: bool = setting(True, "Each epoch starts all the streams at another seeded offset.")
     reset_state: str = setting(
         "stream",
-        "When recurrent state is zeroed: stream (where a stream begins anew) or document (there, and at each "
+        "When recurrent state is reset: stream (where a stream begins anew) or document (there, and at each "
         "--document_separator).",
         choices=("stream", "document"),
     )
     document_separator: str = setting(
         r"\x00",
-        r"What ends a document where --reset_state=document, one symbol or several: \n\n, \0, <|endoftext|>.  Escapes "
+        r"End of a document for --reset_state=document, one symbol or several: \n\n, \0, <|endoftext|>.  Escapes "
         r"are \n \r \t \f \v \0 \\ \xHH \uHHHH \UHHHHHHHH; in a vocabulary of bytes \xHH is a byte.",
     )
     reset_probability: float = setting(
         0.01,
-        "Zero a stream's state before a window with this probability as well.  A model that never starts from zero "
+        "Probability of a random state reset of a stream before a window.  A model that never starts from zero "
         "state in training cannot be trusted to start from it when it is evaluated or sampled.",
     )
     reader_threads: int = setting(1, "Threads that read windows ahead; one or two are enough.", mutable=True)
@@ -185,5 +184,5 @@ class StreamSettings:
 
     @property
     def longest_window(self) -> int:
-        """The most symbols that a window can have."""
+        """Returns the largest number of symbols that a window can have."""
         return self.window + 2 * self.window_deviation

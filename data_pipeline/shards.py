@@ -1,4 +1,4 @@
-"""A prepared corpus on disk: opened in O(shards), read through memory maps, every block checked when it is read."""
+"""Reads a prepared corpus: opened in O(shards), read through memory maps, every block checked when it is read."""
 
 import collections
 import dataclasses
@@ -12,16 +12,17 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from data_pipeline.atomic_files import Progress, atomic_write
+from data_pipeline.atomic_files import atomic_write
 from data_pipeline.manifest import NAME, Shard, Source, SplitRecord, read_manifest
+from data_pipeline.progress import Progress
 from data_pipeline.vocabulary import Vocabulary
 
-OPEN_SHARDS = 64  # maps kept open by a split; each takes a file descriptor, and a process has often only 1024
+OPEN_SHARDS = 64  # maps kept open per split; each takes a file descriptor, and a process often has only 1024
 Value = TypeVar("Value")
 
 
 class Recent(Generic[Value]):
-    """The values used last, at most `capacity` of them.  Safe to use from several threads."""
+    """A thread-safe cache of the `capacity` values used last."""
 
     def __init__(self, capacity: int):
         self.capacity = capacity
@@ -49,15 +50,15 @@ class MappedFile:
         _check_size(path, size)
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-        # Streams read here and there: the system's read-ahead, of megabytes, would cost more than the block wanted.
+        # Streams read at random: the system's read-ahead, of megabytes, would cost more than the block itself.
         self._map.madvise(mmap.MADV_RANDOM)
 
     def read(self, start: int, stop: int) -> bytes:
-        """A copy of bytes `start` to `stop`.
+        """Returns a copy of bytes `start` to `stop`.
 
         Raises:
-          ValueError: the file is no longer as long as it was.  (To touch the missing part of a map kills a process, so
-            the size is asked for each time.)
+          ValueError: the file has shrunk.  (Touching the missing part of a map kills a process, so the size is checked
+            each time.)
         """
         if self._map.size() != self._size:
             raise ValueError(f"{self._path} has {self._map.size()} bytes, not {self._size}: it was changed in use")
@@ -68,7 +69,7 @@ class MappedFile:
 
 
 class Split:
-    """One split of a corpus: a sequence of symbol ids.  May be read from several threads, and be pickled."""
+    """One split of a corpus: a sequence of symbol ids.  Thread-safe, and can be pickled."""
 
     def __init__(self, directory: Path, record: SplitRecord, dtype: np.dtype, block_bytes: int, keep_blocks: int = 64):
         self._directory, self._record, self._block_bytes = directory, record, block_bytes
@@ -79,22 +80,22 @@ class Split:
         self._blocks: Recent[np.ndarray] = Recent(keep_blocks)
 
     def __len__(self) -> int:
-        """Symbols in the split."""
+        """Returns the number of symbols in the split."""
         return self._record.symbols
 
     def __reduce__(self) -> tuple:
         return Split, (self._directory, self._record, self.dtype, self._block_bytes, self._blocks.capacity)
 
     def keep_blocks(self, count: int) -> None:
-        """Keeps the `count` blocks used last in memory: one for each place that is read at by turns, or some more."""
+        """Keeps the `count` blocks used last in memory: at least one for each place that is read in turn."""
         assert count >= 1
         self._blocks.capacity = count
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """The ids `[stop - start]` of symbols `start` to `stop`, of `self.dtype`; the array is the caller's own.
+        """Returns the ids `[stop - start]` of symbols `start` to `stop`, of `self.dtype`, as a new array.
 
         Raises:
-          ValueError: what is on disk is not what was written; the message has the file and the byte offset.
+          ValueError: the data on disk is damaged; the message has the file and the byte offset.
         """
         assert 0 <= start <= stop <= len(self), f"symbols {start} to {stop} of {len(self)}"
         ids = np.empty(stop - start, self.dtype)
@@ -109,7 +110,7 @@ class Split:
         return ids
 
     def _block(self, number: int, index: int) -> np.ndarray:
-        """The ids of block `index` of shard `number`, compared with their checksum unless that was done lately."""
+        """Returns the ids of block `index` of shard `number`, checked against their checksum unless cached."""
         block = self._blocks.get((number, index))
         if block is None:
             shard = self._record.shards[number]
@@ -126,7 +127,7 @@ class Split:
         return block
 
     def _map(self, number: int) -> tuple[MappedFile, bytes]:
-        """A shard, and its checksums: those of the manifest, from here on in memory, whatever becomes of their file."""
+        """Maps a shard and reads its checksums, verified by the manifest and kept in memory from here on."""
         maps = self._maps.get(number)
         if maps is None:
             shard = self._record.shards[number]
@@ -165,7 +166,7 @@ class ArraySplit:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """A prepared corpus.  Nothing of it is in memory but its manifest and the blocks read last."""
+    """A prepared corpus.  Only its manifest and the blocks read last are in memory."""
 
     directory: Path
     vocabulary: Vocabulary
@@ -195,10 +196,10 @@ class Corpus:
 
 
 def open_corpus(directory: Path | str) -> Corpus:
-    """The prepared corpus in `directory`.  Looks at the names and sizes of its files only.
+    """Opens the prepared corpus in `directory`.  Checks only the names and sizes of its files.
 
     Raises:
-      ValueError: it is not a prepared corpus, or a file of it is missing or has another size.
+      ValueError: it is not a prepared corpus, or a file is missing or has another size.
     """
     directory = Path(directory)
     manifest = read_manifest(directory)
@@ -212,7 +213,7 @@ def open_corpus(directory: Path | str) -> Corpus:
 
 
 def verify_corpus(directory: Path, progress: Progress | None = None) -> None:
-    """Reads all of the prepared corpus in `directory`.  Raises ValueError, naming the shard, where it is damaged."""
+    """Reads all of the prepared corpus in `directory`.  Raises ValueError, naming the shard, if it is damaged."""
     corpus, manifest, done = open_corpus(directory), read_manifest(directory), 0
     total = sum(len(split) for split in corpus.splits.values())
     step = max(1, (1 << 20) // corpus.vocabulary.dtype.itemsize)
@@ -258,7 +259,7 @@ def write_shard(directory: Path, file: str, pieces: Iterable[np.ndarray], block_
 
 
 def shard_sizes(shard: Shard, itemsize: int, block_bytes: int) -> dict[str, int]:
-    """The names of a shard's two files, data and checksums -> the bytes they must have."""
+    """Returns the names of a shard's two files, data and checksums -> their sizes in bytes."""
     size = shard.symbols * itemsize
     return {shard.file: size, shard.checksums: 4 * -(-size // block_bytes)}
 

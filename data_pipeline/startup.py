@@ -1,10 +1,10 @@
-"""The first lines of a program."""
+"""Starts a program: its first lines, before any slow import."""
 
 import _signal  # signal itself takes milliseconds to import
 
 
 def attach(name: str, hint: str = "") -> None:
-    """As `terminal.attach`, with Ctrl-C and SIGTERM held back until that answers them."""
+    """Calls `terminal.attach`, with Ctrl-C and SIGTERM blocked until it answers them."""
     _signal.pthread_sigmask(_signal.SIG_BLOCK, (_signal.SIGINT, _signal.SIGTERM))
     from data_pipeline import terminal
 

@@ -1,9 +1,9 @@
-"""Which symbols each stream reads at each step: a formula of (seed, step, stream) and nothing else.
+"""The symbols that each stream reads at each step: a pure function of (seed, step, stream).
 
-The split is read as a circle of N symbols.  B reading heads, the streams, stand evenly spaced on it and move on by one
-window of about T symbols a step; after W steps, one epoch, they jump to new places.  So a batch is a pure
-function of the step number: resuming takes one integer and the same time at any step of a corpus of any size, and what
-stream b reads does not depend on how many processes or devices share the B streams.
+The split is read as a circle of N symbols.  B reading heads, the streams, are evenly spaced on it and advance by one
+window of about T symbols a step; after W steps, one epoch, they jump to new positions.  So a batch is a pure function
+of the step number: resuming takes one integer, and constant time at any step of a corpus of any size, and the text of
+stream b does not depend on the number of processes or devices that share the B streams.
 """
 
 import bisect
@@ -17,7 +17,7 @@ from data_pipeline.batch import Batch, Separator, ends_separator, looks_back
 
 
 class Symbols(Protocol):
-    """What a plan reads from: a split of a corpus."""
+    """The source of a plan: a split of a corpus."""
 
     @property
     def dtype(self) -> np.dtype: ...
@@ -29,7 +29,7 @@ class Symbols(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class StreamPlan:
-    """The places of B streams in a split of N symbols, at every step.
+    """The positions of B streams in a split of N symbols, at every step.
 
     With e, w = divmod(step, W) and p = offset(e) + b * N // B, stream b reads inputs [p + s(w), p + s(w + 1)) and the
     targets that follow them one by one, all modulo N, where
@@ -54,9 +54,9 @@ class StreamPlan:
     window: int  # T
     seed: int = 0
     rotate: bool = True  # every epoch begins at another seeded offset
-    reset_probability: float = 0.0  # of zeroing a stream's state before a window
+    reset_probability: float = 0.0  # of resetting a stream's state before a window
     deviation: int = 0  # D: standard deviation of a window's length, symbols
-    short_probability: float = 0.0  # q: part of the windows that have half the length
+    short_probability: float = 0.0  # q: fraction of windows with half the length
 
     def __post_init__(self) -> None:
         assert self.batch_size > 0 and self.window > 0, self
@@ -70,7 +70,7 @@ class StreamPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """W: windows of a stream in an epoch."""
+        """W: number of windows of a stream in an epoch."""
         column = self.symbols // self.batch_size
         most = column // (self.window // 2 if self.short_probability else self.window)
         return bisect.bisect_right(range(most + 1), column, key=lambda window: self._border(window, 0)) - 1
@@ -91,10 +91,10 @@ class StreamPlan:
         return border
 
     def offset(self, epoch: int) -> int:
-        """Where stream 0 begins in `epoch`: uniform in [0, N), or 0 without `rotate`.
+        """Returns the position of stream 0 at the start of `epoch`: uniform in [0, N), or 0 without `rotate`.
 
         Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), keyed by a digest: seeds and epochs
-        that are neighbours have nothing in common.  Its raw words, unlike numpy's distributions, never change.
+        that are neighbours are uncorrelated.  Its raw words, unlike NumPy's distributions, never change.
         """
         if not self.rotate:
             return 0
@@ -102,9 +102,9 @@ class StreamPlan:
         return ((high << 64 | low) * self.symbols) >> 128
 
     def resets(self, step: int, rows: range) -> np.ndarray:
-        """Whether the state of each stream of `rows` is zeroed before the window of `step` for no other reason, bool.
+        """Draws random state resets, bool [rows]: true with `reset_probability`, before the window of `step`.
 
-        Melis et al. 2018 (arXiv:1707.05589) do so with probability .01.
+        Melis et al. 2018 (arXiv:1707.05589) use a probability of .01.
         """
         if not self.reset_probability:
             return np.zeros(len(rows), bool)
@@ -112,26 +112,26 @@ class StreamPlan:
         return words / 2.0**64 < self.reset_probability
 
     def _random_words(self, purpose: bytes, number: int, count: int) -> np.ndarray:
-        """uint64 [count], a pure function of the seed, the purpose and the number."""
+        """Returns uint64 [count], a pure function of the seed, the purpose and the number."""
         key = hashlib.blake2b(f"{self.seed} {number}".encode(), digest_size=16, person=purpose).digest()
         return np.random.Philox(key=int.from_bytes(key, "little")).random_raw(count)
 
     def positions(self, step: int, rows: range) -> list[int]:
-        """Where in the split, in [0, N), the window of each stream of `rows` begins at `step`."""
+        """Returns the position in the split, in [0, N), of the first input of each stream of `rows` at `step`."""
         epoch, window = divmod(step, self.steps_per_epoch)
         first = self.offset(epoch) + self.start(epoch, window)
         return [(first + b * self.symbols // self.batch_size) % self.symbols for b in rows]
 
     def read(self, split: Symbols, step: int, rows: range, *, windows: int = 1, separator: Separator = ()) -> Batch:
-        """The batch of `step`, or `windows` batches from `step` on laid end to end.
+        """Reads the batch of `step`, or `windows` consecutive batches from `step` on, joined.
 
         Args:
           split: the N symbols.
           step: training step, from 0 on.
-          rows: the streams wanted, R of them.
-          windows: K windows of each stream in one reading, all of the same epoch.
-          separator: what ends a document.  Its last symbol is read with zero state and predicts the first symbol of the
-            next document; the document before has predicted all of the separator.
+          rows: R streams.
+          windows: number of windows of each stream, all of the same epoch.
+          separator: ids of the symbols that end a document.  The last of them is read with zero state and predicts the
+            first symbol of the next document; the document before has predicted all of the separator.
 
         Returns:
           Arrays [R, symbols of the windows]; ids in the split's dtype.  `reset` is True at the first symbol of an
@@ -150,8 +150,8 @@ class StreamPlan:
             _read_circle(split, (start - back) % self.symbols, ids[row])
         reset = ends_separator(ids[:, :-1], separator)
         for row, start in enumerate(positions):
-            seam = (self.symbols - start) % self.symbols  # how far ahead the circle closes
-            # Slices are empty where they lie beyond this reading.  What began before the seam is no separator.
+            seam = (self.symbols - start) % self.symbols  # distance to the end of the split
+            # Slices beyond this read are empty.  A separator does not extend over the seam.
             reset[row, : max(0, back - start)] = reset[row, seam : seam + back] = False
             reset[row, seam : seam + 1] = True
         inputs, targets = ids[:, back:-1], ids[:, back + 1 :]
@@ -163,7 +163,7 @@ class StreamPlan:
 
 
 def _read_circle(split: Symbols, start: int, out: np.ndarray) -> None:
-    """Fills `out` with the symbols from `start` on; the first symbol follows the last."""
+    """Fills `out` with the symbols from `start` on; after the last symbol comes the first."""
     filled = 0
     while filled < len(out):
         begin = (start + filled) % len(split)

@@ -1,14 +1,14 @@
-"""A program and the terminal it was started in: Ctrl-C from its first line on, and output that nobody reads any more.
+"""Signals and output of a program: answers Ctrl-C from its first line on, and survives the loss of its terminal.
 
 From `attach` on,
 
     SIGINT, SIGTERM  end the program at once, with one line and exit status 130 or 143, unless it is `reacting`
-    SIGHUP           changes nothing: closing the window does not end what was started in it
-    stderr           never fails: what it does not take is dropped
+    SIGHUP           is ignored: closing the window does not end the program
+    stderr           never fails: output that it does not take is dropped
 
-Signals are answered in a thread of their own.  The main thread may be in a compiler for minutes, where Python cannot
-answer, or in a finalizer or a callback of a library, where an exception is swallowed.  A signal that was ignored when
-the program was started, as Ctrl-C is by what a script starts in the background, stays ignored.
+Signals are handled in a thread of their own.  The main thread may be in a compiler for minutes, where Python cannot
+handle them, or in a finalizer or a callback of a library, where an exception is swallowed.  A signal that was ignored
+when the program was started, as Ctrl-C is in a background job of a script, stays ignored.
 """
 
 import contextlib
@@ -21,28 +21,28 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-PATIENCE = 5.0  # seconds for a terminal that is there and takes nothing: stopped by Ctrl-S, or a pager
+PATIENCE = 5.0  # seconds to wait for a terminal that takes no output: stopped by Ctrl-S, or a pager
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
 
-Reaction = Callable[[int], None]  # to the signal of that number
+Reaction = Callable[[int], None]  # called with the number of the signal
 
 _name, _hint = "", ""  # of the program, once it is attached
 _settled: int | None = None  # its exit status, once that is known
-_ceded = set[int]()  # signals that a library answers
-_leaving = threading.Lock()  # one thread says the last line
+_ceded = set[int]()  # signals handled by a library
+_leaving = threading.Lock()  # one thread prints the last line
 
 
 def attach(name: str, hint: str = "") -> None:
-    """Makes this process that of the program `name`; before it imports what takes seconds.
+    """Attaches this process to its terminal as the program `name`; before slow imports.
 
     Args:
-      hint: stands at the end of the line that says that the program was interrupted.
+      hint: end of the line that reports an interruption.
     """
     global _name, _hint
     if _name:
         return
     _name, _hint = name, hint
-    for descriptor in (0, 1, 2):  # the next file opened would get the number of one that is closed, and be written in
+    for descriptor in (0, 1, 2):  # the next file opened would get the number of a closed one, and be written to
         try:
             os.fstat(descriptor)
         except OSError:
@@ -51,12 +51,12 @@ def attach(name: str, hint: str = "") -> None:
     buffer = io.BufferedWriter(_Stderr(2, "w", closefd=False))
     encoding = sys.stderr.encoding if sys.stderr else "utf-8"
     sys.stderr = io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=True)
-    # That we leave processes of multiprocessing behind, which then clean up, is no news.
+    # Processes of multiprocessing that outlive us clean up by themselves: no warning is needed.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     numbers = {number for number in NUMBERS if signal.getsignal(number) != signal.SIG_IGN}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, set(NUMBERS) - numbers)
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # in the threads to come as well
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # inherited by later threads
     answering = threading.Thread(target=_answer, args=(numbers,), name="signals", daemon=True)
     answering.start()
     for number in numbers:  # a library may unblock them: multiprocessing does
@@ -64,7 +64,7 @@ def attach(name: str, hint: str = "") -> None:
 
 
 def unblock() -> None:
-    """In a process that this one has started: makes it hear signals again."""
+    """Unblocks signals, in a child process."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, NUMBERS)
 
 
@@ -75,23 +75,23 @@ def cede(number: int) -> None:
 
 
 def settle(status: int) -> None:
-    """From here on a signal ends the program with `status`: what it was started for is done."""
+    """Makes signals end the program with `status` from here on: its work is done."""
     global _settled
     _settled = status
 
 
 def say(line: str) -> None:
-    """Writes a line on stderr, in the place of a live line where it is a terminal."""
+    """Writes a line on stderr; on a terminal, over the status line or progress bar."""
     print(("\r\033[K" if sys.stderr.isatty() else "") + line, file=sys.stderr, flush=True)
 
 
 def leave(number: int) -> NoReturn:
-    """Ends the program because signal `number` came.  Raises KeyboardInterrupt in a process that is not a program's."""
+    """Ends the program after signal `number`.  Raises KeyboardInterrupt in a process that is not attached."""
     if not _name:
         raise KeyboardInterrupt(number)
     _leaving.acquire()
     say(f"{_name}: {'terminated' if number == signal.SIGTERM else 'interrupted'}{_hint}")
-    # Not by Python's own way out: it takes libraries down that may be in the midst of compiling, and crashes.
+    # Not a normal exit: it would tear down libraries that may be compiling, and crash.
     os._exit(128 + number)
 
 
@@ -100,9 +100,9 @@ _reaction: Reaction = leave
 
 @contextlib.contextmanager
 def reacting(reaction: Reaction) -> Iterator[None]:
-    """Has `reaction` answer Ctrl-C and SIGTERM in this block, in a thread beside the main one.
+    """Handles Ctrl-C and SIGTERM by `reaction` in this block, in a thread beside the main one.
 
-    In a process that is not a program's, such as a notebook's, it is called by the main one.
+    In a process that is not attached, such as a notebook's, the main thread calls it.
     """
     global _reaction
     if not _name:
@@ -117,14 +117,14 @@ def reacting(reaction: Reaction) -> Iterator[None]:
 
 
 def has_lost_its_reader(descriptor: int) -> bool:
-    """Whether nobody can read any more what is written to a pipe."""
+    """Returns whether the reader of a pipe is gone."""
     asked = select.poll()
     asked.register(descriptor, 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in asked.poll(0))
 
 
 class _Stderr(io.FileIO):
-    """Takes whatever is written: it is lost where the terminal, the reader or the disk behind it is gone or full."""
+    """A stderr that never fails: output is dropped if its terminal, reader or disk is gone or full."""
 
     _stalled = False
 
@@ -135,7 +135,7 @@ class _Stderr(io.FileIO):
             asked.register(self.fileno(), select.POLLOUT)
             self._stalled = not asked.poll(0 if self._stalled else 1000 * PATIENCE)
             if not self._stalled:
-                taken = super().write(memoryview(data)[: select.PIPE_BUF])  # more might wait for the reader
+                taken = super().write(memoryview(data)[: select.PIPE_BUF])  # more might block
         return len(data) if taken is None else taken
 
 
@@ -152,7 +152,7 @@ def _answer(numbers: set[signal.Signals]) -> None:
 
 @contextlib.contextmanager
 def _handled(reaction: Reaction) -> Iterator[None]:
-    """`reacting`, by Python's own handlers; threads beside the main one can have none."""
+    """Does the same as `reacting` by Python's own handlers; other threads than the main one cannot have any."""
     main = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in NUMBERS} if main else {}
     ours = [number for number, handler in before.items() if handler != signal.SIG_IGN]

@@ -1,4 +1,4 @@
-"""Symbols and their ids: text to arrays of ids, and back."""
+"""Converts text to arrays of symbol ids, and back."""
 
 import codecs
 import dataclasses
@@ -14,17 +14,17 @@ import numpy as np
 # \n and its like, \xHH, \uHHHH, \UHHHHHHHH; or a backslash that begins none of them, as the whole match.
 ESCAPE = re.compile(r"\\(?:([\\fnrtv]|0(?![0-9]))|x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8}))|\\")
 ESCAPES = dict(zip(r"\fnrtv0", "\\\f\n\r\t\v\0", strict=True))
-UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # what id 0 of a character vocabulary, and invalid UTF-8, are shown as
+UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # shown for id 0 of a character vocabulary, and for invalid UTF-8
 
 
 def canonical_json(tree: Any) -> bytes:
-    """The one way of writing `tree` that digests are taken of: ASCII, keys sorted, no spaces."""
+    """Serialises `tree` in the one form that digests are taken of: ASCII, sorted keys, no spaces."""
     return json.dumps(tree, sort_keys=True, separators=(",", ":")).encode("ascii")
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """Which symbols there are.
+    """The set of symbols.
 
     kind `bytes`: 256 symbols, a byte's id is its value, and text is UTF-8.  kind `characters`: id 0 is the unknown
     character and id k is the k-th of `characters`, which are Unicode code points in ascending order.
@@ -49,21 +49,21 @@ class Vocabulary:
 
     @property
     def dtype(self) -> np.dtype:
-        """The smallest of uint8, uint16 and uint32 that holds every id, little-endian."""
+        """Returns the smallest of uint8, uint16 and uint32 that holds every id, little-endian."""
         return np.dtype("<u1" if self.size <= 1 << 8 else "<u2" if self.size <= 1 << 16 else "<u4")
 
     @functools.cached_property
     def digest(self) -> str:
-        """sha256, in hex, of the canonical json."""
+        """Returns the sha256, in hex, of the canonical JSON."""
         return hashlib.sha256(canonical_json(self.to_json())).hexdigest()
 
     def encode(self, text: str, unknown: str = "refuse") -> np.ndarray:
-        """The ids `[symbols]` of `text`, of `self.dtype`.
+        """Encodes `text` as ids `[symbols]`, of `self.dtype`.
 
         Args:
-          text: any string.  Bytes that the operating system handed over as lone surrogates (`surrogateescape`) are
+          text: any string.  Bytes that the operating system handed over as lone surrogates (`surrogateescape`) become
             those bytes again in a vocabulary of bytes.
-          unknown: `refuse`, or `map` to turn what is not in the vocabulary into id 0 (characters only).
+          unknown: `refuse`, or `map` to encode unknown characters as id 0 (characters only).
 
         Raises:
           ValueError: a symbol is not in the vocabulary; the message has the symbol and its position.
@@ -87,14 +87,14 @@ class Vocabulary:
         return ids
 
     def decode(self, ids: np.ndarray) -> str:
-        """The text of `ids` `[symbols]`.  Invalid UTF-8 and unknown characters become U+FFFD."""
+        """Decodes `ids` `[symbols]` into text.  Invalid UTF-8 and unknown characters become U+FFFD."""
         if self.kind == "bytes":
             return self.decode_bytes(ids).decode("utf-8", "replace")
         codes = self._code_points_by_id[np.asarray(ids)]
         return codes.tobytes().decode("utf-32-le", "replace")
 
     def decode_bytes(self, ids: np.ndarray) -> bytes:
-        """The text of `ids` `[symbols]` as bytes: exactly those that were encoded, or UTF-8 of the characters."""
+        """Decodes `ids` `[symbols]` into bytes: exactly those that were encoded, or UTF-8 of the characters."""
         if self.kind == "bytes":
             ids = np.asarray(ids)
             assert ids.size == 0 or 0 <= ids.min() <= ids.max() < 256, "an id outside the vocabulary"
@@ -102,13 +102,13 @@ class Vocabulary:
         return self.decode(ids).encode("utf-8")
 
     def encode_escaped(self, text: str) -> np.ndarray:
-        r"""The ids `[symbols]` of `text` with its escapes replaced, of `self.dtype`.
+        r"""Encodes `text`, with its escapes replaced, as ids `[symbols]` of `self.dtype`.
 
         Escapes are \n \r \t \f \v \0 \\ \xHH \uHHHH \UHHHHHHHH.  \xHH is the byte HH in a vocabulary of bytes, and the
         character U+00HH in one of characters.
 
         Raises:
-          ValueError: a backslash begins none of them, or a symbol is not in the vocabulary.
+          ValueError: a backslash begins no escape, or a symbol is not in the vocabulary.
         """
 
         def replace(found: re.Match) -> str:
@@ -133,16 +133,16 @@ class Vocabulary:
         return ids
 
     def decoder(self, errors: str = "replace") -> "Decoder":
-        """A decoder for ids that arrive a few at a time; `errors` as for `bytes.decode`."""
+        """Returns a decoder for ids that arrive a few at a time; `errors` as for `bytes.decode`."""
         return Decoder(self, errors)
 
     def to_json(self) -> dict[str, Any]:
-        """The json object of the manifest; `from_json` reads it."""
+        """Returns the JSON object of the manifest, which `from_json` reads."""
         return {"kind": self.kind} | ({"characters": self.characters} if self.kind == "characters" else {})
 
     @classmethod
     def from_json(cls, tree: Any) -> "Vocabulary":
-        """The vocabulary that `to_json` wrote.  Raises ValueError where `tree` is not one."""
+        """Reads the vocabulary that `to_json` wrote.  Raises ValueError if `tree` is not one."""
         if not isinstance(tree, dict) or not all(isinstance(value, str) for value in tree.values()):
             raise ValueError("the vocabulary is not a json object of strings")
         if tree.keys() != ({"kind", "characters"} if tree.get("kind") == "characters" else {"kind"}):
@@ -151,10 +151,10 @@ class Vocabulary:
 
     @classmethod
     def from_counts(cls, counts: Mapping[int, int], min_count: int) -> "Vocabulary":
-        """The vocabulary of the characters counted at least `min_count` times.
+        """Builds the vocabulary of the characters counted at least `min_count` times.
 
         Args:
-          counts: code point -> how often it stands in the training split.
+          counts: code point -> its number of occurrences in the training split.
           min_count: at least 1.
 
         Raises:
@@ -182,18 +182,18 @@ class Vocabulary:
 
 
 class Decoder:
-    """Turns ids into text as they arrive; of a UTF-8 sequence that is not whole yet, nothing is shown."""
+    """Decodes ids into text as they arrive; holds back unfinished UTF-8 sequences."""
 
     def __init__(self, vocabulary: Vocabulary, errors: str):
         self._vocabulary = vocabulary
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors)
 
     def feed(self, ids: np.ndarray) -> str:
-        """The text that `ids` `[symbols]` completes."""
+        """Returns the text that `ids` `[symbols]` complete."""
         return self._utf8.decode(self._vocabulary.decode_bytes(ids))
 
     def flush(self) -> str:
-        """What was still held back: an unfinished sequence, with `replace` as U+FFFD, or nothing."""
+        """Returns the text still held back: an unfinished sequence, as U+FFFD with `replace`, or nothing."""
         return self._utf8.decode(b"", final=True)
 
 

@@ -1,14 +1,14 @@
-"""What the programs share: a user's mistake is one line on stderr and exit status 2, never a traceback.
+"""Runs a program: exit statuses, and errors as one line on stderr instead of a traceback.
 
 Exit statuses:
     0   done
-    2   a mistake in flags or files: nothing was changed
-    3   training stopped because a loss or a gradient is not finite
-    70  the run hung, and its watchdog ended it (EX_SOFTWARE)
-    71  another process of the job was lost (EX_OSERR): the job, started again, goes on from its newest checkpoint
+    2   mistake in flags or files: nothing was changed
+    3   training diverged: a loss or gradient is not finite
+    70  the run hung and its watchdog ended it (EX_SOFTWARE)
+    71  another process of the job was lost (EX_OSERR): a restarted job resumes from its newest checkpoint
     74  the disk is full or fails: training ended, but its last checkpoint or its log could not be written (EX_IOERR)
-    75  stopped by Ctrl-C or SIGTERM after saving: the same command goes on (EX_TEMPFAIL)
-    130 interrupted by Ctrl-C where there was nothing to save, or by a second one before it was saved; 143: by SIGTERM
+    75  stopped by Ctrl-C or SIGTERM after saving: the same command resumes (EX_TEMPFAIL)
+    130 interrupted by Ctrl-C with nothing to save, or by a second one before saving had ended; 143: by SIGTERM
 """
 
 import logging
@@ -26,7 +26,7 @@ DONE, MISTAKE, DIVERGED, HANGS, LOST, NOT_SAVED, STOPPED, INTERRUPTED = 0, 2, 3,
 
 
 def run(name: str, main: Callable[[Sequence[str]], int]) -> None:
-    """Runs `main(argv)` and exits with its status, or with the status of what went wrong."""
+    """Runs `main(argv)` and exits with its status, or with the status of the error that it raised."""
     terminal.attach(name)
     _hush_the_background()
     try:
@@ -57,11 +57,12 @@ def _status(name: str, main: Callable[[Sequence[str]], int]) -> int:
 
 
 def is_out_of_memory(error: Exception) -> bool:
+    """Returns whether the host or a device has run out of memory."""
     return "out of memory" in str(error).lower() or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def end_if_out_of_memory(error: RuntimeError) -> None:
-    """Ends the process at once where memory has run out: threads of a device may be stuck."""
+    """Exits at once if memory has run out: the threads of a device may be stuck."""
     if is_out_of_memory(error):
         status = explain("launch.train", error, out_of_memory=True)
         sys.stderr.flush()
@@ -69,7 +70,7 @@ def end_if_out_of_memory(error: RuntimeError) -> None:
 
 
 def explain(name: str, error: Exception, out_of_memory: bool = False) -> int:
-    """Says in one line what went wrong, and gives the exit status for it."""
+    """Prints an error in one line and returns its exit status."""
     sentence = " ".join(str(error).split())
     if out_of_memory:
         sentence = f"out of memory ({sentence[:120]}): lower batch_size, window, hidden_size or num_samples"
@@ -78,7 +79,7 @@ def explain(name: str, error: Exception, out_of_memory: bool = False) -> int:
 
 
 def _hush_the_background() -> None:
-    """A save that fails is told of in one line; the writes it leaves behind would add a traceback for every array."""
+    """Silences background writes: a failed save is reported in one line, its writes would add a traceback per array."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     show = sys.unraisablehook
 

@@ -1,4 +1,4 @@
-"""How a process joins the others of its job, and how it leaves when one of them is lost."""
+"""Joins a process to the others of its job, and ends it when one of them is lost."""
 
 import contextlib
 import dataclasses
@@ -13,23 +13,23 @@ from data_pipeline import terminal
 from data_pipeline.settings import check_choices, setting
 from launch import cli
 
-ALIKE = 5.0  # seconds within which all processes end, where they end for the same reason
+ALIKE = 5.0  # seconds within which all processes end if they end for the same reason
 
 
 @dataclasses.dataclass(frozen=True)
 class JobFlags:
-    """The processes of one job; launch.local and clusters start them.  A single process needs none of these."""
+    """The processes of one job, started by launch.local or a cluster.  A single process needs none of these."""
 
     cluster: str = setting(
         "none",
-        "auto: join the processes that Slurm, Open MPI or Kubernetes have started, found by JAX's own detection.",
+        "auto: join the processes started by Slurm, Open MPI or Kubernetes, by JAX's own detection.",
         choices=("none", "auto"),
     )
-    coordinator: str = setting("", "HOST:PORT of process 0, where the processes are started in another way.")
-    num_processes: int = setting(1, "Processes of the job, with --coordinator.")
-    process_id: int = setting(0, "Which of them this one is, from 0 on, with --coordinator.")
+    coordinator: str = setting("", "HOST:PORT of process 0, if the processes are started in another way.")
+    num_processes: int = setting(1, "Number of processes of the job, with --coordinator.")
+    process_id: int = setting(0, "Number of this process, from 0, with --coordinator.")
     heartbeat_timeout: int = setting(
-        20, "Seconds after which a process that is not heard of is lost, and the others end."
+        20, "Seconds without a heartbeat after which a process counts as lost, and the others end."
     )
 
     @property
@@ -49,7 +49,7 @@ class JobFlags:
 
 
 def join(chosen: JobFlags) -> None:
-    """Before anything asks for devices.  Raises ValueError where there is no cluster to be found."""
+    """Joins the job, before anything asks for devices.  Raises ValueError if no cluster is found."""
     if chosen.cluster == "auto":
         distributed.join_cluster(chosen.heartbeat_timeout)
     elif chosen.coordinator:
@@ -72,9 +72,10 @@ def leaving(chosen: JobFlags) -> Iterator[None]:
 
 
 def exit_alone(error: Exception) -> None:
-    """Ends this process because of what it alone has met with; returns where all end: Python's own way out is theirs.
+    """Exits at once, unless all processes are failing too; then it returns.
 
-    Alone, that way would wait for the others, which wait for this process; and take them down as if it had died.
+    A normal exit of this process alone would block in JAX's shutdown, as the others wait for this one, and then end
+    them as if this one had died.
     """
     if distributed.exit_barrier(ALIKE):
         return
@@ -84,7 +85,7 @@ def exit_alone(error: Exception) -> None:
 
 
 def exit_peer_lost(error: Exception) -> NoReturn:
-    """Ends this process because another one was lost; at once, as Python's own way out would wait for the others."""
+    """Exits at once because another process was lost: a normal exit would wait for the others."""
     sentence = " ".join(str(error).split())
     print(
         f"another process of the job was lost ({sentence[:200]}): start the job again, and it goes on", file=sys.stderr

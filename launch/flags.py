@@ -1,8 +1,8 @@
-"""Command-line flags made from the fields of settings dataclasses: one source for name, default, type and help.
+"""Makes command-line flags from the fields of settings dataclasses: one source for name, default, type and help.
 
-A flagfile overrides the defaults and the command line overrides the flagfile, wherever on the line it stands.  In a
-flagfile each line is a flag, --name=value; empty lines and those that begin with # are skipped; a value with spaces at
-its ends, or with what cannot be printed, is written in double quotes, as a json string.
+A flagfile overrides the defaults, and the command line overrides the flagfile, wherever on the line it stands.  Each
+line of a flagfile is a flag, --name=value; empty lines and lines that begin with # are skipped; a value with leading or
+trailing spaces, or with unprintable characters, is written in double quotes, as a JSON string.
 """
 
 import dataclasses
@@ -18,12 +18,12 @@ from absl import flags
 
 from data_pipeline.atomic_files import expand_user
 
-# What flags were called in runs and flagfiles of earlier versions.
+# Old name -> new name, of flags renamed since earlier versions.
 FORMER = {"recurrence": "lstm_backend", "piece": "eval_chunk", "between_dropout": "layer_dropout"}
 
 
 class Help(Exception):
-    """The user asked for help; the message is the help."""
+    """Raised if the user asks for help; the message is the help."""
 
 
 def parse(
@@ -34,16 +34,16 @@ def parse(
     Args:
       argv: the program's name, then its arguments.
       description: the first lines of the help.
-      *groups: dataclass instances whose fields are settings, and whose values are the defaults.  A group whose fields
+      *groups: dataclass instances whose fields are settings and whose values are the defaults.  A group whose fields
         are themselves such dataclasses is a tree of groups.
-      renamed: flags of another name than their field's, by field.
+      renamed: field -> name of its flag, if that is another.
 
     Returns:
-      The groups with the values given, and the flags given as lines of a flagfile, flagfiles resolved.
+      The groups with the given values, and the given flags as lines of a flagfile, with flagfiles expanded.
 
     Raises:
-      Help: help was asked for.
-      ValueError: an unknown flag, or a value that its flag does not take; the message names the nearest known one.
+      Help: the user asks for help.
+      ValueError: a flag is unknown, or does not take its value; the message names the nearest known one.
     """
     leaves = [leaf for group in groups for leaf in _leaves(group)]
     values = flags.FlagValues()
@@ -87,7 +87,7 @@ def _define(values: flags.FlagValues, leaf: Any, field: dataclasses.Field, renam
 
 
 class _OneOf(flags.ArgumentParser):
-    """A string that is one of a few."""
+    """Parses a string that is one of `choices`."""
 
     def __init__(self, choices: tuple[str, ...]) -> None:
         self.choices = choices
@@ -102,7 +102,7 @@ class _OneOf(flags.ArgumentParser):
 
 
 class _Number(flags.ArgumentParser):
-    """A whole number, or any."""
+    """Parses an int or a float."""
 
     def __init__(self, kind: type) -> None:
         self.kind = kind
@@ -118,7 +118,7 @@ class _Number(flags.ArgumentParser):
 
 
 class _Switch(flags.BooleanParser):
-    """True or false, in absl's many spellings."""
+    """Parses a boolean, in any of absl's spellings."""
 
     def parse(self, argument: Any) -> bool:
         try:
@@ -128,7 +128,7 @@ class _Switch(flags.BooleanParser):
 
 
 def _flagfiles_first(arguments: list[str], values: flags.FlagValues, within: tuple[str, ...] = ()) -> list[str]:
-    """`arguments` with the flags that flagfiles hold in place of the flagfiles, before all others: the last wins."""
+    """Replaces flagfiles by their flags, and puts these before all others: the last one wins."""
     from_files, others = [], []
     rest = iter(arguments)
     for argument in rest:
@@ -141,7 +141,7 @@ def _flagfiles_first(arguments: list[str], values: flags.FlagValues, within: tup
 
 
 def _flags_of(path: str, values: flags.FlagValues, within: tuple[str, ...]) -> list[str]:
-    """The flags in the flagfile `path`, which was named in the last of the flagfiles `within`."""
+    """Reads the flags in the flagfile `path`; `within`: the flagfiles that led to it, outermost first."""
     if path in within:
         raise ValueError(f"flagfile={path} reads itself: take it out of {within[-1]}")
     try:
@@ -156,7 +156,7 @@ def _flags_of(path: str, values: flags.FlagValues, within: tuple[str, ...]) -> l
             continue
         name, equals, value = line.partition("=")
         flag = name.removeprefix("-").removeprefix("-")
-        # Without a value, a flag that is no switch would take the next line, or the next argument, for it.
+        # Without a value, a flag that is not a boolean would take the next line, or the next argument, as its value.
         if not flag or flag == name or not (equals or flag not in values or values[flag].boolean):
             raise ValueError(f"{path}, line {number}: {line!r} is not a flag: write --name=value")
         found.append(name + equals + _unquoted(value, f"{path}, line {number}"))
@@ -164,7 +164,7 @@ def _flags_of(path: str, values: flags.FlagValues, within: tuple[str, ...]) -> l
 
 
 def _quoted(value: str) -> str:
-    """`value` as it stands in a flagfile."""
+    """Returns `value` as it is written in a flagfile."""
     plain = value == value.strip() and value.isprintable() and not value.startswith('"')
     return value if plain else json.dumps(value)
 
@@ -202,7 +202,7 @@ def _text(value: Any) -> str:
 
 
 def _choices(field: dataclasses.Field) -> str:
-    """The values that the help text itself does not name."""
+    """Returns a sentence that lists the choices, or "" if the help text names them all."""
     choices = field.metadata["choices"]
     return "" if all(choice in field.metadata["help"] for choice in choices) else f"  One of {', '.join(choices)}."
 

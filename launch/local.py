@@ -2,10 +2,10 @@
 
     python -m launch.local --processes=2 --restarts=3 -- --flagfile=configs/large.flags --run_dir=runs/mine
 
-What follows the -- is for launch.train.  On CPUs the processes have --devices_per_process simulated devices each, on
-GPUs one GPU each.  What they print comes here with the process's number before each line, and is kept in the run
-directory as logs/process-N.txt.  When one process dies the others are ended, and with --restarts the job is started
-again from its newest checkpoint.  Ctrl-C and SIGTERM reach all of them; a second Ctrl-C kills them.
+Arguments after the -- are those of launch.train.  On CPUs the processes have --devices_per_process simulated devices
+each, on GPUs one GPU each.  Their output is printed here with the number of the process before each line, and kept in
+the run directory as logs/process-N.txt.  When one process dies the others are ended, and with --restarts the job is
+restarted from its newest checkpoint.  Ctrl-C and SIGTERM are passed on to all; a second Ctrl-C kills them.
 """
 
 if __name__ == "__main__":  # before what takes seconds to import
@@ -28,15 +28,22 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from charlstm.run.log import Lines
+from charlstm.run.step_directory import StepDirectory
 from data_pipeline import terminal
 from data_pipeline.atomic_files import expand_user
 from data_pipeline.settings import setting
-from launch import cli, flags, restarts, train
+from launch import cli, flags, train
 
 TRAIN = (sys.executable, "-m", "launch.train")
+
+ENDED_WELL = (cli.DONE, cli.STOPPED)
+# A restarted job would end in the same way.
+FINAL = (cli.MISTAKE, cli.DIVERGED, cli.NOT_SAVED, cli.INTERRUPTED)
+FUTILE = 2  # consecutive deaths at the same checkpoint, after which it is no longer trusted
+LONGEST_PAUSE = 60.0  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +51,12 @@ class LocalFlags:
     """The processes on this machine."""
 
     processes: int = setting(2, "Processes to start.")
-    devices_per_process: int = setting(0, "Simulated CPU devices of each; 0: what there is, of several GPUs one each.")
-    restarts: int = setting(0, "How many times the job is started again when a process has died.")
+    devices_per_process: int = setting(
+        0, "Simulated CPU devices of each process; 0: the devices that exist, one GPU per process."
+    )
+    restarts: int = setting(0, "How many times the job is restarted after the death of a process.")
     grace: float = setting(
-        30.0, "Seconds that the others have to end by themselves when one has died, and that one may be stopped."
+        30.0, "Seconds until the others are killed when one has died, and until a stopped process is killed."
     )
 
     def __post_init__(self) -> None:
@@ -56,78 +65,166 @@ class LocalFlags:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
 
 
-class Processes:
-    """The processes of one start of the job, from their start until all have ended.
+class ChildProcesses:
+    """Child processes that receive the signals sent to this program, and die with it.
 
     Attributes:
-      told_to_stop, killed: by a signal to this program.
+      told_to_stop: Ctrl-C or SIGTERM was passed on.
+      killed: a second Ctrl-C has killed them.
     """
 
+    def __init__(self) -> None:
+        self.told_to_stop = self.killed = False
+        self.started: list[subprocess.Popen] = []
+
+    def start(self, command: Sequence[str], **options: Any) -> subprocess.Popen:
+        """Starts a child, in a session of its own: Ctrl-C comes to this program alone, which passes it on."""
+        on_start = functools.partial(_die_with, os.getpid())
+        self.started.append(subprocess.Popen(command, start_new_session=True, preexec_fn=on_start, **options))
+        return self.started[-1]
+
+    def send(self, number: int) -> None:
+        """Sends a signal to every child that lives."""
+        for process in self.started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+
+    @contextlib.contextmanager
+    def signals_passed_on(self) -> Iterator[None]:
+        """In this block, Ctrl-C and SIGTERM go to all children, as SIGTERM; a second Ctrl-C kills them."""
+
+        def pass_on(number: int) -> None:
+            if self.told_to_stop and number == signal.SIGINT:
+                self.killed = True
+                self.send(signal.SIGKILL)
+            else:
+                self.told_to_stop = True
+                self.send(signal.SIGTERM)
+                terminal.say("told to stop: what runs finishes its step and is saved; Ctrl-C again kills it")
+
+        with terminal.reacting(pass_on):
+            yield
+
+
+class Job(ChildProcesses):
+    """The processes of one start of the job, from their start until all have ended."""
+
     def __init__(self, chosen: LocalFlags, arguments: Sequence[str], log_dir: Path) -> None:
-        self._chosen, self._log_dir, self.told_to_stop, self.killed = chosen, log_dir, False, False
-        self._stopped: dict[int, float] = {}  # since when
-        coordinator = f"localhost:{_free_port()}"
-        self._started = [self._start(number, coordinator, arguments) for number in range(chosen.processes)]
-        self._pumps = [threading.Thread(target=self._pump, args=pair) for pair in enumerate(self._started)]
-        for pump in self._pumps:
+        super().__init__()
+        self._chosen, self._log_dir = chosen, log_dir
+        self._stopped: dict[int, float] = {}  # pid -> since when
+        coordinator, pumps = f"localhost:{_free_port()}", []
+        for number in range(chosen.processes):
+            own = [f"--coordinator={coordinator}", f"--num_processes={chosen.processes}", f"--process_id={number}"]
+            process = self.start(
+                [*TRAIN, *arguments, *own],
+                env=os.environ | _devices(number, chosen.devices_per_process),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+            )
+            pumps.append(threading.Thread(target=self._pump, args=(number, process)))
+        self._pumps = pumps
+        for pump in pumps:  # no thread runs while a process is forked
             pump.start()
 
-    def _start(self, number: int, coordinator: str, arguments: Sequence[str]) -> subprocess.Popen[str]:
-        own = [f"--coordinator={coordinator}", f"--num_processes={self._chosen.processes}", f"--process_id={number}"]
-        return subprocess.Popen(
-            [*TRAIN, *arguments, *own],
-            env=os.environ | _devices(number, self._chosen.devices_per_process),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # Ctrl-C comes to this process alone, which passes it on
-            preexec_fn=functools.partial(die_with, os.getpid()),
-        )
-
-    def _pump(self, number: int, process: "subprocess.Popen[str]") -> None:
-        """Copies what a process says to the terminal and to its file."""
+    def _pump(self, number: int, process: subprocess.Popen) -> None:
+        """Copies the output of a process to the terminal and to its file."""
         assert process.stdout is not None
         log = Lines(self._log_dir / f"process-{number}.txt")
-        for line in process.stdout:  # to the end, whatever comes: a process whose pipe is full does not get on
+        for line in process.stdout:  # to the end, whatever comes: a process whose pipe is full is blocked
             with contextlib.suppress(OSError):  # more is waiting for a full disk than is kept
                 log.add(line.rstrip("\n"))
             print(f"[{number}] {line}", end="", file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):  # the disk is still full
             log.close()
 
-    def send(self, number: int) -> None:
-        """Sends a signal to every process that lives."""
-        for process in self._started:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-
     def wait(self) -> list[int]:
-        """The exit statuses (-N where signal N killed), once all have ended; one that dies takes the others along."""
+        """Waits for all; returns their exit statuses, -N for signal N.  If one dies, the others are ended."""
         deadline = None
-        while None in (statuses := [process.poll() for process in self._started]):
+        while None in (statuses := [process.poll() for process in self.started]):
             time.sleep(0.05)
-            if deadline is None and any(status not in (None, *restarts.ENDED_WELL) for status in statuses):
+            if deadline is None and any(status not in (None, *ENDED_WELL) for status in statuses):
                 deadline = time.monotonic() + self._chosen.grace
             if deadline is not None and time.monotonic() > deadline:
                 self.send(signal.SIGKILL)
             self._end_the_stopped()
         for pump in self._pumps:
             pump.join()
-        return [process.returncode for process in self._started]
+        return [process.returncode for process in self.started]
 
     def _end_the_stopped(self) -> None:
-        """Kills what is stopped (SIGSTOP) for longer than the grace: alone, a process cannot notice that it is."""
-        for process in self._started:
+        """Kills processes stopped (SIGSTOP) for longer than --grace: a process cannot notice that it is stopped."""
+        for process in self.started:
             with contextlib.suppress(ChildProcessError):
                 if os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOHANG):
                     self._stopped[process.pid] = time.monotonic()
                 if os.waitid(os.P_PID, process.pid, os.WCONTINUED | os.WNOHANG):
                     self._stopped.pop(process.pid, None)
             if time.monotonic() > self._stopped.get(process.pid, math.inf) + self._chosen.grace:
-                print(f"process {self._started.index(process)} is stopped, and killed", file=sys.stderr, flush=True)
+                print(f"process {self.started.index(process)} is stopped, and killed", file=sys.stderr, flush=True)
                 del self._stopped[process.pid]
                 process.kill()
+
+
+class RestartPolicy:
+    """Decides whether a job is restarted after a death, at most `limit` times.
+
+    The first restart is immediate.  If there is no newer checkpoint than at the last death, restarts wait, twice as
+    long each time.  After more than `FUTILE` such deaths the checkpoint is quarantined and the job goes back to the one
+    before; if it then dies as often again, the job is given up: the cause is not chance.
+    """
+
+    def __init__(self, checkpoints: Path, limit: int, pause: float = 1.0) -> None:
+        self._files, self._left, self._pause = StepDirectory(checkpoints), limit, pause
+        self._deaths, self._newest, self._went_back = 0, self._newest_step(), False
+
+    def decide(self, statuses: Sequence[int], told_to_stop: bool) -> tuple[bool, str]:
+        """Returns, after the pause before a restart, whether to restart, and a sentence with the reason."""
+        if all(status in ENDED_WELL for status in statuses):
+            return False, "all processes have ended well"
+        died = describe(statuses)
+        if told_to_stop or any(status in FINAL for status in statuses):
+            return False, f"not started again: {died}"
+        if not self._left:
+            return False, f"not started again, no --restarts are left: {died}"
+        newest = self._newest_step()
+        progress, self._newest = newest > self._newest, newest
+        self._deaths = 1 if progress else self._deaths + 1
+        self._went_back &= not progress
+        if self._deaths > FUTILE:
+            if self._went_back or newest < 0:
+                return False, f"given up, {self._deaths} deaths in a row at step {max(newest, 0)}: {died}"
+            self._files.quarantine(newest, "abandoned")
+            died += f"; checkpoint {newest} is set aside after {self._deaths} deaths in a row"
+            self._deaths, self._newest, self._went_back = 1, self._newest_step(), True
+        self._left -= 1
+        pause = min(self._pause * 2 ** (self._deaths - 2), LONGEST_PAUSE) if self._deaths > 1 else 0.0
+        time.sleep(pause)
+        return True, f"starting again from step {max(self._newest, 0)} ({self._left} restarts left): {died}"
+
+    def _newest_step(self) -> int:
+        return max(self._files.steps(), default=-1)
+
+
+def describe(statuses: Sequence[int]) -> str:
+    """Returns how each process ended; those that were only taken along by another come last."""
+    followers = (*ENDED_WELL, cli.LOST, -signal.SIGABRT)
+    order = sorted(range(len(statuses)), key=lambda p: (statuses[p] in followers, p))
+    return ", ".join(f"process {p} {_ending(statuses[p])}" for p in order if statuses[p] not in ENDED_WELL)
+
+
+def job_status(statuses: Sequence[int]) -> int:
+    """Returns the exit status of the job: that of the process that was not only taken along by another."""
+    for status in (*FINAL, cli.STOPPED):
+        if status in statuses:
+            return status
+    return cli.DONE if all(status == cli.DONE for status in statuses) else cli.LOST
+
+
+def _ending(status: int) -> str:
+    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -139,21 +236,21 @@ def main(argv: Sequence[str]) -> int:
     run_dir = expand_user(of_the_run.run_dir)
     log_dir = run_dir / "logs"
     log_dir.mkdir(parents=True, exist_ok=True)
-    policy = restarts.Policy(run_dir / "checkpoints", chosen.restarts)
+    policy = RestartPolicy(run_dir / "checkpoints", chosen.restarts)
     while True:
-        processes = Processes(chosen, arguments, log_dir)
-        with passed_on(processes):
-            statuses = processes.wait()
-        if processes.killed:
+        job = Job(chosen, arguments, log_dir)
+        with job.signals_passed_on():
+            statuses = job.wait()
+        if job.killed:
             terminal.leave(signal.SIGINT)
-        again, sentence = policy.after(statuses, processes.told_to_stop)
+        again, sentence = policy.decide(statuses, job.told_to_stop)
         print(sentence, file=sys.stderr, flush=True)
         if not again:
-            return restarts.status_of_the_job(statuses)
+            return job_status(statuses)
 
 
 def _divided(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """This program's own arguments, and those of launch.train."""
+    """Splits `argv` at the -- into the arguments of this program and those of launch.train."""
     arguments = list(argv)
     if "--" in arguments:
         cut = arguments.index("--")
@@ -166,7 +263,7 @@ def _divided(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _devices(number: int, count: int) -> dict[str, str]:
-    """What the environment of process `number` says of devices."""
+    """Returns the environment variables that choose the devices of process `number`."""
     if count:
         given = os.environ.get("XLA_FLAGS", "")
         return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{given} --xla_force_host_platform_device_count={count}".strip()}
@@ -174,44 +271,18 @@ def _devices(number: int, count: int) -> dict[str, str]:
 
 
 def _free_port() -> int:
-    with socket.socket() as mutable:
-        mutable.bind(("localhost", 0))
-        return mutable.getsockname()[1]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
 
-def die_with(parent: int) -> None:
-    """In a child: hears signals, and is killed when `parent`, this program, dies, however that happens (Linux only)."""
+def _die_with(parent: int) -> None:
+    """Runs in a child: unblocks signals, and has the kernel kill it when `parent`, this program, dies (Linux only)."""
     terminal.unblock()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it has died before that
+    if os.getppid() != parent:  # it died before the call
         os._exit(cli.LOST)
-
-
-class Started(Protocol):
-    """What was started, and can be told to stop, and killed, by a signal to this program."""
-
-    told_to_stop: bool
-    killed: bool
-
-    def send(self, number: int) -> None: ...
-
-
-@contextlib.contextmanager
-def passed_on(processes: Started) -> Iterator[None]:
-    """Ctrl-C and SIGTERM go to all processes, as SIGTERM; a second Ctrl-C kills them."""
-
-    def pass_on(number: int) -> None:
-        if processes.told_to_stop and number == signal.SIGINT:
-            processes.killed = True
-            processes.send(signal.SIGKILL)
-        else:
-            processes.told_to_stop = True
-            processes.send(signal.SIGTERM)
-            terminal.say("told to stop: what runs finishes its step and is saved; Ctrl-C again kills it")
-
-    with terminal.reacting(pass_on):
-        yield
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Turns text into a prepared corpus; the same command again continues a preparation that was stopped.
+"""Prepares a corpus from text; the same command again resumes an interrupted preparation.
 
 python -m launch.prepare --input='books/*.txt' --output=data/books
 """
@@ -25,9 +25,9 @@ from launch import cli, flags
 class PrepareFlags:
     """The prepared corpus."""
 
-    output: str = setting("", "The directory to make; its parents are made too.  Required.")
-    workers: int = setting(0, "Threads or processes; 0: one for each core.")
-    verify: bool = setting(False, "Read the prepared corpus again and compare its sha256.")
+    output: str = setting("", "Directory to create, with its parents.  Required.")
+    workers: int = setting(0, "Threads or processes; 0: one per core.")
+    verify: bool = setting(False, "Read the prepared corpus again and check its sha256.")
 
     def __post_init__(self) -> None:
         if self.workers < 0:

@@ -1,15 +1,12 @@
-"""What a run measures, for Prometheus: GET /metrics on a port of every process, in the text format 0.0.4."""
+"""Serves what a run measures to Prometheus: GET /metrics on one port per process (extra `monitor`)."""
 
 import contextlib
 import dataclasses
 import errno
+import importlib.util
 import socket
-import socketserver
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,11 @@ from charlstm import distributed
 from charlstm.run.step_directory import SEAL, StepDirectory
 from data_pipeline.settings import setting
 
-# What there is to tell, without the prefix charlstm_.  What ends in _total is a counter.
+with contextlib.suppress(ImportError):  # an extra, which MonitorFlags asks for
+    import prometheus_client
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+# name without the prefix charlstm_ -> description.  A name in _total is a counter, any other a gauge.
 METRICS = {
     "step": "Updates made since the beginning of the run.",
     "train_bits_per_character": "Training loss over the steps of the last record, bits per Unicode character.",
@@ -39,9 +40,9 @@ Values = Mapping[str, float | None]
 
 @dataclasses.dataclass(frozen=True)
 class MonitorFlags:
-    """The port for Prometheus, which is closed unless asked for."""
+    """The port for Prometheus, which is closed by default."""
 
-    metrics_port: int = setting(0, "Process N answers GET /metrics on this port + N; 0: no port is opened.")
+    metrics_port: int = setting(0, "Process N answers GET /metrics on this port + N; 0 opens no port.")
     metrics_host: str = setting(
         "127.0.0.1", "The address it listens on; 0.0.0.0: whoever reaches this machine may read the metrics."
     )
@@ -49,35 +50,50 @@ class MonitorFlags:
     def __post_init__(self) -> None:
         if not 0 <= self.metrics_port <= 65535:
             raise ValueError(f"metrics_port={self.metrics_port} must be from 1 to 65535, or 0 for no port")
+        if self.metrics_port and importlib.util.find_spec("prometheus_client") is None:
+            raise ValueError("metrics_port needs prometheus_client, not installed: pip install 'charlstm[monitor]'")
 
 
 class Monitor:
-    """The port of one process, from its start until `stop`; without --metrics_port, nothing."""
+    """Serves the metrics of one process from its start until `stop`; without --metrics_port, does nothing."""
 
-    def __init__(self, chosen: MonitorFlags, process: int, values: Callable[[], Values]) -> None:
-        """Listens, and answers in a thread.
+    def __init__(self, chosen: MonitorFlags, process: int, values: Callable[[], Values] = dict) -> None:
+        """Listens, and answers in threads.
 
         Args:
-          values: gives what there is to tell, by the names in METRICS, None where it is not yet known; called by other
-            threads.
+          values: returns the values by the names in METRICS, None if not yet known; called by other threads.
 
         Raises:
-          ValueError: the port or the host cannot be had.
+          ValueError: the port or the host is not available.
         """
-        self._server = _listening(chosen, process) if chosen.metrics_port else None
-        if self._server:
-            self._server.text = lambda: exposition(values(), process)
-            threading.Thread(target=self._server.serve_forever, args=(0.1,), name="monitor", daemon=True).start()
+        self.values, self._process, self._server = values, process, None
+        if chosen.metrics_port:
+            registry = prometheus_client.CollectorRegistry()  # without the library's metrics of the Python process
+            registry.register(self)
+            self._server, self._thread = _listen(chosen, process, registry)
+
+    def collect(self) -> Iterator[Any]:
+        """Yields a metric family for each known value: what prometheus_client asks for at every scrape."""
+        values = self.values()
+        assert values.keys() <= METRICS.keys(), values.keys() - METRICS.keys()
+        for name, description in METRICS.items():
+            if (value := values.get(name)) is not None:
+                kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+                family = kind(f"charlstm_{name}", description, labels=["process"])
+                family.add_metric([str(self._process)], float(value))
+                yield family
 
     def stop(self) -> None:
+        """Closes the port."""
         if self._server:
             self._server.shutdown()
             self._server.server_close()
+            self._thread.join()
 
 
 @contextlib.contextmanager
-def of_this_process(chosen: MonitorFlags, values: Callable[[], Values]) -> Iterator[Monitor]:
-    """The monitor of this process.  Raises ValueError on all processes of the job where one of them cannot listen."""
+def of_this_process(chosen: MonitorFlags, values: Callable[[], Values] = dict) -> Iterator[Monitor]:
+    """Yields the monitor of this process.  Raises ValueError on every process of the job if any cannot listen."""
     with contextlib.ExitStack() as held:
         refusal = ""
         try:
@@ -91,20 +107,24 @@ def of_this_process(chosen: MonitorFlags, values: Callable[[], Values]) -> Itera
         yield monitor
 
 
-def exposition(values: Values, process: int) -> str:
-    """`values` as Prometheus reads them."""
-    assert values.keys() <= METRICS.keys(), values.keys() - METRICS.keys()
-    lines = []
-    for name, words in METRICS.items():
-        if (value := values.get(name)) is not None:
-            kind = "counter" if name.endswith("_total") else "gauge"
-            lines += [f"# HELP charlstm_{name} {words}", f"# TYPE charlstm_{name} {kind}"]
-            lines += [f'charlstm_{name}{{process="{process}"}} {float(value)!r}']
-    return "".join(line + "\n" for line in lines)
+def _listen(chosen: MonitorFlags, process: int, registry: Any) -> Any:
+    """Starts the server; returns it and its thread."""
+    host, port = chosen.metrics_host, chosen.metrics_port + process
+    if port > 65535:
+        raise ValueError(f"metrics_port={chosen.metrics_port} + process {process} is above 65535: choose a lower one")
+    try:
+        return prometheus_client.start_http_server(port, host, registry)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a name"
+        if isinstance(error, socket.gaierror | UnicodeError) or error.errno == errno.EADDRNOTAVAIL:
+            remedy = "use 127.0.0.1, or 0.0.0.0 for all of its networks"
+            raise ValueError(f"metrics_host={host} is no address of this machine ({reason}): {remedy}") from None
+        remedy = "choose another metrics_port, above 1023, or 0 for none"
+        raise ValueError(f"process {process} cannot listen on port {port} of {host} ({reason}): {remedy}") from None
 
 
 def of_records(latest: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-    """What the latest lines of metrics.jsonl say, by split; None where there is none yet."""
+    """Returns the metrics that the latest lines of metrics.jsonl have, by split; None if absent."""
     train, valid = latest.get("train", {}), latest.get("valid", {})
     return {
         "train_bits_per_character": train.get("bits_per_character"),
@@ -117,59 +137,9 @@ def of_records(latest: Mapping[str, Mapping[str, Any]]) -> dict[str, float | Non
 
 
 def checkpoint_age(directory: Path) -> float | None:
-    """Seconds since the newest checkpoint in `directory` was sealed; None where there is none, or no disk to ask."""
+    """Returns the seconds since the newest checkpoint in `directory` was committed; None if absent or not readable."""
     files = StepDirectory(directory)
     with contextlib.suppress(OSError):  # a checkpoint may be removed at this moment
         if steps := files.steps():
             return max(time.time() - (files.step(max(steps)) / SEAL).stat().st_mtime, 0.0)
     return None
-
-
-def _listening(chosen: MonitorFlags, process: int) -> "_Server":
-    host, port = chosen.metrics_host, chosen.metrics_port + process
-    if port > 65535:
-        raise ValueError(f"metrics_port={chosen.metrics_port} + process {process} is above 65535: choose a lower one")
-    try:
-        return _Server(host, port)
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a name"
-        if isinstance(error, socket.gaierror | UnicodeError) or error.errno == errno.EADDRNOTAVAIL:
-            remedy = "use 127.0.0.1, or 0.0.0.0 for all of its networks"
-            raise ValueError(f"metrics_host={host} is no address of this machine ({reason}): {remedy}") from None
-        remedy = "choose another metrics_port, above 1023, or 0 for none"
-        raise ValueError(f"process {process} cannot listen on port {port} of {host} ({reason}): {remedy}") from None
-
-
-class _Server(ThreadingHTTPServer):
-    text: Callable[[], str]
-
-    def __init__(self, host: str, port: int) -> None:
-        found: list[Any] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        self.address_family, *_, address = min(found)  # IPv4 where the host has both
-        super().__init__(address, _Answer)
-
-    def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)  # HTTPServer would ask the DNS for the host's name, and wait for it
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exception(), ConnectionError | TimeoutError):  # of a client that has gone
-            super().handle_error(request, client_address)
-
-
-class _Answer(BaseHTTPRequestHandler):
-    server: _Server
-    timeout = 10.0  # seconds for a client that connects and says nothing
-
-    def do_GET(self) -> None:
-        if self.path.partition("?")[0] != "/metrics":
-            self.send_error(404, explain="The metrics are at /metrics.")
-            return
-        body = self.server.text().encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """A scrape every few seconds is nothing to say."""

@@ -1,12 +1,15 @@
-"""Searches settings: each trial is a run of launch.train, of all that the flags do not search the same.
+"""Searches settings with Optuna: each trial is a run of launch.train that differs in the settings searched.
 
     python -m launch.tune --flagfile=configs/tiny.flags --space=my.toml --study_dir=studies/mine --trials=20
 
-The flags are those of launch.train; launch/search_space.py says what stands in a space.  The first trial has the values
-of the flags themselves, where they lie in the space; those after it are drawn by Optuna's tree-structured Parzen
-estimator.  A trial is scored ten times on the validation split, its best score counts, and it is stopped early where it
-is worse than the median of the others.  The same command in another terminal is another worker of the same study; the
-same command again goes on with it, and with the trials that were cut short.
+The flags are those of launch.train; charlstm/run/search_space.py describes the file of a space.  The first trial has
+the values of the flags themselves, if they lie in the space; later ones are drawn by Optuna's tree-structured Parzen
+estimator.  A trial is scored ten times on the validation split, its best score counts, and it is stopped early if it is
+worse than the median of the others.  The same command in another terminal is another worker of the same study; the same
+command again continues it, with the trials that were interrupted.
+
+    study_dir/journal.log       settings and scores, by Optuna; written by all workers
+    study_dir/trials/0007/      an ordinary run directory
 """
 
 if __name__ == "__main__":  # before what takes seconds to import
@@ -14,23 +17,38 @@ if __name__ == "__main__":  # before what takes seconds to import
 
     startup.attach("launch.tune")
 
+import contextlib
 import dataclasses
+import importlib.util
 import json
-import sys
-from collections.abc import Sequence
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from charlstm import config as config_lib
 from charlstm.config import Config
 from charlstm.run import corpus as corpus_lib
-from charlstm.run import estimate, run_directory
+from charlstm.run import estimate, run_directory, search_space
+from data_pipeline import terminal
 from data_pipeline.atomic_files import expand_user, locked
 from data_pipeline.settings import setting
-from launch import cli, flags, search_space, study_report, trials
-from launch.trials import PARTS, Child, Ended
+from launch import cli, flags
+from launch.local import TRAIN, ChildProcesses
+
+with contextlib.suppress(ImportError):  # an extra, which main asks for
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+    from optuna.trial import TrialState
+
+PARTS = 10  # evaluations of a trial, at equal distances; trials are compared after equally many
+LOOK_EVERY = 0.5  # seconds between two looks at a trial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +56,8 @@ class TuneFlags:
     """The study."""
 
     space: str = setting("", "A TOML file of the settings to search and their values.  Required.")
-    study_dir: str = setting(
-        "", "Where the study lives, or is to live: a journal, and a run for each trial.  Required."
-    )
-    trials: int = setting(20, "Trials of the whole study, by all its workers; 0 only tells what was found.")
+    study_dir: str = setting("", "Directory of the study: a journal, and a run for each trial.  Required.")
+    trials: int = setting(20, "Trials of the whole study, by all its workers; 0 only prints the report.")
     seconds_per_trial: float = setting(
         0.0, "Every trial makes as many updates as take so many seconds here, by a few timed ones; 0: --num_steps."
     )
@@ -52,139 +68,196 @@ class TuneFlags:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
 
 
-class Study:
-    """What the trials of a study have in common.
+class Ended(NamedTuple):
+    """How launch.train ended: `status` as in cli.py, or -N for signal N; `last_words`, the last line it wrote."""
 
-    Attributes:
-      directory: where it lives.
-      optuna: the study as Optuna has it.
+    status: int
+    told_to_stop: bool  # by a signal to this program
+    pruned: bool  # by this program
+    last_words: str
+
+
+def run_child(
+    arguments: Sequence[str], log: Path, stdout: Any = None, hopeless: Callable[[], bool] = lambda: False
+) -> Ended:
+    """Runs launch.train as a child process, and stops it once `hopeless()`; adds its output to `log`, or `stdout`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    children, pruned = ChildProcesses(), False
+    with log.open("ab") as file, children.signals_passed_on():
+        child = children.start([*TRAIN, *arguments], stdin=subprocess.DEVNULL, stdout=stdout or file, stderr=file)
+        while child.poll() is None:
+            time.sleep(LOOK_EVERY)
+            if not pruned and not children.told_to_stop and hopeless():
+                pruned = True
+                children.send(signal.SIGTERM)
+    if children.killed:
+        terminal.leave(signal.SIGINT)
+    lines = log.read_text("utf-8", "replace").splitlines()
+    return Ended(child.returncode, children.told_to_stop, pruned, lines[-1] if lines else "stopped")
+
+
+def num_steps_within(seconds: float, arguments: Sequence[str], log: Path) -> int:
+    """Returns how many updates take `seconds` here, by a dry run: a multiple of PARTS.
+
+    Raises KeyboardInterrupt if this program is told to stop, ValueError if launch.train refuses the arguments.
     """
+    answer = log.with_suffix(".json")
+    answer.parent.mkdir(parents=True, exist_ok=True)
+    with answer.open("wb") as file:
+        ended = run_child([*arguments, "--dry_run", "--dry_run_format=json"], log, file)
+    if ended.told_to_stop:
+        raise KeyboardInterrupt
+    if ended.status != cli.DONE:
+        raise ValueError(f"launch.train refuses the trial: {ended.last_words}")
+    per_step = json.loads(answer.read_text("utf-8"))["seconds_per_step"]
+    answer.unlink()
+    if per_step is None:
+        raise ValueError("the trial does not fit in memory: search smaller models or batches")
+    return max(1, round(seconds / per_step / PARTS)) * PARTS
+
+
+def run_dir(study_dir: Path, number: int) -> Path:
+    return study_dir / "trials" / f"{number:04d}"
+
+
+def evaluations(directory: Path) -> dict[int, float]:
+    """Returns step -> bits per symbol of the evaluations that a run has made of its validation split."""
+    path = directory / "metrics.jsonl"
+    lines = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []  # the last one may be half written
+    return {line["step"]: line["bits_per_symbol"] for line in map(json.loads, lines) if line["split"] == "valid"}
+
+
+def _refuse() -> None:
+    raise BlockingIOError("another worker has the trial")
+
+
+class Study:
+    """An Optuna study (`optuna`) in a directory, whose trials are runs of launch.train."""
 
     def __init__(self, chosen: TuneFlags, config: Config, given: list[str]) -> None:
-        """Raises ValueError where the study that is there is another one."""
+        """Opens or begins the study.  Raises ValueError if it was begun with other flags or another space."""
         self._space = search_space.read(chosen.space, config)
         corpus, self._config = corpus_lib.open_for(config, given)
         if "valid" not in corpus.splits:
             raise ValueError(f"{corpus.directory} has no validation split to score trials on: give a --valid_fraction")
-        self._given, self._seconds, self._vocabulary_size = given, chosen.seconds_per_trial, corpus.vocabulary.size
+        self._given, self._chosen, self._vocabulary_size = given, chosen, corpus.vocabulary.size
         self.directory = expand_user(chosen.study_dir)
-        self.optuna = opened(self.directory)
-        self._hold_to(
-            {
-                "flags": given,
-                "space": json.loads(json.dumps(dataclasses.asdict(self._space))),
-                "seconds_per_trial": chosen.seconds_per_trial,
-            }
-        )
-
-    def _hold_to(self, terms: dict[str, Any]) -> None:
-        """Begins the study on `terms`; raises ValueError where it was begun on others."""
+        self.optuna = open_study(self.directory)
+        terms = {"flags": given, "space": self._space._asdict(), "seconds_per_trial": chosen.seconds_per_trial}
         with locked(self.directory / ".taking.lock", lambda: None):
-            begun = self.optuna.user_attrs.get("terms")
-            if begun is None:
+            if "terms" not in self.optuna.user_attrs:
                 self.optuna.enqueue_trial(search_space.own_values(self._space, self._config))
                 self.optuna.set_user_attr("terms", terms)
-        if begun not in (None, terms):
-            other = " and ".join(name for name in terms if terms[name] != begun[name])
+        begun = self.optuna.user_attrs["terms"]
+        if other := " and ".join(name for name in terms if terms[name] != begun[name]):
             raise ValueError(
                 f"study_dir={self.directory} was begun with another {other}: give its own, or another study_dir"
             )
 
-    def arguments(self, trial: Any) -> list[str]:
-        """Of launch.train for an Optuna trial: drawn when it begins, and the same when it goes on.
+    @contextlib.contextmanager
+    def next_trial(self) -> Iterator["optuna.Trial | None"]:
+        """Yields a trial that this worker alone has: one that a dead worker left unfinished, else a new one.
 
-        Raises:
-          ValueError: what was drawn does not go together, or launch.train refuses it.
+        None if --trials have begun and other workers have the unfinished ones.
+        """
+        trials = partial(self.optuna.get_trials, deepcopy=False)
+        trial: optuna.Trial | None = None
+        with contextlib.ExitStack() as held:
+
+            def take(number: int) -> bool:
+                with contextlib.suppress(BlockingIOError):
+                    held.enter_context(locked(self.directory / f".trial-{number}.lock", _refuse))
+                    return True
+                return False
+
+            def unfinished(number: int) -> bool:
+                return trials()[number].state == TrialState.RUNNING
+
+            with locked(self.directory / ".taking.lock", lambda: None):
+                begun = sum(trial.state != TrialState.WAITING for trial in trials())
+                # Asked again once its lock is ours: its worker may have finished it before.
+                left = (n for n in range(begun) if unfinished(n) and take(n) and unfinished(n))
+                if (number := next(left, None)) is not None:
+                    trial = optuna.Trial(self.optuna, trials()[number]._trial_id)  # there is no public way to resume
+                elif begun < self._chosen.trials and take(begun):
+                    trial = self.optuna.ask()
+            yield trial
+
+    def prepare(self, trial: "optuna.Trial") -> list[str]:
+        """Draws a trial's settings; returns the arguments of launch.train, the same at every start.
+
+        Raises ValueError if the settings contradict each other, or launch.train refuses them.
         """
         if "arguments" in trial.user_attrs:
             return trial.user_attrs["arguments"]
-        # Each trial has a seed of its own, so that two workers do not draw the same.
-        self.optuna.sampler = _sampler(self._config.training.seed + trial.number)
-        values = search_space.values_of(trial, self._space, self._config, self._vocabulary_size)
-        config = config_lib.replace(self._config, **values)
+        # One seed per trial, so that two workers do not draw the same.
+        seed = self._config.training.seed + trial.number
+        self.optuna.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+        values = search_space.draw(trial, self._space, self._config, self._vocabulary_size)
+        config, directory = config_lib.replace(self._config, **values), run_dir(self.directory, trial.number)
         arguments = self._given + [f"--{name}={value}" for name, value in values.items()]
-        run_dir = trials.run_dir(self.directory, trial.number)
         steps = max(1, config.training.num_steps // PARTS) * PARTS
-        if self._seconds:
-            steps = trials.num_steps_within(self._seconds, arguments, run_dir.with_suffix(".txt"))
-        arguments += [f"--num_steps={steps}", f"--evaluate_every={steps // PARTS}", f"--run_dir={run_dir}"]
-        for name, what in (
-            ("values", values),
-            ("parameters", estimate.count_parameters(config, self._vocabulary_size)),
-            ("symbols_per_step", config.streams.batch_size * config.streams.window),
-            ("num_steps", steps),
-            ("arguments", arguments),
-        ):
-            trial.set_user_attr(name, what)
+        if seconds := self._chosen.seconds_per_trial:
+            steps = num_steps_within(seconds, arguments, directory.with_suffix(".txt"))
+        arguments += [f"--num_steps={steps}", f"--evaluate_every={steps // PARTS}", f"--run_dir={directory}"]
+        parameters = estimate.count_parameters(config, self._vocabulary_size)
+        facts = {"values": values, "parameters": parameters, "num_steps": steps, "arguments": arguments}
+        for name, fact in facts.items():
+            trial.set_user_attr(name, fact)
         return arguments
 
-    def run(self, trial: Any) -> int:
-        """Runs an Optuna trial, or goes on with it; the status of program.py with which the worker goes on, or ends."""
-        import optuna
+    def run(self, trial: "optuna.Trial") -> int:
+        """Runs a trial, or resumes it, and reports to Optuna.  Raises ValueError if launch.train refuses it.
 
-        failed = optuna.trial.TrialState.FAIL
+        Returns:
+          DONE if the worker goes on with another trial; else the exit status with which it ends.
+        """
+        number = trial.number
         try:
-            arguments = self.arguments(trial)
+            arguments = self.prepare(trial)
         except ValueError:
-            self.optuna.tell(trial, state=failed)
+            self.optuna.tell(trial, state=TrialState.FAIL)
             raise
-        run_dir, num_steps = trials.run_dir(self.directory, trial.number), trial.user_attrs["num_steps"]
-        reported = set(self.optuna.get_trials(deepcopy=False)[trial.number].intermediate_values)
+        directory, num_steps = run_dir(self.directory, number), trial.user_attrs["num_steps"]
+        reported = set(self.optuna.get_trials(deepcopy=False)[number].intermediate_values)
 
         def hopeless() -> bool:
-            for step, bits in trials.evaluations(run_dir):
-                part = step * PARTS // num_steps
-                if part not in reported:
+            for step, bits in evaluations(directory).items():
+                if (part := step * PARTS // num_steps) not in reported:
                     trial.report(bits, part)
                     reported.add(part)
             return bool(reported) and max(reported) < PARTS and trial.should_prune()
 
-        _say(f"trial {trial.number}: {trial.user_attrs['values']}, {num_steps} updates")
-        ended = Child(arguments, run_dir.with_suffix(".txt")).wait(hopeless)
-        hopeless()  # the last scores
-        seconds = trials.training_seconds(run_dir, trial.user_attrs["symbols_per_step"])
-        trial.set_user_attr("seconds", round(seconds, 1))
-        stopped = ended.told_to_stop or (ended.status == cli.STOPPED and not ended.pruned)
-        if stopped or ended.status == cli.NOT_SAVED:
-            _say(f"trial {trial.number}: {ended.last_words}; launch.tune goes on with it")
-            return cli.STOPPED if stopped else cli.NOT_SAVED
-        self._tell(trial, ended, run_dir)
+        terminal.say(f"trial {number}: {trial.user_attrs['values']}, {num_steps} updates")
+        began = time.monotonic()
+        ended = run_child(arguments, directory.with_suffix(".txt"), hopeless=hopeless)
+        hopeless()  # reports the last scores
+        trial.set_user_attr("seconds", trial.user_attrs.get("seconds", 0.0) + round(time.monotonic() - began, 1))
+        scores = list(evaluations(directory).values())
+        interrupted = ended.told_to_stop or (ended.status == cli.STOPPED and not ended.pruned)
+        if interrupted or ended.status == cli.NOT_SAVED:
+            terminal.say(f"trial {number}: {ended.last_words}; launch.tune goes on with it")
+            return cli.STOPPED if ended.told_to_stop else ended.status
+        if ended.status == cli.DONE:
+            state, outcome = TrialState.COMPLETE, f"{min(scores):.4f} bits per symbol"
+        elif ended.pruned or ended.status == cli.DIVERGED:
+            why = "the others do better" if ended.pruned else ended.last_words
+            state, outcome = TrialState.PRUNED, f"stopped early after {len(scores)} of {PARTS} scores: {why}"
+        else:
+            state, outcome = TrialState.FAIL, f"failed, exit status {ended.status}: {ended.last_words}"
+        self.optuna.tell(trial, min(scores) if state == TrialState.COMPLETE else None, state)
+        if ended.status == cli.MISTAKE:
+            raise ValueError(f"launch.train refuses trial {number}: {ended.last_words}")
+        terminal.say(f"trial {number}: {outcome}")
         return cli.DONE
 
-    def _tell(self, trial: Any, ended: Ended, run_dir: Path) -> None:
-        """Tells Optuna how a trial ended.  Raises ValueError where launch.train refused it."""
-        import optuna
 
-        states, number = optuna.trial.TrialState, trial.number
-        scores = [bits for _, bits in trials.evaluations(run_dir)]
-        if ended.status == cli.DONE:
-            self.optuna.tell(trial, min(scores))
-            _say(f"trial {number}: {min(scores):.4f} bits per symbol")
-        elif ended.pruned or ended.status == cli.DIVERGED:
-            self.optuna.tell(trial, state=states.PRUNED)
-            why = "the others do better" if ended.pruned else ended.last_words
-            _say(f"trial {number}: stopped early after {len(scores)} of {PARTS} scores: {why}")
-        else:
-            self.optuna.tell(trial, state=states.FAIL)
-            if ended.status == cli.MISTAKE:
-                raise ValueError(f"launch.train refuses trial {number}: {ended.last_words}")
-            _say(f"trial {number}: failed, exit status {ended.status}: {ended.last_words}")
-
-
-def _sampler(seed: int) -> Any:
-    import optuna
-
-    return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
-
-
-def opened(directory: Path) -> Any:
-    """The Optuna study that lives in `directory`, which is made if need be: for a closer look than the report's."""
-    optuna = _optuna()
+def open_study(directory: Path) -> "optuna.Study":
+    """Opens the Optuna study in `directory`, made if absent."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     directory.mkdir(parents=True, exist_ok=True)
-    backend = optuna.storages.journal.JournalFileBackend(str(directory / "journal.log"))
     return optuna.create_study(
-        storage=optuna.storages.JournalStorage(backend),
+        storage=JournalStorage(JournalFileBackend(str(directory / "journal.log"))),
         study_name="study",
         # After 4 whole trials, and not before a trial's second score.
         pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=2),
@@ -192,12 +265,33 @@ def opened(directory: Path) -> Any:
     )
 
 
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError:
-        raise ValueError("launch.tune needs Optuna, which is not installed: pip install 'charlstm[tune]'") from None
-    return optuna
+def report(study: "optuna.Study", study_dir: Path) -> str:
+    """Returns a report on a study: its best trials, how much each setting matters, the command of the best one."""
+    names = {
+        TrialState.COMPLETE: "finished", TrialState.PRUNED: "stopped early",
+        TrialState.FAIL: "failed", TrialState.RUNNING: "unfinished",
+    }  # fmt: skip
+    trials = study.get_trials(deepcopy=False, states=tuple(names))
+    counts = [f"{sum(trial.state == state for trial in trials)} {name}" for state, name in names.items()]
+    lines = [f"{study_dir}: {len(trials)} trials: {', '.join(counts)}"]
+    best_first = sorted((min(t.intermediate_values.values()), t.number, t) for t in trials if t.intermediate_values)
+    finished = [number for _, number, trial in best_first if trial.state == TrialState.COMPLETE]
+    if not finished:
+        return lines[0]
+    lines.append("trial  bits per symbol  parameters  updates  seconds  settings")
+    for score, number, trial in best_first[:10]:
+        updates, facts = max(evaluations(run_dir(study_dir, number))), trial.user_attrs
+        values = "  ".join(f"{name}={value}" for name, value in facts["values"].items())
+        measured = f"{facts['parameters']:10,}  {updates:7,}  {facts.get('seconds', 0):7.0f}"
+        end = "" if trial.state == TrialState.COMPLETE else f"  ({names[trial.state]})"
+        lines.append(f"{number:5}  {score:15.4f}  {measured}  {values}{end}")
+    # PED-ANOVA (Watanabe et al. 2023, arXiv:2304.10255): how much a setting decides whether a trial is among the best.
+    shares = optuna.importance.get_param_importances(study) if len(finished) >= 4 else {}
+    shown = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    lines.append(f"importance: {shown or f'not computed from {len(finished)} finished trials'}")
+    lines.append(f"the best is trial {finished[0]}, an ordinary run; to repeat it:")
+    flagfile = run_dir(study_dir, finished[0]) / "flags.txt"
+    return "\n".join([*lines, f"    python -m launch.train --flagfile={flagfile} --run_dir=runs/best"])
 
 
 def main(argv: Sequence[str]) -> int:
@@ -205,24 +299,18 @@ def main(argv: Sequence[str]) -> int:
     if not chosen.space or not chosen.study_dir:
         raise ValueError("--space and --study_dir are required: name a TOML file, and a directory for the study")
     run_directory.named("study_dir", chosen.study_dir)
-    _optuna()
-    own = {field.name for field in dataclasses.fields(chosen)}
-    given = [flag for flag in given if flag[2:].partition("=")[0] not in own]
-    jax.config.update("jax_platforms", "cpu")  # here models are only counted; the devices are for the trials
-    study = Study(chosen, config, given)
-    while True:
-        with trials.next_trial(study.optuna, study.directory, chosen.trials) as trial:
+    if importlib.util.find_spec("optuna") is None:
+        raise ValueError("launch.tune needs Optuna, which is not installed: pip install 'charlstm[tune]'")
+    given = [flag for flag in given if flag[2:].partition("=")[0] not in dataclasses.asdict(chosen)]
+    jax.config.update("jax_platforms", "cpu")  # models are only counted here; the devices are for the trials
+    study, status = Study(chosen, config, given), cli.DONE
+    while status == cli.DONE:
+        with study.next_trial() as trial:
             if trial is None:
+                print(report(study.optuna, study.directory))
                 break
             status = study.run(trial)
-        if status != cli.DONE:
-            return status
-    print(study_report.report(study.optuna, study.directory))
-    return cli.DONE
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    return status
 
 
 if __name__ == "__main__":

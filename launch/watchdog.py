@@ -1,8 +1,8 @@
-"""A run that does not get on ends loudly, and says where it hangs.
+"""Ends a run that hangs, with a report of where it hangs.
 
-A process that is stopped, or alive but stuck, keeps all the others waiting in a collective for ever: JAX notices only
-those that are dead.  So a thread of every process watches its steps.  Another one writes a heartbeat every second, by
-which a person, or the watchdog of another process, sees how far this one is: it may hang with the file system.
+A process that is stopped, or alive but stuck, blocks all others in a collective for ever: JAX detects dead ones only.
+So one thread of every process watches its steps.  Another thread writes a heartbeat every second, from which a person,
+or the watchdog of another process, sees its progress; it is a thread of its own as it may hang with the file system.
 """
 
 import contextlib
@@ -24,22 +24,22 @@ from typing import Any
 from data_pipeline.settings import setting
 from launch import cli
 
-SILENT = 5.0  # seconds without a heartbeat after which a process is called silent
-STARVED = 1.0  # seconds that a thread may be late on a busy machine
-PATIENCE = 5.0  # seconds for what may hang, when the process ends
-KNOWN = 5  # steps whose time must be known before one can be called long
+SILENT = 5.0  # seconds without a heartbeat after which a process is reported as silent
+STARVED = 1.0  # seconds by which a thread may be late on a busy machine
+PATIENCE = 5.0  # seconds to wait, at the end of the process, for an operation that may hang
+KNOWN = 5  # steps that must be timed before one can count as too long
 
 
 @dataclasses.dataclass(frozen=True)
 class WatchdogFlags:
-    """The watchdog, which ends a run that hangs (exit status 70)."""
+    """The watchdog, which ends a hanging run with exit status 70."""
 
     step_timeout_factor: float = setting(
-        30.0, "A step that takes this many times as long as most, and --step_timeout_least, hangs; 0: no watchdog."
+        30.0, "Abort if a step takes longer than max(this x the median step, --step_timeout_least); 0 disables."
     )
-    step_timeout_least: float = setting(30.0, "Seconds that a step may always take.")
+    step_timeout_least: float = setting(30.0, "Seconds that any step may take.")
     pause_timeout: float = setting(
-        1800.0, "Seconds that compiling, restoring, evaluating or saving may take; 0: as long as it takes."
+        1800.0, "Seconds that compiling, restoring, evaluating or saving may take; 0: no limit."
     )
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ class Watchdog:
         self._watching.start()
 
     def tick(self, step: int) -> None:
-        """The run has come to the end of `step`."""
+        """Records that `step` has ended."""
         now = time.monotonic()
         if not self._pause:
             self._times.append(now - self._since)
@@ -88,17 +88,18 @@ class Watchdog:
 
     @contextlib.contextmanager
     def pause(self, doing: str) -> Iterator[None]:
-        """What is done in this block is no step."""
+        """Watches the block under --pause_timeout, as `doing`, instead of as a step."""
         self._since, self._pause = time.monotonic(), doing
         yield
         self._since = time.monotonic()
 
     @property
     def doing(self) -> str:
-        """What is being done now."""
+        """Returns a description of the current activity."""
         return self._pause or "a step"
 
     def stop(self) -> None:
+        """Stops the threads and removes the heartbeat of this process."""
         self._done.set()
         self._watching.join()
         self._beating.join(PATIENCE)
@@ -109,19 +110,19 @@ class Watchdog:
             self._directory.rmdir()  # the last one
 
     def allowed(self) -> float:
-        """Seconds that what is being done now may take."""
+        """Returns the seconds that the current activity may take."""
         if self._pause or len(self._times) < KNOWN:
             return self._chosen.pause_timeout or math.inf
         return max(self._chosen.step_timeout_least, self._chosen.step_timeout_factor * statistics.median(self._times))
 
     def _watch(self, period: float) -> None:
-        """Touches no file: all that hangs must be seen from here."""
+        """Checks the time of the current activity.  Touches no file, so that it cannot hang with the file system."""
         looked = time.monotonic()
         while not self._done.wait(period):
             now, before = time.monotonic(), looked
             looked = now
             if now - before > 2 * period + STARVED:
-                # The whole process was stopped (Ctrl-Z, SIGSTOP), and this thread with it: that is no hanging.
+                # The whole process was stopped (Ctrl-Z, SIGSTOP), this thread included: the run does not hang.
                 self._since = min(self._since + now - before, now)
             waited = now - self._since
             if self._chosen.step_timeout_factor and waited > self.allowed():
@@ -136,14 +137,14 @@ class Watchdog:
         path = _heartbeat(self._directory, self._process)
         beside = path.with_suffix(".new")
         beside.write_text(json.dumps(self._words()) + "\n")
-        os.replace(beside, path)  # for whom it is written it must be whole, but it need not survive a loss of power
+        os.replace(beside, path)  # a reader must find it whole, but it need not survive a loss of power
 
     def _words(self) -> dict[str, Any]:
         return {"process": self._process, "host": platform.node(), "pid": os.getpid(), "time": time.time(),
                 "step": self.step, **self._about()}  # fmt: skip
 
     def _end(self, waited: float) -> None:
-        """Says what hangs, and where in the program, and ends the process: nothing of it can be saved any more."""
+        """Reports what hangs, and where in the program, and exits: nothing can be saved any more."""
         try:
             said = threading.Thread(target=self._say, args=(waited, _stacks()), name="last words", daemon=True)
             said.start()
@@ -167,7 +168,7 @@ class Watchdog:
 
 
 def _stacks() -> str:
-    """Where all threads are.  By way of a pipe: faulthandler itself would wait for a terminal that takes nothing."""
+    """Returns the stacks of all threads, by way of a pipe: faulthandler itself would wait for a stopped terminal."""
     out, into = os.pipe()
     os.set_blocking(into, False)
     faulthandler.dump_traceback(into, all_threads=True)
@@ -177,7 +178,7 @@ def _stacks() -> str:
 
 
 def behind(directory: Path, own: int) -> str:
-    """Which other processes are silent, or behind all others, by their heartbeats."""
+    """Describes the other processes that are silent, or behind the others, by their heartbeats."""
     beats = {}
     for path in sorted(directory.glob("process-*.json")):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):

@@ -10,9 +10,8 @@ from tests.jobs import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-NEEDED = [
-    Requirement(line) for line in (*PROJECT["dependencies"], *EXTRAS["cuda12"], *EXTRAS["cuda13"], *EXTRAS["tune"])
-]
+USED = ("cuda12", "cuda13", "tune", "monitor")  # by the programs
+NEEDED = [Requirement(line) for lines in (PROJECT["dependencies"], *map(EXTRAS.get, USED)) for line in lines]
 ALL = NEEDED + [Requirement(line) for name in ("dev", "notebooks") for line in EXTRAS[name]]
 
 

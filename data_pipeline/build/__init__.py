@@ -1,1 +1,1 @@
-"""Text -> a prepared corpus on disk."""
+"""Prepares text: writes a corpus to disk."""

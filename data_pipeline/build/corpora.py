@@ -1,11 +1,12 @@
-"""What --corpus names, as a prepared directory."""
+"""Resolves --corpus to a prepared directory."""
 
 from collections.abc import Callable
 from pathlib import Path
 
-from data_pipeline.atomic_files import Progress, expand_user
+from data_pipeline.atomic_files import expand_user
 from data_pipeline.build.prepare import prepare
 from data_pipeline.manifest import is_prepared
+from data_pipeline.progress import Progress
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import Corpus, open_corpus
 
@@ -23,9 +24,9 @@ def load(
 def resolve(
     settings: CorpusSettings, progress: Progress | None = None, say: Callable[[str], None] | None = None
 ) -> Path:
-    """The prepared directory of the corpus that `settings` name; a text is prepared into the cache where it is not yet.
+    """Returns the prepared directory of the corpus that `settings` name; prepares a text into the cache if needed.
 
-    A prepared directory is used as it is: of the settings, only `corpus` counts then.  May be called by several
+    A prepared directory is used as it is: then only `corpus` of the settings has an effect.  Safe to call in several
     processes at a time: one prepares, the others wait for it.
 
     Raises:

@@ -1,18 +1,18 @@
-"""The texts that have a name: the standard library's source, and three classic ones from the network."""
+"""Named texts: the standard library's source, and three classic ones from the network."""
 
 import dataclasses
 import os
 import sysconfig
 from pathlib import Path
 
-from data_pipeline.atomic_files import Progress
 from data_pipeline.build.downloads import Download, fetch
 from data_pipeline.build.sources import Text, find_text, refuse_unreadable, sorted_files
+from data_pipeline.progress import Progress
 
 DOWNLOADS = {
     item.name: item
     for item in (
-        # The digest is the one that programs in many public repositories, which all name this url, hold the file to.
+        # The digest is the one that programs in many public repositories, all with this url, check the file against.
         Download(
             name="tinyshakespeare",
             url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -47,10 +47,10 @@ NOT_PYTHON = {"test", "tests", "idle_test", "site-packages", "dist-packages", "_
 
 
 def named_text(name: str, cache_dir: Path, progress: Progress | None) -> Text:
-    """The text of that name, one of `NAMES`.
+    """Returns the text of that name, one of `NAMES`.
 
     Raises:
-      ValueError: it cannot be had, or is not what it is known to be.
+      ValueError: it cannot be downloaded, or has another digest than the known text.
     """
     if name == "python":
         return standard_library(Path(sysconfig.get_path("stdlib")))
@@ -58,7 +58,7 @@ def named_text(name: str, cache_dir: Path, progress: Progress | None) -> Text:
 
 
 def standard_library(folder: Path) -> Text:
-    """Python source below `folder` without its tests and installed packages; a NUL character ends each file."""
+    """Returns the Python source below `folder` without tests and installed packages; each file ends with NUL."""
     paths = []
     for directory, folders, files in os.walk(folder, onerror=refuse_unreadable):
         folders[:] = [name for name in folders if name not in NOT_PYTHON]

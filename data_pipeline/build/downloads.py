@@ -1,4 +1,4 @@
-"""Texts fetched from the network: resumed where they were cut off, and refused unless they are the known ones."""
+"""Downloads texts: resumes interrupted downloads, and refuses texts with an unknown digest."""
 
 import dataclasses
 import http.client
@@ -8,35 +8,36 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from data_pipeline.atomic_files import Progress, atomic_write, locked, sync_directory
+from data_pipeline.atomic_files import atomic_write, locked, sync_directory
 from data_pipeline.build.sources import CHUNK, hash_file
+from data_pipeline.progress import Progress
 
-ATTEMPTS = 3  # in a row that bring nothing
+ATTEMPTS = 3  # consecutive ones without a new byte
 TIMEOUT = 30  # seconds without a byte
 
 
 @dataclasses.dataclass(frozen=True)
 class Download:
-    """A text on the network, and what is known of it."""
+    """A text on the network, with its known sizes and digest."""
 
     name: str  # of the text's file; in a zip archive, of its member
     url: str
-    url_bytes: int  # size of what is at `url`
+    url_bytes: int  # size of the file at `url`
     bytes: int  # size of the text
     algorithm: str  # of `digest`, by hashlib's name
     digest: str  # of the text, in hex
 
     @property
     def file(self) -> str:
-        """The name of what is at `url`: the text's own, or with .zip."""
+        """Returns the name of the file at `url`: that of the text, or with .zip."""
         return self.name + (".zip" if self.url.endswith(".zip") else "")
 
 
 def fetch(item: Download, folder: Path, progress: Progress | None = None) -> Path:
-    """The file `folder/item.name`, made where it is missing: by download, or from an archive put there by hand.
+    """Returns the file `folder/item.name`; if absent, downloads it, or unpacks an archive put there by hand.
 
     Raises:
-      ValueError: there is no network, or what came is not the known text.
+      ValueError: there is no network, or the download is not the known text.
     """
     folder.mkdir(parents=True, exist_ok=True)
     text, fetched = folder / item.name, folder / item.file
@@ -65,7 +66,7 @@ def _check(text: Path, item: Download) -> None:
 
 
 def _download(item: Download, target: Path, report: Progress) -> None:
-    """Brings what is at the url to `target`; what there was of `target.part` is kept and continued."""
+    """Downloads the url to `target`, and resumes from `target.part` if there is one."""
     part = target.with_name(target.name + ".part")
     failures, reason = 0, "the connection was cut"
     while (have := part.stat().st_size if part.exists() else 0) != item.url_bytes:
@@ -76,7 +77,7 @@ def _download(item: Download, target: Path, report: Progress) -> None:
             )
         try:
             _continue(item, part, have if have < item.url_bytes else 0, report)
-        except (OSError, http.client.HTTPException) as error:  # of which urllib's errors are some
+        except (OSError, http.client.HTTPException) as error:  # which include those of urllib
             reason = str(error) or type(error).__name__
         failures = 0 if part.exists() and part.stat().st_size > have else failures + 1
     with part.open("rb") as file:
@@ -86,7 +87,7 @@ def _download(item: Download, target: Path, report: Progress) -> None:
 
 
 def _continue(item: Download, part: Path, have: int, report: Progress) -> None:
-    """Appends to `part`, which has `have` bytes, as much as one connection brings."""
+    """Appends to `part`, which has `have` bytes, the bytes of one connection."""
     request = urllib.request.Request(item.url, headers={"Range": f"bytes={have}-"} if have else {})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
         resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")

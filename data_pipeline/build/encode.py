@@ -1,4 +1,4 @@
-"""Texts into shards: the plan of a preparation, and its execution in parallel."""
+"""Encodes texts as shards: plans a preparation, and executes it in parallel."""
 
 import concurrent.futures
 import contextlib
@@ -16,21 +16,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_pipeline import terminal
-from data_pipeline.atomic_files import Progress, atomic_write, sealed, unsealed
+from data_pipeline.atomic_files import atomic_write, sealed, unsealed
 from data_pipeline.build.sources import Extent, ParallelMap, Text
 from data_pipeline.build.splits import Span, cut, shard_spans
 from data_pipeline.build.utf8 import StartCount, count_all, index_characters, read_characters
 from data_pipeline.manifest import Shard, SplitRecord
+from data_pipeline.progress import Progress
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import shard_sizes, write_shard
 from data_pipeline.vocabulary import Vocabulary, canonical_json
 
-SMALL = 64 << 20  # bytes of text below which starting processes takes longer than the work
+SMALL = 64 << 20  # bytes of text; below, starting processes takes longer than the work
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardTask:
-    """A shard to be written."""
+    """A shard to write."""
 
     directory: Path
     file: str
@@ -39,7 +40,7 @@ class ShardTask:
     block_bytes: int
 
     def pieces(self, starts: StartCount) -> Iterator[np.ndarray]:
-        """The ids, a chunk at a time; of bytes, their characters are counted on the way."""
+        """Yields the ids in chunks; counts the characters of bytes on the way."""
         if self.vocabulary.kind == "bytes":
             for extent in self.extents:
                 for chunk in extent.read():
@@ -51,7 +52,7 @@ class ShardTask:
 
 
 class Written(NamedTuple):
-    """A shard on disk, and what was counted when it was written."""
+    """A shard on disk, with the counts made when it was written."""
 
     shard: Shard
     characters: int | None
@@ -60,7 +61,7 @@ class Written(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SplitPlan:
-    """A split before it is written."""
+    """A split to write."""
 
     bytes: int
     shards: list[list[Extent]]
@@ -68,10 +69,10 @@ class SplitPlan:
 
 @contextlib.contextmanager
 def parallel_map(workers: int, processes: bool, progress: Progress | None) -> Iterator[Callable[[str], ParallelMap]]:
-    """Yields a function that gives a `ParallelMap` for work of some description, which `progress` is told of.
+    """Yields parallel(description) -> a map over a thread or process pool, which reports to `progress`.
 
-    Threads do, where there is little work.  Decoding UTF-8 holds the interpreter's lock, and much of it needs
-    `processes`; these are spawned, as forking a program that has threads (JAX has) may hang.
+    Threads suffice for little work.  Decoding UTF-8 holds the interpreter's lock, so large texts need `processes`;
+    these are spawned, as forking a program with threads, such as those of JAX, may hang.
     """
     pool: concurrent.futures.Executor
     if processes and workers > 1:
@@ -94,7 +95,7 @@ def parallel_map(workers: int, processes: bool, progress: Progress | None) -> It
 
 
 def _die_with_parent() -> None:
-    """In a worker process: leaves Ctrl-C to the parent, and ends when the parent was killed."""
+    """Runs in a worker process: leaves Ctrl-C to the parent, and exits if the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     terminal.unblock()  # a pool that breaks ends its other workers by SIGTERM
     parent = multiprocessing.parent_process()
@@ -110,16 +111,16 @@ def _die_with_parent() -> None:
 def plan(
     texts: dict[str, Text], settings: CorpusSettings, shard_bytes: int, parallel: Callable[[str], ParallelMap]
 ) -> tuple[Vocabulary, dict[str, SplitPlan]]:
-    """The vocabulary, and what each shard of each split is made of.
+    """Returns the vocabulary, and the extents of each shard of each split.
 
     Args:
-      texts: split -> its text; or, of one text that is to be cut, "" -> that text.
-      settings: how to cut and which vocabulary; nothing else of them counts.
-      shard_bytes: the size of all shards of a split but the last.
-      parallel: of `parallel_map`.
+      texts: split -> its text; or "" -> a text to be cut into splits.
+      settings: only those of splits and vocabulary are used.
+      shard_bytes: size of each shard of a split but the last.
+      parallel: from `parallel_map`.
 
     Raises:
-      ValueError: a text is too short, or not UTF-8 where characters are wanted.
+      ValueError: a text is too short, or, with a vocabulary of characters, not UTF-8.
     """
     characters = settings.vocabulary == "characters"
     indices = {name: index_characters(text, parallel("indexing")) for name, text in texts.items()} if characters else {}
@@ -153,7 +154,7 @@ def plan(
 def write_splits(
     directory: Path, vocabulary: Vocabulary, plans: dict[str, SplitPlan], block_bytes: int, parallel: ParallelMap
 ) -> dict[str, SplitRecord]:
-    """Writes all shards into `directory`, but for those that are already there whole."""
+    """Writes all shards to `directory`, except those that are complete already."""
     tasks = [
         ShardTask(directory, f"{split}-{number:05d}.ids", vocabulary, tuple(extents), block_bytes)
         for split, planned in plans.items()
@@ -170,7 +171,7 @@ def write_splits(
 
 
 def _write_once(task: ShardTask) -> Written:
-    """Writes a shard and, last, a note of it: what a killed preparation left is known whole by its note."""
+    """Writes a shard and then its note: the note marks a shard as complete after a killed preparation."""
     note = task.directory / f"{task.file}.json"
     known = unsealed(note)
     if known is not None:

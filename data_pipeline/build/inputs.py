@@ -1,24 +1,24 @@
-"""The texts that settings name: found, looked at, and put together."""
+"""Finds the texts that settings name, inspects their files and joins them."""
 
 import difflib
 from pathlib import Path
 
-from data_pipeline.atomic_files import Progress
 from data_pipeline.build.datasets import NAMES, named_text
 from data_pipeline.build.inspection import joined, look_at, refuse_binary, remarks
 from data_pipeline.build.sources import Text, TextFile, find_text
+from data_pipeline.progress import Progress
 from data_pipeline.settings import CorpusSettings
 
 
 def find_texts(
     settings: CorpusSettings, cache: Path, workers: int, progress: Progress | None
 ) -> tuple[dict[str, Text], str]:
-    """The texts as they are to be read, and what there is to say of them in one line.
+    """Returns the texts ready to be read, and a description of them in one line.
 
-    The texts are split -> its text, where explicit files are named; "" -> the text to be cut, otherwise.
+    The texts are split -> its text, for explicit files; else "" -> the text to be cut into splits.
 
     Raises:
-      ValueError: there is no such text, it is in two splits, or it has a file that is no text and is not allowed.
+      ValueError: a text does not exist, is in two splits, or has a binary file that is not allowed.
     """
     texts = _named_or_found(settings, cache, progress)
     _refuse_shared(texts)
@@ -50,7 +50,7 @@ def _named_or_found(settings: CorpusSettings, cache: Path, progress: Progress | 
 
 
 def _refuse_shared(texts: dict[str, Text]) -> None:
-    """Raises ValueError where a file is in two splits: what is held out would have been trained on."""
+    """Raises ValueError if a file is in two splits: held-out text would be trained on."""
     of: dict[object, tuple[str, TextFile]] = {}
     for split, text in texts.items():
         for file in text.files:

@@ -1,4 +1,4 @@
-"""A look at the beginning and the end of each file: whether it is text, and what stands between it and the next."""
+"""Inspects the beginning and the end of each file: whether it is text, and how it is separated from the next."""
 
 import concurrent.futures
 import dataclasses
@@ -13,17 +13,17 @@ from data_pipeline.build.sources import Text, TextFile, remembered
 
 
 class Look(NamedTuple):
-    """What a look at a file has found."""
+    """Result of inspecting a file."""
 
     start: int  # bytes of a byte-order mark
-    separated: int  # bytes of the separator, from its first on, that the file ends with
-    kind: str  # what it is that is no text; "" where it may be text
+    separated: int  # leading bytes of the separator with which the file ends
+    kind: str  # kind of binary file; "" if it may be text
     remedy: str  # {} stands for the file
     looks_binary: bool
 
 
 def look_at(files: list[TextFile], separator: bytes, memo: Path, workers: int) -> list[Look]:
-    """What there is to know of each file before it is read; kept in the directory `memo`."""
+    """Inspects files before they are read; caches the results in the directory `memo`."""
 
     def look_at_all() -> list[Look]:
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
@@ -46,7 +46,7 @@ def _look(file: TextFile, separator: bytes) -> Look:
 
 
 def refuse_binary(files: list[TextFile], looks: list[Look]) -> None:
-    """Raises ValueError, which names the first of them, where files are no text."""
+    """Raises ValueError if files are not text; names the first of them."""
     found = [(file, look) for file, look in zip(files, looks, strict=True) if look.kind]
     if found:
         file, look = found[0]
@@ -58,10 +58,10 @@ def refuse_binary(files: list[TextFile], looks: list[Look]) -> None:
 
 
 def joined(text: Text, looks: list[Look], separator: bytes) -> Text:
-    """`text` without byte-order marks, and with the separator between its files.
+    """Returns `text` without byte-order marks, and with the separator between its files.
 
-    A file that another one follows is made to end with the separator: what it lacks of it is added.  Empty files count
-    for nothing.  An ending that a file has already stays as it is.
+    The missing part of the separator is added to each file that another one follows; an existing ending stays as it is.
+    Empty files are ignored.
     """
     files = [dataclasses.replace(file, start=look.start) for file, look in zip(text.files, looks, strict=True)]
     filled = [number for number, file in enumerate(files) if file.bytes > file.start]
@@ -74,7 +74,7 @@ def joined(text: Text, looks: list[Look], separator: bytes) -> Text:
 
 
 def remarks(text: Text, looks: list[Look]) -> str:
-    """How many files and bytes, which look binary, and which were found twice, in one line."""
+    """Returns one line: the number of files and bytes, which look binary, and which were found twice."""
     count = len(text.files)
     words = [f"{count:,} file{'' if count == 1 else 's'}, {text.bytes:,} bytes"]
     odd = [file.name for file, look in zip(text.files, looks, strict=True) if look.kind or look.looks_binary]

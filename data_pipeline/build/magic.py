@@ -1,19 +1,22 @@
-"""What a file is that is no text, told by its first bytes."""
+"""Recognises binary files by their first bytes."""
 
 import re
 from typing import NamedTuple
 
-HEAD = 4096  # bytes of a file that are looked at
-VERSION = 1  # of what is found: with another one, all files are looked at again
-MOSTLY_NUL = 0.5  # part of the bytes
-BINARY_CONTROLS, BINARY_NULS = 0.05, 0.25  # more of them look binary; of random bytes, 0.1 are such control characters
-WHITE = b"\t\n\v\f\r\x1a\x1b"  # what texts have of them: white space, DOS's end of a file, the escapes of terminals
-CONTROLS = bytes(set(range(1, 32)) - set(WHITE)) + b"\x7f"  # NUL is counted by itself: it may separate texts
+HEAD = 4096  # bytes of a file that are inspected
+VERSION = 1  # of the results: a new one makes all files be inspected again
+MOSTLY_NUL = 0.5  # fraction of the bytes
+BINARY_CONTROLS, BINARY_NULS = (
+    0.05,
+    0.25,
+)  # fractions above which a file looks binary; 0.1 of random bytes are such control characters
+WHITE = b"\t\n\v\f\r\x1a\x1b"  # those that texts have: white space, DOS's end of a file, the escapes of terminals
+CONTROLS = bytes(set(range(1, 32)) - set(WHITE)) + b"\x7f"  # NUL is counted separately: it may separate texts
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # of UTF-8
 
 
 class Kind(NamedTuple):
-    """What a file is."""
+    """A kind of binary file."""
 
     name: str  # such as "a PNG picture"
     remedy: str  # what to do with it; {} stands for its name
@@ -90,7 +93,7 @@ KNOWN: list[tuple[bytes, Kind]] = [
     (rb"\xff\xfe\0\0|\0\0\xfe\xff", _encoded("UTF-32")),
     (rb"\xff\xfe|\xfe\xff", _encoded("UTF-16")),
 ]
-# With these a text may begin as well: they count where control characters stand behind them.
+# A text may begin with these as well: they count only if control characters follow.
 WORDS: list[tuple[bytes, Kind]] = [
     (rb".[\x0c-\x0e]\r\n", _other("compiled Python")),
     (rb"\xff[\xf2\xf3\xfa\xfb]", _other("an MP3 recording")),
@@ -106,7 +109,7 @@ _KNOWN, _WORDS = (re.compile(b"|".join(b"(%b)" % row[0] for row in table), re.DO
 
 
 def kind_of(head: bytes) -> Kind | None:
-    """What a file is whose first bytes, up to `HEAD` of them, are `head`; None where it may be text."""
+    """Returns the kind of the file with the first bytes `head`, up to `HEAD` of them; None if it may be text."""
     return (
         _begins(head, KNOWN, _KNOWN)
         or (_begins(head, WORDS, _WORDS) if b"\0" in head or _controls(head) else None)
@@ -116,7 +119,7 @@ def kind_of(head: bytes) -> Kind | None:
 
 
 def looks_binary(head: bytes) -> bool:
-    """Whether there are more control characters in `head` than in text, which is no proof."""
+    """Returns whether `head` has more control characters than text has, which is no proof."""
     return _controls(head) > BINARY_CONTROLS * len(head) or head.count(b"\0") > BINARY_NULS * len(head)
 
 
@@ -130,7 +133,7 @@ def _controls(head: bytes) -> int:
 
 
 def _unmarked_unicode(head: bytes) -> Kind | None:
-    """UTF-16 or UTF-32 without a byte-order mark, where most of it is ASCII."""
+    """Recognises UTF-16 or UTF-32 without a byte-order mark, if most of it is ASCII."""
     nuls = head.count(b"\0")
     for encoding, width in (("UTF-32LE", 4), ("UTF-32BE", 4), ("UTF-16LE", 2), ("UTF-16BE", 2)):
         if len(head) < 2 * width or nuls < 0.6 * len(head) * (width - 1) / width:

@@ -1,4 +1,4 @@
-"""Text -> a prepared corpus: a directory that appears whole, and is continued where its preparation was stopped."""
+"""Prepares a corpus: a directory that appears atomically, and whose interrupted preparation can be resumed."""
 
 import contextlib
 import hashlib
@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data_pipeline.atomic_files import Meter, Progress, atomic_write, expand_user, locked, sync_directory
+from data_pipeline.atomic_files import atomic_write, expand_user, locked, sync_directory
 from data_pipeline.build.encode import SMALL, parallel_map, plan, write_splits
 from data_pipeline.build.inputs import find_texts
 from data_pipeline.build.sources import Text, hash_files
@@ -22,6 +22,7 @@ from data_pipeline.manifest import (
     read_manifest,
     write_manifest,
 )
+from data_pipeline.progress import Progress
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import open_corpus
 from data_pipeline.vocabulary import canonical_json
@@ -37,21 +38,21 @@ def prepare(
     shard_bytes: int = SHARD_BYTES,
     block_bytes: int = BLOCK_BYTES,
 ) -> Path:
-    """The prepared directory of the text that `settings` name; does nothing where it is there already.
+    """Prepares the text that `settings` name and returns the directory; does nothing if it is prepared already.
 
-    What is written does not depend on the number of workers.  Until it is complete it lies in a hidden directory beside
-    `output`, from which a preparation that was killed is continued.
+    The files do not depend on the number of workers.  Until they are complete they are in a hidden directory beside
+    `output`, from which a killed preparation is resumed.
 
     Args:
       settings: the text, the vocabulary, the splits, the cache.
-      output: where to; None: in the cache, under a name that has a digest of the text and the settings.
-      progress: told what is being done, how much of it is done and how much there is.
-      say: told in one line, where there is work, what the text is.
-      workers: threads or processes; 0: one for each core.
-      shard_bytes, block_bytes: sizes of a shard and of what is under one checksum.
+      output: the directory; None: in the cache, under a name with a digest of the text and the settings.
+      progress: called with a description, the amount done and the total.
+      say: called with a line that describes the text, if there is work.
+      workers: threads or processes; 0: one per core.
+      shard_bytes, block_bytes: sizes of a shard and of the data per checksum.
 
     Raises:
-      ValueError: there is no such text, it cannot be prepared so, or `output` holds something else.
+      ValueError: the text does not exist or does not suit the settings, or `output` holds something else.
     """
     cache = expand_user(settings.cache_dir)
     workers = workers or _cores()
@@ -66,16 +67,17 @@ def prepare(
     for text in texts.values():
         inside = text.folders.intersection(map(str, output.resolve().parents))
         if inside:
-            # The corpus would be text for the next one.
+            # The corpus would be part of the next text.
             raise ValueError(f"{output} lies inside of the input {min(inside)}: name an output outside of it")
     output.parent.mkdir(parents=True, exist_ok=True)
-    waiting = Meter(progress, f"waiting for another preparation of {output}", 0)
-    with locked(output.with_name(f".{output.name}.lock"), lambda: waiting.add(0)):
+    report = progress or (lambda doing, done, total: None)
+    waiting = f"waiting for another preparation of {output}"
+    with locked(output.with_name(f".{output.name}.lock"), lambda: report(waiting, 0, 0)):
         if _is_done(output, key):
             return output
         if say:
             say(f"preparing {described}")
-        # The workers come to rest before the partial directory is left.
+        # The workers end before the partial directory is left.
         with contextlib.ExitStack() as writing, parallel_map(workers, processes, progress) as parallel:
             vocabulary, plans = plan(texts, settings, shard_bytes, parallel)
             partial = writing.enter_context(_partial_directory(output, key))
@@ -88,7 +90,7 @@ def prepare(
 
 
 def _key(texts: dict[str, Text], digests: list[str], settings: CorpusSettings, sizes: list[int]) -> str:
-    """A digest, in hex, of all that the files to be written depend on."""
+    """Returns a digest, in hex, of everything that determines the files."""
     rest = iter(digests)
     content = {
         split: [[next(rest), file.start, file.ending.hex()] for file in text.files] for split, text in texts.items()
@@ -110,7 +112,7 @@ def _label(texts: dict[str, Text]) -> str:
 
 
 def _is_done(output: Path, key: str) -> bool:
-    """Whether `output` is the corpus of that key.  Raises ValueError where it is something else."""
+    """Returns whether `output` is the corpus of that key.  Raises ValueError if it is something else."""
     if is_prepared(output):
         found = read_manifest(output).key
         if found != key:
@@ -127,9 +129,9 @@ def _is_done(output: Path, key: str) -> bool:
 
 @contextlib.contextmanager
 def _partial_directory(output: Path, key: str) -> Iterator[Path]:
-    """The directory to write in, empty or with whole shards of the same preparation.
+    """Yields the directory to write to, empty or with complete shards of the same preparation.
 
-    It stays where the block is stopped, and goes where the block refuses the text.
+    It stays if the block is interrupted, and is removed if the block refuses the text.
     """
     partial = output.with_name(f".{output.name}.partial")
     owner = partial / "key"
@@ -140,11 +142,11 @@ def _partial_directory(output: Path, key: str) -> Iterator[Path]:
         with atomic_write(owner) as out:
             out.write(key.encode())
     else:
-        for torn in partial.glob("*.new"):  # what was being written at a kill
+        for torn in partial.glob("*.new"):  # files being written when a preparation was killed
             torn.unlink()
     try:
         yield partial
-    except ValueError:  # the text has changed: what was written is not what the key says
+    except ValueError:  # the text has changed: the files do not belong to the key
         shutil.rmtree(partial)
         raise
 

@@ -1,4 +1,4 @@
-"""Texts to be prepared: files found, hashed, and read as one long sequence of bytes."""
+"""Finds and hashes the files of a text, and reads them as one long sequence of bytes."""
 
 import bisect
 import collections
@@ -11,31 +11,33 @@ import itertools
 import json
 import os
 import stat
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from data_pipeline.atomic_files import Meter, Progress, atomic_write, expand_user, named_in_errors, sealed, unsealed
+from data_pipeline.atomic_files import atomic_write, expand_user, named_in_errors, sealed, unsealed
 from data_pipeline.manifest import has_shards, is_prepared
+from data_pipeline.progress import Progress
 from data_pipeline.vocabulary import canonical_json
 
 CHUNK = 1 << 20  # bytes read at a time
 
-# Calls a function with each of the items, in parallel, and yields the results in order.
+# Calls a function with each item, in parallel, and yields the results in order.
 ParallelMap = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class TextFile:
-    """A file of a text, and what it looked like when it was found."""
+    """A file of a text, with its size and times when it was found."""
 
     name: str  # relative to the input
     path: Path
     stamp: tuple[int, ...]  # size, modification and change time in ns, inode: changes when the content does
     real: str  # its path without links
-    identity: tuple[object, ...]  # the same for all names of one file, links and hard links
-    start: int = 0  # bytes at its beginning that are not text: a byte-order mark
-    ending: bytes = b""  # what is put after it
+    identity: tuple[object, ...]  # the same for all names of a file, links and hard links
+    start: int = 0  # leading bytes that are not text: a byte-order mark
+    ending: bytes = b""  # added after it
 
     @property
     def bytes(self) -> int:
@@ -43,11 +45,11 @@ class TextFile:
 
     @property
     def text_bytes(self) -> int:
-        """Bytes of the text that it makes, with its ending."""
+        """Returns the number of bytes of text in it, with its ending."""
         return self.bytes - self.start + len(self.ending)
 
     def extent(self, start: int, stop: int) -> "Extent":
-        """Bytes `start` to `stop` of those."""
+        """Returns bytes `start` to `stop` of these."""
         end = self.bytes - self.start  # where the ending begins
         ending = self.ending[max(start - end, 0) : max(stop - end, 0)]
         return Extent(self.path, self.start + min(start, end), self.start + min(stop, end), ending)
@@ -55,7 +57,7 @@ class TextFile:
 
 @dataclasses.dataclass(frozen=True)
 class Extent:
-    """A stretch of one file, and what is put after it."""
+    """A range of bytes of one file, and an ending to add."""
 
     path: Path
     start: int
@@ -63,7 +65,7 @@ class Extent:
     ending: bytes = b""
 
     def read(self) -> Iterator[bytes]:
-        """The bytes, in chunks.  Raises ValueError where the file has become shorter."""
+        """Yields the bytes, in chunks.  Raises ValueError if the file has become shorter."""
         with named_in_errors(self.path), self.path.open("rb") as file:
             file.seek(self.start)
             position = self.start
@@ -79,16 +81,16 @@ class Extent:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Files one after the other."""
+    """A sequence of files."""
 
     name: str
     files: tuple[TextFile, ...]
-    folders: frozenset[str] = frozenset()  # real paths of those that were looked through for files
-    repeated: tuple[tuple[str, str], ...] = ()  # names left out, and the name under which the same is there
+    folders: frozenset[str] = frozenset()  # real paths of the folders searched
+    repeated: tuple[tuple[str, str], ...] = ()  # names left out, with the name under which the same file is included
 
     @functools.cached_property
     def starts(self) -> list[int]:
-        """Where each file starts in the text, in bytes; and last, where the text ends."""
+        """Returns the offset of each file in the text, in bytes; and last, the size of the text."""
         return list(itertools.accumulate((file.text_bytes for file in self.files), initial=0))
 
     @property
@@ -96,7 +98,7 @@ class Text:
         return self.starts[-1]
 
     def extents(self, start: int, stop: int) -> list[Extent]:
-        """Bytes `start` to `stop` of the text, as stretches of its files."""
+        """Returns bytes `start` to `stop` of the text, as extents of its files."""
         found = []
         first = bisect.bisect_right(self.starts, start) - 1
         for file, offset in zip(self.files[first:], self.starts[first:], strict=False):
@@ -108,21 +110,21 @@ class Text:
         return found
 
     def check_unchanged(self) -> None:
-        """Raises ValueError where a file is not what it was when the text was found."""
+        """Raises ValueError if a file has changed since the text was found."""
         for file in self.files:
             if _stamp(_stat(file.path)) != file.stamp:
                 raise ValueError(f"{file.path} was changed while it was prepared: start again when it is complete")
 
 
 def find_text(spec: str) -> Text:
-    """The text of a file, of a directory or of a glob.
+    """Finds the text of a file, a directory or a glob.
 
-    Of a directory, all regular files below it are taken, in the order of their relative names, without those whose name
-    or whose folder's name begins with a dot.  Links are followed.  What is found under several names is taken once: a
-    folder under the first one met, a file under the first one in that order.
+    The text of a directory is all regular files below it, in the order of their relative names, except those whose name
+    or folder begins with a dot.  Links are followed.  A file or folder with several names is taken once: a folder under
+    the first name met, a file under the first name in that order.
 
     Raises:
-      ValueError: there is no such file, nothing in it, or something that cannot be read.
+      ValueError: there is no such file, it is empty, or something cannot be read.
     """
     path = expand_user(spec)
     repeated: dict[Path, Path] = {}
@@ -159,29 +161,36 @@ def find_text(spec: str) -> Text:
 
 
 def sorted_files(base: Path, paths: Iterable[tuple[Path, str]]) -> list[TextFile]:
-    """The files of `paths`, each with its real path, sorted by their names relative to `base`."""
+    """Returns the files of `paths`, each with its real path, sorted by their names relative to `base`."""
     named = sorted((path.relative_to(base).as_posix(), path, real) for path, real in paths)
     files = []
     for relative, path, real in named:
         found = _stat(path)
-        # The number of a file alone is not to be trusted: some file systems give the same one to several.
+        # The inode alone is not reliable: some file systems give several files the same one.
         identity = (found.st_dev, found.st_ino) if found.st_nlink > 1 else (real,)
         files.append(TextFile(relative, path, _stamp(found), real, identity))
     return files
 
 
 def hash_files(files: list[TextFile], memo: Path, workers: int, progress: Progress | None) -> list[str]:
-    """The sha256, in hex, of each file's content.
+    """Returns the sha256, in hex, of each file's content.
 
-    They are kept in the directory `memo`, so that nothing is read when the same files, unchanged, are asked for again.
+    Results are cached in the directory `memo`, so that unchanged files are not read again.
     """
-    meter = Meter(progress, "hashing", sum(file.bytes for file in files))
+    lock, done, total = threading.Lock(), 0, sum(file.bytes for file in files)
+
+    def add(count: int) -> None:
+        nonlocal done
+        with lock:
+            done += count
+            if progress:
+                progress("hashing", done, total)
 
     def hash_one(file: TextFile) -> str:
         digest = hashlib.sha256()
         for chunk in Extent(file.path, 0, file.bytes).read():
             digest.update(chunk)
-            meter.add(len(chunk))
+            add(len(chunk))
         return digest.hexdigest()
 
     def hash_all() -> list[str]:
@@ -192,7 +201,7 @@ def hash_files(files: list[TextFile], memo: Path, workers: int, progress: Progre
 
 
 def remembered(memo: Path, files: list[TextFile], how: list[Any], find: Callable[[], Any]) -> Any:
-    """What `find()` gives, which is json; kept in the directory `memo` by the files' paths and stamps, and `how`."""
+    """Returns `find()`, which is JSON; cached in the directory `memo` by the files' paths and stamps, and `how`."""
     stamps = [*how, *([file.real, *file.stamp] for file in files)]
     kept = memo / f"{hashlib.sha256(canonical_json(stamps)).hexdigest()}.json"
     known = unsealed(kept)
@@ -206,21 +215,21 @@ def remembered(memo: Path, files: list[TextFile], how: list[Any], find: Callable
 
 
 def hash_file(path: Path, algorithm: str) -> str:
-    """The digest of a file's content, in hex; `algorithm` is one of hashlib's names."""
+    """Returns the digest of a file's content, in hex; `algorithm` is a name of hashlib."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
 
 
 def refuse_unreadable(error: OSError) -> NoReturn:
-    """Raises ValueError: of a text no part is left out in silence."""
+    """Raises ValueError: no part of a text is left out silently."""
     raise ValueError(f"{error.filename} cannot be read ({error.strerror}): make it readable or move it away") from None
 
 
 def _walk(directory: Path, folders: dict[str, Path], repeated: dict[Path, Path]) -> Iterator[tuple[Path, str]]:
-    """Every regular file below `directory`, and its real path.
+    """Yields every regular file below `directory`, and its real path.
 
-    Links are followed.  A real folder is entered once, and goes to `folders` with the name that it was entered by; its
-    other names go to `repeated`.  So links end that lead in a circle, or to each other.
+    Links are followed.  A real folder is entered once, and added to `folders` with the name by which it was entered;
+    its other names are added to `repeated`.  So circular links end.
     """
     waiting = collections.deque([(directory, os.path.realpath(directory))])
     while waiting:
@@ -246,10 +255,10 @@ def _walk(directory: Path, folders: dict[str, Path], repeated: dict[Path, Path])
 
 
 def _is_file(path: Path) -> bool:
-    """Unlike `os.path.isfile`, does not say no of what it may not look at."""
+    """Returns whether a path is a regular file; unlike `os.path.isfile`, raises if it may not be inspected."""
     try:
         return stat.S_ISREG(path.stat().st_mode)
-    except FileNotFoundError:  # a link to nothing
+    except FileNotFoundError:  # a broken link
         return False
     except OSError as error:
         refuse_unreadable(error)

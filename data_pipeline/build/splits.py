@@ -1,19 +1,19 @@
-"""Where a text is cut into splits.  Positions are counted in symbols."""
+"""Cuts a text into splits.  Positions are in symbols."""
 
 import math
 from fractions import Fraction
 
 from data_pipeline.settings import CorpusSettings, parse_columns
 
-Span = tuple[int, int]  # from the first number up to the second
+Span = tuple[int, int]  # (start, stop)
 
 
 def cut(symbols: int, settings: CorpusSettings) -> dict[str, list[Span]]:
-    """The spans of a text of `symbols` symbols that each split consists of; a split without symbols is left out.
+    """Returns the spans of each split of a text of `symbols` symbols; leaves out empty splits.
 
-    `contiguous`: train, valid, test, one span each.  `columns:BxT`: the text is cut down to a multiple of B * T and is
-    B columns of as many windows of T symbols; each column's first windows are train, the next ones valid, the last ones
-    test (as in char-rnn's CharSplitLMMinibatchLoader.lua, whose B streams are these columns).
+    `contiguous`: train, valid, test, one span each.  `columns:BxT`: the text is cut down to a multiple of B * T, as B
+    columns of equally many windows of T symbols; each column's first windows are train, the next ones valid, the last
+    ones test (as in char-rnn's CharSplitLMMinibatchLoader.lua, whose B streams are these columns).
 
     Raises:
       ValueError: nothing is left for the training split.
@@ -36,10 +36,10 @@ def cut(symbols: int, settings: CorpusSettings) -> dict[str, list[Span]]:
 
 
 def _divide(total: int, valid: float, test: float) -> tuple[int, int, int]:
-    """`total` windows as (train, valid, test): train rounded down, then valid rounded down, test what is left.
+    """Divides `total` windows into (train, valid, test): train rounded down, valid rounded down, test the rest.
 
-    Without a test split, what is left is valid.  The fractions are taken as the decimals they were written as: in
-    binary, 100 * (1 - 0.9) is less than 10, and a window would be lost.
+    Without a test split, the rest is valid.  The fractions are taken as the decimals they were written as: in binary,
+    100 * (1 - 0.9) is less than 10, and a window would be lost.
     """
     valid_part, test_part = Fraction(repr(valid)), Fraction(repr(test))
     train = math.floor(total * (1 - valid_part - test_part))
@@ -48,7 +48,7 @@ def _divide(total: int, valid: float, test: float) -> tuple[int, int, int]:
 
 
 def shard_spans(spans: list[Span], shard_symbols: int) -> list[list[Span]]:
-    """The spans of each shard of a split: all of `spans` in order, cut after every `shard_symbols` symbols."""
+    """Returns the spans of each shard of a split: `spans` in order, cut after every `shard_symbols` symbols."""
     shards: list[list[Span]] = [[]]
     room = shard_symbols
     for start, stop in spans:

@@ -1,4 +1,4 @@
-"""Characters in UTF-8 text of any length: how many there are, where they stand, how often each occurs."""
+"""Counts and locates characters in UTF-8 text of any length."""
 
 import bisect
 import codecs
@@ -13,16 +13,16 @@ import numpy as np
 
 from data_pipeline.build.sources import Extent, ParallelMap, Text, TextFile
 
-REGION = 16 << 20  # bytes of a file that are looked at as one piece
+REGION = 16 << 20  # bytes of a file that are indexed together
 CONTINUATION = bytes(range(0x80, 0xC0))  # bytes of UTF-8 at which no character starts
 
 
 @dataclasses.dataclass(frozen=True)
 class CharacterIndex:
-    """Where the regions of a text start: a few numbers for each 16 MiB."""
+    """Offsets of the regions of a text: a few numbers per 16 MiB."""
 
     text: Text
-    byte_starts: list[int]  # and last, the end of the text
+    byte_starts: list[int]  # the last one is the end of the text
     character_starts: list[int]
 
     @property
@@ -30,7 +30,7 @@ class CharacterIndex:
         return self.character_starts[-1]
 
     def byte_offsets(self, positions: Iterable[int]) -> dict[int, int]:
-        """Where the characters at `positions` start, in bytes."""
+        """Returns the byte offsets of the characters at `positions`."""
         by_region = collections.defaultdict(list)
         for position in sorted(set(positions)):
             by_region[bisect.bisect_right(self.character_starts, position) - 1].append(position)
@@ -51,7 +51,7 @@ class CharacterIndex:
         return offsets
 
     def regions(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """The stretch from byte `start` to byte `stop`, both starts of characters, cut where regions start."""
+        """Returns the extents from byte `start` to byte `stop`, both starts of characters, cut where regions start."""
         first, last = bisect.bisect_right(self.byte_starts, start), bisect.bisect_left(self.byte_starts, stop)
         yield from itertools.pairwise([start, *self.byte_starts[first:last], stop])
 
@@ -76,7 +76,7 @@ def index_characters(text: Text, parallel: ParallelMap) -> CharacterIndex:
 
 
 def count_characters(task: tuple[TextFile, int]) -> tuple[int, int]:
-    """(bytes before the first character that starts in the region, characters that start in it).
+    """Returns (bytes before the first character that starts in the region, characters that start in it).
 
     `task` is the file, and the region's first byte.
     """
@@ -87,7 +87,7 @@ def count_characters(task: tuple[TextFile, int]) -> tuple[int, int]:
 
 
 def _first_start(file: TextFile, offset: int) -> int:
-    """The first byte from `offset` on at which a character starts; `offset` + 3 at most, as no character is longer."""
+    """Returns the first byte from `offset` on at which a character starts: at most `offset` + 3."""
     if offset in (file.start, file.bytes):
         return offset
     with file.path.open("rb") as opened:
@@ -97,7 +97,7 @@ def _first_start(file: TextFile, offset: int) -> int:
 
 
 def read_characters(extents: Iterable[Extent]) -> Iterator[str]:
-    """The characters of `extents`, each of which begins and ends with whole characters.
+    """Yields the characters of `extents`, each of which begins and ends with a whole character.
 
     Raises:
       ValueError: an extent is not UTF-8; the message has the file and the byte offset of the first bad sequence.
@@ -124,10 +124,10 @@ def _decoded(decoder: codecs.IncrementalDecoder, chunk: bytes, final: bool, path
 
 
 class StartCount:
-    """Counts the characters that start in stretches of a text, which may be cut anywhere, within a character too.
+    """Counts the characters that start in ranges of a text, which may be cut anywhere, even within a character.
 
     Attributes:
-      characters: so many; None where a stretch is not UTF-8, but for the halves of characters at its ends.
+      characters: the count; None if a range is not UTF-8, apart from partial characters at its ends.
     """
 
     def __init__(self) -> None:
@@ -136,20 +136,20 @@ class StartCount:
         self.begin()
 
     def begin(self) -> None:
-        """Ends a stretch, and begins another."""
+        """Ends a range and begins another."""
         if self.characters is not None and self._decoder.getstate()[0]:
-            self.characters += 1  # it starts here, and ends in another stretch
+            self.characters += 1  # it starts here, and ends in another range
         self._decoder.reset()
-        self._before = 0  # bytes of a character that started in another stretch; -1 once one has started in this
+        self._before = 0  # bytes of a character that started in another range; -1 once one has started in this
 
     def add(self, chunk: bytes) -> None:
-        """The next bytes of the stretch."""
+        """Adds the next bytes of the range."""
         if self.characters is None:
             return
         if self._before >= 0:
             started = chunk.lstrip(CONTINUATION)
             self._before += len(chunk) - len(started)
-            if self._before > 3:  # no character is so long
+            if self._before > 3:  # no character is that long
                 self.characters = None
                 return
             if started:
@@ -162,7 +162,7 @@ class StartCount:
 
 
 def count_each(extents: list[Extent]) -> tuple[np.ndarray, np.ndarray]:
-    """The code points `[n]` of `extents`, in ascending order, and how often each stands there `[n]`."""
+    """Returns the code points `[n]` of `extents`, in ascending order, and their counts `[n]`."""
     total = np.zeros(0, np.int64)
     for characters in read_characters(extents):
         counts = np.bincount(np.frombuffer(characters.encode("utf-32-le"), "<u4"))
@@ -174,7 +174,7 @@ def count_each(extents: list[Extent]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def count_all(index: CharacterIndex, spans: Iterable[tuple[int, int]], parallel: ParallelMap) -> dict[int, int]:
-    """Code point -> how often it stands in `spans` of the text, which are in bytes."""
+    """Returns code point -> its count in `spans` of the text, which are in bytes."""
     regions = (region for span in spans for region in index.regions(*span))
     counts: collections.Counter[int] = collections.Counter()
     for codes, times in parallel(count_each, [index.text.extents(*region) for region in regions]):

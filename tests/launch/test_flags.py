@@ -297,7 +297,7 @@ def test_what_is_not_json_at_all_is_refused(text):
     ("name", "content", "sentence"),
     [
         ("config.json", b"\xff", "is not a whole run: 'utf-8' codec"),
-        ("config.json", b"{}", "config.json is not the config of a run: section 'corpus' is missing"),
+        ("config.json", b'{"version": 2}', "config.json is not the config of a run: section 'corpus' is missing"),
         ("identity.json", None, "is not a whole run: "),
         ("identity.json", b"{", "identity.json is damaged: "),
         ("identity.json", b"{}", "identity.json is damaged: no corpus_fingerprint"),
@@ -330,10 +330,10 @@ def test_free_settings_change_and_others_do_not():
         *("corpus", "binary", "cache_dir", "reader_threads", "read_ahead", "num_steps", "log_every", "evaluate_every"),
         *("checkpoint_every", "keep_checkpoints", "eval_chunk", "burn_in", "evaluation_batch_size"),
         *("reduction", "train", "valid", "test", "on_divergence", "spike_factor", "max_skips", "max_rollbacks"),
-        *("check_replicas_every", "max_failed_saves", "recurrence"),
+        *("check_replicas_every", "max_failed_saves", "lstm_backend"),
     }
     forbidden, changed = config_lib.diff(Config(), config_lib.replace(Config(), **OTHER))
-    assert {line.partition(":")[0] for line in changed} == mutable - {"recurrence"}  # of the LSTM, which OTHER is not
+    assert {line.partition(":")[0] for line in changed} == mutable - {"lstm_backend"}  # of the LSTM, which OTHER is not
     assert {line.partition(":")[0] for line in forbidden} == OTHER.keys() - mutable
     assert "num_steps: 1000 -> 30" in changed and "cell: lstm -> gru" in forbidden
     assert config_lib.diff(Config(), Config()) == ([], [])

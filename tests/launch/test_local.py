@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from charlstm.run.step_directory import StepDirectory
-from launch import cli, local, restarts
+from launch import cli, local
 from tests.jobs import STEPS, alive, children, has_saved, job, last_line, wait_for
 from tests.launch.conftest import process, refusal
 
@@ -131,15 +131,15 @@ def test_a_terminal_that_goes_away_or_fails_changes_neither_the_job_nor_its_logs
 # When a job is started again.
 
 
-def died(policy: restarts.Policy) -> tuple[bool, str]:
-    return policy.after([-signal.SIGKILL, cli.LOST], told_to_stop=False)
+def died(policy: local.RestartPolicy) -> tuple[bool, str]:
+    return policy.decide([-signal.SIGKILL, cli.LOST], told_to_stop=False)
 
 
 def test_a_job_that_dies_at_the_same_step_goes_back_one_checkpoint_and_is_then_given_up(tmp_path):
     for step in (10, 20):
         (tmp_path / str(step)).mkdir()
-    policy = restarts.Policy(tmp_path, limit=100, pause=0)
-    assert [died(policy)[0] for _ in range(restarts.FUTILE)] == [True] * restarts.FUTILE
+    policy = local.RestartPolicy(tmp_path, limit=100, pause=0)
+    assert [died(policy)[0] for _ in range(local.FUTILE)] == [True] * local.FUTILE
     again, sentence = died(policy)
     assert again and "checkpoint 20 is set aside" in sentence and "starting again from step 10" in sentence
     assert StepDirectory(tmp_path).steps() == [10]
@@ -149,7 +149,7 @@ def test_a_job_that_dies_at_the_same_step_goes_back_one_checkpoint_and_is_then_g
 
 
 def test_progress_between_deaths_is_no_crash_loop(tmp_path):
-    policy = restarts.Policy(tmp_path, limit=20, pause=0)
+    policy = local.RestartPolicy(tmp_path, limit=20, pause=0)
     for step in range(20):
         (tmp_path / str(step)).mkdir()
         assert died(policy)[0]
@@ -158,15 +158,15 @@ def test_progress_between_deaths_is_no_crash_loop(tmp_path):
     assert not again and "no --restarts are left" in sentence
 
 
-@pytest.mark.parametrize("status", restarts.FINAL)
+@pytest.mark.parametrize("status", local.FINAL)
 def test_what_would_end_so_again_is_not_started_again(status, tmp_path):
-    policy = restarts.Policy(tmp_path, limit=20, pause=0)
-    assert policy.after([cli.LOST, status], told_to_stop=False)[0] is False
-    assert restarts.status_of_the_job([cli.LOST, status]) == status
+    policy = local.RestartPolicy(tmp_path, limit=20, pause=0)
+    assert policy.decide([cli.LOST, status], told_to_stop=False)[0] is False
+    assert local.job_status([cli.LOST, status]) == status
 
 
 def test_a_job_that_was_told_to_stop_is_not_started_again(tmp_path):
-    policy = restarts.Policy(tmp_path, limit=20, pause=0)
-    assert policy.after([-signal.SIGKILL, cli.LOST], told_to_stop=True)[0] is False
-    assert policy.after([cli.STOPPED] * 2, told_to_stop=True) == (False, "all processes have ended well")
-    assert restarts.status_of_the_job([cli.STOPPED] * 2) == cli.STOPPED
+    policy = local.RestartPolicy(tmp_path, limit=20, pause=0)
+    assert policy.decide([-signal.SIGKILL, cli.LOST], told_to_stop=True)[0] is False
+    assert policy.decide([cli.STOPPED] * 2, told_to_stop=True) == (False, "all processes have ended well")
+    assert local.job_status([cli.STOPPED] * 2) == cli.STOPPED

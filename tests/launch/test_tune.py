@@ -15,8 +15,8 @@ import pytest
 
 from charlstm import config as config_lib
 from charlstm.config import Config
-from charlstm.run import estimate, run_directory
-from launch import cli, evaluate, search_space, trials, tune
+from charlstm.run import estimate, run_directory, search_space
+from launch import cli, evaluate, tune
 from tests.conftest import ROOT
 from tests.jobs import alive, children, wait_for
 from tests.launch.conftest import SMALL, TINY, refusal
@@ -50,16 +50,16 @@ def command(tmp_path, folder) -> list[str]:
 
 @pytest.fixture
 def stand_in(monkeypatch) -> None:
-    monkeypatch.setattr(trials, "TRAIN", (sys.executable, str(STAND_IN)))
-    monkeypatch.setattr(trials, "LOOK_EVERY", 0.01)
+    monkeypatch.setattr(tune, "TRAIN", (sys.executable, str(STAND_IN)))
+    monkeypatch.setattr(tune, "LOOK_EVERY", 0.01)
 
 
 @contextlib.contextmanager
 def worker(command: list[str], **environment: str) -> Iterator[subprocess.Popen]:
     """A worker in a process of its own, whose trials are of the stand-in."""
     program_text = (
-        "from launch import cli, trials, tune\n"
-        f"trials.TRAIN, trials.LOOK_EVERY = ({sys.executable!r}, {str(STAND_IN)!r}), 0.05\n"
+        "from launch import cli, tune\n"
+        f"tune.TRAIN, tune.LOOK_EVERY = ({sys.executable!r}, {str(STAND_IN)!r}), 0.05\n"
         "cli.run('launch.tune', tune.main)\n"
     )
     with subprocess.Popen(
@@ -73,7 +73,7 @@ def worker(command: list[str], **environment: str) -> Iterator[subprocess.Popen]
 
 
 def study_of(tmp_path: Path) -> list:
-    return tune.opened(tmp_path / "study").trials
+    return tune.open_study(tmp_path / "study").trials
 
 
 def states(tmp_path: Path) -> list[str]:
@@ -81,7 +81,7 @@ def states(tmp_path: Path) -> list[str]:
 
 
 def starts(tmp_path: Path, number: int) -> list[str]:
-    path = trials.run_dir(tmp_path / "study", number) / "starts.txt"
+    path = tune.run_dir(tmp_path / "study", number) / "starts.txt"
     return path.read_text().splitlines() if path.exists() else []
 
 
@@ -100,10 +100,10 @@ def test_a_width_is_fitted_so_that_one_more_unit_would_be_too_many_parameters(tm
     text = "[num_layers]\nchoices = [1, 2]\n[learning_rate]\nlow = 1e-3\nhigh = 1\n"
     text += "[hidden_size]\nparameters = 240_321\n"
     space = search_space.read(str(write(tmp_path / "s.toml", text)), Config())
-    values = search_space.values_of(Fixed(num_layers=2, learning_rate=0.0123456), space, Config(), 65)
+    values = search_space.draw(Fixed(num_layers=2, learning_rate=0.0123456), space, Config(), 65)
     assert values == {"num_layers": 2, "learning_rate": 0.01235, "hidden_size": 128}  # as char-rnn's
     for layers in (1, 2):
-        values = search_space.values_of(Fixed(num_layers=layers, learning_rate=0.1), space, Config(), 65)
+        values = search_space.draw(Fixed(num_layers=layers, learning_rate=0.1), space, Config(), 65)
         config = config_lib.replace(Config(), **values)
         wider = config_lib.replace(config, hidden_size=values["hidden_size"] + 1)
         assert estimate.count_parameters(config, 65) <= 240_321 < estimate.count_parameters(wider, 65)
@@ -137,7 +137,7 @@ def test_a_space_that_is_none_is_refused_in_one_sentence(text, sentence, command
 
 def test_a_trial_is_a_run_like_any_other_and_the_first_has_the_flags_own_values(command, tmp_path, capsys):
     assert tune.main([*command, "--trials=1"]) == cli.DONE
-    run_dir = trials.run_dir(tmp_path / "study", 0)
+    run_dir = tune.run_dir(tmp_path / "study", 0)
     config, _ = run_directory.read(run_dir)
     assert (config.optimizer.learning_rate, config.streams.batch_size, config.training.num_steps) == (0.01, 16, 40)
     (trial,) = study_of(tmp_path)
@@ -165,7 +165,7 @@ def test_bad_trials_are_stopped_early_and_the_report_names_the_best(command, tmp
     assert rows[0][:2] == [str(best.number), f"{best.value:.4f}"]
     assert [float(row[1]) for row in rows] == sorted(float(row[1]) for row in rows)
     assert re.search(r"^importance: .*learning_rate \d+%", told, re.MULTILINE)
-    assert f"--flagfile={trials.run_dir(tmp_path / 'study', best.number)}/flags.txt" in told
+    assert f"--flagfile={tune.run_dir(tmp_path / 'study', best.number)}/flags.txt" in told
     # Each trial draws anew.
     assert len({trial.params["learning_rate"] for trial in ended}) == 12
 
@@ -202,7 +202,7 @@ def test_two_workers_share_a_study_and_no_trial_is_run_twice_or_drawn_alike(comm
 
 def test_a_trial_whose_worker_was_killed_goes_on_with_the_same_settings(command, tmp_path, stand_in, monkeypatch):
     command += ["--seconds_per_trial=10"]
-    metrics = trials.run_dir(tmp_path / "study", 0) / "metrics.jsonl"
+    metrics = tune.run_dir(tmp_path / "study", 0) / "metrics.jsonl"
     with worker([*command, "--trials=2"], STAND_IN_PAUSE="0.3") as process:
         wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 4)
         (child,) = children(process.pid)
@@ -213,7 +213,7 @@ def test_a_trial_whose_worker_was_killed_goes_on_with_the_same_settings(command,
 
 
 def test_a_signal_stops_the_trial_and_the_same_command_goes_on_with_it(command, tmp_path, stand_in, monkeypatch):
-    metrics = trials.run_dir(tmp_path / "study", 0) / "metrics.jsonl"
+    metrics = tune.run_dir(tmp_path / "study", 0) / "metrics.jsonl"
 
     def stop():
         wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= 4)
@@ -235,7 +235,7 @@ def assert_goes_on(command: list[str], tmp_path: Path) -> None:
     assert states(tmp_path) == ["COMPLETE", "COMPLETE"]
     before, after = (start.partition(" ")[2] for start in starts(tmp_path, 0))
     assert before == after, "it went on with other settings"
-    lines = (trials.run_dir(tmp_path / "study", 0) / "metrics.jsonl").read_text().count("\n")
+    lines = (tune.run_dir(tmp_path / "study", 0) / "metrics.jsonl").read_text().count("\n")
     assert lines == 20, "it began anew"
     assert len(starts(tmp_path, 1)) == 1
 
