@@ -9,6 +9,8 @@ import sys
 import threading
 from pathlib import Path
 
+import nbclient
+import nbformat
 import numpy as np
 import pytest
 
@@ -211,3 +213,21 @@ def test_the_functional_level_is_there():
     assert cl.model.apply is language_model.apply and cl.model.init is language_model.init
     assert callable(cl.training.make_step) and callable(cl.distributed.make)
     assert set(cl.__all__) <= set(dir(cl)) | {name for name in cl.__all__ if hasattr(cl, name)}
+
+
+@pytest.mark.long
+def test_in_a_notebook_it_resumes_after_a_kernel_restart_and_has_the_same_bits(run_dir, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    cell = (
+        "import charlstm as cl\n"
+        f"corpus = cl.load_corpus({str(tmp_path / 'text.txt')!r}, cache_dir={str(tmp_path / 'cache')!r})\n"
+        f"settings = {SETTINGS!r} | {{'decay_steps': 12}}\n"
+        f"model = cl.train(cl.Config(**settings | {{'num_steps': NUMBER}}), corpus, {str(tmp_path / 'run')!r})\n"
+        "print(model.sample('line', length=20, seed=0))\n"
+    )
+    for number in (6, 12):  # each in a kernel of its own
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell.replace("NUMBER", str(number)))])
+        nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
+        printed = "".join(output.get("text", "") for output in notebook.cells[0].outputs)
+        assert "line" in printed and f"\rstep {number}/{number}" in printed
+    assert digest(tmp_path / "run") == digest(run_dir)
