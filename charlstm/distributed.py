@@ -1,4 +1,4 @@
-"""Devices and processes: the one-axis mesh, what lies where on it, and what all the processes agree on.
+"""Devices and processes: the one-axis mesh, shardings, and agreement of processes.
 
 Processes agree through the coordination service of `jax.distributed`, by its key-value store, and never through the
 devices: where one process has failed, its next collective would be paired with another one of its peers.
@@ -61,7 +61,7 @@ def join_cluster(heartbeat_timeout: int) -> None:
 
 
 def is_peer_failure(error: Exception) -> bool:
-    """Whether `error`, raised in one of several processes, is how the loss of another one shows here.
+    """True if `error` is a symptom of a lost peer (Gloo, NCCL, coordination service).
 
     That is an error of JAX's runtime, which begins with a status code: of a collective, or of the coordination service.
     An error of a disk may be "temporarily unavailable", or name a file with such a word in it.
@@ -122,7 +122,7 @@ def memory_of_a_device(mesh: Mesh) -> int | None:
 
 
 def has_mosaic(mesh: Mesh) -> bool:
-    """Whether kernels of our own run on the devices: NVIDIA's GPUs of the Hopper generation and newer, by this JAX."""
+    """True if Mosaic kernels run on the devices: NVIDIA GPUs from Hopper on, with this JAX."""
     device = mesh.devices.flat[0]
     if device.platform != "gpu" or jax.__version_info__ < MOSAIC_SINCE:
         return False
@@ -133,7 +133,7 @@ def has_mosaic(mesh: Mesh) -> bool:
 
 
 def is_in_host_memory(mesh: Mesh) -> bool:
-    """Whether the devices are processors, whose arrays the program can read where they are."""
+    """True if the devices are CPUs, whose arrays the program can read in place."""
     return mesh.devices.flat[0].platform == "cpu"
 
 
@@ -155,7 +155,7 @@ def number_of_processes() -> int:
 
 
 def is_one_of_several() -> bool:
-    """Whether the job has other processes."""
+    """True if the job has several processes."""
     return jax.process_count() > 1
 
 
@@ -165,7 +165,7 @@ def process_number() -> int:
 
 
 def is_first_process() -> bool:
-    """Whether this process writes what is written once: metrics, the terminal, the run directory."""
+    """True if this process writes what is written once: metrics, the terminal, the run directory."""
     return process_number() == 0
 
 
@@ -188,7 +188,7 @@ def abstract(mesh: Mesh, spec: PartitionSpec, tree: Any) -> Any:
 
 
 def all_gather_str(word: str, apart: str = "main") -> list[str]:
-    """What each process says, in the order of the processes: every process gets the same list, so all decide alike.
+    """All-gathers one string per process through the coordination service, in the order of the processes.
 
     All processes must come to the same meetings in the same order; a thread beside the main one names its own `apart`.
     One that died ends the others' wait by ending them.
@@ -207,12 +207,12 @@ def all_gather_str(word: str, apart: str = "main") -> list[str]:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether `flag` is true on any process."""
+    """True if `flag` is true on any process."""
     return "yes" in all_gather_str("yes" if flag else "no")
 
 
 def run_on_all(act: Callable[[], Result], apart: str = "main") -> Result:
-    """Has every process do `act`, and gives what it gave on this one, when it has succeeded on all.
+    """Runs `act` on every process; returns its result on this one when it has succeeded on all.
 
     Raises:
       ValueError, OSError, RuntimeError: what `act` raised on this process.
@@ -230,13 +230,13 @@ def run_on_all(act: Callable[[], Result], apart: str = "main") -> Result:
 
 
 def run_on_first(act: Callable[[], object], apart: str = "main") -> None:
-    """Has the first process do `act`, when all have come here; all go on when it is done.  Raises as `together`."""
+    """Runs `act` on the first process when all have come here; all go on when it is done.  Raises as `run_on_all`."""
     all_gather_str("", apart)  # nobody reads any more what is to be written
     run_on_all(lambda: act() if is_first_process() else None, apart)
 
 
 def exit_barrier(seconds: float) -> bool:
-    """Whether all processes come here within `seconds`: what one alone refuses, the others do not know of."""
+    """True if all processes come here within `seconds`: what one alone refuses, the others do not know of."""
     client = distributed.global_state.client
     assert client is not None, "several processes have joined through it"
     try:
@@ -247,7 +247,7 @@ def exit_barrier(seconds: float) -> bool:
 
 
 def stop_agreed(times: int, asked: bool) -> bool:
-    """Whether all processes stop now: each is given the same answer when it asks for the same `times`-th time.
+    """Preemption sync point: the same answer on every process at the same call index `times`.
 
     Of several processes, one that got SIGTERM asks for it by that (JAX catches the signal), and `asked` does not count.
     """

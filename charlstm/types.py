@@ -1,4 +1,4 @@
-"""The named tuples of arrays: all that changes.  (All that does not is in config.py.)
+"""The named tuples of arrays: everything that changes in training.  Settings, which do not, are in config/.
 
 Letters: B streams in the batch, T symbols in a window, V symbols in the vocabulary, E embedding width, D layer input
 width, H hidden width, G gate width (4H for an LSTM, 3H for a GRU, H for a plain RNN), L layers.
@@ -10,7 +10,7 @@ import jax
 
 
 class CellState(NamedTuple):
-    """What a layer carries from symbol to symbol, float32 whatever the compute dtype (float64 when asked)."""
+    """State that a layer carries from symbol to symbol; float32 whatever the compute dtype, or float64 on request."""
 
     h: jax.Array  # [B, H] hidden state
     c: jax.Array | None  # [B, H] cell state of an LSTM or mLSTM; None for the GRU and the plain RNN
@@ -25,7 +25,7 @@ class MogrifierRound(NamedTuple):
 
 
 class LayerNorms(NamedTuple):
-    """Of a layer-normalised LSTM, what its equations have besides."""
+    """Extra parameters of the layer-normalised LSTM."""
 
     gain_x: jax.Array  # [G]
     gain_h: jax.Array  # [G]
@@ -59,26 +59,26 @@ RecurrentState = tuple[CellState, ...]  # L layers, first to last
 
 
 class DivergenceState(NamedTuple):
-    """What a run has met on its way; replicated.  It is restored with the rest, so that it is met once."""
+    """Data position and divergence-handling counters; replicated.  A resumed run does not repeat them."""
 
     next_window: (
         jax.Array
-    )  # int32 []: the window that every stream reads next: `step`, and those left out on going back
-    loss_ema: jax.Array  # float32 []: running mean of the losses of sound updates, nats; 0 before the first
+    )  # int32 []: window that every stream reads next: `step` plus those that rollbacks skipped
+    loss_ema: jax.Array  # float32 []: moving average of the loss of accepted updates, nats; 0 before the first
     skipped: jax.Array  # int32 []: updates that were skipped
-    consecutive_skips: jax.Array  # int32 []: those since the last that was made
-    state_resets: jax.Array  # int32 []: rows of recurrent state that were poisoned, and reset
-    rollbacks: jax.Array  # int32 []: how often the run went back
+    consecutive_skips: jax.Array  # int32 []: updates skipped since the last accepted one
+    state_resets: jax.Array  # int32 []: non-finite rows of recurrent state that were reset
+    rollbacks: jax.Array  # int32 []: how often the run rolled back
 
 
 class PlateauState(NamedTuple):
-    """What validation has said to a run that goes by it, and what came of it; replicated (progress.py)."""
+    """State of the validation-driven schedule: best score, patience, LR drop, averaging count; replicated."""
 
-    evaluations: jax.Array  # int32 []: scores heard
+    evaluations: jax.Array  # int32 []: scores so far
     best: jax.Array  # float32 []: the lowest of them, bits per symbol; inf before the first
-    patience_count: jax.Array  # int32 []: how many came after the lowest
+    patience_count: jax.Array  # int32 []: scores since the lowest
     dropped: jax.Array  # bool []: --schedule=plateau has lowered the rate
-    averaged: jax.Array  # int32 []: parameters that the average is of; 0 until it begins (averaging.py)
+    averaged: jax.Array  # int32 []: parameters that the average is of; 0 until it begins (training/averaging.py)
 
 
 class TrainState(NamedTuple):
@@ -94,7 +94,7 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """What one training step reports."""
+    """Measurements of one training step."""
 
     loss: jax.Array  # float32 []: nats per symbol, summed over the global batch and divided once
     loss_B: jax.Array  # float32 [B]: nats of each stream, summed over the window

@@ -107,7 +107,7 @@ def replace(config: Config, **values: Any) -> Config:
 
 
 def fill_automatic(config: Config, device_count: int) -> Config:
-    """`config` with the zeros that mean "the obvious number" filled in, as a run fixes them when it starts."""
+    """Fills in settings left at 0 (automatic): logical_shards, decay_steps, decay_rate."""
     training, optimizer = config.training, config.optimizer
     return replace(
         config,

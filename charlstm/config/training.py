@@ -77,13 +77,13 @@ class OptimizerConfig:
 
     @property
     def usual_decay_rate(self) -> float:
-        """What decay_rate=0 means: a rate that drops once or twice in a run drops far."""
+        """Default decay factor: 0.1 for one-off drops, 0.97 for periodic decay."""
         seldom = self.schedule == "plateau" or (self.schedule == "step" and self.drop_epochs)
         return 0.1 if seldom else 0.97
 
     @property
     def eval_params_field(self) -> str:
-        """What is evaluated, by its name in the state: "average" where one is kept, else "params"."""
+        """Field of the state that is evaluated: "average" if one is kept, else "params"."""
         return "params" if self.average == "none" else "average"
 
     @property

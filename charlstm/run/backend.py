@@ -1,4 +1,4 @@
-"""How a run's LSTM reads its windows, where --lstm_backend=auto leaves the choice: the fastest way, timed here."""
+"""Choice of the LSTM backend: with --lstm_backend=auto, the fastest one, timed here."""
 
 from statistics import median
 

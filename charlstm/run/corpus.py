@@ -1,4 +1,4 @@
-"""The corpus that a command names, held to what the same command says of it."""
+"""The corpus of a run: opened, and checked against the settings that come with it."""
 
 import os
 from collections.abc import Sequence

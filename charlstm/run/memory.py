@@ -1,4 +1,4 @@
-"""Whether a run fits in memory, said in one line before anything runs; and its end where memory runs out all the same.
+"""Memory: a run that does not fit is refused before anything runs; one that runs out all the same is ended.
 
 Sizes are first a formula of the settings, since what is too large for any machine would take minutes to be traced; then
 those that XLA gives of the compiled update.

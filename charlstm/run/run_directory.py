@@ -1,4 +1,4 @@
-"""The run directory: what a run is held to when it is continued, and what evaluating and sampling need of it.
+"""The run directory: what is checked when a run is resumed, evaluated or sampled.
 
 config.json      every setting, as the run fixed it; written last, so that where it stands a run stands
 identity.json    the vocabulary, and the fingerprint of the corpus
@@ -50,7 +50,7 @@ class Initial(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """What makes a run's numbers mean what they mean, beside its config."""
+    """Vocabulary and corpus fingerprint, checked on resume, evaluation and sampling."""
 
     vocabulary: Vocabulary
     corpus_fingerprint: str
@@ -126,7 +126,7 @@ def write_config(run_dir: Path, config: Config) -> None:
 
 @contextlib.contextmanager
 def lock_run_directory(run_dir: Path) -> Iterator[None]:
-    """Keeps the run for this job alone; its directory is made if need be.  A process that was killed holds nothing.
+    """Locks the run directory for this job, and makes it if absent.  A killed process holds no lock.
 
     Raises:
       ValueError: another job has it, or it cannot be written.

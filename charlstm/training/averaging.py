@@ -1,4 +1,4 @@
-"""An average of the parameters beside them, which is what is evaluated and sampled.
+"""Weight averaging: the average, if one is kept, is what is evaluated and sampled.
 
 With p the parameters after an update, a their average and n how many it is of, this update's included,
 
@@ -33,7 +33,7 @@ def start(settings: OptimizerConfig, params: ModelParams) -> Average:
 def update(
     settings: OptimizerConfig, average: Any, plateau_state: PlateauState, params: ModelParams
 ) -> tuple[Any, PlateauState]:
-    """The average after an update to `params`, and the progress with the count of what it is of."""
+    """Updates the average with new `params`; returns it and the plateau state with the count of averaged updates."""
     if settings.average == "none":
         return average, plateau_state
     begun = settings.average == "ema" or not settings.average_patience
@@ -49,5 +49,5 @@ def update(
 
 
 def to_evaluate(state: TrainState) -> ModelParams:
-    """The parameters that are evaluated: the average, where one is kept."""
+    """Parameters to evaluate: the average, if one is kept."""
     return state.average or state.params

@@ -1,8 +1,8 @@
-"""Which updates are sound, what becomes of one that is not, and what a run has met on its way.
+"""Divergence detection (non-finite values, loss spikes) and update skipping.
 
-An update is sound where the loss, the gradient's norm and the new parameters are finite, and the loss is no spike: not
-more than `spike_factor` times what it usually is.  All of it is computed on the device from replicated numbers, so
-every process judges alike, and a run that was killed judges again as it did before.
+An update is accepted if the loss, the gradient norm and the new parameters are finite and the loss is no spike: at most
+`spike_factor` times its moving average.  All of it is computed on the device from replicated numbers, so every process
+decides alike, and a resumed run decides as before.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from charlstm.types import DivergenceState
 
 Tree = Any  # of arrays
 
-EMA_DECAY = 0.98  # of the usual loss: it is that of some fifty updates
+EMA_DECAY = 0.98  # of the loss: averages over some fifty updates
 
 
 def start(dtype: Any) -> DivergenceState:
@@ -27,7 +27,7 @@ def start(dtype: Any) -> DivergenceState:
 def is_accepted(
     settings: TrainingConfig, loss: jax.Array, norm: jax.Array, params: Tree, divergence_state: DivergenceState
 ) -> jax.Array:
-    """bool []: whether the update to `params`, made for `loss` and a gradient of this `norm`, is sound."""
+    """True if the update to `params`, from `loss` and a gradient of this `norm`, is accepted; bool []."""
     accepted = jnp.isfinite(loss) & jnp.isfinite(norm) & all_finite(params)
     if settings.spike_factor > 0:
         accepted &= (divergence_state.loss_ema == 0) | (loss <= settings.spike_factor * divergence_state.loss_ema)
@@ -35,12 +35,12 @@ def is_accepted(
 
 
 def all_finite(tree: Tree) -> jax.Array:
-    """bool []"""
+    """True if every element is finite; bool []."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
 def finite_rows(carry: Tree, nats_b: jax.Array) -> jax.Array:
-    """bool [b]: the stream's recurrent state and its loss are finite."""
+    """True where the stream's recurrent state and loss are finite; bool [b]."""
     finite_b = jnp.isfinite(nats_b)
     for leaf in jax.tree.leaves(carry):
         finite_b &= jnp.isfinite(leaf).all(1)
@@ -48,23 +48,23 @@ def finite_rows(carry: Tree, nats_b: jax.Array) -> jax.Array:
 
 
 def select(accepted: jax.Array, new: Tree, old: Tree) -> Tree:
-    """`new` where it is sound, else `old`, bit for bit."""
+    """Selects `new` if accepted, else `old`, bit for bit."""
     return jax.tree.map(lambda n, o: jnp.where(accepted, n, o), new, old)
 
 
 def reset_rows(carry: Tree, finite_b: jax.Array, first: Tree) -> Tree:
-    """The recurrent state with `first` for its poisoned rows: one NaN otherwise lives in its stream for ever."""
+    """Replaces non-finite rows of the recurrent state by `first`: a NaN would stay in its stream for ever."""
     return jax.tree.map(lambda leaf, f: jnp.where(finite_b[:, None], leaf, f), carry, first)
 
 
 def update(
     divergence_state: DivergenceState, loss: jax.Array, accepted: jax.Array, skips: bool, nonfinite_rows: jax.Array
 ) -> DivergenceState:
-    """The course after a step of `loss`.
+    """Updates the divergence state after a step of `loss`.
 
     Args:
-      skips: updates that are not sound are skipped, and poisoned rows reset.
-      nonfinite_rows: int32 []: rows of the global batch that are not finite.
+      skips: rejected updates are skipped, and non-finite rows reset.
+      nonfinite_rows: int32 []: non-finite rows of the global batch.
     """
     moved = EMA_DECAY * divergence_state.loss_ema + (1 - EMA_DECAY) * loss
     usual = jnp.where(accepted, jnp.where(divergence_state.loss_ema == 0, loss, moved), divergence_state.loss_ema)

@@ -1,4 +1,4 @@
-"""What validation says to a run that goes by it: when the rate drops, and when averaging begins.
+"""Validation-driven schedule: learning-rate drop on plateau, start of weight averaging.
 
 After each evaluation, with k = evaluations since the lowest score and n = evaluations so far,
 
@@ -8,7 +8,7 @@ After each evaluation, with k = evaluations since the lowest score and n = evalu
                          arXiv:1909.01792); the NT-ASGD of Merity et al. 2017 (arXiv:1708.02182), alg. 1, which compares
                          the newest score alone with the best of those before the last k, may begin a little earlier
 
-Both are part of the state, so a run that was killed does each at the same evaluation.
+Both are part of the state, so a resumed run does each at the same evaluation.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ def start() -> PlateauState:
 
 
 def update(settings: OptimizerConfig, plateau_state: PlateauState, score: float) -> PlateauState:
-    """The progress, in numpy's arrays, after an evaluation that gave `score` bits per symbol."""
+    """Updates the plateau state, NumPy arrays, with a validation score in bits per symbol."""
     evaluations, best, patience_count = int(plateau_state.evaluations) + 1, float(np.float32(score)), 0
     if best >= plateau_state.best:
         best, patience_count = float(plateau_state.best), int(plateau_state.patience_count) + 1

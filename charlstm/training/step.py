@@ -32,7 +32,7 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def init(config: Config, vocabulary_size: int) -> TrainState:
-    """The state before the first update."""
+    """Initial training state."""
     params = language_model.init(config.model, vocabulary_size, rng.named(jax.random.key(config.training.seed), "init"))
     dtype = params.b_out.dtype
     return TrainState(
@@ -47,7 +47,7 @@ def init(config: Config, vocabulary_size: int) -> TrainState:
 
 
 def abstract(config: Config, vocabulary_size: int, mesh: Mesh) -> TrainState:
-    """The state's shapes, types and places on `mesh`: what a checkpoint is restored into."""
+    """Shapes, types and shardings of the state on `mesh`: what a checkpoint is restored into."""
     shapes = jax.eval_shape(lambda: init(config, vocabulary_size))
     return jax.tree.map(
         lambda spec, tree: distributed.abstract(mesh, spec, tree), state_specs(), shapes, is_leaf=_is_spec
@@ -55,7 +55,7 @@ def abstract(config: Config, vocabulary_size: int, mesh: Mesh) -> TrainState:
 
 
 def place(mesh: Mesh, state: TrainState) -> TrainState:
-    """`state`, made alike by every process, laid out on `mesh`."""
+    """Lays out `state`, identical on every process, on `mesh`."""
     rows = distributed.process_rows(mesh, jax.tree.leaves(state.recurrent_state)[0].shape[0])
     own = jax.tree.map(lambda a: a[rows.start : rows.stop], state.recurrent_state)
     state = state._replace(recurrent_state=own)
@@ -63,21 +63,18 @@ def place(mesh: Mesh, state: TrainState) -> TrainState:
 
 
 def with_params(config: Config, state: TrainState, params: ModelParams) -> TrainState:
-    """`state`, before the first update, with other parameters."""
+    """Replaces the parameters of a `state` before its first update."""
     return state._replace(params=params, average=averaging.start(config.optimizer, params))
 
 
 def update_plateau(config: Config, mesh: Mesh, state: TrainState, score: float) -> TrainState:
-    """`state` when validation has said `score`, bits per symbol: what every process agrees on."""
+    """Updates the plateau state with a validation score, bits per symbol.  Identical on all processes."""
     told = plateau.update(config.optimizer, jax.tree.map(np.asarray, state.plateau), score)
     return state._replace(plateau=distributed.put(mesh, distributed.REPLICATED, told))
 
 
 def roll_back(mesh: Mesh, state: TrainState, windows: int) -> TrainState:
-    """`state`, gone back to once more, and before the text `windows` windows later, to which it carries nothing over.
-
-    With 0 windows it reads again what was read, and its recurrent state stays.
-    """
+    """Rolls back: counts the rollback and skips `windows` windows; resets the recurrent state if any are skipped."""
     whole, divergence_state = distributed.REPLICATED, state.divergence
     window, rollbacks = (
         np.int32(int(n) + more)
@@ -196,7 +193,7 @@ def _shard_gradient(config: Config, streams: int) -> Callable[..., tuple[jax.Arr
 
 
 def state_specs() -> Any:
-    """What lies where: everything whole on every device, except the recurrent state, split by stream."""
+    """Partition specs of the state: replicated, except the recurrent state, which is split by stream."""
     whole: Any = distributed.REPLICATED
     rows: Any = distributed.BY_STREAM
     return TrainState(whole, whole, whole, recurrent_state=rows, divergence=whole, plateau=whole, average=whole)
