@@ -61,9 +61,7 @@ RecurrentState = tuple[CellState, ...]  # L layers, first to last
 class DivergenceState(NamedTuple):
     """Data position and divergence-handling counters; replicated.  A resumed run does not repeat them."""
 
-    next_window: (
-        jax.Array
-    )  # int32 []: window that every stream reads next: `step` plus those that rollbacks skipped
+    next_window: jax.Array  # int32 []: window that every stream reads next: `step` plus those skipped by rollbacks
     loss_ema: jax.Array  # float32 []: moving average of the loss of accepted updates, nats; 0 before the first
     skipped: jax.Array  # int32 []: updates that were skipped
     consecutive_skips: jax.Array  # int32 []: updates skipped since the last accepted one
