@@ -134,10 +134,9 @@ def from_json(text: str, source: str) -> Config:
     defaults = Config()
     if not isinstance(tree, dict):
         raise ValueError(f"{source} is not the config of a run: not a json object")
-    if (version := tree.pop("version", 1)) != VERSION:
-        raise ValueError(
-            f"{source} is of version {version}, and this program reads version {VERSION}: use the other one"
-        )
+    version, names = tree.pop("version", 1), [section.name for section in dataclasses.fields(Config)]
+    if version != VERSION and tree.keys() >= set(names):
+        raise ValueError(f"{source} is of version {version}, and this program reads {VERSION}: use its own one")
     sections = {}
     for section in dataclasses.fields(Config):
         current = getattr(defaults, section.name)

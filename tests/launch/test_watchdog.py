@@ -103,8 +103,8 @@ def test_a_timeout_of_0_is_none(tmp_path):
 
 
 def test_a_process_that_gets_on_is_left_alone_and_leaves_no_heartbeat(tmp_path):
-    watch = Watchdog(WatchdogFlags(), 0, tmp_path / "beats", period=0.01)
-    watch.about = lambda: {"status": "step 7/9"}
+    about = {"status": "step 7/9"}
+    watch = Watchdog(WatchdogFlags(), 0, tmp_path / "beats", lambda: about, period=0.01)
     watch.tick(7)
     wait_for((tmp_path / "beats" / "process-0.json").exists)
     wait_for(lambda: '"step": 7' in (tmp_path / "beats" / "process-0.json").read_text())

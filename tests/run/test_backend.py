@@ -17,7 +17,7 @@ def test_auto_is_the_loop_where_there_is_no_gpu_and_the_run_keeps_what_was_chose
     command = ["train", *arguments, f"--run_dir={tmp_path}", "--lstm_backend=auto"]
     for steps in (2, 4):  # begun, and continued by the same command
         assert train.main([*command, f"--num_steps={steps}"]) == 0
-        assert json.loads((tmp_path / "config.json").read_text())["model"]["recurrence"] == "scan"
+        assert json.loads((tmp_path / "config.json").read_text())["model"]["lstm_backend"] == "scan"
     log = (tmp_path / "log.txt").read_text()
     said = (
         "lstm_backend=scan on cpu: fused needs an NVIDIA GPU of the Hopper generation or newer, and JAX 0.11 or newer"
