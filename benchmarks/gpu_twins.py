@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import json
 import sys
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ import numpy as np
 
 from charlstm.distributed import has_mosaic, make
 from charlstm.model.cells import lstm
-from charlstm.model.ops import lstm_pallas
+from charlstm.model.ops import lstm_pallas, scan
 from charlstm.types import CellParams, CellState
 
 T, B, H = 48, 32, 256
@@ -85,7 +86,9 @@ def reference(path: str) -> None:
 
 def compare(path: str) -> None:
     expected = np.load(path)
-    backends = {"scan": lstm.recurrence} | ({"fused": lstm_pallas.recurrence} if has_mosaic(make()) else {})
+    backends = {"scan": partial(scan.recurrence, lstm)} | (
+        {"fused": lstm_pallas.recurrence} if has_mosaic(make()) else {}
+    )
     for (backend, recurrence), precision, (variant, masked), bias in itertools.product(
         backends.items(), PRECISIONS, CASES, FORGET_BIASES
     ):

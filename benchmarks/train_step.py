@@ -60,7 +60,7 @@ def compare(rows: Rows, shape: Shape, rounds: int, gpu: bool, quick: bool, only:
         matches = {name: matches[name] for name in ("ours", "PyTorch")}
         matches["ours in float32"] = PEERS["ours"], dataclasses.replace(shape, dtype="float32"), {}
     if gpu and shape.cell == "lstm":
-        matches["ours by scan"] = PEERS["ours"], shape, {"recurrence": "scan"}
+        matches["ours by scan"] = PEERS["ours"], shape, {"lstm_backend": "scan"}
     matches = {name: match for name, match in matches.items() if name == "ours" or not only or name in only}
     workers: dict[str, Worker] = {}
     settings = {}

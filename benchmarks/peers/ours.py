@@ -35,7 +35,7 @@ def training(shape: dict, **changes: object) -> Contestant:
     runtime.keep_freed_memory(estimate.estimate_temp_bytes(config, distributed.usable_cores()))
     mesh = distributed.make()
     config = config_lib.fill_automatic(config, mesh.size)
-    if "recurrence" not in changes and distributed.has_mosaic(mesh) and not config.model.unsupported_by("fused"):
+    if "lstm_backend" not in changes and distributed.has_mosaic(mesh) and not config.model.unsupported_by("fused"):
         config = config_lib.replace(config, lstm_backend="fused")
     train_step = step_lib.make(config, sizes.V, mesh, 1000)
     state = step_lib.place(mesh, step_lib.init(config, sizes.V))

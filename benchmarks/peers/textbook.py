@@ -1,6 +1,6 @@
 """The slow twin of every cell: its step, one symbol after the other, differentiated by JAX.
 
-What the cells' `recurrence` must equal, in value and in every gradient.
+What `ops.scan.recurrence` must equal, in value and in every gradient.
 """
 
 from types import ModuleType
@@ -17,7 +17,7 @@ def unroll(
     """A window of every stream: (the state after it, h_TBH).
 
     Args:
-      cell: one of the modules of `charlstm.cells`.
+      cell: one of the modules of `charlstm.model.cells`.
       state: before the window.
       reset_TB: bool; where True, the stream's state is zero before the symbol is read.
     """
@@ -25,6 +25,6 @@ def unroll(
     def read(state, symbol):
         x_BD, reset_B = symbol
         state = jax.tree.map(lambda s_BH: jnp.where(reset_B[:, None], 0, s_BH), state)
-        return cell.step(params, state, x_BD)
+        return cell.step_projected(params, state, x_BD @ params.w_x)
 
     return jax.lax.scan(read, state, (x_TBD, reset_TB))

@@ -1,7 +1,7 @@
-"""Noise that regularises: masks drawn for a window, each for its purpose, by name.
+"""Dropout masks of a window, each drawn by the name of its purpose.
 
-A mask m holds 0 with probability `rate`, else 1 / (1 - rate), so that its mean is 1 and what has no noise needs no
-scaling: evaluation and sampling give none, and rate 0 is no noise to the bit.
+A mask m is 0 with probability `rate`, else 1 / (1 - rate).  Its mean is 1, and evaluation and sampling, without masks,
+need no scaling.  Rate 0 is no dropout, bit for bit.
 
     drop            x_t <- m x_t      m [width] of each stream: locked dropout       Gal & Ghahramani 2016
                     x_t <- m_t x_t    m_t [width] of each stream and symbol          Zaremba et al. 2014
@@ -13,8 +13,8 @@ Gal and Ghahramani, A Theoretically Grounded Application of Dropout in Recurrent
 Vinyals, Recurrent Neural Network Regularization (arXiv:1409.2329); Wan et al., Regularization of Neural Networks using
 DropConnect; Merity, Keskar and Socher, Regularizing and Optimizing LSTM Language Models (arXiv:1708.02182, AWD-LSTM).
 
-What is drawn for a stream depends on (seed, step, name, row of the global batch), and what is drawn for all on (seed,
-step, name): never on the devices, on the logical shards or on other draws.
+A stream's mask depends on (seed, step, name, row of the global batch), and a mask of all streams on (seed, step, name):
+never on the devices, on the logical shards or on other draws.
 """
 
 from typing import NamedTuple
@@ -26,21 +26,21 @@ from charlstm import rng
 
 
 class DropoutKey(NamedTuple):
-    """What the masks of one window depend on: nothing of where they are computed."""
+    """Determines the masks of one window, wherever they are computed."""
 
     key: jax.Array  # of the seed and the step
     rows_B: jax.Array  # int32: each row's number in the global batch
 
 
 def row_mask(dropout_key: DropoutKey, rate: float, name: str, width: int, dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """m of each stream, `[B, width]`."""
+    """Returns m of each stream, `[B, width]`."""
     return keep_mask(dropout_key, rate, name, (width,)).astype(dtype) / (1 - rate)
 
 
 def drop(
     x_TBD: jax.Array, dropout_key: DropoutKey | None, rate: float, name: str, each_symbol: bool = False
 ) -> jax.Array:
-    """`x_TBD` times the streams' masks: one for the window, or one for each symbol."""
+    """Multiplies `x_TBD` by the streams' masks: one for the window, or one for each symbol."""
     if dropout_key is None or not rate:
         return x_TBD
     T, _, D = x_TBD.shape
@@ -58,7 +58,7 @@ def drop_symbols(
     name: str,
     each_symbol: bool = False,
 ) -> jax.Array:
-    """`drop` of the one-hot symbols `ids_TB`, of which `y_TBK` is the product with some weights: (m onehot) W."""
+    """Applies `drop` to the one-hot symbols `ids_TB`, given their matmul `y_TBK` with weights W: (m onehot) W."""
     if dropout_key is None or not rate:
         return y_TBK
     if each_symbol:
@@ -87,12 +87,12 @@ def _kept(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
 
 
 def keep_mask(dropout_key: DropoutKey, rate: float, name: str, shape: tuple[int, ...]) -> jax.Array:
-    """Whether m is not 0, bool `[B, *shape]`."""
+    """Returns True where m is not 0, bool `[B, *shape]`."""
     key = rng.named(dropout_key.key, name)
     return jax.vmap(lambda row: _kept(jax.random.fold_in(key, row), rate, shape))(dropout_key.rows_B)
 
 
 def _scaled(x: jax.Array, kept: jax.Array, rate: float) -> jax.Array:
-    # A choice, so that the reverse pass keeps a byte for each element of the mask, and in x's own dtype: what XLA fuses
-    # may keep a higher precision, and not alike for every number of devices.
+    # By selection: the backward pass keeps a byte per element of the mask.  In x's own dtype: XLA's fusions may keep a
+    # higher precision, and not the same for every number of devices.
     return jnp.where(kept, x * (1 / (1 - rate)), 0)

@@ -1,8 +1,8 @@
-"""Parameters at the start, float32, by the name of the initializer.
+"""Initial parameters, float32, by the name of the initializer.
 
     pytorch     uniform within +-1/sqrt(H), weights and biases, as PyTorch's recurrent layers draw them
     uniform     uniform within +-scale, weights and biases, as char-rnn does (with 0.08)
-    normal      normal with deviation scale; biases 0
+    normal      normal with standard deviation scale; biases 0
     glorot      uniform within +-sqrt(6 / (fan in + fan out)); biases 0.  Glorot and Bengio, AISTATS 2010, equation 16
     orthogonal  recurrent weights orthogonal, all others glorot; biases 0.  Saxe, McClelland and Ganguli, 2014
                 (arXiv:1312.6120)
@@ -20,7 +20,7 @@ from charlstm.types import CellParams
 
 
 def weights(name: str, key: jax.Array, shape: tuple[int, int], *, scale: float, hidden_size: int) -> jax.Array:
-    """A matrix of weights, `[inputs, outputs]`, that is not recurrent.
+    """Draws a matrix of weights, `[inputs, outputs]`, that is not recurrent.
 
     Args:
       name: the initializer.
@@ -41,21 +41,21 @@ def weights(name: str, key: jax.Array, shape: tuple[int, int], *, scale: float, 
 
 
 def recurrent_weights(name: str, key: jax.Array, hidden_size: int, *, scale: float) -> jax.Array:
-    """One gate's block of recurrent weights, `[H, H]`; arguments as for `weights`."""
+    """Draws one gate's block of recurrent weights, `[H, H]`; arguments as for `weights`."""
     if name == "orthogonal":
         return _orthogonal(key, hidden_size)
     return weights(name, key, (hidden_size, hidden_size), scale=scale, hidden_size=hidden_size)
 
 
 def biases(name: str, key: jax.Array, width: int, *, scale: float, hidden_size: int) -> jax.Array:
-    """A vector of biases, `[width]`; arguments as for `weights`."""
+    """Draws a vector of biases, `[width]`; arguments as for `weights`."""
     if name in ("pytorch", "uniform"):
         return _uniform(key, (width,), 1 / math.sqrt(hidden_size) if name == "pytorch" else scale)
     return jnp.zeros((width,), jnp.float32)
 
 
 def layer(name: str, key: jax.Array, input_width: int, hidden_size: int, gates: int, *, scale: float) -> CellParams:
-    """Parameters of a recurrent layer of `gates` gates, each of its blocks drawn by itself from a named key."""
+    """Draws a recurrent layer of `gates` gates, each of its blocks by itself from a named key."""
 
     def side_by_side(weight, draw):
         return jnp.concatenate([draw(rng.named(key, f"{weight} gate {gate}")) for gate in range(gates)], axis=-1)
@@ -82,9 +82,9 @@ def _uniform(key: jax.Array, shape: tuple[int, ...], limit: float) -> jax.Array:
 
 
 def _orthogonal(key: jax.Array, size: int) -> jax.Array:
-    """An orthogonal matrix, uniform over all of them.  Mezzadri, Notices of the AMS 54(5), 2007 (math-ph/0609050).
+    """Draws an orthogonal matrix uniformly.  Mezzadri, Notices of the AMS 54(5), 2007 (math-ph/0609050).
 
-    The Q of a QR decomposition is not, because the signs of R's diagonal are left to the algorithm; made positive, they
+    The Q of a QR decomposition is not uniform: the algorithm chooses the signs of R's diagonal.  Made positive, they
     leave one Q only.
     """
     q, r = jnp.linalg.qr(jax.random.normal(key, (size, size), jnp.float32))

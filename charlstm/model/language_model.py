@@ -1,13 +1,13 @@
 """The language model: symbols -> embedding -> L recurrent layers -> logits of the next symbol.
 
     x_1 = one-hot(symbol) or embedding[symbol]        x_{l+1} = h_l
-    h_l = recurrence_l(x_l W_x)                       cells/, and what surrounds a cell: layer.py
+    h_l = recurrence_l(x_l W_x)                       cells/, layer.py
     features = h_L, or with skip the sum of all h_l
     logits = features W_out + b_out                   W_out is the embedding's transpose where it is tied
 
-In training every x_l, the features, the embedding's rows and the recurrent weights may be dropped (noise.py). What a
-layer adds to the features with skip is not dropped on its way to the next (Melis et al. 2018); the soft-max, where it
-is tied, uses all rows of the embedding (Merity et al. 2018).
+In training every x_l, the features, the embedding's rows and the recurrent weights may be dropped (dropout.py). With
+skip, the features sum h_l before the dropout of x_{l+1} (Melis et al. 2018); a tied softmax uses all rows of the
+embedding (Merity et al. 2018).
 """
 
 import math
@@ -25,12 +25,12 @@ from charlstm.model.layer import CELLS
 from charlstm.model.ops.matmul import dense, lookup
 from charlstm.types import CellParams, CellState, ModelParams, RecurrentState
 
-# Of the settings that drop inputs, what the masks are called where they are drawn: names of draws are part of the bits.
+# Names under which the masks of these settings are drawn: they are part of the bits.
 MASK_NAMES = {"input_dropout": "input_dropout", "layer_dropout": "between_dropout"}
 
 
 def init(config: ModelConfig, vocabulary_size: int, key: jax.Array) -> ModelParams:
-    """Initial float32 parameters for a vocabulary of `vocabulary_size` symbols."""
+    """Draws float32 parameters for a vocabulary of `vocabulary_size` symbols."""
     V, E, widths = vocabulary_size, config.embedding_size, config.widths
 
     def draw(name: str, shape: tuple[int, int]) -> jax.Array:
@@ -52,12 +52,12 @@ def init(config: ModelConfig, vocabulary_size: int, key: jax.Array) -> ModelPara
 
 
 def zero_state(config: ModelConfig, batch: int, dtype: jnp.dtype = jnp.float32) -> RecurrentState:
-    """Zeros for `batch` streams; where the initial state is trained, that of an untrained model."""
+    """Returns zeros for `batch` streams: also the initial state of an untrained model that trains it."""
     return tuple(CELLS[config.cell].zero_state(batch, width, dtype) for width in config.widths)
 
 
 def reset_state(params: ModelParams, like: RecurrentState) -> RecurrentState:
-    """The state before anything was read, learned or zero, of as many streams as `like` has."""
+    """Returns the initial state, trained or zero, of as many streams as `like` has."""
 
     def of_layer(p: CellParams, state: CellState) -> CellState:
         if p.first is None:
@@ -75,13 +75,13 @@ def apply(
     reset_BT: jax.Array,
     dropout_key: DropoutKey | None = None,
 ) -> tuple[RecurrentState, jax.Array]:
-    """Runs a window through the model: to score and to sample, by the loop, on any device, whatever trained it.
+    """Runs a window through the model, for scoring and sampling: by the `scan` backend, whichever trained it.
 
     Args:
       state: carried from the window before.
       inputs_BT: symbol ids.
-      reset_BT: bool; where True, the stream's state is set to the first before symbol t is read.
-      noise: what the masks depend on; None for none.
+      reset_BT: bool; where True, the stream's state is reset to the initial one before symbol t is read.
+      dropout_key: of the masks; None for no dropout.
 
     Returns:
       The state after the window, and the logits of the symbol after each input, `[T, B, V]`, in the parameters' dtype.
@@ -98,7 +98,7 @@ def features(
     reset_BT: jax.Array,
     dropout_key: DropoutKey | None = None,
 ) -> tuple[RecurrentState, jax.Array]:
-    """The state after a window, and what the soft-max sees, `[T, B, H]` in the compute dtype; arguments of `apply`."""
+    """Returns the state after a window and the softmax input, `[T, B, H]` in the compute dtype; see `apply`."""
     inputs_TB, reset_TB = inputs_BT.T, reset_BT.T
     params = _with_dropped_weights(config, params, dropout_key)
     if inputs_BT.size >= len(params.b_out) and not (dropout_key is not None and config.input_dropout):
@@ -106,19 +106,19 @@ def features(
     T, size = len(inputs_TB), math.isqrt(len(inputs_TB))
     if not config.remat or size < 2:
         return _apply_layers(config, params, dropout_key, state, inputs_TB, reset_TB)
-    # Pieces of the square root of the window, the first one with what is left over: the states between them, and what
-    # one piece keeps, are least then.  The loop holds back what a piece computes again until its turn has come.
+    # Chunks of the square root of the window, the first one with the remainder: this minimizes the sum of the states
+    # between chunks and of the residuals of one.  The loop delays the recomputation of a chunk until its turn.
     start = size + T % size if T % size else 0
-    read = jax.checkpoint(partial(_apply_layers, config, params, dropout_key), prevent_cse=False)
-    state, first = read(state, inputs_TB[:start], reset_TB[:start]) if start else (state, None)
-    pieces = jax.tree.map(lambda a: a[start:].reshape(-1, size, *a.shape[1:]), (inputs_TB, reset_TB))
-    state, rest = jax.lax.scan(lambda state, piece: read(state, *piece), state, pieces)
+    run = jax.checkpoint(partial(_apply_layers, config, params, dropout_key), prevent_cse=False)
+    state, first = run(state, inputs_TB[:start], reset_TB[:start]) if start else (state, None)
+    chunks = jax.tree.map(lambda a: a[start:].reshape(-1, size, *a.shape[1:]), (inputs_TB, reset_TB))
+    state, rest = jax.lax.scan(lambda state, chunk: run(state, *chunk), state, chunks)
     rest = rest.reshape(-1, *rest.shape[2:])
     return state, rest if first is None else jnp.concatenate([first, rest])
 
 
 def _with_dropped_weights(config: ModelConfig, params: ModelParams, dropout_key: DropoutKey | None) -> ModelParams:
-    """The embedding and the recurrent weights as the window uses them."""
+    """Applies weight norm and the dropout of embedding rows and recurrent weights."""
     table_VE = params.embedding
     if table_VE is not None:
         table_VE = drop_rows(table_VE, dropout_key, config.embedding_dropout, "embedding_dropout")
@@ -130,10 +130,9 @@ def _with_dropped_weights(config: ModelConfig, params: ModelParams, dropout_key:
 
 
 def fold_embedding(config: ModelConfig, params: ModelParams) -> ModelParams:
-    """`params` of the same model of one-hot symbols, whose w_x is embedding W_x: each symbol is projected once.
+    """Folds the embedding into the first layer's input weights (E W_x), so each symbol is projected once.
 
-    As they are where that is more arithmetic than it saves: its gradient is a product with V rows, for two with
-    embedding_size.  And where the recurrence projects its inputs itself.
+    Skipped if V > 2E: the gradient is one matmul with V rows, in place of two with E.  Skipped for raw input, too.
     """
     table_VE, p = params.embedding, params.cells[0]
     if table_VE is None or config.takes_raw_input or len(table_VE) > 2 * table_VE.shape[1]:
@@ -157,7 +156,7 @@ def _apply_layers(
     for layer, (p, layer_state) in enumerate(zip(params.cells, state, strict=True)):
         which = "layer_dropout" if layer else "input_dropout"
         drawn_for = (dropout_key, getattr(config, which), f"{MASK_NAMES[which]}.{layer}", each_symbol)
-        if x_TBD is None:  # one-hot symbols, or at once their projection
+        if x_TBD is None:  # one-hot symbols, or directly their projection
             V = p.w_x.shape[0]
             w_VX = jnp.eye(V, dtype=dtype) if config.takes_raw_input else p.w_x
             inputs_TBX = drop_symbols(lookup(w_VX, inputs_TB, dtype), inputs_TB, V, *drawn_for)
@@ -174,12 +173,12 @@ def _apply_layers(
 
 
 def drop_features(config: ModelConfig, features_TBH: jax.Array, dropout_key: DropoutKey | None) -> jax.Array:
-    """Output dropout."""
+    """Applies output dropout."""
     return drop(features_TBH, dropout_key, config.output_dropout, "output_dropout", config.dropout_mask == "symbol")
 
 
 def logits(config: ModelConfig, params: ModelParams, features_TBH: jax.Array) -> jax.Array:
-    """The logits of the next symbol, `[T, B, V]`, in the parameters' dtype."""
+    """Returns the logits of the next symbol, `[T, B, V]`, in the parameters' dtype."""
     if params.w_out is not None:
         w_HV = params.w_out
     else:

@@ -1,19 +1,19 @@
-"""A recurrent layer: its parameters at the start, and a window read, by a reverse pass by hand or on the general path.
+"""A recurrent layer: initialization and forward pass (hand-derived VJP where available, else autodiff).
 
     w_h = gain w_h / |w_h|                           weight norm, of each column: Salimans & Kingma 2016, equation 2
-    h, c <- first, where a stream is reset           zeros, or what was learned
+    h, c <- first, where a stream is reset           zeros, or trained
     s = m h                                          state dropout, m the same at all symbols: Gal & Ghahramani 2016
     x, s <- mogrifier(x, s)                          cells/mogrifier.py
     h', c' = cell(x, s, c)
     h, c <- kept h + (1 - kept) h', the same of c    zoneout, kept 0 or 1 for each unit, stream and symbol
 
 Zoneout is that of Krueger et al., Zoneout: Regularizing RNNs by Randomly Preserving Hidden Activations, ICLR 2017
-(arXiv:1606.01305), section 3.2; without noise, in evaluation and sampling, kept is its mean.  The general path
-(cells/general.py) serves what the cells' own `recurrence` does not: zoneout, the mogrifier, a trained initial state and
-the layer-normalised LSTM.
+(arXiv:1606.01305), section 3.2; without dropout, in evaluation and sampling, kept is its mean.  The autodiff path
+(ops/autodiff_scan.py) serves zoneout, the mogrifier, a trained initial state and the layer-normalised LSTM.
 """
 
-from types import ModuleType
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,10 +22,10 @@ import jax.numpy as jnp
 from charlstm.config.model import ModelConfig
 from charlstm.model.cells import gru, layer_norm_lstm, lstm, mlstm, mogrifier, rnn
 from charlstm.model.dropout import DropoutKey, keep_mask, row_mask
-from charlstm.model.ops import autodiff_scan
+from charlstm.model.ops import autodiff_scan, scan
 from charlstm.types import CellParams, CellState
 
-CELLS: dict[str, ModuleType] = {
+CELLS: dict[str, Any] = {
     "lstm": lstm,
     "gru": gru,
     "rnn": rnn,
@@ -38,7 +38,7 @@ def init(config: ModelConfig, key: jax.Array, input_width: int, hidden_size: int
     """Parameters of one layer, float32."""
     cell, drawn_by = CELLS[config.cell], (config.initializer, config.init_scale)
     params = cell.init(key, input_width, hidden_size, *drawn_by, config.forget_bias)
-    if config.weight_norm:  # the weights are those that were drawn
+    if config.weight_norm:  # gains of the drawn lengths leave the weights as drawn
         params = params._replace(gain=jnp.linalg.norm(params.w_h, axis=0))
     if config.train_initial_state:
         params = params._replace(first=jax.tree.map(lambda s_BH: s_BH[0], cell.zero_state(1, hidden_size)))
@@ -49,7 +49,7 @@ def init(config: ModelConfig, key: jax.Array, input_width: int, hidden_size: int
 
 
 def recurrent_weights(params: CellParams) -> jax.Array:
-    """w_h as the cell uses it."""
+    """Returns w_h with weight norm applied."""
     if params.gain is None:
         return params.w_h
     return params.w_h * (params.gain / jnp.linalg.norm(params.w_h, axis=0))[None]
@@ -65,13 +65,13 @@ def apply(
     number: int,
     compute_dtype: jax.typing.DTypeLike,
 ) -> tuple[CellState, jax.Array]:
-    """A window of every stream.
+    """Runs a window of every stream through the layer.
 
     Args:
-      params: w_h as `recurrent_weights` gives it.
+      params: with w_h from `recurrent_weights`.
       inputs_TBX: x W_x, or x itself for a mogrifier (`takes_raw_input`).
-      noise: None for none.
-      number: of the layer, which names its masks.
+      dropout_key: None for no dropout.
+      number: of the layer, in the names of its masks.
 
     Returns:
       The state after the window, and h_TBH in the compute dtype.
@@ -81,12 +81,13 @@ def apply(
         mask_BH = row_mask(dropout_key, config.state_dropout, f"state_dropout.{number}", H, state.h.dtype)
     if config.has_custom_vjp:
         cell = CELLS[config.cell]
-        args = (params.w_h, cell.bias(params), state, inputs_TBX, reset_TB, compute_dtype, config.variant, mask_BH)
+        recurrence: Callable[..., tuple[CellState, jax.Array]] = partial(scan.recurrence, cell)
         if config.lstm_backend == "fused":
-            from charlstm.model.ops import lstm_pallas  # which takes a third of a second, for what few machines have
+            from charlstm.model.ops import lstm_pallas  # takes a third of a second to import, and few machines use it
 
-            return lstm_pallas.recurrence(*args)
-        return cell.recurrence(*args)
+            recurrence = lstm_pallas.recurrence
+        b = cell.bias(params)
+        return recurrence(params.w_h, b, state, inputs_TBX, reset_TB, compute_dtype, config.variant, mask_BH)
 
     def renewed(rate: float, name: str) -> jax.Array | None:
         if dropout_key is None or not rate:
@@ -96,18 +97,18 @@ def apply(
     masks = (renewed(config.zoneout, "zoneout"), renewed(config.zoneout_cell, "zoneout_cell"))
     inside: Any = params._replace(gain=None)
     if not config.mogrifier_rounds:
-        inside = inside._replace(w_x=None)  # it has done its work
+        inside = inside._replace(w_x=None)  # applied before
     return autodiff_scan.recurrence(_step(config), inside, mask_BH, state, (inputs_TBX, reset_TB, masks), compute_dtype)
 
 
 def _step(config: ModelConfig) -> autodiff_scan.Step:
-    """One symbol, straight from the equations."""
+    """Returns the step of one symbol, straight from the equations."""
     cell = CELLS[config.cell]
 
     def step(params: Any, mask_BH: Any, state: CellState, symbol: Any) -> tuple[CellState, jax.Array]:
         x_BX, reset_B, (renewed_h, renewed_c) = symbol
         first = jax.tree.map(lambda s_BH: jnp.zeros_like(s_BH[0]), state) if params.first is None else params.first
-        # A choice, not a product with 0: a NaN in the state of a stream that is reset must not survive.
+        # By selection: a product with 0 would let a NaN in the state of a stream that is reset survive.
         state = jax.tree.map(lambda f_H, s_BH: jnp.where(reset_B[:, None], f_H[None], s_BH), first, state)
         x_BX = x_BX.astype(state.h.dtype)
         if params.rounds is None:
@@ -115,7 +116,7 @@ def _step(config: ModelConfig) -> autodiff_scan.Step:
         else:
             h_masked = state.h if mask_BH is None else state.h * mask_BH
             x_BX, h_masked = mogrifier.gate(params.rounds, x_BX, h_masked)
-            new, _ = cell.step(params, state._replace(h=h_masked), x_BX, config.variant)
+            new, _ = cell.step_projected(params, state._replace(h=h_masked), x_BX @ params.w_x, config.variant)
         h = _zoned_out(new.h, state.h, config.zoneout, renewed_h)
         c = None if new.c is None else _zoned_out(new.c, state.c, config.zoneout_cell, renewed_c)
         return CellState(h, c), h

@@ -1,1 +1,1 @@
-"""One file a cell: its equations, its step, and their hand-derived backward pass."""
+"""The cells, a file each: equations, forward step and hand-derived backward step."""

@@ -1,7 +1,7 @@
-"""The LSTM with layer normalisation.  It has no reverse pass by hand: the general path runs its step (general.py).
+"""The LSTM with layer normalisation.  It has no hand-derived backward pass: ops/autodiff_scan.py runs its step.
 
 Source: Ba, Kiros and Hinton, Layer Normalization, 2016 (arXiv:1607.06450), equations 20 to 22 of the supplement.  h⁻
-and c⁻ are the state before the symbol, σ the logistic function, products of vectors are element by element; the gates
+and c⁻ are the state before the symbol, σ the logistic function, products of vectors are elementwise; the gates
 lie along G = 4H in the order i f g o:
 
     a = LN(x W_x; α_x) + b_x + LN(h⁻ W_h; α_h) + b_h
@@ -12,7 +12,7 @@ lie along G = 4H in the order i f g o:
 
     LN(v; α) = α (v - mean(v)) / sqrt(var(v) + ε)
 
-As in the paper, mean and variance are those of all 4H sums of a product together (some programs take those of each gate
+As in the paper, mean and variance are those of all 4H sums of a matmul together (some programs take those of each gate
 by itself).  b_x and b_h are the shifts of the two normalisations; the paper's b would only be added to them.
 """
 
@@ -36,21 +36,15 @@ def init(
     return params._replace(norms=LayerNorms(gain_x=gates, gain_h=gates, gain_c=cells, b_c=jnp.zeros(hidden_size)))
 
 
-def step(
-    params: CellParams, state: CellState, x_BD: jax.Array, variant: str = "plain", mask_BH: jax.Array | None = None
-) -> tuple[CellState, jax.Array]:
-    """One symbol of every stream, straight from the equations: (the new state, h_BH)."""
-    return step_projected(params, state, x_BD @ params.w_x, variant, mask_BH)
-
-
 def step_projected(
     params: CellParams, state: CellState, z_BG: jax.Array, variant: str = "plain", mask_BH: jax.Array | None = None
 ) -> tuple[CellState, jax.Array]:
-    """`step`, given the symbol's projection x W_x."""
+    """One symbol of every stream, straight from the equations, given its projection: (the new state, h_BH)."""
     norms, h_masked = params.norms, state.h if mask_BH is None else state.h * mask_BH
     assert norms is not None
     a_BG = _normalised(z_BG, norms.gain_x) + _normalised(h_masked @ params.w_h, norms.gain_h)
-    c, o = lstm.cell_state(a_BG + lstm.bias(params)[None], state, variant)
+    i, f, g, o = lstm.gates(a_BG + lstm.bias(params)[None])
+    c = lstm.next_cell(i, f, g, state.c, variant)
     h = o * jnp.tanh(_normalised(c, norms.gain_c) + norms.b_c[None])
     return CellState(h, c), h
 

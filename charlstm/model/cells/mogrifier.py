@@ -1,7 +1,7 @@
 """The mogrifier: before a cell reads a symbol, its input and its state scale each other a few times.
 
 Source: Melis, Kočiský and Blunsom, Mogrifier LSTM, ICLR 2020 (arXiv:1909.01792), equations 1 and 2.  In round 1, 3, ...
-and in round 2, 4, ..., σ the logistic function, products of vectors element by element,
+and in round 2, 4, ..., σ the logistic function, products of vectors elementwise,
 
     x <- 2 σ(h A + b) x              A of its own in each round, H to D, and b [D]
     h <- 2 σ(x A + b) h              H and D change places, b [H]
@@ -38,7 +38,7 @@ def init(
 
 
 def gate(rounds: tuple[MogrifierRound, ...], x_BD: jax.Array, h_BH: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """x and h after all rounds."""
+    """Returns x and h after all rounds."""
     for number, r in enumerate(rounds):
         a = (x_BD if number % 2 else h_BH) @ r.left
         factor = 2 * jax.nn.sigmoid((a if r.right is None else a @ r.right) + r.bias[None])

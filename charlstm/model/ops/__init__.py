@@ -1,1 +1,1 @@
-"""What the cells and the model are computed with: matrix products, loops over a window, GPU kernels."""
+"""Building blocks of the cells and the model: matmuls, loops over a window, GPU kernels, compiler options."""

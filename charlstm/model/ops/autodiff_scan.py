@@ -1,12 +1,12 @@
-"""The general path: a cell's textbook step, one symbol after the other, for what has no reverse pass by hand.
+"""The autodiff path: the loop over a window for steps without a hand-derived backward pass.
 
 Autodiff of a loop over time adds to the gradient of a matrix W at every symbol: all its H times G sums are read and
-written again.  Here autodiff runs through everything but the matrices.  Whatever the step multiplies by W comes out of
-the loop, and so does the gradient of each product; the gradient of W is then one product after the loop,
+written again.  Here autodiff runs through everything but the matrices.  The operand of each matmul with W comes out of
+the loop, and so does the gradient of its result; the gradient of W is then one matmul after the loop,
 
     dW = Σ aᵀ dp                     p = a W, the sum over all symbols of all streams
 
-as in the reverse passes by hand.  Gradients of vectors (biases, gains) are summed in the loop: they are small.
+as in the hand-derived backward passes.  Gradients of vectors (biases, gains) are summed in the loop: they are small.
 """
 
 from collections.abc import Callable
@@ -19,23 +19,23 @@ import jax.numpy as jnp
 from charlstm.model.ops.matmul import weight_gradient
 from charlstm.types import CellState
 
-# (parameters, what is the same at all symbols, the state before, the symbol's inputs) -> (the state after, h_BH)
+# (parameters, constants of the window, the state before, the symbol's inputs) -> (the state after, h_BH)
 Step = Callable[[Any, Any, CellState, Any], tuple[CellState, jax.Array]]
-Columns = tuple[int, int, int]  # of which matrix, from where, to where
+Columns = tuple[int, int, int]  # the number of a matrix, its first column, the one after the last
 
 
 def recurrence(
     step: Step, params: Any, constants: Any, state: CellState, inputs: Any, compute_dtype: jax.typing.DTypeLike
 ) -> tuple[CellState, jax.Array]:
-    """A window of every stream, as `jax.lax.scan` of `step` has it, in value and in every gradient.
+    """Runs a window of every stream: the values and all gradients of `jax.lax.scan` of `step`.
 
     Args:
-      step: with a matrix of `params` it does nothing but `a @ matrix` or `a @ matrix[:, columns]`.
+      step: uses a matrix of `params` only in `a @ matrix` or `a @ matrix[:, columns]`.
       params: a tree; all its arrays of two dimensions are matrices to `step`.
       constants: arrays that get no gradient.
-      state: before the window; its dtype is that of the arithmetic and of the products' sums.
+      state: before the window; its dtype is that of the arithmetic and of the matmuls' sums.
       inputs: a tree of arrays `[T, ...]`.
-      compute_dtype: of the products' operands, and of the outputs.
+      compute_dtype: of the matmuls' operands, and of the outputs.
 
     Returns:
       The state after the window, and h_TBH.
@@ -45,33 +45,33 @@ def recurrence(
     matrices = [leaf for leaf, is_matrix in zip(leaves, which, strict=True) if is_matrix]
     vectors = [leaf for leaf, is_matrix in zip(leaves, which, strict=True) if not is_matrix]
 
-    def with_products(matrices, vectors, constants, state, inputs):
+    def with_matmuls(matrices, vectors, constants, state, inputs):
         left, right = iter(matrices), iter(vectors)
         joined = jax.tree.unflatten(tree, [next(left if is_matrix else right) for is_matrix in which])
         return step(joined, constants, state, inputs)
 
-    return _recurrence(with_products, compute_dtype, matrices, vectors, constants, state, inputs)
+    return _recurrence(with_matmuls, compute_dtype, matrices, vectors, constants, state, inputs)
 
 
 class _Matrix:
-    """A matrix, or some of its columns, as the step sees it: its products are noted."""
+    """A matrix, or some of its columns, as the step sees it: its matmuls are recorded."""
 
-    def __init__(self, products: "_Products", number: int, columns: slice) -> None:
-        self.products, self.number, self.columns = products, number, columns
+    def __init__(self, matmuls: "_Matmuls", number: int, columns: slice) -> None:
+        self.matmuls, self.number, self.columns = matmuls, number, columns
 
     def __getitem__(self, index: tuple[slice, slice]) -> "_Matrix":
         rows, columns = index
         assert rows == slice(None) and self.columns == slice(None), "columns of the whole matrix only"
-        return _Matrix(self.products, self.number, columns)
+        return _Matrix(self.matmuls, self.number, columns)
 
     def __rmatmul__(self, a_BK: jax.Array) -> jax.Array:
-        return self.products.product(a_BK, self.number, self.columns)
+        return self.matmuls.matmul(a_BK, self.number, self.columns)
 
 
-class _Products:
-    """The products of one symbol: what was multiplied, by which columns; to each of them is added its entry of `zeros`.
+class _Matmuls:
+    """Records the matmuls of one symbol, operands by columns, and adds to each result its entry of `zeros`.
 
-    The gradient of a product is that of the zeros added to it.
+    The gradient of a result is that of the zeros added to it.
     """
 
     def __init__(self, matrices: list[jax.Array], dtype: jax.typing.DTypeLike, zeros: dict[Columns, jax.Array]) -> None:
@@ -79,7 +79,7 @@ class _Products:
         self.matrices = [_Matrix(self, number, slice(None)) for number in range(len(matrices))]
         self.operands: dict[Columns, jax.Array] = {}
 
-    def product(self, a_BK: jax.Array, number: int, columns: slice) -> jax.Array:
+    def matmul(self, a_BK: jax.Array, number: int, columns: slice) -> jax.Array:
         w_KN = self.weights[number]
         start, stop, _ = columns.indices(w_KN.shape[1])
         place = number, start, stop
@@ -91,13 +91,13 @@ class _Products:
 
 
 def _scan(step, dtype, matrices, vectors, constants, state, inputs, zeros):
-    """The state after the window, h_TBH, and the operands of all products."""
+    """Returns ((the state after the window, h_TBH), the operands of all matmuls)."""
 
     def forward(state, symbol):
         inputs, zeros = symbol
-        products = _Products(matrices, dtype, zeros)
-        state, h_BH = step(products.matrices, vectors, constants, state, inputs)
-        return state, (h_BH.astype(dtype), products.operands)
+        matmuls = _Matmuls(matrices, dtype, zeros)
+        state, h_BH = step(matmuls.matrices, vectors, constants, state, inputs)
+        return state, (h_BH.astype(dtype), matmuls.operands)
 
     final, (h_TBH, operands) = jax.lax.scan(forward, state, (inputs, zeros))
     return (final, h_TBH), operands
@@ -122,14 +122,14 @@ def _forward(step, dtype, matrices, vectors, constants, state, inputs):
     return outputs, (pull, operands, matrices)
 
 
-def _reverse(step, dtype, residuals, cotangents):
+def _backward(step, dtype, residuals, cotangents):
     pull, operands, matrices = residuals
-    dvectors, dstate, dinputs, dproducts = pull(cotangents)
+    dvectors, dstate, dinputs, dresults = pull(cotangents)
     dmatrices = [jnp.zeros_like(w) for w in matrices]
     for (number, start, stop), a_TBK in operands.items():
-        dw_KN = weight_gradient(a_TBK, dproducts[number, start, stop], dtype, matrices[number].dtype)
+        dw_KN = weight_gradient(a_TBK, dresults[number, start, stop], dtype, matrices[number].dtype)
         dmatrices[number] = dmatrices[number].at[:, start:stop].add(dw_KN)
     return dmatrices, dvectors, None, dstate, dinputs
 
 
-_recurrence.defvjp(_forward, _reverse)
+_recurrence.defvjp(_forward, _backward)

@@ -1,9 +1,8 @@
 """Compiles with the options under which a result on a CPU has the same bits on any number of cores.
 
-XLA divides what it can among threads, as many as it sees cores: operations on the elements of a large array, which then
-may round otherwise than where they are whole; sums, whose parts are added up at the end (docs/decisions.md).  Its
-options have it divide products alone, which are not cut within a sum.  They go with each program, not in the
-environment, so that a notebook has the bits of `launch.train`.
+XLA divides work among as many threads as it sees cores: elementwise operations on a large array, which may then round
+differently; sums, whose parts are added up at the end (docs/decisions.md).  With these options it divides only matmuls,
+and not within a sum.  They go with each program, not in the environment: a notebook has the bits of `launch.train`.
 """
 
 import functools
@@ -15,14 +14,14 @@ import jax
 
 # Measured in docs/decisions.md.
 OPTIONS = {
-    "xla_disable_hlo_passes": "cpu-parallel-task-assigner",  # operations on elements are not divided
+    "xla_disable_hlo_passes": "cpu-parallel-task-assigner",  # elementwise operations are not divided
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",  # the one that divides has no sums
-    "xla_cpu_prefer_vector_width": "512",  # bits, where the processor has them; by itself XLA takes 256
+    "xla_cpu_prefer_vector_width": "512",  # bits, if the processor has them; XLA's default is 256
 }
 
 
 def options() -> dict[str, str]:
-    """Those of OPTIONS that hold here: on a CPU, known to this jaxlib, and not set by the user in XLA_FLAGS."""
+    """Returns the OPTIONS in force: on a CPU, known to this jaxlib, and not set by the user in XLA_FLAGS."""
     if jax.default_backend() != "cpu":
         return {}
     own = os.environ.get("XLA_FLAGS", "")
@@ -30,9 +29,9 @@ def options() -> dict[str, str]:
 
 
 def jit(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
-    """`jax.jit(function, **settings)` with `options()`, which are asked for at the first call: this starts no backend.
+    """Returns `jax.jit(function, **settings)` with `options()`, read at the first call: this starts no backend.
 
-    Within another program `function` is a part of that, whose options hold.
+    Inside another jitted function it is traced into that one, whose options apply.
     """
 
     @functools.cache
@@ -50,7 +49,7 @@ def jit(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
 
 @functools.cache
 def known() -> dict[str, str]:
-    """Those of OPTIONS that this jaxlib takes.  One that it does not know would fail every compilation."""
+    """Returns the OPTIONS that this jaxlib accepts.  An unknown one would fail every compilation."""
     if _is_taken(OPTIONS):
         return OPTIONS
     return {name: value for name, value in OPTIONS.items() if _is_taken({name: value})}

@@ -1,9 +1,9 @@
-"""A window of the LSTM on an NVIDIA GPU: at every symbol one product and one kernel.
+"""The LSTM's loop over a window on an NVIDIA GPU: one matmul and one kernel per symbol.
 
-The equations are those of lstm.py, and so is the reverse pass.  As XLA compiles the loop there, a symbol takes six
-kernels and more beside its product, most of which last less than their launch, and read again what the one before
-wrote.  Here Pallas makes one of all that follows the product forward, and of all that goes before it in reverse.  Of
-Pallas' ways to a GPU it takes Mosaic, which needs a Hopper or newer, and units in multiples of THREADS.
+The equations and the backward pass are those of lstm.py.  Compiled by XLA, a symbol takes six kernels or more beside
+its matmul; most last less than their launch and read again what the one before wrote.  Here Pallas makes one kernel of
+all that follows the matmul in the forward pass, and one of all that precedes it in the backward pass.  The backend of
+Pallas is Mosaic, which needs a Hopper or newer, and units in multiples of THREADS.
 """
 
 from collections.abc import Callable
@@ -18,11 +18,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from charlstm.config.model import FUSED_UNITS as THREADS  # of a block, in Mosaic
 from charlstm.model.cells import lstm
 from charlstm.model.cells.lstm import GATES
+from charlstm.model.ops.scan import WindowSums, zero_where
 from charlstm.types import CellState
 
-WIDEST = 4  # neighbouring units that a thread has, at most
-BLOCKS = 128  # about what a GPU runs at once: threads have fewer units each where there would be fewer blocks
-UNROLL = 8  # symbols a turn of the loop, which costs a launch or two itself
+WIDEST = 4  # neighbouring units of a thread, at most
+BLOCKS = 128  # about as many as a GPU runs at once: threads get fewer units each if there would be fewer blocks
+UNROLL = 8  # symbols per iteration of the loop, which costs a launch or two itself
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -36,37 +37,36 @@ def recurrence(
     variant: str = "plain",
     mask_BH: jax.Array | None = None,
 ) -> tuple[CellState, jax.Array]:
-    """As `lstm.recurrence`, in float32 and with operands of products in the compute dtype."""
+    """As `scan.recurrence` of `lstm`, in float32 and with operands of matmuls in the compute dtype."""
     return _forward(w_h, b, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH)[0]
 
 
 def _forward(w_h, b, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
     (T, B, _), H, dtype = z_TBG.shape, state.h.shape[1], state.h.dtype
-    # A choice, not a product with 0: a NaN in the state of a stream that is reset must not survive.
-    h_BH, c_BH = (jnp.where(reset_TB[0][:, None], 0, s_BH) for s_BH in state)
-    seen_BH = (h_BH if mask_BH is None else h_BH * mask_BH).astype(compute_dtype)
+    h_BH, c_BH = zero_where(reset_TB[0], state)
+    h_masked_BH = (h_BH if mask_BH is None else h_BH * mask_BH).astype(compute_dtype)
     w_HG, given = w_h.astype(compute_dtype), (b.astype(dtype), _resets(reset_TB), *_given(mask_BH))
-    after_product = _kernel(partial(_read, variant), B, H)
+    after_matmul = _kernel(partial(_after_matmul, variant), B, H)
 
     def window(refs: Any) -> None:
         def forward(_: None, t: jax.Array) -> tuple[None, None]:
             a_BG = jnp.dot(refs[0][...], w_HG, preferred_element_type=dtype)
-            after_product(t[None], a_BG, *given, *refs)
+            after_matmul(t[None], a_BG, *given, *refs)
             return None, None
 
         jax.lax.scan(forward, None, jnp.arange(T, dtype=jnp.int32), unroll=UNROLL)
 
-    # The gates take the place of the window's projection, in its dtype (see `_pack`).
+    # The gates are stored in place of the window's projection, in its dtype (see `_pack`).
     windows = z_TBG, jax.lax.empty((T, B, H), compute_dtype), jax.lax.empty((T, B, H), dtype)
-    _, h_BH, c_BH, gates_TBG, h_TBH, c_prev_TBH = pl.run_state(window)((seen_BH, h_BH, c_BH, *windows))
-    # Of z only the dtype is wanted later; an empty slice carries it.
+    _, h_BH, c_BH, gates_TBG, h_TBH, c_prev_TBH = pl.run_state(window)((h_masked_BH, h_BH, c_BH, *windows))
+    # Of z only the dtype is needed later; an empty slice carries it.
     residuals = w_h, state.h, h_TBH, c_prev_TBH, gates_TBG, reset_TB, z_TBG[:0], mask_BH
     return (CellState(h_BH, c_BH), h_TBH), residuals
 
 
-def _read(variant, block, t_ref, a, b, resets, *refs):
-    """What follows the product of symbol t, forward, up to the operand of the next one."""
-    *mask, seen_out, h_out, c_out, gates, h_seq, c_prev_seq = refs
+def _after_matmul(variant, block, t_ref, a, b, resets, *refs):
+    """Elementwise part of the forward step at t, after the recurrent matmul, up to the next one's operand."""
+    *mask, h_masked_out, h_out, c_out, gates, h_seq, c_prev_seq = refs
     t, (row, units, columns) = t_ref[0], block
     a_i, a_f, a_g, a_o = (a[row, k] + gates[t, row, k].astype(a.dtype) + b[k] for k in columns)
     i, f, g, o = _logistic(a_i), _logistic(a_f), jnp.tanh(a_g), _logistic(a_o)
@@ -79,7 +79,7 @@ def _read(variant, block, t_ref, a, b, resets, *refs):
     h_seq[t, row, units] = h.astype(h_seq.dtype)
     reset = resets[t + 1, row]
     h_masked = h * mask[0][row, units] if mask else h
-    seen_out[row, units] = _unless(reset, h_masked).astype(seen_out.dtype)
+    h_masked_out[row, units] = _unless(reset, h_masked).astype(h_masked_out.dtype)
     h_out[row, units] = h
     c_out[row, units] = _unless(reset, c)
 
@@ -89,31 +89,31 @@ def _logistic(a: jax.Array) -> jax.Array:
 
 
 def _pack(gate: jax.Array) -> jax.Array:
-    """A logistic gate, or above 1/2 the gate less 1: in bfloat16, too, gate and 1 - gate both keep all their digits.
+    """Returns a logistic gate, or above 1/2 the gate less 1: even in bfloat16, gate and 1 - gate keep all their digits.
 
-    The gradient by a gate's sum has the factor gate (1 - gate), and a forget gate is often so near 1 that it would
-    round to 1 in bfloat16.
+    The gradient of a gate's preactivation has the factor gate (1 - gate), and a forget gate near 1 would often round to
+    1 in bfloat16.
     """
     return jnp.where(gate > 0.5, jnp.minimum(gate - 1, -(2.0**-24)), gate)  # less than 0, which stands for itself
 
 
 def _unpack(packed: jax.Array) -> jax.Array:
-    """The gate that `_pack` was given."""
+    """Inverts `_pack`."""
     return jnp.where(packed < 0, 1 + packed, packed)
 
 
-def _reverse(compute_dtype, variant, residuals, cotangents):
+def _backward(compute_dtype, variant, residuals, cotangents):
     w_h, h_first, h_TBH, c_prev_TBH, gates_TBG, reset_TB, z_like, mask_BH = residuals
     dfinal, dh_TBH = cotangents
     (T, B, G), H, dtype = gates_TBG.shape, h_first.shape[1], h_first.dtype
     w_GH, given = w_h.astype(compute_dtype).T, (_resets(reset_TB), dh_TBH, gates_TBG, c_prev_TBH, *_given(mask_BH))
-    before_product = _kernel(partial(_unread, variant, T), B, H)
+    before_matmul = _kernel(partial(_before_matmul, variant, T), B, H)
 
     def window(refs: Any) -> None:
         *written, dh_ref = refs
 
         def backward(dh_BH: jax.Array, t: jax.Array) -> tuple[jax.Array, None]:
-            before_product(t[None], dh_BH, *given, *written)
+            before_matmul(t[None], dh_BH, *given, *written)
             return jnp.dot(written[0][...], w_GH, preferred_element_type=dtype), None
 
         symbols = jnp.arange(T, dtype=jnp.int32)
@@ -123,19 +123,20 @@ def _reverse(compute_dtype, variant, residuals, cotangents):
     _, dc_BH, da_TBG, dh_BH = pl.run_state(window)((da_BG, dfinal.c, da_TBG, dfinal.h))
     dh_BH = dh_BH if mask_BH is None else dh_BH * mask_BH
     dfirst = CellState(jnp.where(reset_TB[0][:, None], 0, dh_BH), dc_BH)
-    weights = lstm.parameter_gradients(w_h, h_first, h_TBH, da_TBG, reset_TB, compute_dtype, mask_BH)
-    return *weights, dfirst, da_TBG, None, None
+    sums = WindowSums(h_first, h_TBH, reset_TB, mask_BH, compute_dtype)
+    dw_h, db, dz_TBG = lstm.parameter_gradients(sums, da_TBG)
+    return dw_h.astype(w_h.dtype), db.astype(w_h.dtype), dfirst, dz_TBG, None, None
 
 
-recurrence.defvjp(_forward, _reverse)
+recurrence.defvjp(_forward, _backward)
 
 
-def _unread(variant, T, block, t_ref, dh_right, resets, dh_above, gates, c_prev_seq, *refs):
-    """What goes before the product of symbol t in reverse; `dh_right` is the one of symbol t + 1, as it came out."""
+def _before_matmul(variant, T, block, t_ref, dh_right, resets, dh_above, gates, c_prev_seq, *refs):
+    """Elementwise part of the backward step at t, before the recurrent matmul.  `dh_right`: gradient from step t+1."""
     *mask, da_out, dc_out, da_seq = refs
     t, (row, units, columns) = t_ref[0], block
     dh = dh_right[row, units]
-    if mask:  # what comes from the window's end was not masked
+    if mask:  # the gradient from the window's end was not masked
         dh = _where(t == T - 1, dh, dh * mask[0][row, units])
     dh = _unless(resets[t + 1, row], dh) + dh_above[t, row, units].astype(dh.dtype)
     i, f, g, o = (gates[t, row, k].astype(dh.dtype) for k in columns)
@@ -152,12 +153,12 @@ def _unless(reset: jax.Array, a: jax.Array) -> jax.Array:
 
 
 def _where(condition: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """`jnp.where` of a scalar condition, which Mosaic does not spread by itself."""
+    """`jnp.where` of a scalar condition, which Mosaic does not broadcast by itself."""
     return jnp.where(jnp.broadcast_to(condition, a.shape), a, b)
 
 
 def _kernel(body: Callable[..., None], B: int, H: int) -> Callable[..., Any]:
-    """A block of threads for some units of one stream; `body` is told which, and writes what it is given in place."""
+    """Makes a kernel of `body`, which gets the stream and the units of its block of threads, and writes in place."""
     width = next(w for w in (WIDEST, 2, 1) if H % (THREADS * w) == 0 and (BLOCKS * THREADS * w <= B * H or w == 1))
 
     def of_block(*refs: Any) -> None:
@@ -169,7 +170,7 @@ def _kernel(body: Callable[..., None], B: int, H: int) -> Callable[..., Any]:
 
 
 def _resets(reset_TB: jax.Array) -> jax.Array:
-    """int32 [T + 1, B]: none comes after the window."""
+    """int32 [T + 1, B]; no reset after the window."""
     return jnp.pad(reset_TB.astype(jnp.int32), ((0, 1), (0, 0)))
 
 

@@ -1,38 +1,203 @@
-"""The loop over the symbols of a window, and what it reads of it."""
+"""The loop over the symbols of a window and its custom VJP: one for every cell with a hand-derived backward step."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from charlstm.model.ops.matmul import bias_gradient, recurrent_matmul, recurrent_weight_gradient, weight_gradient
+from charlstm.types import CellState
+
+Matmul = Callable[..., jax.Array]  # x, number of the matrix (0) -> x W of that matrix, or in the backward pass x Wᵀ
+
+
+class Kept(NamedTuple):
+    """The states around a symbol that the loop keeps: of a cell with c, c⁻; of others, h⁻ and h.  The rest are None."""
+
+    h_prev: Any  # [B, H] each
+    h: Any
+    c_prev: Any
+
+
+class WindowSums(NamedTuple):
+    """Sums over all symbols of all streams, in the state's dtype, for the gradients of the parameters."""
+
+    h_first_BH: jax.Array  # before the window
+    h_TBH: jax.Array
+    reset_TB: jax.Array
+    mask_BH: jax.Array | None
+    compute_dtype: jax.typing.DTypeLike
+
+    def outer_h_masked(self, d_TBK: jax.Array) -> jax.Array:
+        """Σ sᵀ d, `[H, K]`, with s the `h_masked` of each symbol."""
+        return recurrent_weight_gradient(*self[:4], d_TBK, self.compute_dtype)
+
+    def outer(self, x_TBH: jax.Array, d_TBK: jax.Array) -> jax.Array:
+        """Σ xᵀ d, `[H, K]`."""
+        return weight_gradient(x_TBH, d_TBK, self.compute_dtype, self.h_first_BH.dtype)
+
+    def total(self, d_TBK: jax.Array) -> jax.Array:
+        """Σ d, `[K]`."""
+        return bias_gradient(d_TBK, self.h_first_BH.dtype)
+
+
+class Cell(Protocol):
+    """A cell's equations for one symbol of every stream, as the modules of `cells` give them."""
+
+    GATES: int
+    MATRICES: tuple[int, ...]  # columns, in units of H, of each of the recurrent matrices side by side in W_h
+    SAVED_OVER_Z: bool  # `saved` is one array [B, G], stored in place of z; `backward` gets it split into gates
+
+    def forward(
+        self, matmul: Matmul, b: jax.Array, prev: CellState, h_masked: jax.Array, z: jax.Array, variant: str
+    ) -> tuple[CellState, Any]:
+        """Returns the new state, and `saved`, a tree of arrays for `backward`.
+
+        Args:
+          b: the bias, `[1, .]`.
+          prev: the state before the symbol, zero if the stream is reset.
+          h_masked: prev.h, with state dropout times the mask.
+          z: the symbol's projection x W_x.
+        """
+
+    def backward(
+        self, matmul: Matmul, dh: jax.Array, dc: Any, kept: Kept, saved: Any, variant: str
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None, Any]:
+        """Returns the gradients of h_masked, of prev.h besides, of prev.c, and a tree for `parameter_gradients`.
+
+        Args:
+          dh: the gradient of the new h, from this symbol's output and from the next symbol together.
+          dc: the gradient of the new c from the next symbol; None without a c.
+        """
+
+    def parameter_gradients(self, sums: WindowSums, gradients: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns the gradients of w_h, b and z, given those that `backward` returned, of the whole window."""
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 6, 7))
+def recurrence(
+    cell: Cell,
+    w_h: jax.Array,
+    b: jax.Array,
+    state: CellState,
+    z_TBG: jax.Array,
+    reset_TB: jax.Array,
+    compute_dtype: jax.typing.DTypeLike,
+    variant: str = "",
+    mask_BH: jax.Array | None = None,
+) -> tuple[CellState, jax.Array]:
+    """Runs a window of every stream through a cell, given its projection, with the cell's hand-derived backward pass.
+
+    Args:
+      cell: static.
+      w_h, b: the master parameters `[H, .]`, and the cell's `bias` of them; the gradients come in their own dtypes.
+      state: before the window, `[B, H]` each; its dtype is that of the elementwise arithmetic and of matmuls' sums.
+      z_TBG: x W_x.
+      reset_TB: bool; where True, the stream's state is zero before the symbol is read.
+      compute_dtype: of the operands of matmuls with w_h, and of the outputs; static.
+      variant: of the cell's equations; "" for the first.  Static.
+      mask_BH: state dropout: matmuls with w_h see this times h⁻; None for h⁻ itself.
+
+    Returns:
+      The state after the window, and h_TBH.
+    """
+    return _forward(cell, w_h, b, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH)[0]
+
+
+def _forward(cell, w_h, b, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
+    dtype = state.h.dtype
+    matmul, b_1G = _matmuls(cell, w_h, compute_dtype, dtype), b.astype(dtype)[None]
+    h_dtype = dtype if state.c is None else compute_dtype  # without a c, h is the memory that `backward` reads
+
+    def step(carry, symbol):
+        (state, saved_TBG), (t, z_BG, reset_B) = carry, symbol
+        prev = zero_where(reset_B, state)
+        h_masked = prev.h if mask_BH is None else prev.h * mask_BH
+        if cell.SAVED_OVER_Z:
+            z_BG = jax.lax.dynamic_index_in_dim(saved_TBG, t, keepdims=False)
+        new, saved = cell.forward(matmul, b_1G, prev, h_masked, z_BG.astype(dtype), variant)
+        if cell.SAVED_OVER_Z:
+            saved_TBG, saved = jax.lax.dynamic_update_index_in_dim(saved_TBG, saved, t, 0), None
+        return (new, saved_TBG), (new.h.astype(h_dtype), prev.c, saved)
+
+    # In place of z, symbol by symbol: one array less of the largest there are.
+    start, z = ((state, z_TBG.astype(dtype)), None) if cell.SAVED_OVER_Z else ((state, None), z_TBG)
+    (final, over_z), (h_TBH, c_prev_TBH, saved) = scan(step, start, (jnp.arange(len(z_TBG)), z, reset_TB))
+    saved = over_z if cell.SAVED_OVER_Z else saved
+    # Of z only the dtype is needed later; an empty slice carries it, so that z itself need not be kept.
+    residuals = w_h, state.h, h_TBH, c_prev_TBH, saved, reset_TB, z_TBG[:0], mask_BH
+    return (final, h_TBH.astype(compute_dtype)), residuals
+
+
+def _backward(cell, compute_dtype, variant, residuals, cotangents):
+    w_h, h_first, h_TBH, c_prev_TBH, saved_TB, reset_TB, z_like, mask_BH = residuals
+    dfinal, dh_TBH = cotangents
+    dtype, T = h_first.dtype, len(reset_TB)
+    matmul = _matmuls(cell, w_h, compute_dtype, dtype, transpose=True)
+    kept = Kept(None, None, c_prev_TBH)
+    if c_prev_TBH is None:
+        h_prev_TBH = jnp.where(reset_TB[:, :, None], 0, jnp.concatenate([h_first[None], h_TBH[:-1]]))
+        kept = Kept(h_prev_TBH, h_TBH, None)
+
+    def step(dstate, symbol):
+        dh_above, kept, saved, reset_B = symbol
+        dh = dh_above.astype(dtype) + dstate.h
+        saved = blocks_at(saved_TB, saved, cell.GATES) if cell.SAVED_OVER_Z else saved
+        dh_masked, dh_besides, dc_prev, gradients = cell.backward(matmul, dh, dstate.c, kept, saved, variant)
+        dh_prev = dh_masked if mask_BH is None else dh_masked * mask_BH
+        dprev = CellState(dh_prev if dh_besides is None else dh_besides + dh_prev, dc_prev)
+        return zero_where(reset_B, dprev), jax.tree.map(lambda d: d.astype(z_like.dtype), gradients)
+
+    symbols = dh_TBH, kept, jnp.arange(T) if cell.SAVED_OVER_Z else saved_TB, reset_TB
+    dfirst, gradients = scan(step, dfinal, symbols, reverse=True)
+    sums = WindowSums(h_first, h_TBH, reset_TB, mask_BH, compute_dtype)
+    dw_h, db, dz_TBG = cell.parameter_gradients(sums, gradients)
+    return dw_h.astype(w_h.dtype), db.astype(w_h.dtype), dfirst, dz_TBG, None, None
+
+
+recurrence.defvjp(_forward, _backward)
+
+
+def zero_where(reset_B: jax.Array, state: CellState) -> CellState:
+    """Zeroes the rows of streams that are reset.  By selection: a product with 0 would let a NaN survive."""
+    return jax.tree.map(lambda s_BH: jnp.where(reset_B[:, None], 0, s_BH), state)
+
+
+def _matmuls(cell, w_h, compute_dtype, dtype, transpose=False) -> Matmul:
+    ends = np.cumsum(cell.MATRICES)[:-1] * len(w_h)
+    each = [recurrent_matmul(w, compute_dtype, dtype, transpose=transpose) for w in jnp.split(w_h, ends, axis=1)]
+    return lambda x, number=0: each[number](x)
 
 
 def scan(
     step: Callable[[Any, Any], tuple[Any, Any]], start: Any, symbols: Any, reverse: bool = False
 ) -> tuple[Any, Any]:
-    """`jax.lax.scan(step, start, symbols, reverse=reverse)`, not for autodiff.
+    """Runs `jax.lax.scan(step, start, symbols, reverse=reverse)`; not for autodiff.
 
-    Outputs of bfloat16 are stacked as integers of their bits: to write those of one symbol, XLA on a CPU would convert
-    those of all symbols to float32 and back, so that the window's time would grow with the square of its length.
+    Outputs in bfloat16 are stacked as integers of their bits: to write those of one symbol, XLA:CPU would convert those
+    of all symbols to float32 and back, so that a window's time would grow with the square of its length.
     """
     dtypes: list[Any] = []
 
-    def noted(carry: Any, symbol: Any) -> tuple[Any, Any]:
+    def with_bits(carry: Any, symbol: Any) -> tuple[Any, Any]:
         carry, outputs = step(carry, symbol)
         dtypes[:] = [leaf.dtype for leaf in jax.tree.leaves(outputs)]
         return carry, jax.tree.map(_bits, outputs)
 
-    final, stacked = jax.lax.scan(noted, start, symbols, reverse=reverse)
+    final, stacked = jax.lax.scan(with_bits, start, symbols, reverse=reverse)
     leaves, tree = jax.tree.flatten(stacked)
-    read = [jax.lax.bitcast_convert_type(a, d) if a.dtype != d else a for a, d in zip(leaves, dtypes, strict=True)]
-    return final, jax.tree.unflatten(tree, read)
+    outputs = [jax.lax.bitcast_convert_type(a, d) if a.dtype != d else a for a, d in zip(leaves, dtypes, strict=True)]
+    return final, jax.tree.unflatten(tree, outputs)
 
 
 def blocks_at(array_TBG: jax.Array, t: jax.Array, count: int) -> list[jax.Array]:
-    """The `count` blocks that lie side by side at symbol t of a window, `[B, G / count]` each.
+    """Returns the `count` blocks side by side at symbol t of a window, `[B, G / count]` each.
 
-    Each by a slice of its own: where slices of one slice are read in one loop, XLA on a CPU finds out anew for every
-    number where they begin, and does without vectors.
+    Each is a slice of its own: for slices of one slice read in one loop, XLA:CPU computes anew for every number where
+    they begin, and does not vectorize.
     """
     _, B, G = array_TBG.shape
     H = G // count

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from charlstm.model.cells import gru, lstm, mlstm, rnn
+from charlstm.model.ops.scan import recurrence
 
 T, B, D, H = 12, 2, 3, 8
 
@@ -19,7 +20,7 @@ def test_one_symbol_is_written_without_converting_the_whole_window(cell):
 
     def total(w_h, z_TBG):
         resets_TB = jnp.zeros((T, B), bool)
-        state_, h_TBH = cell.recurrence(w_h, cell.bias(params), state, z_TBG, resets_TB, jnp.bfloat16, variant)
+        state_, h_TBH = recurrence(cell, w_h, cell.bias(params), state, z_TBG, resets_TB, jnp.bfloat16, variant)
         return h_TBH.astype(jnp.float32).sum() + state_.h.sum()
 
     program = jax.jit(jax.grad(total, (0, 1))).lower(params.w_h, z_TBG).compile().as_text()

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from benchmarks.peers import textbook
 from charlstm.model.cells import gru, lstm, mlstm, rnn
 from charlstm.model.ops import matmul
+from charlstm.model.ops.scan import recurrence
 from charlstm.types import CellParams, CellState
 
 T, B, D, H = 7, 4, 3, 5
@@ -22,16 +23,15 @@ MASK_BH = np.random.default_rng(5).choice([0.0, 1.25], (B, H))
 def variant(cell: ModuleType, name: str) -> ModuleType:
     """The cell with one of its variants in place of the first."""
     chosen = ModuleType(cell.__name__)
-    of_it = {"step": partial(cell.step, variant=name), "recurrence": partial(cell.recurrence, variant=name)}
-    chosen.__dict__.update(vars(cell) | of_it)
+    chosen.__dict__.update(vars(cell) | {"step_projected": partial(cell.step_projected, variant=name), "VARIANT": name})
     return chosen
 
 
 def masked(cell: ModuleType) -> ModuleType:
     """The cell with state dropout."""
     chosen = ModuleType(cell.__name__)
-    of_it = {name: partial(getattr(cell, name), mask_BH=MASK_BH) for name in ("step", "recurrence")}
-    chosen.__dict__.update(vars(cell) | of_it)
+    step = partial(cell.step_projected, mask_BH=MASK_BH)
+    chosen.__dict__.update(vars(cell) | {"step_projected": step, "MASK_BH": MASK_BH})
     return chosen
 
 
@@ -88,8 +88,13 @@ def project(params, x_TBD):
 
 
 def fast(cell, params, state, x_TBD, reset_TB):
-    z_TBG = project(params, x_TBD)
-    return cell.recurrence(params.w_h, cell.bias(params), state, z_TBG, reset_TB, z_TBG.dtype)
+    z_TBG, b = project(params, x_TBD), cell.bias(params)
+    settings = getattr(cell, "VARIANT", ""), getattr(cell, "MASK_BH", None)
+    return recurrence(cell, params.w_h, b, state, z_TBG, reset_TB, z_TBG.dtype, *settings)
+
+
+def step(cell, params, state, x_BD, variant=""):
+    return cell.step_projected(params, state, x_BD @ params.w_x, variant)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -203,7 +208,7 @@ def test_bfloat16_products_leave_state_and_gradients_float32(cell, z_dtype):
     @partial(jax.jit, static_argnums=0)
     def outputs_and_gradients(dtype, z_TBG):
         def window(w_h, b, state, z_TBG):
-            return cell.recurrence(w_h, b, state, z_TBG, p.reset_TB, dtype)
+            return recurrence(cell, w_h, b, state, z_TBG, p.reset_TB, dtype)
 
         (state, h), pull = jax.vjp(window, w_h, cell.bias(p.params), p.state, z_TBG)
         return state, h, *pull((p.dfinal, p.dh_TBH.astype(h.dtype)))
@@ -295,22 +300,22 @@ def saturated(cell, **gates: float) -> CellParams:
 
 def test_the_lstms_gates_are_input_forget_candidate_output():
     p = problem(lstm)
-    write, _ = lstm.step(saturated(lstm, i=1, f=-1, g=1, o=-1), p.state, p.x_TBD[0])
+    write, _ = step(lstm, saturated(lstm, i=1, f=-1, g=1, o=-1), p.state, p.x_TBD[0])
     np.testing.assert_allclose(write.c, jnp.ones((B, H)), atol=1e-6)
     np.testing.assert_allclose(write.h, jnp.zeros((B, H)), atol=1e-6)
-    keep, h_BH = lstm.step(saturated(lstm, i=-1, f=1, g=1, o=1), p.state, p.x_TBD[0])
+    keep, h_BH = step(lstm, saturated(lstm, i=-1, f=1, g=1, o=1), p.state, p.x_TBD[0])
     np.testing.assert_allclose(keep.c, p.state.c, atol=1e-6)
     np.testing.assert_allclose(h_BH, jnp.tanh(p.state.c), atol=1e-6)
 
 
 def test_the_grus_gates_are_reset_update_candidate():
     p = problem(gru)
-    keep, _ = gru.step(saturated(gru, r=-1, u=1, n=1), p.state, p.x_TBD[0])
+    keep, _ = step(gru, saturated(gru, r=-1, u=1, n=1), p.state, p.x_TBD[0])
     np.testing.assert_allclose(keep.h, p.state.h, atol=1e-6)
     forgetful = saturated(gru, r=-1, u=-1, n=0)._replace(b_h=jnp.repeat(jnp.asarray([0.0, 0.0, 3.0]), H))
-    np.testing.assert_allclose(gru.step(forgetful, p.state, p.x_TBD[0])[1], jnp.zeros((B, H)), atol=1e-6)
+    np.testing.assert_allclose(step(gru, forgetful, p.state, p.x_TBD[0])[1], jnp.zeros((B, H)), atol=1e-6)
     recalling = saturated(gru, r=1, u=-1, n=0)._replace(b_h=forgetful.b_h)
-    np.testing.assert_allclose(gru.step(recalling, p.state, p.x_TBD[0])[1], jnp.full((B, H), np.tanh(3)), atol=1e-6)
+    np.testing.assert_allclose(step(gru, recalling, p.state, p.x_TBD[0])[1], jnp.full((B, H), np.tanh(3)), atol=1e-6)
 
 
 def test_the_mlstm_is_an_lstm_that_sees_the_factor_in_place_of_the_state(float64):
@@ -318,17 +323,17 @@ def test_the_mlstm_is_an_lstm_that_sees_the_factor_in_place_of_the_state(float64
     params, G = p.params, 4 * H
     m_BH = (p.x_TBD[0] @ params.w_x[:, G:]) * (p.state.h @ params.w_h[:, G:])
     gates = CellParams(params.w_x[:, :G], params.w_h[:, :G], params.b_x, params.b_h)
-    expected = lstm.step(gates, p.state._replace(h=m_BH), p.x_TBD[0])
-    assert_close(mlstm.step(params, p.state, p.x_TBD[0]), expected, 1e-12)
+    expected = step(lstm, gates, p.state._replace(h=m_BH), p.x_TBD[0])
+    assert_close(step(mlstm, params, p.state, p.x_TBD[0]), expected, 1e-12)
 
 
 def test_a_capped_cell_lets_in_no_more_than_was_forgotten():
     p = problem(lstm)
     full = saturated(lstm, i=1, f=1, g=1, o=1)
-    np.testing.assert_allclose(lstm.step(full, p.state, p.x_TBD[0], "capped")[0].c, p.state.c, atol=1e-6)
-    np.testing.assert_allclose(lstm.step(full, p.state, p.x_TBD[0])[0].c, p.state.c + 1, atol=1e-6)
+    np.testing.assert_allclose(step(lstm, full, p.state, p.x_TBD[0], "capped")[0].c, p.state.c, atol=1e-6)
+    np.testing.assert_allclose(step(lstm, full, p.state, p.x_TBD[0])[0].c, p.state.c + 1, atol=1e-6)
     empty = saturated(lstm, i=1, f=-1, g=1, o=1)
-    np.testing.assert_allclose(lstm.step(empty, p.state, p.x_TBD[0], "capped")[0].c, jnp.ones((B, H)), atol=1e-6)
+    np.testing.assert_allclose(step(lstm, empty, p.state, p.x_TBD[0], "capped")[0].c, jnp.ones((B, H)), atol=1e-6)
 
 
 @CELLS

@@ -5,6 +5,7 @@ is a GPU for them, it runs them as they are.
 """
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from charlstm.config.model import ModelConfig
 from charlstm.model import language_model
 from charlstm.model.cells import lstm
 from charlstm.model.dropout import DropoutKey
-from charlstm.model.ops import lstm_pallas
+from charlstm.model.ops import lstm_pallas, scan
 from charlstm.training import step as step_lib
 from charlstm.types import CellState
 from data_pipeline.batch import Batch
@@ -31,6 +32,9 @@ SETTINGS = {
     "plain": ("plain", "float32", False),
     "capped, masked, bfloat16": ("capped", "bfloat16", True),
 }
+
+
+by_loop = partial(scan.recurrence, lstm)
 
 
 class Given:
@@ -108,7 +112,7 @@ def value_and_gradients(recurrence, variant, compute_dtype, masked, z_dtype="flo
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_a_window_and_its_gradients_are_those_of_the_loop(machine, settings):
-    got, expected = (value_and_gradients(way, *settings) for way in (lstm_pallas.recurrence, lstm.recurrence))
+    got, expected = (value_and_gradients(way, *settings) for way in (lstm_pallas.recurrence, by_loop))
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype, path
@@ -120,7 +124,7 @@ def test_a_window_and_its_gradients_are_those_of_the_loop(machine, settings):
 @pytest.mark.parametrize(("variant", "forget_bias"), [("plain", 1), ("plain", 7), ("capped", 7)])
 def test_no_gate_loses_its_gradient_where_forget_gates_would_round_to_1_in_bfloat16(machine, variant, forget_bias):
     settings = variant, "bfloat16", False, "bfloat16", forget_bias
-    (_, got), (_, expected) = (value_and_gradients(way, *settings) for way in (lstm_pallas.recurrence, lstm.recurrence))
+    (_, got), (_, expected) = (value_and_gradients(way, *settings) for way in (lstm_pallas.recurrence, by_loop))
     for leaf in (1, 3):  # by b and by z
         for gate, a, b in zip(
             "ifgo", *(np.split(np.asarray(g[leaf], float), 4, -1) for g in (got, expected)), strict=True
@@ -131,10 +135,10 @@ def test_no_gate_loses_its_gradient_where_forget_gates_would_round_to_1_in_bfloa
 def test_a_model_of_layers_that_are_read_fused_is_the_same_model(machine):
     remat = machine != "interpreted"  # the interpreter has effects, which jax.checkpoint does not take
 
-    def value(recurrence):
+    def value(backend):
         config = ModelConfig(
             hidden_size=128, embedding_size=5, layer_dropout=0.3, state_dropout=0.2, weight_drop=0.2,
-            recurrence=recurrence, remat=remat,
+            lstm_backend=backend, remat=remat,
         )  # fmt: skip
         params, state = language_model.init(config, 9, jax.random.key(1)), language_model.zero_state(config, 2)
         ids_BT, dropout_key = (
@@ -177,7 +181,7 @@ def test_the_whole_step_is_lowered_for_a_gpu_by_every_jax_that_is_offered_it(bac
     mesh = distributed.make(jax.devices("cpu")[:1])
     config = config_lib.replace(
         Config(), batch_size=4, window=4, hidden_size=128, embedding_size=8, compute_dtype="bfloat16",
-        state_dropout=0.1, recurrence=backend,
+        state_dropout=0.1, lstm_backend=backend,
     )  # fmt: skip
     config = config_lib.fill_automatic(config, 1)
     ids = jax.ShapeDtypeStruct((4, 4), np.uint8)
