@@ -135,9 +135,9 @@ def test_every_device_count_skips_alike():
 def test_an_update_is_sound_where_loss_norm_and_new_parameters_are_finite_and_only_there(spoiled):
     good = {"loss": jnp.float32(2.0), "norm": jnp.float32(1.0), "params": {"w": jnp.ones((2, 3))}}
     divergence_state = divergence.start(jnp.float32)
-    assert divergence.is_accepted(TrainingConfig(), **good, divergence=divergence_state)
+    assert divergence.is_accepted(TrainingConfig(), **good, divergence_state=divergence_state)
     bad = good | {spoiled: jax.tree.map(lambda leaf: leaf * jnp.inf, good[spoiled])}
-    assert not divergence.is_accepted(TrainingConfig(), **bad, divergence=divergence_state)
+    assert not divergence.is_accepted(TrainingConfig(), **bad, divergence_state=divergence_state)
 
 
 def test_a_spike_is_a_loss_of_more_than_so_many_times_the_usual_one():
