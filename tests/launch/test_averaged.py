@@ -180,8 +180,8 @@ def test_a_run_that_goes_back_has_the_average_of_the_checkpoint(average, go, dis
     run_dir = go(f"back {average}", 2, None, *ROLLBACK, *average)
     assert "went back to step 25, rollback 1 of 3;" in (run_dir / "log.txt").read_text()
     before, after = seen[25]
-    assert_equal_bits((after.average, after.plateau_state), (before.average, before.plateau_state))
-    assert after.plateau_state.averaged == 25 and np.abs(after.average.b_out - after.params.b_out).max() > 1e-3
+    assert_equal_bits((after.average, after.plateau), (before.average, before.plateau))
+    assert after.plateau.averaged == 25 and np.abs(after.average.b_out - after.params.b_out).max() > 1e-3
     assert len(seen[28]) == 2 and np.isfinite(seen[39][0].average.b_out).all()
 
 

@@ -86,7 +86,7 @@ def test_where_none_is_kept_nothing_is_paid_for_it():
     before = step.init(SKIP, V)
     assert before.average == ()
     state, _ = advance(SKIP, before, [0])
-    assert (state.average, int(state.plateau_state.averaged)) == ((), 0)
+    assert (state.average, int(state.plateau.averaged)) == ((), 0)
 
 
 @pytest.mark.parametrize(("config", "others"), [(EMA, (1,)), (ASGD, ())], ids=["ema", "asgd"])
@@ -103,8 +103,8 @@ def test_an_update_that_is_skipped_is_not_averaged(config):
     before, _ = advance(config, step.init(config, V), [0, 1])
     after, (metrics,) = advance(config, before, [beyond(config, 2)])
     assert not metrics.accepted
-    assert_equal_bits((after.average, after.plateau_state), (before.average, before.plateau_state))
-    assert int(before.plateau_state.averaged) == 2
+    assert_equal_bits((after.average, after.plateau), (before.average, before.plateau))
+    assert int(before.plateau.averaged) == 2
 
 
 def test_a_run_that_starts_from_other_parameters_starts_their_average():
