@@ -33,6 +33,23 @@ sys.path.insert(0, str(ROOT))
 from tests.jobs import STEPS, last_line  # noqa: E402
 
 
+@pytest.fixture(scope="module")
+def unoptimized():
+    """Has XLA leave most of its optimizations out, here and in the programs that are started.
+
+    For tests of what is neither about bits that depend on them nor about what is compiled.
+    """
+    import jax
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+        jax.clear_caches()
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def corpora() -> Path:
     """The folder of real texts beside the checkout; a test that needs it is skipped where it is absent."""

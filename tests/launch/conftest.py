@@ -27,7 +27,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def arguments(folder) -> tuple[str, ...]:
+def arguments(folder, unoptimized) -> tuple[str, ...]:
     return (TINY, *SMALL, f"--corpus={folder / 'text.txt'}", f"--cache_dir={folder / 'cache'}")
 
 

@@ -145,9 +145,7 @@ def test_the_average_is_what_is_validated_evaluated_and_sampled(straight, capsys
 
 
 ROLLBACK = ("--on_divergence=rollback", "--schedule=constant", "--evaluate_every=10")  # checkpoints of 5, 10, ...
-AVERAGES = pytest.mark.parametrize(
-    "average", [("--average=ema",), ("--average=asgd", "--average_patience=0")], ids=["ema", "asgd"]
-)
+EMA, ASGD = ("--average=ema",), ("--average=asgd", "--average_patience=0")
 
 
 @pytest.fixture
@@ -174,7 +172,7 @@ def disturbed(monkeypatch):
     return disturbed
 
 
-@AVERAGES
+@pytest.mark.parametrize("average", [EMA, pytest.param(ASGD, marks=pytest.mark.long)], ids=["ema", "asgd"])
 def test_a_run_that_goes_back_has_the_average_of_the_checkpoint(average, go, disturbed):
     seen = disturbed(
         28, lambda state: state._replace(params=jax.tree.map(lambda p: p * np.float32(np.nan), state.params))
@@ -187,10 +185,9 @@ def test_a_run_that_goes_back_has_the_average_of_the_checkpoint(average, go, dis
     assert len(seen[28]) == 2 and np.isfinite(seen[39][0].average.b_out).all()
 
 
-@AVERAGES
-def test_a_bit_of_the_average_that_flips_on_one_device_is_found(average, go, disturbed):
+def test_a_bit_of_the_average_that_flips_on_one_device_is_found(go, disturbed):
     disturbed(28, lambda state: state._replace(average=state.average._replace(b_out=flipped(state.average.b_out, 1))))
-    run_dir = go(f"flipped {average}", 2, None, *ROLLBACK, *average, "--check_replicas_every=5")
+    run_dir = go("flipped", 2, None, *ROLLBACK, *ASGD, "--check_replicas_every=5")
     log = (run_dir / "log.txt").read_text()
     found = r"diverged: the copies on device 0 .*, device 1 .* differ, in average\.b_out after step 30"
     assert re.search(found, log) and log.count("went back to step 25") == 1

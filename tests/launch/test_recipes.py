@@ -26,6 +26,8 @@ from launch import flags
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 def test_the_tinyshakespeare_recipe_is_char_rnns_to_the_letter(corpora: Path, tmp_path):
     (config,), _ = flags.parse(
@@ -95,7 +97,14 @@ def test_a_recipe_has_as_many_parameters_as_is_published(name):
     assert abs(estimate.count_parameters(recipe(name), V) / 1e6 - millions) <= precision / 2
 
 
-@RECIPES
+# One of each kind; the others are of the same settings in other sizes and with other rates.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "enwik8_awd", "enwik8_mogrifier48m", "enwik8_melis46m", "amazon_mlstm4096",
+        pytest.param("enwik8_mlstm46m", marks=pytest.mark.long), pytest.param("enwik8_lstm48m", marks=pytest.mark.long),
+    ],
+)  # fmt: skip
 def test_a_recipe_with_sizes_turned_down_takes_two_updates(name):
     config = recipe(name)
     small = {"num_layers": min(config.model.num_layers, 2), "hidden_size": 6, "batch_size": 4, "window": 8}

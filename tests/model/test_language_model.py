@@ -13,7 +13,9 @@ from charlstm.model.dropout import DropoutKey
 from charlstm.model.ops.matmul import dense, lookup
 from charlstm.training.loss import activation_penalties, cross_entropy
 
-V, B, T, H = 9, 4, 12, 6
+V, B, T, H = 9, 4, 6, 6
+
+pytestmark = pytest.mark.usefixtures("unoptimized")
 
 
 def make(**changes) -> ModelConfig:
@@ -43,17 +45,20 @@ def slow_apply(config, params, state, inputs_BT, reset_BT):
     return tuple(new), top @ (params.embedding.T if params.w_out is None else params.w_out) + params.b_out[None, None]
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn", "mlstm"])
 @pytest.mark.parametrize(
-    "changes",
+    ("cell", "changes"),
     [
-        {},
-        {"embedding_size": 4, "skip": True},
-        {"embedding_size": 5},
-        {"embedding_size": H, "tie_embeddings": True, "num_layers": 3},
+        ("lstm", {"embedding_size": 4, "skip": True}),
+        ("lstm", {"embedding_size": 5}),
+        ("gru", {"embedding_size": H, "tie_embeddings": True, "num_layers": 3}),
+        ("rnn", {"embedding_size": 5}),
+        ("mlstm", {}),
     ],
-    ids=["one-hot", "embedding projected at each place, skip", "each symbol's embedding projected once", "tied"],
-)
+    ids=[
+        "lstm, embedding projected at each place, skip", "lstm, each symbol's embedding projected once", "gru, tied",
+        "rnn, each symbol's embedding projected once", "mlstm, one-hot",
+    ],
+)  # fmt: skip
 def test_the_model_equals_its_textbook_twin_in_float64_in_value_and_gradient(cell, changes):
     config = make(cell=cell, **changes)
     inputs, targets, reset = window()
@@ -93,17 +98,17 @@ def gradient_of(config, length):
 
 
 @pytest.mark.parametrize(
-    ("embedding_size", "symbols", "noise", "once"),
+    ("embedding_size", "symbols", "dropped", "once"),
     [(5, B * T, False, True), (5, V - 1, False, False), (4, B * T, False, False), (5, B * T, True, False)],
     ids=["once", "fewer places than symbols", "more symbols than twice the embedding", "with dropout of the input"],
 )
 def test_each_symbol_is_projected_once_where_that_is_less_arithmetic_and_nothing_is_dropped_between(
-    embedding_size, symbols, dropout_key, once
+    embedding_size, symbols, dropped, once
 ):
     config = make(embedding_size=embedding_size, input_dropout=0.5)
     params = language_model.init(config, V, jax.random.key(1))
     ids = jnp.zeros((1, symbols), jnp.int32)
-    drawn = DropoutKey(jax.random.key(0), jnp.arange(1)) if dropout_key else None
+    drawn = DropoutKey(jax.random.key(0), jnp.arange(1)) if dropped else None
     program = jax.jit(
         lambda p: language_model.features(config, p, language_model.zero_state(config, 1), ids, ids == 1, drawn)[1]
     )
@@ -111,15 +116,15 @@ def test_each_symbol_is_projected_once_where_that_is_less_arithmetic_and_nothing
     assert (projected_once in program.lower(params).as_text()) == once
 
 
-@pytest.mark.parametrize("length", [1, 9, 12, 23])
 @pytest.mark.parametrize(
-    "kind",
+    ("kind", "length"),
     [
-        {"cell": "lstm", "state_dropout": 0.2, "weight_drop": 0.2, "skip": True},
-        {"cell": "gru", "embedding_size": 5, "embedding_dropout": 0.2},
-        {"cell": "lstm", "embedding_size": 5, "mogrifier_rounds": 2, "train_initial_state": True},
+        ({"cell": "lstm", "state_dropout": 0.2, "weight_drop": 0.2, "skip": True}, 23),
+        ({"cell": "gru", "embedding_size": 5, "embedding_dropout": 0.2}, 1),
+        ({"cell": "lstm", "embedding_size": 5, "mogrifier_rounds": 2, "train_initial_state": True}, 9),
+        pytest.param({"cell": "gru", "embedding_size": 5, "embedding_dropout": 0.2}, 12, marks=pytest.mark.long),
     ],
-    ids=["lstm", "gru", "general"],
+    ids=["lstm, of 23", "gru, of 1", "general, of 9", "gru, of 12"],
 )
 def test_a_window_computed_again_in_pieces_has_the_value_and_gradient_of_one_that_is_kept(kind, length):
     kind = kind | {"input_dropout": 0.1, "layer_dropout": 0.3}
@@ -150,8 +155,8 @@ def test_the_penalties_of_activations_are_of_the_dropped_and_their_changes_of_th
     settings = OptimizerConfig(activation_penalty=2.0, activation_change_penalty=3.0)
     h, dropped = random.normal(size=(2, T, B, H))
     reset_TB = np.zeros((T, B), bool)
-    reset_TB[5, 1] = True
-    squares = [(h[t, b] - h[t - 1, b]) ** 2 for t in range(1, T) for b in range(B) if (t, b) != (5, 1)]
+    reset_TB[4, 1] = True
+    squares = [(h[t, b] - h[t - 1, b]) ** 2 for t in range(1, T) for b in range(B) if (t, b) != (4, 1)]
     mean = 2 * (dropped**2).mean() + 3 * np.sum(squares) / ((T - 1) * B * H)
     with jax.enable_x64(True):
         total = activation_penalties(settings, jnp.asarray(h), jnp.asarray(dropped), jnp.asarray(reset_TB))
@@ -177,15 +182,15 @@ def test_projections_and_loss_equal_their_plain_twins_in_float64():
                 np.testing.assert_allclose(a, b_, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn", "mlstm"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_a_long_window_equals_short_windows_with_carried_state(cell):
     config = make(cell=cell)
     inputs, _, reset = window()
     params, state = language_model.init(config, V, jax.random.key(0)), language_model.zero_state(config, B)
     final, logits = language_model.apply(config, params, state, inputs, reset)
     pieces = []
-    for start in range(0, T, 4):
-        part = slice(start, start + 4)
+    for start in range(0, T, 3):
+        part = slice(start, start + 3)
         state, piece = language_model.apply(config, params, state, inputs[:, part], reset[:, part])
         pieces.append(piece)
     np.testing.assert_allclose(np.concatenate(pieces), logits, atol=1e-6)
@@ -193,7 +198,7 @@ def test_a_long_window_equals_short_windows_with_carried_state(cell):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn", "mlstm"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_resetting_one_stream_leaves_the_others_bit_identical(cell):
     config = make(cell=cell)
     inputs, _, _ = window()
@@ -219,11 +224,11 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_state_logits_and_gradients_in_f
         assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((new, logits)))
         return cross_entropy(logits, targets.T).mean()
 
-    gradient = jax.grad(loss)(params)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradient))
     text = jax.jit(loss).lower(params).as_text()
     assert "bf16" in text
-    assert float(loss(params)) == pytest.approx(float(np.log(V)), rel=0.1)
+    assert float(value) == pytest.approx(float(np.log(V)), rel=0.1)
 
 
 def test_the_char_rnn_model_has_240321_parameters():
