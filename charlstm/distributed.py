@@ -56,7 +56,7 @@ def join(coordinator: str, count: int, index: int, heartbeat_timeout: int) -> No
 
 
 def join_cluster(heartbeat_timeout: int) -> None:
-    """As `join`, of the processes that a cluster has started.  Raises ValueError where JAX finds no cluster."""
+    """Joins the processes that a cluster has started.  Raises ValueError where JAX finds no cluster."""
     jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_timeout, shutdown_timeout_seconds=heartbeat_timeout)
 
 
@@ -110,7 +110,7 @@ def describe(mesh: Mesh) -> str:
 
 
 def device_kind(mesh: Mesh) -> str:
-    """What the devices are, such as "cpu"."""
+    """Kind of the devices, such as "cpu"."""
     return mesh.devices.flat[0].device_kind
 
 
@@ -160,7 +160,7 @@ def is_one_of_several() -> bool:
 
 
 def process_number() -> int:
-    """Which process of the job this one is, from 0 on."""
+    """Number of this process in the job, from 0 on."""
     return jax.process_index()
 
 

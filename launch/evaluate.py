@@ -38,7 +38,7 @@ from launch import cli, flags, runtime
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateFlags:
-    """What to score, and with which checkpoint."""
+    """The split to score, and the checkpoint."""
 
     run_dir: str = setting("", "The run to evaluate.  Required.")
     split: str = setting("test", "The split to score.", choices=("train", "valid", "test"))

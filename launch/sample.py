@@ -50,7 +50,7 @@ ENDING = 2.0  # seconds in which a text that is interrupted may come to its end:
 
 @dataclasses.dataclass(frozen=True)
 class SampleFlags:
-    """What to write, and with which checkpoint."""
+    """The text to write, and the checkpoint."""
 
     run_dir: str = setting("", "The run to sample from.  Required.")
     checkpoint: str = setting("best", "best (on validation; the newest where none was validated), latest, or a step.")
@@ -166,7 +166,7 @@ def _stop(text: str, vocabulary: Vocabulary) -> np.ndarray:
 
 
 def _gets_bytes(stdout: Any, vocabulary: Vocabulary) -> bool:
-    """Whether the very bytes of a text are written: to what is a file or a pipe, and no terminal."""
+    """True if a text is written as its very bytes: to a file or a pipe, not to a terminal."""
     return vocabulary.kind == "bytes" and isinstance(stdout, io.TextIOWrapper) and not stdout.isatty()
 
 

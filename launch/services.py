@@ -74,14 +74,14 @@ class ProgramServices(Services):
         return self._watchdog.pause(doing)
 
     def about(self) -> dict[str, Any]:
-        """What a heartbeat says of the run, besides its step."""
+        """Fields of a heartbeat besides the step."""
         if self._training is None:
             return {}
         last = self._training.run.config.training.num_steps
         return {"num_steps": last, "status": self._training.metrics.status()}
 
     def figures(self) -> dict[str, float | None]:
-        """What the monitor is told."""
+        """Values for the monitor, by the names in `prometheus.METRICS`."""
         if (training := self._training) is None:
             return {}
         return {

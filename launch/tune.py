@@ -69,7 +69,7 @@ class TuneFlags:
 
 
 class Ended(NamedTuple):
-    """How launch.train ended: `status` as in cli.py, or -N for signal N; `last_words`, the last line it wrote."""
+    """End of launch.train: `status` as in cli.py, or -N for signal N; `last_words`, the last line it wrote."""
 
     status: int
     told_to_stop: bool  # by a signal to this program

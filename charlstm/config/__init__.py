@@ -162,7 +162,7 @@ def from_json(text: str, source: str) -> Config:
 
 
 def diff(run: Config, now: Config) -> tuple[list[str], list[str]]:
-    """What `now` would change of a run made with `run`: (forbidden, free), each a list of "name: old -> new".
+    """Lists what `now` would change of a run made with `run`: (forbidden, mutable), each a list of "name: old -> new".
 
     What is AUTOMATIC is no difference.  Where a run goes by validation, what makes the scores is not free.
     """

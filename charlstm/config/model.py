@@ -67,7 +67,7 @@ class ModelConfig:
     )
     remat: bool = setting(
         False,
-        "Keep of each layer only what it reads, and compute it again in the reverse pass: less memory, more time.",
+        "Keep of each layer only what it reads, and compute it again in the backward pass: less memory, more time.",
     )
 
     def __post_init__(self) -> None:
@@ -135,7 +135,7 @@ class ModelConfig:
 
     @property
     def variant(self) -> str:
-        """Of the cell's equations."""
+        """Variant of the cell's equations."""
         match self.cell:
             case "rnn":
                 return self.nonlinearity
@@ -160,11 +160,11 @@ class ModelConfig:
 
     @property
     def takes_raw_input(self) -> bool:
-        """Whether the recurrence takes a layer's input itself, not its projection x W_x."""
+        """True if the recurrence takes a layer's input itself, not its projection x W_x."""
         return bool(self.mogrifier_rounds)
 
     @property
     def has_custom_vjp(self) -> bool:
-        """Whether the cell's own `recurrence` does all that is asked for; else the general path does."""
+        """True if the cell's hand-derived backward pass covers all settings; else autodiff is used."""
         general = self.zoneout or self.zoneout_cell or self.mogrifier_rounds or self.train_initial_state
         return not general and self.cell != "layer_norm_lstm"

@@ -167,7 +167,7 @@ class TrainingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """How a held-out split is scored."""
+    """Scoring of a held-out split."""
 
     eval_chunk: int = setting(
         8192,

@@ -1,1 +1,1 @@
-"""What a trained model is used for: scores and text."""
+"""Uses of a trained model: scores and text."""

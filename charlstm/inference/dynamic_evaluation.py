@@ -41,7 +41,7 @@ Progress = Callable[[int, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class DynamicEvaluationConfig:
-    """How a model learns from the text that it is scored on."""
+    """Learning from the text that is scored."""
 
     dynamic_window: int = setting(5, "Symbols that are scored, then learned from.")
     dynamic_learning_rate: float = setting(5e-5, "eta: how far a gradient of its usual size moves a parameter.")

@@ -57,7 +57,7 @@ def at_temperatures(
     temperatures: Sequence[float] = (1.0,),
     shards: int = 1,
 ) -> Callable[[ModelParams], list[Score]]:
-    """As `make_evaluator`, a score for each soft-max temperature, all from the same logits."""
+    """Returns an evaluator for several softmax temperatures: a score each, all from the same logits."""
     settings, chunks = config.evaluation, -(-len(split) // config.evaluation.eval_chunk)
     parts = mesh.size * shards
     rows = -(-min(settings.evaluation_batch_size, chunks) // parts) * parts
@@ -79,7 +79,7 @@ def at_temperatures(
 
 
 def scores(nats_K: np.ndarray, vocabulary_size: int, split: Split) -> list[Score]:
-    """Of sums over symbols 1 .. N-1 of `split`."""
+    """Scores from sums over symbols 1 .. N-1 of `split`."""
     bits_K = nats_K / NATS_PER_BIT + math.log2(vocabulary_size)
     return [Score(bits, len(split), split.characters, split.bytes, split.unknown) for bits in bits_K.tolist()]
 

@@ -38,7 +38,7 @@ WHOLE, ROWS, COLUMNS = distributed.REPLICATED, distributed.BY_STREAM, PartitionS
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next symbol is chosen."""
+    """Choice of the next symbol."""
 
     temperature: float = setting(
         1.0, "Divides the logits: below 1 the text is more careful, above 1 bolder; 0 takes the most probable symbol."
@@ -58,7 +58,7 @@ class Sampling:
 
 
 class Chunk(NamedTuple):
-    """What one call of the device made: the next n symbols of each of R rows."""
+    """Result of one call of the device: the next n symbols of each of R rows."""
 
     ids: np.ndarray  # int32 [R, n]
     log_probabilities: np.ndarray  # [R, n] natural logarithms of the model's own softmax: temperature 1, all symbols
@@ -254,7 +254,7 @@ def _first_largest(values_RV: jax.Array) -> jax.Array:
 
 
 def _nucleus(logits_RK: jax.Array, temperature: jax.Array, top_p: float) -> jax.Array:
-    """Which of the symbols, given in order of probability, are in the nucleus, bool [R, K].
+    """True for symbols in the nucleus; they are given in order of probability.  bool [R, K].
 
     The nucleus (Holtzman et al., The Curious Case of Neural Text Degeneration, ICLR 2020) is the smallest set of most
     probable symbols that has a probability of `top_p` together: a symbol is in it when those before it fall short.

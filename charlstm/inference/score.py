@@ -32,7 +32,7 @@ class Score(NamedTuple):
         return {name: getattr(self, name) for name in FIGURES}
 
     def in_words(self, kind: str) -> str:
-        """Of a vocabulary of `kind`: what a symbol is comes first, and the other figure where it is another."""
+        """The score in words: first the figure of the vocabulary's own symbols, then the other one if it differs."""
         named = {"byte": self.bits_per_byte, "character": self.bits_per_character}
         first, other = ("byte", "character") if kind == "bytes" else ("character", "byte")
         words = f"{self.bits_per_symbol:.4f} bits per {first}"

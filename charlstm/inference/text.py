@@ -70,7 +70,7 @@ class Sample:
         return text + (self._decoder.flush() if last else "")
 
     def _beginning_of_stop(self) -> int:
-        """How many symbols at the end may be the beginning of the stop string."""
+        """Number of symbols at the end that may begin the stop string."""
         lengths = range(len(self._end), 0, -1)
         return min(len(self.ids), next((n for n in lengths if self._end[-n:] == self._stop[:n]), 0))
 

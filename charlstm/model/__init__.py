@@ -1,4 +1,4 @@
-"""What is computed: symbols -> logits.  The functional level, for research: parameters in, arrays out."""
+"""The model: symbols -> logits.  The functional level, for research: parameters in, arrays out."""
 
 from charlstm.model.language_model import apply, init, reset_state, zero_state
 

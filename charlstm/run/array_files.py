@@ -113,7 +113,7 @@ def _restore(item: Path, restore: Any) -> Any:
 
 
 def _apart_from_event_loops(function: Callable[..., Result], *arguments: Any) -> Result:
-    """What `function` returns.  Orbax runs event loops of its own, which one that runs already (in Jupyter) forbids."""
+    """Calls `function` in a thread if an event loop runs here (Jupyter): Orbax runs event loops of its own."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -126,7 +126,7 @@ class Checkpoints:
             self._pending = self._thread.submit(self._commit, written, meta)
 
     def wait(self) -> None:
-        """Until the last save is whole on disk, or has failed and is counted."""
+        """Waits until the last save is whole on disk, or has failed and is counted."""
         if self._pending:
             self._pending.result()
             self._pending = None
@@ -140,7 +140,7 @@ class Checkpoints:
         return next(iter(self._files.by_score()), None)
 
     def read_meta(self, step: int | None = None) -> dict[str, Any]:
-        """What was saved beside the arrays: format, step, identity, bits_per_symbol, sums, arrays.  No array is read.
+        """Metadata saved beside the arrays: format, step, identity, bits_per_symbol, sums, arrays.  No array is read.
 
         Args:
           step: None for the newest that has a whole seal.
@@ -172,7 +172,7 @@ class Checkpoints:
     def restore_params(
         self, abstract: ModelParams, *, step: Wanted = None, item: str = "params"
     ) -> tuple[ModelParams, dict[str, Any]]:
-        """As `restore`, of one `item` alone, the params or their average; the files of the rest are not read.
+        """Restores one `item` alone, the params or their average; the files of the rest are not read.
 
         Args:
           step: "best" for the best whole one on validation, the newest where none was validated.
@@ -252,7 +252,7 @@ class Checkpoints:
         return restored, meta
 
     def _first_whole(self, wanted: Wanted, read: Callable[[int], Found]) -> tuple[Found, list[int]]:
-        """What `read` gives of the first candidate that is whole, and the damaged ones before it.
+        """Reads the first candidate that is whole; returns the result, and the damaged ones before it.
 
         Nothing is set aside where none is: the same command again must refuse again, not start anew.
         """
@@ -296,7 +296,7 @@ class Checkpoints:
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    """What is saved apart, so that it can be restored apart.  The step is in the seal."""
+    """Fields that are saved apart, so that they can be restored apart.  The step is in the seal."""
     return {field: value for field, value in state._asdict().items() if field != "step"}
 
 

@@ -58,7 +58,7 @@ def open_for(config: Config, given: Sequence[str]) -> tuple[Corpus, Config]:
 
 
 def plan_for(config: Config, corpus: Corpus) -> StreamPlan:
-    """How the training split is read.
+    """Plan of how the training split is read.
 
     Raises:
       ValueError: splits are too short, all of which the message names.
@@ -89,7 +89,7 @@ def plan_for(config: Config, corpus: Corpus) -> StreamPlan:
 
 
 def remarks_on_separator(config: Config, corpus: Corpus, separator: Separator) -> list[str]:
-    """What there is to say of the separator of documents: that it was not found."""
+    """Remarks on the separator of documents: that it was not found."""
     split = corpus.splits["train"]
     if not separator or _occurs(split, separator):
         return []
@@ -101,7 +101,7 @@ def remarks_on_separator(config: Config, corpus: Corpus, separator: Separator) -
 
 
 def _occurs(split: Symbols, separator: Separator) -> bool:
-    """Whether the separator stands in the first `SEARCHED` symbols of `split`."""
+    """True if the separator occurs in the first `SEARCHED` symbols of `split`."""
     for start in range(0, min(len(split), SEARCHED), CHUNK):
         stop = min(start + CHUNK + looks_back(separator), len(split))
         if stop - start >= len(separator) and ends_separator(split.read(start, stop), separator).any():
@@ -118,7 +118,7 @@ def refuse_inside(run_dir: Path, settings: CorpusSettings) -> None:
 
 
 def _absolute(spec: str) -> str:
-    """Where a text lies, for whoever asks for it from another directory."""
+    """Absolute path of a text, as a later command may run in another directory."""
     return spec if not spec or spec in NAMES else os.path.abspath(os.path.expanduser(spec))
 
 

@@ -53,7 +53,7 @@ def digests(tree: Any) -> dict[str, str]:
 
 
 def host_digest(array: np.ndarray) -> str:
-    """As `digests`, of one array in the host's memory, by NumPy: no device is asked, and only pieces are copied."""
+    """Digest of one array in host memory, by NumPy, equal to that of `digests`; copies only pieces of it."""
     size = array.dtype.itemsize
     unsigned = {1: np.uint8, 2: np.uint16}.get(size, np.uint32)
     words: np.ndarray = array.reshape(-1).view(unsigned).reshape(array.shape + ((2,) if size == 8 else ()))
@@ -83,7 +83,7 @@ def _host_lane(words: np.ndarray, seed: int) -> int:
 
 
 def _by_devices(leaves: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """What every device holds whole, as this process's first copy of it, and what is spread over them."""
+    """Splits the leaves into replicated ones, as this process's first copy, and sharded ones."""
     whole = {name: a.addressable_data(0) for name, a in leaves.items() if a.is_fully_replicated}
     return whole, {name: leaf for name, leaf in leaves.items() if name not in whole}
 

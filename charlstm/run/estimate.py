@@ -1,4 +1,4 @@
-"""What a run would take: sizes, arithmetic, memory, traffic, and an ETA from timed steps.  Changes nothing."""
+"""Estimates of a run: sizes, FLOPs, memory, traffic, and an ETA from timed steps.  Changes nothing."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What --initial_checkpoint names, and which parameters of it a run has taken: those, and no others, from then on.
+"""Initial parameters from another run (--initial_checkpoint): a run takes them once and never others.
 
 initial_checkpoint.json     in the run directory: what the flag named, the step that was taken, the parameters' digest
 

@@ -1,4 +1,4 @@
-"""What a run says: log.txt, metrics.jsonl, and on a terminal one live line."""
+"""Output of a run: log.txt, metrics.jsonl, and on a terminal one live line."""
 
 import json
 import os
@@ -90,7 +90,7 @@ class RunLog:
         return (columns or 80) - 1
 
     def _wiped(self) -> str:
-        """What takes the live line away."""
+        """Characters that erase the live line."""
         shown, self._status_shown = self._status_shown, False
         return "\r" + " " * self._width() + "\r" if shown else ""
 

@@ -27,7 +27,7 @@ from data_pipeline.loader import Windows, open_windows
 
 
 class Outcome(enum.Enum):
-    """How a run ended that did not diverge."""
+    """The ways in which a run ends, unless it diverges."""
 
     FINISHED = "finished"
     STOPPED = "stopped, saved"

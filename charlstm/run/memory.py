@@ -43,7 +43,7 @@ class Limit(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What the compiled update takes on one device, in bytes, and on how many of this process."""
+    """Memory of the compiled update on one device, in bytes, and the number of this process's devices."""
 
     held: int  # state and batch
     temporary: int
@@ -82,7 +82,7 @@ def require_possible(config: Config, vocabulary_size: int = 1, dry: bool = False
 def compiled_update(
     train_step: Any, config: Config, vocabulary_size: int, dtype: Any, mesh: distributed.Mesh
 ) -> Update:
-    """What the update of a window of the usual length takes.  It is compiled, as its first call then need not do.
+    """Memory of the update for a window of the usual length.  Compiles it, which its first call then need not do.
 
     Args:
       train_step: of `step.make`.

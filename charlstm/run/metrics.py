@@ -1,4 +1,4 @@
-"""What a run measures: sums over its steps, the lines of metrics.jsonl and the status line made of them."""
+"""Metrics of a run: sums over its steps, the lines of metrics.jsonl and the status line."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -43,7 +43,7 @@ class MetricAggregator:
         kind: str = "bytes",
         of_ascii: bool = False,
     ) -> None:
-        """Of a run of `settings`.
+        """Makes an aggregator for a run with `settings`.
 
         Args:
           say: takes a line about what was skipped.
@@ -74,7 +74,7 @@ class MetricAggregator:
             self._nats, self._symbols, self._steps = sums["nats"], sums["symbols"], sums["steps"]
 
     def sums(self) -> dict[str, Any]:
-        """What was added up since the last record, but for time: plain JSON, and of floats every bit."""
+        """Sums since the last record, without times: plain JSON that keeps every bit of a float."""
         assert self._pending is None, "settle() first"
         return {"nats": self._nats, "symbols": self._symbols, "steps": self._steps}
 
@@ -185,7 +185,7 @@ class MetricAggregator:
         }
 
     def _epochs(self, step: int) -> float:
-        """How often the training split has been read after `step` updates."""
+        """Epochs read after `step` updates."""
         return (step + self._left_out) / self._epoch
 
     def _speed(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Whether all devices still hold the same: a bit that flips in one device's memory goes unseen for ever otherwise.
+"""Comparison of replicas: a bit that flips in one device's memory would otherwise never be noticed.
 
 Parameters, their average and optimizer state lie whole on every device and are never exchanged.
 """
@@ -25,7 +25,7 @@ class CopiesDiffer(Exception):
 
 
 class Compared(NamedTuple):
-    """What was found of a replicated tree."""
+    """Result of comparing the copies of a replicated tree."""
 
     digests: dict[str, str]  # of the copy on this process's first device, as `digest.digests`
     differing: str  # which device holds another copy than the rest, and of which leaf; "" where all are equal
@@ -46,7 +46,7 @@ def compare(tree: Any, mesh: Mesh) -> Compared:
 
 
 def _of_all(own: list[Any]) -> list[Any]:
-    """What the processes have of each of their devices, in the order of the mesh."""
+    """Gathers a string of each device from all processes, in the order of the mesh."""
     return [one for word in distributed.all_gather_str(json.dumps(own)) for one in json.loads(word)]
 
 
@@ -60,7 +60,7 @@ def _in_host_memory(leaves: dict[str, jax.Array]) -> list[dict[str, str]]:
 
 
 def _on_devices(leaves: dict[str, jax.Array], mesh: Mesh) -> list[dict[str, str]]:
-    """As `_in_host_memory`, by one program in which each device looks at its own copies."""
+    """Compares on the devices, by one program in which each looks at its own copies."""
     shards = _digests_by_device(mesh)(leaves).addressable_shards
     rows = np.concatenate(jax.device_get([shard.data for shard in shards]))  # [devices here, leaves, 2]
     return [{name: digest.to_hex(lanes) for name, lanes in zip(leaves, row, strict=True)} for row in rows]
@@ -81,7 +81,7 @@ def _digests_by_device(mesh: Mesh) -> Any:
 
 
 def _equal(one: jax.Array, other: jax.Array) -> bool:
-    """Whether two arrays in host memory have the same bytes.  Neither is copied."""
+    """True if two arrays in host memory have the same bytes.  Neither is copied."""
     a, b = (np.asarray(array).reshape(-1).view(np.uint8) for array in (one, other))
     return all(np.array_equal(a[at : at + PIECE], b[at : at + PIECE]) for at in range(0, a.size, PIECE))
 

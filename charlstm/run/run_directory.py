@@ -39,7 +39,7 @@ class OtherRun(ValueError):
 
 
 class Initial(NamedTuple):
-    """Which parameters of another run a run has started from."""
+    """Record of the parameters of another run that a run started from."""
 
     named: str  # by --initial_checkpoint
     other: str  # the other run's directory
@@ -64,7 +64,7 @@ class Identity:
 
 
 def checkpoint_identity(config: Config, identity: Identity) -> dict[str, Any]:
-    """What every checkpoint of a run carries, so that it can be refused by a run it does not belong to."""
+    """Identity stored in every checkpoint, by which another run refuses it."""
     names = ("jax", "jaxlib", "numpy", "grain", "orbax-checkpoint")
     return {
         "config": dataclasses.asdict(config),
@@ -155,13 +155,13 @@ def exists(run_dir: Path) -> bool:
 
 
 def has_checkpoint(run_dir: Path) -> bool:
-    """Whether a save was ever finished here: what it made may have been set aside, or lack its name."""
+    """True if a save was ever finished here, even if its checkpoint was quarantined or lacks its name."""
     checkpoints = run_dir / "checkpoints"
     return bool(StepDirectory(checkpoints).steps()) or any(checkpoints.glob(f"*/{SEAL}"))
 
 
 def read_initial(run_dir: Path) -> Initial | None:
-    """Which parameters of another run this one has started from.  Raises ValueError where that is damaged."""
+    """Reads which parameters of another run this one started from.  Raises ValueError if that is damaged."""
     path = run_dir / INITIAL
     if not path.exists():
         return None
@@ -252,7 +252,7 @@ def check_identity(run_dir: Path, run: Identity, now: Identity) -> None:
 
 
 def separator(config: Config, vocabulary: Vocabulary) -> Separator:
-    """What ends a document, where the run resets state there; otherwise nothing.
+    """Separator that ends a document, if the run resets state there; else ().
 
     Raises:
       ValueError: it is no text of the vocabulary, or none at all.

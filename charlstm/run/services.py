@@ -1,4 +1,4 @@
-"""What surrounds a training loop: here nothing; a program watches its run, reports on it and may stop it."""
+"""Services around a training loop: none here; a program watches its run, reports on it and may stop it."""
 
 import contextlib
 from collections.abc import Iterator

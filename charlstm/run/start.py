@@ -26,7 +26,7 @@ ChooseMesh = Callable[[Config], Mesh]
 
 
 class Run(NamedTuple):
-    """What a run is: where it lives, its settings, its text, and the devices it has now."""
+    """A run ready to train: its directory, settings, text, devices and compiled update."""
 
     run_dir: Path
     config: Config
@@ -42,7 +42,7 @@ class Run(NamedTuple):
 
     @property
     def separator(self) -> Separator:
-        """What ends a document; () where documents are not told apart."""
+        """Separator that ends a document; () if documents are not told apart."""
         return run_directory.separator(self.config, self.corpus.vocabulary)
 
 
@@ -63,7 +63,7 @@ def open_corpus(config: Config, given: Sequence[str], run_dir: Path | None, mesh
 
 
 def check(config: Config, corpus: Corpus, mesh: Mesh, dry: bool = False) -> StreamPlan:
-    """How the training split is read.
+    """Checks settings against text, devices and machine; returns the plan of the training split.
 
     Args:
       dry: nothing is to be made, so memory that only other machines have is not refused.
@@ -81,7 +81,7 @@ def check(config: Config, corpus: Corpus, mesh: Mesh, dry: bool = False) -> Stre
 
 
 def dry_run(config: Config, corpus: Corpus, mesh: Mesh, form: str = "text", end: End = None) -> str:
-    """What such a run would take, as a table or one line of JSON.  Raises ValueError as the run would."""
+    """Estimates such a run: a table, or one line of JSON.  Raises ValueError as the run would."""
     plan, config = check(config, corpus, mesh, dry=True), config_lib.fill_automatic(config, mesh.size)
     config, _ = backend.chosen(config, corpus, plan, mesh, end)
     return estimate.report(config, corpus, plan, mesh, form, end)
@@ -125,7 +125,7 @@ def start(
 def _settings(
     run_dir: Path, wanted: Config, identity: Identity, initial: str, choose_mesh: ChooseMesh
 ) -> tuple[bool, Config, list[str]]:
-    """Whether the run that is there is resumed, or a new one begins; its settings; and what to say of them.
+    """Returns (resumed, settings, remarks) of the run that is there, or of a new one.
 
     A run that is there without a checkpoint, as its first try has failed, does not stand in the way of other settings.
     """

@@ -114,11 +114,11 @@ class StepDirectory:
             raise ValueError(f"{self.path} is not there: name a run_dir on a file system that all processes share")
 
     def step(self, step: int) -> Path:
-        """Where `step` lies."""
+        """Directory of `step`."""
         return self.path / str(step)
 
     def staging(self, step: int) -> Path:
-        """Where `step` is made before it is whole."""
+        """Directory in which `step` is written before it is whole."""
         return self.path / f"{step}.saving"
 
     def steps(self) -> list[int]:
@@ -180,7 +180,7 @@ class StepDirectory:
     def read_by_all(
         self, step: int, items: Collection[str] | None, gather: Callable[[str], list[str]]
     ) -> dict[str, Any]:
-        """As `read`, by all processes of a job; where not all find one and the same step whole, it raises on all alike.
+        """Reads a step on all processes of a job; raises on all if not all find the same step whole.
 
         A process that went by its own finding would go on alone, or from other arrays than the rest.
 
@@ -229,7 +229,7 @@ class StepDirectory:
         return target.name
 
     def set_aside_staging(self, step: int, why: str) -> str:
-        """As `quarantine`, of what was to become the step."""
+        """Quarantines what was to become the step."""
         target = self._unique(step, why)
         os.rename(self.staging(step), target)
         return target.name

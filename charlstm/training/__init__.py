@@ -1,4 +1,4 @@
-"""How the model learns: one update, and all that belongs to it."""
+"""Training: one update, and all that belongs to it."""
 
 from charlstm.training.step import init, place
 from charlstm.training.step import make as make_step

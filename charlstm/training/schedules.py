@@ -90,7 +90,7 @@ def _decay(config: OptimizerConfig, steps_per_epoch: int, decay_steps: int) -> S
 
 
 def remarks(config: OptimizerConfig, training: TrainingConfig, steps_per_epoch: int, begun: bool) -> Iterator[str]:
-    """What a run of this length has of its schedule that may not be meant, a sentence each; nothing where all is well.
+    """Remarks on a schedule that may not be meant for a run of this length, a sentence each.
 
     Args:
       begun: the run goes on, with the decay_steps that it began with.

@@ -1,4 +1,4 @@
-"""What surrounds a cell: the general path beside plain autodiff, and each option where it must change nothing."""
+"""What surrounds a cell: the autodiff path beside plain autodiff, and each option where it must change nothing."""
 
 import dataclasses
 import re

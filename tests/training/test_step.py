@@ -20,7 +20,7 @@ from data_pipeline.batch import Batch
 V = 11
 QUIET = dict.fromkeys(("input_dropout", "layer_dropout", "output_dropout", "weight_drop"), 0.0)
 LSTM = {"cell": "lstm", "cap_input_gate": True}
-# All that the general path does, with trained initial states.
+# All that the autodiff path does, with trained initial states.
 GENERAL = {
     "cell": "layer_norm_lstm", "num_layers": 1, "embedding_size": 6, "zoneout": 0.1, "zoneout_cell": 0.3,
     "mogrifier_rounds": 2, "mogrifier_rank": 2, "train_initial_state": True, "on_divergence": "skip",

@@ -37,7 +37,7 @@ def recurrence(
     variant: str = "plain",
     mask_BH: jax.Array | None = None,
 ) -> tuple[CellState, jax.Array]:
-    """As `scan.recurrence` of `lstm`, in float32 and with operands of matmuls in the compute dtype."""
+    """Runs a window as `scan.recurrence` of `lstm`: float32, with matmul operands in the compute dtype."""
     return _forward(w_h, b, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH)[0]
 
 
