@@ -52,10 +52,10 @@ def test_of_what_is_left_open_the_fastest_way_is_taken(settings, taken, words, m
         "fused": [0.9, 0.005, 0.005, 0.02, 0.005],
     }
     monkeypatch.setattr(distributed, "has_mosaic", lambda mesh: True)
-    monkeypatch.setattr(estimate, "time_steps", lambda config, *_: seconds[config.model.lstm_backend])
+    monkeypatch.setattr(estimate, "time_steps", lambda config, *_, **__: seconds[config.model.lstm_backend])
     config = config_lib.replace(Config(), **({"lstm_backend": "auto"} | settings))
     chosen = backend.chosen(config, None, None, distributed.make())
-    assert chosen == (config_lib.replace(config, recurrence=taken), words)
+    assert chosen == (config_lib.replace(config, lstm_backend=taken), words)
 
 
 def test_what_a_gpu_has_trained_is_scored_and_sampled_where_there_is_none(arguments, tmp_path, capsys):
