@@ -21,7 +21,7 @@ def test_large_weights_are_on_the_left_and_give_the_same_product(reverse, large,
     x = random.normal(size=(B, len(weights))).astype(np.float32)
     for compute_dtype, tolerance in ((jnp.float32, 1e-6), (jnp.bfloat16, 0.03)):
         program = jax.jit(
-            lambda x, d=compute_dtype: matmul.recurrent_matmul(jnp.asarray(w), d, jnp.float32, reverse=reverse)(x)
+            lambda x, d=compute_dtype: matmul.recurrent_matmul(jnp.asarray(w), d, jnp.float32, transpose=reverse)(x)
         )
         y = program(x)
         assert (y.shape, y.dtype) == ((B, weights.shape[1]), np.float32)
