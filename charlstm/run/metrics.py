@@ -32,7 +32,7 @@ class MetricAggregator:
     Attributes:
       records: the latest record of each split.
       skipped: updates skipped by this process's life.
-      state_resets: rows of recurrent state that were poisoned and zeroed in it.
+      state_resets: non-finite rows of recurrent state that were zeroed in it.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class MetricAggregator:
         """Looks at the metrics not yet looked at.
 
         Raises:
-          Diverged: that step is not sound, or poisoned a row of the recurrent state, and is not to be skipped, or not
+          Diverged: that step was not accepted, or left a non-finite row of recurrent state, and is not skipped, or not
             any more.
         """
         if self._pending is None:

@@ -7,7 +7,7 @@ With p the parameters after an update, a their average and n how many it is of, 
 
 ema is the exponential average with its bias towards the start taken out, as Kingma & Ba 2015, section 3, take it out of
 Adam's moments: its weights sum to 1 from the first update on, and asgd is its limit d = 1.  asgd begins when
-validation no longer improves (progress.py), with the parameters evaluated then as its first; until then the average is
+validation no longer improves (plateau.py), with the parameters evaluated then as its first; until then the average is
 the parameters themselves.
 
 An update that is skipped is not averaged.

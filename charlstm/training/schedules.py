@@ -11,7 +11,7 @@ With r = learning_rate, f = final_fraction, d = decay_rate (usual_decay_rate whe
                                                  Loshchilov & Hutter 2017, eq. 5
     exponential  d^max(0, epoch + 1 - decay_start_epoch)       epoch = t // steps_per_epoch
     step         d^(t // N), or d^(how many of drop_epochs are <= epoch): PyTorch's MultiStepLR
-    plateau      d once validation no longer improves, and 1 before (progress.py); Melis et al. 2018, section 4
+    plateau      d once validation no longer improves, and 1 before (plateau.py); Melis et al. 2018, section 4
 
 So every clock is the run's own step number, as its log shows it, warm-up included: linear and cosine leave the full
 rate when warm-up ends and reach f at step N whatever the warm-up, and stay there.  exponential is char-rnn's: with

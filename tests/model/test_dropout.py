@@ -106,7 +106,7 @@ def test_the_mean_is_kept_by_every_kind_of_mask(rate, dtype):
 
 
 def twin(config, params, state, inputs_BT, reset_BT, source):
-    """The model as its docstring and noise.py's say it: products with one-hot symbols, and masks that multiply."""
+    """The model as its docstring and dropout.py's say it: products with one-hot symbols, and masks that multiply."""
 
     def bernoulli(name, rate, shape):
         return jax.random.bernoulli(rng.named(source.key, name), 1 - rate, shape).astype(float) / (1 - rate)
