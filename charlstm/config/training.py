@@ -124,7 +124,7 @@ class TrainingConfig:
     )
     on_divergence: str = setting(
         "stop",
-        "What an update that is not sound leads to (a loss, gradient or parameter that is not finite, a spike of the "
+        "Reaction to an update that is not accepted (a loss, gradient or parameter that is not finite, a spike of the "
         "loss, a non-finite row of recurrent state): stop; skip the update and zero such rows; or rollback, to the "
         "newest checkpoint, leaving out the windows read since.",
         choices=("stop", "skip", "rollback"),

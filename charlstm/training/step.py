@@ -168,7 +168,7 @@ def _shard_gradient(config: Config, streams: int) -> Callable[..., tuple[jax.Arr
     seed_key = jax.random.key(config.training.seed)
 
     def gradient_of(params, step, shard, carry, batch: Batch):
-        """One logical shard: (its gradient, loss and count of non-finite rows [P + 2], (nats [b], finite [b], carry))."""
+        """One logical shard: (gradient, loss, count of non-finite rows [P + 2], (nats [b], finite [b], carry))."""
         rows_b = shard * streams + jnp.arange(streams, dtype=jnp.int32)
         dropout_key = DropoutKey(jax.random.fold_in(rng.named(seed_key, "noise"), step), rows_b)
 
