@@ -14,7 +14,7 @@ from charlstm.types import Metrics
 
 
 class Diverged(Exception):
-    """An update or score is not finite, or a device's copy differs; the message says at which step, and in which streams.
+    """An update or score is not finite, or a device's copy differs; the message has the step and the streams.
 
     Attributes:
       step: after so many updates.
