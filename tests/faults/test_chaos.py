@@ -13,7 +13,7 @@ def straight(tmp_path_factory):
     return of_the_run, chaos.undisturbed(folder, of_the_run)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_disturbed_and_made_of_other_devices_at_every_start_a_job_ends_with_the_same_bits(
     seed, straight, table, tmp_path
 ):

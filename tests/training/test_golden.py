@@ -126,7 +126,7 @@ def of_this_machine():
 
 @pytest.mark.parametrize("name", [n if n in SHORT else pytest.param(n, marks=pytest.mark.long) for n in KINDS])
 def test_training_has_the_bits_that_it_always_had(name):
-    for devices in (8,) if name in SHORT else (8, 2, 1):
+    for devices in (8, 2, 1) if name.endswith("masked float32") and name not in SHORT else (8,):
         expect(name, trained(name, devices))
 
 
