@@ -90,10 +90,10 @@ def poisoned_job(job_flags, tmp_path):
 
 
 def arrays(run_dir) -> dict[str, dict]:
-    """What the newest checkpoint says of its arrays, but for those of the run's course."""
+    """What the newest checkpoint says of its arrays, but for the counters of divergence."""
     files = StepDirectory(run_dir / "checkpoints")
     held = files.read(files.steps()[-1])["arrays"]
-    return {name: array for name, array in held.items() if not name.startswith("course.")}
+    return {name: array for name, array in held.items() if not name.startswith("divergence.")}
 
 
 @pytest.mark.parametrize(
