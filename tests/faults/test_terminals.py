@@ -66,11 +66,13 @@ def test_a_run_that_hangs_with_its_file_system_ends(hanging, job_flags, table, t
         "import signal, time\nsignal.signal(signal.SIGUSR1, lambda *unused: time.sleep(1e6))\n"
     )
     watched = ("--step_timeout_factor=3", "--step_timeout_least=4", "--num_steps=1000000", f"--run_dir={run_dir}")
+    # So far apart that one save is whole before the next begins: in a save it may take its time.
+    watched += ("--checkpoint_every=400",)
     environment = os.environ | ONE_DEVICE | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-m", "launch.train", *job_flags, *watched]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as running:
         try:
-            wait_for(has_saved(run_dir, 80))
+            wait_for(has_saved(run_dir, 400))
             running.send_signal(signal.SIGUSR1)
             _, said = running.communicate(timeout=120)
         finally:
