@@ -7,7 +7,6 @@ trailing spaces, or with unprintable characters, is written in double quotes, as
 
 import dataclasses
 import difflib
-import json
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from absl import flags
 
+from charlstm.config.flagfile import quote, unquote
 from data_pipeline.atomic_files import expand_user
 
 # Old name -> new name, of flags renamed since earlier versions.
@@ -64,7 +64,7 @@ def parse(
         raise ValueError(" ".join(str(error).split())) from None
     if rest:
         raise ValueError(f"unexpected argument {rest[0]!r}: every setting is a flag, --name=value")
-    given = [f"--{name}={_quoted(_text(values[name].value))}" for name in values if values[name].present]
+    given = [f"--{name}={quote(_text(values[name].value))}" for name in values if values[name].present]
     return [_filled(group, values, renamed) for group in groups], given
 
 
@@ -159,23 +159,8 @@ def _flags_of(path: str, values: flags.FlagValues, within: tuple[str, ...]) -> l
         # Without a value, a flag that is not a boolean would take the next line, or the next argument, as its value.
         if not flag or flag == name or not (equals or flag not in values or values[flag].boolean):
             raise ValueError(f"{path}, line {number}: {line!r} is not a flag: write --name=value")
-        found.append(name + equals + _unquoted(value, f"{path}, line {number}"))
+        found.append(name + equals + unquote(value, f"{path}, line {number}"))
     return _flagfiles_first(found, values, (*within, path))
-
-
-def _quoted(value: str) -> str:
-    """Returns `value` as it is written in a flagfile."""
-    plain = value == value.strip() and value.isprintable() and not value.startswith('"')
-    return value if plain else json.dumps(value)
-
-
-def _unquoted(value: str, where: str) -> str:
-    if not value.startswith('"'):
-        return value
-    try:
-        return str(json.loads(value))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: {value} is not a whole json string: {error.msg}") from None
 
 
 def _filled(group: Any, values: flags.FlagValues, renamed: Mapping[str, str]) -> Any:

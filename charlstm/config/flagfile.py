@@ -37,7 +37,7 @@ def read(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def lines(path: Path, within: tuple[Path, ...] = ()) -> Iterator[tuple[str, str, str | None]]:
-    """Yields (where it stands, flag, its value or None) for each line, flagfiles resolved.
+    """Yields (where it stands, flag, its value or None) for each line; those of flagfiles that it names come first.
 
     Raises:
       ValueError: a file cannot be read or reads itself, or a line is no flag.
@@ -50,6 +50,7 @@ def lines(path: Path, within: tuple[Path, ...] = ()) -> Iterator[tuple[str, str,
         raise ValueError(f"flagfile={path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"flagfile={path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    own: list[tuple[str, str, str | None]] = []
     for number, line in enumerate(map(str.strip, text.split("\n")), 1):
         if not line or line.startswith("#"):
             continue
@@ -61,7 +62,8 @@ def lines(path: Path, within: tuple[Path, ...] = ()) -> Iterator[tuple[str, str,
         if name == "flagfile":
             yield from lines(Path(unquote(value, where)), (*within, path))
         else:
-            yield where, name, unquote(value, where) if equals else None
+            own.append((where, name, unquote(value, where) if equals else None))
+    yield from own
 
 
 def quote(value: str) -> str:

@@ -131,7 +131,7 @@ class Lines:
         return (there + self._waiting).decode("utf-8", "replace")
 
     def replace(self, text: str) -> None:
-        """Has the file hold `text` and nothing else, in one stroke; no line waits after that."""
+        """Replaces the content of the file by `text`, in one stroke; no line waits after that."""
         beside = self.path.with_suffix(f"{self.path.suffix}.tmp")
         with open(beside, "w", encoding="utf-8") as file:
             file.write(text)

@@ -57,7 +57,7 @@ def seal(directory: Path, meta: dict[str, Any]) -> None:
 
 
 def forget_cached(directory: Path) -> None:
-    """Has the files of `directory`, which are on disk, read from there the next time, and not from memory."""
+    """Drops the files of `directory` from the page cache, so that they are next read from disk."""
     for path in directory.rglob("*"):
         if path.is_file() and hasattr(os, "posix_fadvise"):
             with open(path, "rb") as file:
