@@ -1,7 +1,7 @@
 # make train   environment, dependencies, then the main job on the embedded corpus: trains, evaluates, prints a sample
 # make test    environment, dependencies, the test suite
 # make long    what takes longest of it: more cells, kinds of processors and restarts, for the same equalities
-# make faults  processes killed, stopped and stuck, a job on Slurm, for minutes; prints a table of what was seen
+# make faults  processes killed, stopped and stuck, a job on Slurm, for half an hour; prints a table of what was seen
 # make chaos   100 jobs disturbed at random, of other processes and devices at every start; an hour or so
 # make soak    a job for two hours with a fault every minute; prints its goodput
 # make bench   speed, memory and scaling beside PyTorch, flax and dm-haiku, in an environment of its own; hours
@@ -38,7 +38,7 @@ long: $(VENV)/installed
 	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
 
 faults: $(VENV)/installed
-	$(BIN)/python -m pytest -m faults
+	$(BIN)/python -m pytest -m faults $(PYTEST_ARGS)
 
 chaos: $(VENV)/installed
 	$(BIN)/python -m tests.faults.chaos --seeds=100

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,12 +16,12 @@ class Seen(NamedTuple):
     """A line of the table."""
 
     fault: str
-    times: int
+    times: int | str
     lost_updates: str  # made before the fault and made again after it
     equal: str  # whether the final bits are those of the undisturbed run
 
 
-_table: list[Seen] = []
+_seen: list[Seen] = []  # by all tests, whichever process ran them
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,8 +31,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def table() -> list[Seen]:
-    return _table
+def table(record_property) -> Iterator[list[Seen]]:
+    """Lines that the test adds to the table."""
+    lines: list[Seen] = []
+    yield lines
+    record_property("seen", [[str(cell) for cell in line] for line in lines])
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "teardown":
+        _seen.extend(Seen(*line) for name, lines in report.user_properties if name == "seen" for line in lines)
 
 
 @pytest.fixture(scope="session")
@@ -45,9 +54,9 @@ def half_done(job_flags, tmp_path_factory) -> Path:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not _table:
+    if not _seen:
         return
-    rows = [Seen("fault", "times", "lost updates", "final bits equal"), *_table]
+    rows = [Seen("fault", "times", "lost updates", "final bits equal"), *_seen]
     widths = [max(len(str(row[column])) for row in rows) for column in range(len(Seen._fields))]
     terminalreporter.section("faults")
     for row in rows:

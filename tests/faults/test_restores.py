@@ -168,8 +168,7 @@ def test_a_job_of_which_one_process_sees_no_checkpoint_or_no_run_is_refused_by_e
     run_dir, empty = shutil.copytree(half_done, tmp_path / "run"), tmp_path / "empty"
     empty.mkdir()
     inside = {blind: seeing(f"mount --bind {empty} {run_dir / missing}")}
-    none, damaged = "there is no checkpoint in ", "is whole (there are 80, 160): remove it to start anew"
-    why = "is not a run: it has no config.json" if not missing else damaged if blind else none
+    why = "there is no checkpoint in " if missing else "is not a run: it has no config.json"
     refused_by_all(run_dir, job_flags, tmp_path, inside, why)
     assert whole_steps(run_dir) == [80, 160]
     fault = f"no {missing or 'run'} seen by process {blind} of 2 of a job"
