@@ -29,6 +29,8 @@ from data_pipeline.shards import open_corpus
 from launch import evaluate
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 KEYS = {
     "split", "step", "bits_per_symbol", "bits_per_character", "bits_per_byte", "symbols", "characters", "bytes",
     "unknown_share", "seconds",

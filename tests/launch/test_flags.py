@@ -30,6 +30,8 @@ from tests.conftest import ROOT
 from tests.jobs import last_line
 from tests.launch.conftest import SMALL, TINY, process, refusal, steps, tree
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 CONFIGS = sorted((ROOT / "configs").glob("*.flags"))
 
 # For each setting another value than its default, all of which go together.
