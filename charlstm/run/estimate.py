@@ -46,7 +46,7 @@ def report(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, form: s
     seconds, how = (None, "") if too_much else _seconds_a_step(even, corpus, even_plan, mesh, end)
     if form == "json":
         return json.dumps({"parameters": parameters, "flops_per_step": arithmetic, "seconds_per_step": seconds})
-    remarks = schedules.remarks(config.optimizer, config.training, plan.steps_per_epoch, begun=False)
+    remarks = schedules.remarks(config.optimizer, config.training, plan.steps_per_epoch, resumed=False)
     whole = config.training.num_steps * arithmetic
     timing = [("time per step", "not timed: it does not fit"), ("does not fit", too_much)]
     if seconds is not None:

@@ -35,7 +35,7 @@ def make(config: Config, vocabulary_size: int, mesh: Mesh, steps_per_epoch: int)
     """The training step on `mesh`, compiled for each length of a window that it meets.  It donates the state.
 
     Where a window's length is not --window, the learning rate is scaled by their ratio (Merity et al. 2018,
-    arXiv:1803.08240): its loss is a mean all the same.
+    arXiv:1803.08240): the loss is a mean, so a short window would otherwise take as large a step as a full one.
     """
     sums = _gradient_sums(config, mesh)
     optimizer = optimizers.make(config.optimizer)
@@ -113,7 +113,7 @@ def _gradient_sums(
         else:
             total_P = reduction.fast_sum(partial_RP, distributed.AXIS)
         nats_b, finite_b, carry = jax.tree.map(lambda a: a.reshape((-1, *a.shape[2:])), by_row)
-        # What follows is replicated; the barrier makes it the same program whatever reduced the gradient.
+        # The barrier keeps XLA from fusing the reduction into the replicated update, whose rounding it could change.
         return jax.lax.optimization_barrier(total_P), nats_b, finite_b, carry
 
     return sums
