@@ -93,10 +93,9 @@ class BlockCache:
             try:
                 self._own.mkdir(parents=True, exist_ok=True)
                 # Not synced to disk: what is torn by a loss of power does not match its checksums.
-                with open(beside, "wb", buffering=0) as out:
-                    written = out.write(data)
-                if written == len(data):
-                    os.replace(beside, path)
+                with open(beside, "wb") as out:
+                    out.write(data)
+                os.replace(beside, path)
             finally:
                 with contextlib.suppress(FileNotFoundError):
                     beside.unlink()
@@ -109,8 +108,10 @@ class BlockCache:
         except FileNotFoundError:
             pass  # somebody deletes the cache at this moment
         except OSError as error:
-            self.off = True
-            _log.warning("%s is used no more: %s", self._directory, error.strerror or error)
+            with self._lock:
+                said, self.off = self.off, True
+            if not said:
+                _log.warning("%s is used no more: %s", self._directory, error.strerror or error)
 
     def drop(self, file: str, number: int) -> None:
         """Deletes a damaged extent."""

@@ -13,9 +13,10 @@ import numpy as np
 from data_pipeline.atomic_files import atomic_write
 from data_pipeline.block_cache import BlockCache
 from data_pipeline.blocks import REMEDY, Blocks
+from data_pipeline.directory import Directory
 from data_pipeline.manifest import NAME, Manifest, Shard, Source, SplitRecord, parse_manifest, read_manifest
 from data_pipeline.progress import Progress
-from data_pipeline.stores import PATIENCE, Directory, Store, open_store
+from data_pipeline.stores import PATIENCE, Store, open_store
 from data_pipeline.symbols import Places
 from data_pipeline.vocabulary import Vocabulary
 
