@@ -50,8 +50,8 @@ def load_corpus(source: str | os.PathLike[str] | bytes, **settings: Any) -> Corp
     """The corpus of a text, prepared into the cache where it is not yet.
 
     Args:
-      source: a text file, a glob, a directory of texts, a prepared directory, or the name of a corpus (python,
-        tinyshakespeare, enwik8, text8); bytes, or a string of several lines, are the text itself.
+      source: a text file, a glob, a directory of texts, a prepared directory or its URL in an object store, or the name
+        of a corpus (python, tinyshakespeare, enwik8, text8); bytes, or a string of several lines, are the text itself.
       settings: any of `CorpusSettings`, such as vocabulary="characters" or valid_fraction=0.1.
 
     Raises:

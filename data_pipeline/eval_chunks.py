@@ -7,12 +7,13 @@ sums up the score charges it log2(V) bits.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
 
 from data_pipeline.batch import Batch, Separator, ends_separator, looks_back
-from data_pipeline.streams import Symbols
+from data_pipeline.symbols import Runs, Symbols, read_places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,30 +57,57 @@ def read_chunks(
     The recurrent state is carried from window to window, except where `reset` is true.  `scored`, bool `[B, T]`, is
     true exactly once over a whole split for each target position 1 .. N-1.
     """
-    for group in range(plan.groups):
-        chunks = [group * plan.batch_size + row for row in rows]
-        for index in range(plan.windows):
-            yield _window(split, plan, chunks, index * plan.window, separator)
+    before = 1 + looks_back(separator)
+    runs: Runs[tuple[int, int], np.ndarray] = Runs(
+        split, len(rows), lambda run: _read_run(split, plan, rows, before, *run, windows)
+    )
+    windows = min(max(1, runs.symbols // plan.window), plan.windows)
+    try:
+        keys = [(group, first) for group in range(plan.groups) for first in range(0, plan.windows, windows)]
+        for (group, first), following in itertools.zip_longest(keys, keys[1:]):
+            text = runs.get((group, first), following)
+            for index in range(first, min(first + windows, plan.windows)):
+                start = (index - first) * plan.window
+                yield _window(text[:, start : start + before + plan.window], plan, group, rows, index, separator)
+    finally:
+        runs.close()
+
+
+def _read_run(
+    split: Symbols, plan: ChunkPlan, rows: range, before: int, group: int, first: int, windows: int
+) -> np.ndarray:
+    """Returns the symbols of `windows` windows from `first` on and `before` earlier ones, int32; -1 if outside."""
+    length, N = before + min(windows, plan.windows - first) * plan.window, plan.symbols
+    text = np.full((len(rows), length), -1, np.int32)
+    places, parts = [], []
+    for row, earliest in enumerate(_first_targets(plan, group, rows, first) - before):
+        low, high = max(int(earliest), 0), min(int(earliest) + length, N)
+        if low < high:
+            places.append((low, np.empty(high - low, split.dtype)))
+            parts.append((row, slice(low - int(earliest), high - int(earliest))))
+    read_places(split, places)
+    for (row, part), (_, ids) in zip(parts, places, strict=True):
+        text[row, part] = ids
+    return text
+
+
+def _first_targets(plan: ChunkPlan, group: int, rows: range, index: int) -> np.ndarray:
+    """Returns the positions `[rows]` of the first targets of a window."""
+    chunks = group * plan.batch_size + np.array(rows, np.int64)
+    return chunks * plan.chunk - plan.warm_up + index * plan.window
 
 
 def _window(
-    split: Symbols, plan: ChunkPlan, chunks: list[int], start: int, separator: Separator
+    text: np.ndarray, plan: ChunkPlan, group: int, rows: range, index: int, separator: Separator
 ) -> tuple[Batch, np.ndarray]:
+    """Returns window `index` of the chunks of `rows`, of which `text` has the symbols and those before it."""
     T, N = plan.window, plan.symbols
-    before = 1 + looks_back(separator)
-    text = np.full((len(chunks), before + T), -1, np.int64)  # symbol ids; positions outside of the split stay -1
-    first_target = np.array(chunks, np.int64) * plan.chunk - plan.warm_up + start
-    for row, first in enumerate(first_target):
-        earliest = int(first) - before
-        low, high = max(earliest, 0), min(int(first) + T, N)
-        if low < high:
-            text[row, low - earliest : high - earliest] = split.read(low, high)
-    target = first_target[:, None] + np.arange(T)  # [B, T] positions of the targets; the input is the one before
-    begin = np.array(chunks, np.int64)[:, None] * plan.chunk
+    target = _first_targets(plan, group, rows, index)[:, None] + np.arange(T)  # [B, T]; the input is the one before
+    begin = (group * plan.batch_size + np.array(rows, np.int64))[:, None] * plan.chunk
     scored = (target >= np.maximum(begin, 1)) & (target < np.minimum(begin + plan.chunk, N))
     reset = target <= 1  # symbol 0 is the first that is ever read
-    if start == 0:
+    if index == 0:
         reset[:, 0] = True
     reset |= ends_separator(text[:, :-1], separator)
-    ids = np.maximum(text[:, before - 1 :], 0).astype(np.int32)
+    ids = np.maximum(text[:, looks_back(separator) :], 0).astype(np.int32)
     return Batch(ids[:, :-1], ids[:, 1:], reset), scored

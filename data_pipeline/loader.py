@@ -5,30 +5,26 @@ grain is imported by `open_windows`, not by this module, because it imports JAX.
 
 import operator
 import sys
-import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from data_pipeline.batch import Batch, Separator
-from data_pipeline.streams import StreamPlan, Symbols
-
-RUN_SYMBOLS = 2**14  # symbols of a stream per read: a few large reads cost far less than one per window
-RUN_TOTAL = 2**24  # most symbols of all rows per read (unless a single window has more)
+from data_pipeline.streams import StreamPlan
+from data_pipeline.symbols import Runs, Symbols
 
 
 class WindowSource:
     """A sequence whose element i is window i of `rows`, a pure function of i; thread-safe.
 
-    Windows are cut from runs of up to 16 Ki symbols of every stream, read at once; the two newest runs are kept.
+    Windows are cut from runs of many symbols of every stream, read at once; the two newest runs are kept.
     """
 
     def __init__(self, split: Symbols, plan: StreamPlan, rows: range, separator: Separator = ()) -> None:
         self._split, self._plan, self._rows, self._separator = split, plan, rows, separator
-        symbols = min(RUN_SYMBOLS, RUN_TOTAL // len(rows))
-        self._run_windows = min(max(1, symbols // plan.window), plan.steps_per_epoch)
-        self._runs: dict[int, Batch] = {}  # by first step, oldest first
-        self._lock = threading.Lock()
+        self._runs: Runs[int, Batch] = Runs(split, len(rows), self._read)  # by first step
+        self._run_windows = min(max(1, self._runs.symbols // plan.window), plan.steps_per_epoch)
 
     def __len__(self) -> int:
         return sys.maxsize  # epochs without end; no length could be larger
@@ -37,26 +33,23 @@ class WindowSource:
         """Returns the window of `step`: new arrays [rows, its length]."""
         epoch, window = divmod(step, self._plan.steps_per_epoch)
         first = window - window % self._run_windows
-        run = self._run(step - window % self._run_windows)
+        in_run = self._in_run(first)
+        run = self._runs.get(step - window + first, step - window + first + in_run)
         begin, start, stop = (self._plan.start(epoch, w) for w in (first, window, window + 1))
         return Batch(*(np.copy(array[:, start - begin : stop - begin]) for array in run))
 
-    def _run(self, first: int) -> Batch:
-        """Returns the run that begins with step `first`: arrays [rows, symbols], shorter at the end of an epoch."""
-        with self._lock:  # held while reading, so that two threads never read the same run
-            if first not in self._runs:
-                left = self._plan.steps_per_epoch - first % self._plan.steps_per_epoch
-                run = self._plan.read(
-                    self._split,
-                    first,
-                    self._rows,
-                    windows=min(self._run_windows, left),
-                    separator=self._separator,
-                )
-                while len(self._runs) > 1:
-                    del self._runs[next(iter(self._runs))]
-                self._runs[first] = run
-            return self._runs[first]
+    def close(self) -> None:
+        """Ends the reading ahead."""
+        self._runs.close()
+
+    def _in_run(self, step: int) -> int:
+        """Returns the number of windows of the run that begins with `step`: fewer at the end of an epoch."""
+        return min(self._run_windows, self._plan.steps_per_epoch - step % self._plan.steps_per_epoch)
+
+    def _read(self, first: int) -> Batch:
+        """Returns the run that begins with step `first`: arrays [rows, symbols]."""
+        windows = self._in_run(first)
+        return self._plan.read(self._split, first, self._rows, windows=windows, separator=self._separator)
 
 
 class Windows:
@@ -66,8 +59,8 @@ class Windows:
     resuming needs.
     """
 
-    def __init__(self, iterator: Any, position: int) -> None:
-        self._iterator = iterator
+    def __init__(self, iterator: Any, position: int, close: Callable[[], None] = lambda: None) -> None:
+        self._iterator, self._close = iterator, close
         self.position = position
 
     def __iter__(self) -> "Windows":
@@ -78,6 +71,7 @@ class Windows:
 
         Raises:
           ValueError: a block of the corpus does not match its checksum, or the windows were closed.
+          Unreachable: the object store of the corpus does not answer.
         """
         try:
             batch = next(self._iterator)
@@ -89,6 +83,7 @@ class Windows:
 
     def close(self) -> None:
         """Stops reading ahead.  Closing twice does nothing."""
+        self._close()
         self._iterator.close()
 
     def __enter__(self) -> "Windows":
@@ -131,4 +126,4 @@ def open_windows(
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=read_ahead)
     iterator = iter(grain.MapDataset.source(source).to_iter_dataset(options))
     iterator.set_state({"next_index": start_step})
-    return Windows(iterator, start_step)
+    return Windows(iterator, start_step, source.close)

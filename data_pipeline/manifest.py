@@ -110,9 +110,16 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / NAME
     try:
-        tree = json.loads(path.read_bytes())
+        data = path.read_bytes()
     except FileNotFoundError:
         raise ValueError(f"{directory} is not a prepared corpus: it has no {NAME}") from None
+    return parse_manifest(data, str(path))
+
+
+def parse_manifest(data: bytes, path: str) -> Manifest:
+    """Returns the manifest that `data` is.  Raises ValueError, naming `path`, as `read_manifest`."""
+    try:
+        tree = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete the corpus and prepare it again") from None
     if not isinstance(tree, dict) or tree.get("format") != "charlstm corpus":

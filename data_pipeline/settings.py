@@ -39,7 +39,7 @@ def check_numbers(settings: Any) -> None:
         value = getattr(settings, field.name)
         if isinstance(value, float) and not abs(value) <= LARGEST_FLOAT:  # NaN fails this as well
             raise ValueError(f"{field.name}={value} is not a finite float32")
-        if isinstance(value, int) and abs(value) > LARGEST_INT:
+        if isinstance(value, int) and abs(value) > LARGEST_INT and not field.name.endswith("_bytes"):
             raise ValueError(f"{field.name}={value} must be at most {LARGEST_INT}")
 
 
@@ -58,8 +58,8 @@ class CorpusSettings:
 
     corpus: str = setting(
         "python",
-        "A prepared directory; a text file, a quoted glob or a directory of text files; or a name: "
-        "python (the standard library's source), tinyshakespeare, enwik8, text8.",
+        "A prepared directory or its URL (s3://, gs://, az://, https://); a text file, a quoted glob or a directory of "
+        "text files; or a name: python (the standard library's source), tinyshakespeare, enwik8, text8.",
         mutable=True,  # a run is checked against the fingerprint of the corpus, not against its place
     )
     vocabulary: str = setting(
@@ -95,6 +95,12 @@ class CorpusSettings:
     cache_dir: str = setting(
         "~/.cache/charlstm", "Directory of downloaded texts and prepared corpora, keyed by content.", mutable=True
     )
+    cache_bytes: int = setting(
+        8 * 2**30, "Disk below --cache_dir for what was read from object stores; 0: none.", mutable=True
+    )
+    remote_patience: float = setting(
+        600.0, "Seconds that an object store may not answer before the program ends with exit status 69.", mutable=True
+    )
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -103,6 +109,7 @@ class CorpusSettings:
         for name in ("valid_fraction", "test_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
+        check_at_least(self, 0, "cache_bytes", "remote_patience")
         if self.valid_fraction + self.test_fraction >= 1:
             raise ValueError(
                 f"valid_fraction={self.valid_fraction} and test_fraction={self.test_fraction} leave nothing to train on"

@@ -1,147 +1,102 @@
-"""Reads a prepared corpus: opened in O(shards), read through memory maps, every block checked when it is read."""
+"""A prepared corpus: opened in O(shards), read in any order, every block checked when it is read."""
 
-import collections
 import dataclasses
 import hashlib
-import mmap
 import threading
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Generic, TypeVar
 
 import numpy as np
 
 from data_pipeline.atomic_files import atomic_write
-from data_pipeline.manifest import NAME, Shard, Source, SplitRecord, read_manifest
+from data_pipeline.block_cache import BlockCache
+from data_pipeline.blocks import REMEDY, Blocks
+from data_pipeline.directory import Directory
+from data_pipeline.manifest import NAME, Manifest, Shard, Source, SplitRecord, parse_manifest, read_manifest
 from data_pipeline.progress import Progress
+from data_pipeline.stores import PATIENCE, Store, open_store
+from data_pipeline.symbols import Places
 from data_pipeline.vocabulary import Vocabulary
 
-OPEN_SHARDS = 64  # maps kept open per split; each takes a file descriptor, and a process often has only 1024
-Value = TypeVar("Value")
-
-
-class Recent(Generic[Value]):
-    """A thread-safe cache of the `capacity` values used last."""
-
-    def __init__(self, capacity: int):
-        self.capacity = capacity
-        self._values: collections.OrderedDict[object, Value] = collections.OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: object) -> Value | None:
-        with self._lock:
-            if key in self._values:
-                self._values.move_to_end(key)
-            return self._values.get(key)
-
-    def put(self, key: object, value: Value) -> None:
-        with self._lock:
-            self._values[key] = value
-            while len(self._values) > self.capacity:
-                self._values.popitem(last=False)
-
-
-class MappedFile:
-    """A file of known size, memory-mapped for reading."""
-
-    def __init__(self, path: Path, size: int):
-        self._path, self._size = path, size
-        _check_size(path, size)
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-        # Streams read at random: the system's read-ahead, of megabytes, would cost more than the block itself.
-        self._map.madvise(mmap.MADV_RANDOM)
-
-    def read(self, start: int, stop: int) -> bytes:
-        """Returns a copy of bytes `start` to `stop`.
-
-        Raises:
-          ValueError: the file has shrunk.  (Touching the missing part of a map kills a process, so the size is checked
-            each time.)
-        """
-        if self._map.size() != self._size:
-            raise ValueError(f"{self._path} has {self._map.size()} bytes, not {self._size}: it was changed in use")
-        data = self._map[start:stop]
-        # The pages stay in the system's cache, but no longer count as this process's memory.
-        self._map.madvise(mmap.MADV_DONTNEED)
-        return data
+IN_FLIGHT = 32  # requests to an object store at a time
 
 
 class Split:
     """One split of a corpus: a sequence of symbol ids.  Thread-safe, and can be pickled."""
 
-    def __init__(self, directory: Path, record: SplitRecord, dtype: np.dtype, block_bytes: int, keep_blocks: int = 64):
-        self._directory, self._record, self._block_bytes = directory, record, block_bytes
+    def __init__(self, record: SplitRecord, dtype: np.dtype, blocks: Blocks) -> None:
+        self._record, self._blocks = record, blocks
         self.dtype = dtype
         self.bytes, self.characters, self.unknown = record.bytes, record.characters, record.unknown
         self._starts = np.cumsum([0, *(shard.symbols for shard in record.shards)])
-        self._maps: Recent[tuple[MappedFile, bytes]] = Recent(OPEN_SHARDS)
-        self._blocks: Recent[np.ndarray] = Recent(keep_blocks)
+        self._pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         """Returns the number of symbols in the split."""
         return self._record.symbols
 
     def __reduce__(self) -> tuple:
-        return Split, (self._directory, self._record, self.dtype, self._block_bytes, self._blocks.capacity)
+        return Split, (self._record, self.dtype, self._blocks)
+
+    @property
+    def is_remote(self) -> bool:
+        """Returns whether the split is in an object store, where few large readings cost less than many small ones."""
+        return self._blocks.store.is_remote
 
     def keep_blocks(self, count: int) -> None:
         """Keeps the `count` blocks used last in memory: at least one for each place that is read in turn."""
         assert count >= 1
-        self._blocks.capacity = count
+        self._blocks.keep(count)
+
+    def interrupt(self) -> None:
+        """Makes readings that wait for an object store give up."""
+        self._blocks.store.interrupt()
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Returns the ids `[stop - start]` of symbols `start` to `stop`, of `self.dtype`, as a new array.
 
         Raises:
-          ValueError: the data on disk is damaged; the message has the file and the byte offset.
+          ValueError: the data are damaged or cannot be read; the message has the file and the byte offset.
         """
-        assert 0 <= start <= stop <= len(self), f"symbols {start} to {stop} of {len(self)}"
         ids = np.empty(stop - start, self.dtype)
-        block_symbols = self._block_bytes // self.dtype.itemsize
+        self.read_many([(start, ids)])
+        return ids
+
+    def read_many(self, places: Places) -> None:
+        """Fills each array with the ids from its position on; of an object store, side by side.  Raises as `read`."""
+        pieces = [piece for start, ids in places for piece in self._pieces(start, ids)]
+        if not self.is_remote or len(pieces) < 2:
+            for piece in pieces:
+                self._blocks.fill(*piece)
+            return
+        with self._lock:
+            self._pool = self._pool or ThreadPoolExecutor(IN_FLIGHT, "store")
+        readings = [self._pool.submit(self._blocks.fill, *piece) for piece in pieces]
+        try:
+            for reading in readings:
+                reading.result()
+        finally:
+            for reading in readings:  # of a failure, do not begin the rest
+                reading.cancel()
+
+    def _pieces(self, start: int, ids: np.ndarray) -> Iterator[tuple[int, int, memoryview]]:
+        """Yields (shard, its first byte, bytes to fill) of each part of `ids` that one request may bring."""
+        stop, width = start + len(ids), self.dtype.itemsize
+        assert 0 <= start <= stop <= len(self), f"symbols {start} to {stop} of {len(self)}"
+        out = ids.view(np.uint8).data
         position = start
         while position < stop:
             number = int(np.searchsorted(self._starts, position, side="right")) - 1
-            index, offset = divmod(position - int(self._starts[number]), block_symbols)
-            piece = self._block(number, index)[offset : offset + stop - position]
-            ids[position - start : position - start + len(piece)] = piece
-            position += len(piece)
-        return ids
-
-    def _block(self, number: int, index: int) -> np.ndarray:
-        """Returns the ids of block `index` of shard `number`, checked against their checksum unless cached."""
-        block = self._blocks.get((number, index))
-        if block is None:
-            shard = self._record.shards[number]
-            data, checksums = self._map(number)
-            start = index * self._block_bytes
-            content = data.read(start, min(start + self._block_bytes, shard.symbols * self.dtype.itemsize))
-            if _checksum(content) != checksums[4 * index : 4 * index + 4]:
-                raise ValueError(
-                    f"{self._directory / shard.file} is damaged: the block at byte {start} does not match its "
-                    "checksum; delete the corpus and prepare it again"
-                )
-            block = np.frombuffer(content, self.dtype)
-            self._blocks.put((number, index), block)
-        return block
-
-    def _map(self, number: int) -> tuple[MappedFile, bytes]:
-        """Maps a shard and reads its checksums, verified by the manifest and kept in memory from here on."""
-        maps = self._maps.get(number)
-        if maps is None:
-            shard = self._record.shards[number]
-            sizes = shard_sizes(shard, self.dtype.itemsize, self._block_bytes)
-            data, checked = (MappedFile(self._directory / name, size) for name, size in sizes.items())
-            checksums = checked.read(0, sizes[shard.checksums])
-            if hashlib.sha256(checksums).hexdigest() != shard.checksums_sha256:
-                raise ValueError(
-                    f"{self._directory / shard.file} may be of another text: {shard.checksums} is not the file that "
-                    f"{NAME} tells of; delete the corpus and prepare it again"
-                )
-            maps = data, checksums
-            self._maps.put(number, maps)
-        return maps
+            first = (position - int(self._starts[number])) * width
+            most = (min(stop, int(self._starts[number + 1])) - position) * width
+            if self.is_remote:
+                most = min(most, self._blocks.range_bytes - first % self._blocks.range_bytes)
+            done = (position - start) * width
+            yield number, first, out[done : done + most]
+            position += most // width
 
 
 class ArraySplit:
@@ -168,11 +123,13 @@ class ArraySplit:
 class Corpus:
     """A prepared corpus.  Only its manifest and the blocks read last are in memory."""
 
-    directory: Path
+    directory: Path | str  # a path, or the URL of an object store
     vocabulary: Vocabulary
     splits: dict[str, Split]  # train, valid, test: those that have any symbols
     fingerprint: str  # in hex; equal for equal ids
     sources: tuple[Source, ...]
+    store: Store
+    cache: BlockCache | None
 
     @property
     def train(self) -> Split:
@@ -195,26 +152,51 @@ class Corpus:
         return self.splits[name]
 
 
-def open_corpus(directory: Path | str) -> Corpus:
-    """Opens the prepared corpus in `directory`.  Checks only the names and sizes of its files.
+def open_corpus(
+    directory: Path | str, *, patience: float = PATIENCE, cache: Path | None = None, cache_bytes: int = 0
+) -> Corpus:
+    """Opens the prepared corpus in `directory`, a path or the URL of an object store.
+
+    Checks only the names and sizes of its files; in an object store not even these, as that is a request for each.
+
+    Args:
+      patience: seconds that an object store may be silent.
+      cache: directory that keeps what was read from object stores.
+      cache_bytes: its size; 0: no cache.
 
     Raises:
       ValueError: it is not a prepared corpus, or a file is missing or has another size.
     """
-    directory = Path(directory)
-    manifest = read_manifest(directory)
-    dtype = manifest.vocabulary.dtype
-    for record in manifest.splits.values():
+    store = open_store(directory, patience)
+    directory = store.directory if isinstance(store, Directory) else str(directory).rstrip("/")
+    manifest = _read_manifest(directory, store)
+    dtype, block_bytes = manifest.vocabulary.dtype, manifest.block_bytes
+    for record in manifest.splits.values() if not store.is_remote else ():
         for shard in record.shards:
-            for name, size in shard_sizes(shard, dtype.itemsize, manifest.block_bytes).items():
-                _check_size(directory / name, size)
-    splits = {name: Split(directory, split, dtype, manifest.block_bytes) for name, split in manifest.splits.items()}
-    return Corpus(directory, manifest.vocabulary, splits, manifest.fingerprint, manifest.sources)
+            for name, size in shard_sizes(shard, dtype.itemsize, block_bytes).items():
+                if (found := store.size(name)) != size:
+                    raise ValueError(f"{store.path(name)} has {found} bytes instead of {size}: {REMEDY}")
+    kept = None
+    if store.is_remote and cache and cache_bytes:
+        kept = BlockCache(cache, manifest.fingerprint, cache_bytes, block_bytes)
+    splits = {
+        name: Split(record, dtype, Blocks(store, record.shards, dtype.itemsize, block_bytes, kept))
+        for name, record in manifest.splits.items()
+    }
+    return Corpus(directory, manifest.vocabulary, splits, manifest.fingerprint, manifest.sources, store, kept)
 
 
-def verify_corpus(directory: Path, progress: Progress | None = None) -> None:
+def _read_manifest(directory: Path | str, store: Store) -> Manifest:
+    """Raises ValueError as `read_manifest`."""
+    if isinstance(store, Directory):
+        return read_manifest(store.directory)
+    return parse_manifest(bytes(store.read(NAME)), f"{directory}/{NAME}")
+
+
+def verify_corpus(directory: Path | str, progress: Progress | None = None) -> None:
     """Reads all of the prepared corpus in `directory`.  Raises ValueError, naming the shard, if it is damaged."""
-    corpus, manifest, done = open_corpus(directory), read_manifest(directory), 0
+    corpus, done = open_corpus(directory), 0
+    manifest = _read_manifest(corpus.directory, corpus.store)
     total = sum(len(split) for split in corpus.splits.values())
     step = max(1, (1 << 20) // corpus.vocabulary.dtype.itemsize)
     for name, split in corpus.splits.items():
@@ -225,8 +207,8 @@ def verify_corpus(directory: Path, progress: Progress | None = None) -> None:
                 digest.update(split.read(position, min(position + step, stop)).data)
             if digest.hexdigest() != shard.sha256:
                 raise ValueError(
-                    f"{directory / shard.file} has sha256 {digest.hexdigest()} instead of {shard.sha256}, which "
-                    f"{NAME} has: delete the corpus and prepare it again"
+                    f"{corpus.store.path(shard.file)} has sha256 {digest.hexdigest()} instead of {shard.sha256}, which "
+                    f"{NAME} has: {REMEDY}"
                 )
             start, done = stop, done + shard.symbols
             if progress:
@@ -266,12 +248,3 @@ def shard_sizes(shard: Shard, itemsize: int, block_bytes: int) -> dict[str, int]
 
 def _checksum(block: bytes | memoryview) -> bytes:
     return zlib.crc32(block).to_bytes(4, "little")
-
-
-def _check_size(path: Path, size: int) -> None:
-    try:
-        found = path.stat().st_size
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: delete the corpus and prepare it again") from None
-    if found != size:
-        raise ValueError(f"{path} has {found} bytes instead of {size}: delete the corpus and prepare it again")

@@ -9,22 +9,12 @@ stream b does not depend on the number of processes or devices that share the B 
 import bisect
 import dataclasses
 import hashlib
-from typing import Protocol
+from collections.abc import Iterator
 
 import numpy as np
 
 from data_pipeline.batch import Batch, Separator, ends_separator, looks_back
-
-
-class Symbols(Protocol):
-    """The source of a plan: a split of a corpus."""
-
-    @property
-    def dtype(self) -> np.dtype: ...
-
-    def __len__(self) -> int: ...
-
-    def read(self, start: int, stop: int, /) -> np.ndarray: ...
+from data_pipeline.symbols import Symbols, read_places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,8 +136,10 @@ class StreamPlan:
         length = starts[-1] - starts[0]
         positions, back = self.positions(step, rows), looks_back(separator)
         ids = np.empty((len(rows), back + length + 1), split.dtype)
-        for row, start in enumerate(positions):
-            _read_circle(split, (start - back) % self.symbols, ids[row])
+        read_places(
+            split,
+            [place for row, start in enumerate(positions) for place in _circle(len(split), start - back, ids[row])],
+        )
         reset = ends_separator(ids[:, :-1], separator)
         for row, start in enumerate(positions):
             seam = (self.symbols - start) % self.symbols  # distance to the end of the split
@@ -162,11 +154,11 @@ class StreamPlan:
         return Batch(inputs, targets, reset)
 
 
-def _read_circle(split: Symbols, start: int, out: np.ndarray) -> None:
-    """Fills `out` with the symbols from `start` on; after the last symbol comes the first."""
+def _circle(symbols: int, start: int, out: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields the places that fill `out` from `start` on: after the last of the symbols comes the first."""
     filled = 0
     while filled < len(out):
-        begin = (start + filled) % len(split)
-        piece = split.read(begin, min(len(split), begin + len(out) - filled))
-        out[filled : filled + len(piece)] = piece
-        filled += len(piece)
+        begin = (start + filled) % symbols
+        part = out[filled : filled + symbols - begin]
+        yield begin, part
+        filled += len(part)

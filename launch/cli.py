@@ -4,6 +4,7 @@ Exit statuses:
     0   done
     2   mistake in flags or files: nothing was changed
     3   training diverged: a loss or gradient is not finite
+    69  an object store did not answer for --remote_patience (EX_UNAVAILABLE): the same command resumes
     70  the run hung and its watchdog ended it (EX_SOFTWARE)
     71  another process of the job was lost (EX_OSERR): a restarted job resumes from its newest checkpoint
     74  the disk is full or fails: training ended, but its last checkpoint or its log could not be written (EX_IOERR)
@@ -20,9 +21,10 @@ from typing import Any
 
 from data_pipeline import terminal
 from data_pipeline.atomic_files import DISK_ERRORS
+from data_pipeline.stores import Unreachable
 from launch.flags import Help
 
-DONE, MISTAKE, DIVERGED, HANGS, LOST, NOT_SAVED, STOPPED, INTERRUPTED = 0, 2, 3, 70, 71, 74, 75, 130
+DONE, MISTAKE, DIVERGED, UNREACHABLE, HANGS, LOST, NOT_SAVED, STOPPED, INTERRUPTED = 0, 2, 3, 69, 70, 71, 74, 75, 130
 
 
 def run(name: str, main: Callable[[Sequence[str]], int]) -> None:
@@ -75,6 +77,8 @@ def explain(name: str, error: Exception, out_of_memory: bool = False) -> int:
     if out_of_memory:
         sentence = f"out of memory ({sentence[:120]}): lower batch_size, window, hidden_size or num_samples"
     print(f"{name}: {sentence}", file=sys.stderr)
+    if isinstance(error, Unreachable):
+        return UNREACHABLE
     return NOT_SAVED if isinstance(error, OSError) and error.errno in DISK_ERRORS else MISTAKE
 
 

@@ -32,7 +32,7 @@ from data_pipeline.atomic_files import expand_user
 from data_pipeline.build import corpora
 from data_pipeline.progress import bar, say_on_stderr
 from data_pipeline.settings import check_choices, setting
-from data_pipeline.shards import Corpus, open_corpus
+from data_pipeline.shards import Corpus
 from launch import cli, flags, runtime
 
 
@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
     text = config.corpus
     if chosen.corpus:
         text = dataclasses.replace(text, corpus=chosen.corpus, train="", valid="", test="")
-    corpus = open_corpus(corpora.resolve(text, bar(), say_on_stderr))
+    corpus = corpora.open_resolved(text, bar(), say_on_stderr)
     run_directory.check_identity(run_dir, identity, run_directory.Identity(corpus.vocabulary, corpus.fingerprint))
     for split in (chosen.split, *(["valid"] if chosen.search_temperature else [])):
         if split not in corpus.splits:

@@ -41,7 +41,7 @@ TRAIN = (sys.executable, "-m", "launch.train")
 
 ENDED_WELL = (cli.DONE, cli.STOPPED)
 # A restarted job would end in the same way.
-FINAL = (cli.MISTAKE, cli.DIVERGED, cli.NOT_SAVED, cli.INTERRUPTED)
+FINAL = (cli.MISTAKE, cli.DIVERGED, cli.UNREACHABLE, cli.NOT_SAVED, cli.INTERRUPTED)
 FUTILE = 2  # consecutive deaths at the same checkpoint, after which it is no longer trusted
 LONGEST_PAUSE = 60.0  # seconds
 

@@ -77,8 +77,10 @@ class ProgramServices(Services):
         """Fields of a heartbeat besides the step."""
         if self._training is None:
             return {}
-        last = self._training.run.config.training.num_steps
-        return {"num_steps": last, "status": self._training.metrics.status()}
+        run = self._training.run
+        fields = {"num_steps": run.config.training.num_steps, "status": self._training.metrics.status()}
+        waiting = run.corpus.store.waiting()
+        return fields | ({"waiting": waiting} if waiting else {})
 
     def figures(self) -> dict[str, float | None]:
         """Values for the monitor, by the names in `prometheus.METRICS`."""

@@ -67,12 +67,13 @@ class Watchdog:
 
         Args:
           directory: where the heartbeats of all processes are, `process-N.json`.
-          about: gives what a heartbeat says of the run, besides its step; called by another thread.
+          about: gives what a heartbeat says of the run, besides its step; called by another thread.  While it has the
+            field "waiting", for what this process or another one waits that is no fault of the run, no time counts.
           period: seconds between two looks, and between two heartbeats.
         """
         self._about, self._chosen, self._process, self._directory = about, chosen, process, directory
         self.step, self._times, self._since, self._pause = 0, deque[float](maxlen=99), time.monotonic(), "starting"
-        self._done = threading.Event()
+        self._done, self._others_wait = threading.Event(), False
         directory.mkdir(parents=True, exist_ok=True)
         self._beating = threading.Thread(target=self._beat, args=(period,), name="heartbeat", daemon=True)
         self._watching = threading.Thread(target=self._watch, args=(period,), name="watchdog", daemon=True)
@@ -124,6 +125,8 @@ class Watchdog:
             if now - before > 2 * period + STARVED:
                 # The whole process was stopped (Ctrl-Z, SIGSTOP), this thread included: the run does not hang.
                 self._since = min(self._since + now - before, now)
+            elif self._others_wait or "waiting" in self._about():
+                self._since = min(self._since + now - before, now)
             waited = now - self._since
             if self._chosen.step_timeout_factor and waited > self.allowed():
                 self._end(waited)
@@ -132,6 +135,11 @@ class Watchdog:
         while not self._done.wait(period):
             with contextlib.suppress(OSError):  # a full disk stops no run
                 self._write_heartbeat()
+                late = time.monotonic() - self._since > SILENT
+                beats = _heartbeats(self._directory).items() if late else ()
+                self._others_wait = any(
+                    "waiting" in words and age < SILENT for p, (words, age) in beats if p != self._process
+                )
 
     def _write_heartbeat(self) -> None:
         path = _heartbeat(self._directory, self._process)
@@ -179,15 +187,21 @@ def _stacks() -> str:
 
 def behind(directory: Path, own: int) -> str:
     """Describes the other processes that are silent, or behind the others, by their heartbeats."""
-    beats = {}
-    for path in sorted(directory.glob("process-*.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            words = json.loads(path.read_text())
-            beats[int(words["process"])] = (int(words["step"]), time.time() - float(words["time"]))
+    beats = {p: (int(words["step"]), age) for p, (words, age) in _heartbeats(directory).items()}
     silent = [f"process {p} is silent since {age:.0f} s" for p, (_, age) in beats.items() if p != own and age > SILENT]
     most = max((step for step, _ in beats.values()), default=0)
     late = [f"process {p} is at step {step}, others at {most}" for p, (step, _) in beats.items() if step < most]
     return "".join(f"; {words}" for words in silent + late)
+
+
+def _heartbeats(directory: Path) -> dict[int, tuple[dict[str, Any], float]]:
+    """Returns the heartbeats of all processes, and their ages in seconds."""
+    beats = {}
+    for path in sorted(directory.glob("process-*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            words = json.loads(path.read_text())
+            beats[int(words["process"])] = (words | {"step": int(words["step"])}, time.time() - float(words["time"]))
+    return beats
 
 
 def _heartbeat(directory: Path, process: int) -> Path:

@@ -15,6 +15,7 @@ from data_pipeline.eval_chunks import ChunkPlan
 from data_pipeline.progress import bar, say_on_stderr
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import Corpus
+from data_pipeline.stores import is_remote
 from data_pipeline.streams import StreamPlan, Symbols
 
 SEARCHED = 64 << 20  # symbols in which a separator is looked for: a fraction of a second
@@ -113,13 +114,19 @@ def refuse_inside(run_dir: Path, settings: CorpusSettings) -> None:
     """Raises ValueError where the run would become a part of its own text."""
     for spec in (settings.corpus, settings.train, settings.valid, settings.test):
         folder = expand_user(spec)
-        if spec and spec not in NAMES and folder.is_dir() and run_dir.resolve().is_relative_to(folder.resolve()):
+        if (
+            spec
+            and spec not in NAMES
+            and not is_remote(spec)
+            and folder.is_dir()
+            and run_dir.resolve().is_relative_to(folder.resolve())
+        ):
             raise ValueError(f"run_dir={run_dir} lies inside of the corpus {spec}: name one outside of it")
 
 
 def _absolute(spec: str) -> str:
-    """Absolute path of a text, as a later command may run in another directory."""
-    return spec if not spec or spec in NAMES else os.path.abspath(os.path.expanduser(spec))
+    """Absolute path, or the URL, of a text, as a later command may run in another directory."""
+    return spec if not spec or spec in NAMES or is_remote(spec) else os.path.abspath(os.path.expanduser(spec))
 
 
 def _sizes(splits: dict[str, int]) -> str:

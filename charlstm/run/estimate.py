@@ -56,7 +56,7 @@ def report(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, form: s
     taken = f"{format_bytes(update.on_a_device)} ({sizes})" if update.on_a_device else "not told by this backend"
     rows = [
         ("devices", distributed.describe(mesh)),
-        ("corpus", f"{corpus.directory.name}: {plan.symbols:,} training symbols, vocabulary of {V}"),
+        ("corpus", f"{str(corpus.directory).rpartition('/')[2]}: {plan.symbols:,} training symbols, vocabulary of {V}"),
         ("parameters", f"{parameters:,}"),
         ("state", format_bytes(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)))),
         (

@@ -1,9 +1,12 @@
 """Output of a run: log.txt, metrics.jsonl, and on a terminal one live line."""
 
+import contextlib
 import json
+import logging
 import os
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,6 +33,19 @@ class RunLog:
         with self._lock:
             self._write(text)
             self._show(self._wiped() + text + "\n")
+
+    @contextlib.contextmanager
+    def collecting(self, name: str) -> Iterator[None]:
+        """Takes the warnings of a logger of the standard library; a silent log leaves them to stderr."""
+        if self._log is None:
+            yield
+            return
+        logger, handler = logging.getLogger(name), _Handler(self.info)
+        logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
 
     def progress(self, text: str) -> None:
         """One plain line in log.txt; on a terminal it is the live line."""
@@ -102,6 +118,17 @@ class RunLog:
             print(text, end="", file=self._terminal, flush=True)
         except (OSError, ValueError):
             self._terminal, self._live, self._status_shown = None, False, False
+
+
+class _Handler(logging.Handler):
+    """Hands warnings to a function, a line each."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._say(record.getMessage())
 
 
 class Lines:

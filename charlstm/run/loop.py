@@ -55,6 +55,7 @@ def train(run: Run, services: Services, given: Sequence[str] = (), terminal: Tex
             )
         log = RunLog(run.run_dir, terminal or sys.stderr, silent=not distributed.is_first_process())
         opened.callback(log.close)
+        opened.enter_context(log.collecting("data_pipeline"))
         for remark in run.remarks:
             log.info(remark)
         keep = run.config.training.keep_checkpoints

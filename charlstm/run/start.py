@@ -77,6 +77,8 @@ def check(config: Config, corpus: Corpus, mesh: Mesh, dry: bool = False) -> Stre
         raise ValueError(f"{flag} goes by validation scores, and {corpus.directory} has no valid split: give one")
     run_directory.separator(config, corpus.vocabulary)
     memory.require_possible(config, corpus.vocabulary.size, dry)
+    if corpus.cache is not None:
+        corpus.cache.require(len(distributed.process_rows(mesh, config.streams.batch_size)))
     return plan
 
 

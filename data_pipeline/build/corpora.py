@@ -9,22 +9,37 @@ from data_pipeline.manifest import is_prepared
 from data_pipeline.progress import Progress
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import Corpus, open_corpus
+from data_pipeline.stores import is_remote
 
 
 def load(
     settings: CorpusSettings, progress: Progress | None = None, say: Callable[[str], None] | None = None
 ) -> Corpus:
     """The corpus that `settings` name, opened; arguments and errors as of `resolve`."""
-    corpus = open_corpus(resolve(settings, progress, say))
+    corpus = open_resolved(settings, progress, say)
     if "train" not in corpus.splits:
         raise ValueError(f"{corpus.directory} has no training split")
     return corpus
 
 
+def open_resolved(
+    settings: CorpusSettings, progress: Progress | None = None, say: Callable[[str], None] | None = None
+) -> Corpus:
+    """The corpus that `settings` name, which need not have a training split; arguments and errors as of `resolve`."""
+    return open_corpus(
+        resolve(settings, progress, say),
+        patience=settings.remote_patience,
+        cache=expand_user(settings.cache_dir) / "blocks",
+        cache_bytes=settings.cache_bytes,
+    )
+
+
 def resolve(
     settings: CorpusSettings, progress: Progress | None = None, say: Callable[[str], None] | None = None
-) -> Path:
+) -> Path | str:
     """Returns the prepared directory of the corpus that `settings` name; prepares a text into the cache if needed.
+
+    A URL is that of a prepared directory, and is returned as it is.
 
     A prepared directory is used as it is: then only `corpus` of the settings has an effect.  Safe to call in several
     processes at a time: one prepares, the others wait for it.
@@ -32,6 +47,8 @@ def resolve(
     Raises:
       ValueError: there is no such corpus, or it cannot be prepared.
     """
+    if not settings.train and is_remote(settings.corpus):
+        return settings.corpus
     directory = expand_user(settings.corpus)
     if not settings.train and is_prepared(directory):
         open_corpus(directory)

@@ -1,0 +1,270 @@
+"""Places where a prepared corpus lies: a directory, or an object store (S3, GCS, Azure, HTTP).
+
+The only file that knows obstore.  A store answers with bytes, right or wrong: whoever reads them checks them.
+"""
+
+import contextlib
+import logging
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from data_pipeline.atomic_files import expand_user
+from data_pipeline.directory import Directory
+
+SCHEMES = ("s3", "gs", "az", "https", "http")
+REQUEST_SECONDS = 30  # that one request may take: 4 MiB at 140 kB/s
+CONNECT_SECONDS = 5
+BACKOFF = 0.1, 15.0  # seconds before the first retry and the most before any
+TOLD_AFTER, TOLD_EVERY = 10.0, 60.0  # seconds of waiting until it is said, and said again
+PATIENCE = 600.0
+
+_log = logging.getLogger("data_pipeline")
+_refusal = re.compile(r"non-2xx status code: (\d+)")
+_again = {"408", "425", "429"}  # of the 4xx, those that may pass
+_metadata = ("169.254.169.254", "metadata.google")  # where a machine outside of a cloud finds no credentials
+Result = TypeVar("Result")
+
+
+class Unreachable(OSError):
+    """A store did not answer for as long as one was ready to wait."""
+
+
+class Store(Protocol):
+    """Named objects, read by ranges.  Thread-safe, and can be pickled.
+
+    Attributes:
+      is_remote: whether a request takes long enough that several should be made side by side.
+    """
+
+    is_remote: bool
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> memoryview:
+        """Returns bytes `start` to `stop` of an object (None: to its end).
+
+        Raises:
+          ValueError: there is no such object or range, or it may not be read.
+          Unreachable: the store does not answer.
+        """
+        ...
+
+    def size(self, name: str) -> int:
+        """Returns the size of an object in bytes.  Raises as `read`."""
+        ...
+
+    def path(self, name: str) -> str:
+        """Returns the whole name of an object, for messages."""
+        ...
+
+    def keep(self, places: int) -> None:
+        """Keeps what reading at so many places in turn takes."""
+        ...
+
+    def waiting(self) -> str:
+        """Describes what is waited for, if a request takes long; else ""."""
+        ...
+
+    def interrupt(self) -> None:
+        """Makes the requests that have failed, and wait to be repeated, give up."""
+        ...
+
+
+def is_remote(location: Path | str) -> bool:
+    """Returns whether `location` names a directory of an object store."""
+    return isinstance(location, str) and location.partition("://")[0] in SCHEMES and "://" in location
+
+
+def open_store(location: Path | str, patience: float = PATIENCE) -> Store:
+    """Returns the store of a directory or a URL; asks it nothing yet.
+
+    Args:
+      patience: seconds that an object store may be silent.
+
+    Raises:
+      ValueError: the URL is malformed or has secrets in it, or obstore is not installed.
+    """
+    return Remote(str(location), patience) if is_remote(location) else Directory(expand_user(location))
+
+
+class Remote:
+    """A directory of an object store.
+
+    Failures that may pass (429, 5xx, resets, cut or stalled answers) are repeated for `patience` seconds; others are
+    refused at once.
+    """
+
+    is_remote = True
+
+    def __init__(self, url: str, patience: float = PATIENCE) -> None:
+        self._url, self._patience = checked_url(url), patience
+        self._obstore, self._store = _connect(self._url)
+        self._begun: dict[object, float] = {}  # requests in flight, and since when
+        self._lock, self._told, self._trouble = threading.Lock(), 0.0, ""
+        self._interrupted = threading.Event()
+        self._answered = False
+
+    def __reduce__(self) -> tuple:
+        return Remote, (self._url, self._patience)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> memoryview:
+        def get() -> memoryview:
+            if stop is None:
+                return memoryview(self._obstore.get(self._store, name).bytes())
+            data = memoryview(self._obstore.get_range(self._store, name, start=start, end=stop))
+            if len(data) != stop - start:
+                raise ValueError(
+                    f"{self.path(name)} ends at byte {start + len(data)} of {stop}: upload the corpus again"
+                )
+            return data
+
+        return self._patiently(name, get)
+
+    def size(self, name: str) -> int:
+        return self._patiently(name, lambda: int(self._obstore.head(self._store, name)["size"]))
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Writes an object unless there is one of that name; returns whether it was written.  Raises as `read`."""
+
+        def put() -> bool:
+            try:
+                self._obstore.put(self._store, name, data, mode="create")
+            except self._obstore.exceptions.AlreadyExistsError:
+                return False
+            return True
+
+        return self._patiently(name, put)
+
+    def upload(self, name: str, file: Path) -> None:
+        """Writes a file as an object, whole or not at all, over what is there.  Raises as `read`."""
+        self._patiently(name, lambda: self._obstore.put(self._store, name, file, use_multipart=True))
+
+    def path(self, name: str) -> str:
+        return f"{self._url}/{name}"
+
+    def keep(self, places: int) -> None:
+        pass
+
+    def waiting(self) -> str:
+        with self._lock:
+            seconds = time.monotonic() - min(self._begun.values(), default=time.monotonic())
+        return f"{self._url} does not answer{self._trouble}, {_spoken(seconds)}" if seconds >= TOLD_AFTER else ""
+
+    def interrupt(self) -> None:
+        self._interrupted.set()  # wakes those that wait
+        self._interrupted = threading.Event()
+
+    def _patiently(self, name: str, request: Callable[[], Result]) -> Result:
+        """Makes a request until it is answered."""
+        interrupted, pause = self._interrupted, BACKOFF[0]
+        with self._timed() as began:
+            while True:
+                try:
+                    result = request()
+                    self._answered, self._trouble = True, ""
+                    return result
+                except ValueError:
+                    raise
+                except Exception as error:  # all of obstore's, which have no common class but this one
+                    reason = self._reason(name, error)
+                self._trouble = f" ({reason})"
+                if time.monotonic() - began > self._patience:
+                    raise Unreachable(
+                        f"{self._url} has not answered for {_spoken(self._patience)} ({reason}): the same command "
+                        "goes on when it does; --remote_patience waits longer"
+                    )
+                self._tell()
+                if interrupted.wait(
+                    min(pause * random.uniform(0.5, 1), max(0.0, began + self._patience - time.monotonic()) + 0.01)
+                ):
+                    raise Unreachable(f"{self._url} did not answer ({reason}), and nobody waits for it any more")
+                pause = min(2 * pause, BACKOFF[1])
+
+    def _reason(self, name: str, error: Exception) -> str:
+        """Describes a failure that may pass.  Raises ValueError, in one sentence, if it is one that will not."""
+        text = " ".join(str(error).partition("\n\n")[0].split())
+        status = found.group(1) if (found := _refusal.search(text)) else ""
+        path, kind = self.path(name), type(error).__name__
+        if not self._answered and any(host in text for host in _metadata):
+            raise ValueError(f"{self._url}: no credentials were found in the environment: see docs/data.md")
+        if isinstance(error, FileNotFoundError) or kind == "NotFoundError" or status == "404":
+            raise ValueError(f"{path} does not exist: check the name, and that the corpus was uploaded whole")
+        if kind in ("PermissionDeniedError", "UnauthenticatedError") or status in ("401", "403"):
+            raise ValueError(f"{path} may not be read with these credentials ({status or kind}): see docs/data.md")
+        if kind == "PreconditionError" or status == "412":
+            raise ValueError(f"{path} was changed while it was read: prepare the corpus again")
+        if status == "416":
+            raise ValueError(f"{path} is shorter than the manifest says: upload the corpus again")
+        if "non-partial response" in text or "Range request not supported" in text:
+            raise ValueError(f"{path}: the server answers without ranges: copy the corpus to a disk or another store")
+        if (status.startswith("4") and status not in _again) or "builder error" in text:
+            raise ValueError(f"{path}: {text[:200]}")
+        return f"status {status}" if status else re.sub(r"^.* - |Generic \w+ error: ", "", text)[:120]
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[float]:
+        """Counts a request as in flight; yields when it began."""
+        token, began = object(), time.monotonic()
+        with self._lock:
+            self._begun[token] = began
+        try:
+            yield began
+        finally:
+            with self._lock:
+                del self._begun[token]
+
+    def _tell(self) -> None:
+        """Logs that the store does not answer, once a minute for all requests together."""
+        words, now = self.waiting(), time.monotonic()
+        with self._lock:
+            if not words or now - self._told < TOLD_EVERY:
+                return
+            self._told = now
+        _log.warning("%s", words)
+
+
+def checked_url(url: str) -> str:
+    """Returns the URL of a directory without a slash at its end.
+
+    Raises:
+      ValueError: it has no bucket or host, or something in it that may be a secret: runs keep the URL in config.json.
+    """
+    scheme, _, rest = url.partition("://")
+    place = rest.partition("/")[0]
+    if "@" in place or "?" in rest or "#" in rest:
+        shown = f"{scheme}://{re.sub(r'^[^/]*@', '', rest).partition('?')[0].partition('#')[0]}"
+        raise ValueError(
+            f"{shown} is given with a user, a password or a query, which a run would write into its config.json: leave "
+            "them out, and give credentials in the environment (docs/data.md)"
+        )
+    if not place:
+        raise ValueError(f"{url} names no bucket or host: write {scheme}://BUCKET/DIRECTORY")
+    return url.rstrip("/")
+
+
+def _connect(url: str) -> tuple[Any, Any]:
+    """Returns the module obstore and its store of `url`; credentials come from the environment, as obstore has it."""
+    try:
+        import obstore
+        from obstore.store import from_url
+    except ImportError:
+        raise ValueError(f"{url} needs obstore: pip install 'charlstm[remote]'") from None
+    client = {
+        # A custom endpoint says itself whether it is http; https stays https, whatever it redirects to.
+        "allow_http": not url.startswith("https:"),
+        "timeout": f"{REQUEST_SECONDS}s",
+        "connect_timeout": f"{CONNECT_SECONDS}s",
+        "user_agent": "charlstm",
+    }
+    try:
+        # Retries are ours, so that waiting is said; obstore's few are for those that its credentials need.
+        return obstore, from_url(url, client_options=client, retry_config={"max_retries": 2})  # type: ignore[call-overload]
+    except Exception as error:
+        raise ValueError(f"{url}: {' '.join(str(error).partition('Debug source')[0].split())}") from None
+
+
+def _spoken(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.0f} min"
