@@ -26,26 +26,25 @@ class WindowSource:
     def __init__(self, split: Symbols, plan: StreamPlan, rows: range, separator: Separator = ()) -> None:
         self._split, self._plan, self._rows, self._separator = split, plan, rows, separator
         symbols = min(RUN_SYMBOLS, RUN_TOTAL // len(rows))
-        self._run_windows = min(max(1, symbols // plan.window), plan.steps_per_epoch)
+        self._run_windows = min(max(1, symbols // plan.window), plan.period)
         self._runs: dict[int, Batch] = {}  # by first step, oldest first
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return sys.maxsize  # epochs without end; no length could be larger
+        return sys.maxsize  # no length could be larger
 
     def __getitem__(self, step: int) -> Batch:
         """Returns the window of `step`: new arrays [rows, its length]."""
-        epoch, window = divmod(step, self._plan.steps_per_epoch)
-        first = window - window % self._run_windows
-        run = self._run(step - window % self._run_windows)
-        begin, start, stop = (self._plan.start(epoch, w) for w in (first, window, window + 1))
-        return Batch(*(np.copy(array[:, start - begin : stop - begin]) for array in run))
+        first = step - step % self._plan.period % self._run_windows
+        run = self._run(first)
+        start, stop = (self._plan.length(first, last) for last in (step, step + 1))
+        return Batch(*(np.copy(array[:, start:stop]) for array in run))
 
     def _run(self, first: int) -> Batch:
-        """Returns the run that begins with step `first`: arrays [rows, symbols], shorter at the end of an epoch."""
+        """Returns the run that begins with step `first`: arrays [rows, symbols], shorter at the end of a period."""
         with self._lock:  # held while reading, so that two threads never read the same run
             if first not in self._runs:
-                left = self._plan.steps_per_epoch - first % self._plan.steps_per_epoch
+                left = self._plan.period - first % self._plan.period
                 run = self._plan.read(
                     self._split,
                     first,

@@ -175,6 +175,20 @@ class Corpus:
     sources: tuple[Source, ...]
 
     @property
+    def name(self) -> str:
+        """Short name, for people."""
+        return self.directory.name
+
+    def texts(self, split: str) -> dict[str, Split]:
+        """Returns the texts of `split` that are scored each by itself: name -> text; here one, without a name."""
+        return {"": self.splits[split]} if split in self.splits else {}
+
+    @property
+    def percent(self) -> dict[str, float]:
+        """Share of each of these texts in what is learned from."""
+        return {"": 100.0}
+
+    @property
     def train(self) -> Split:
         """The split that is learned from."""
         return self._split("train")
