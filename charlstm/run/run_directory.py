@@ -217,8 +217,8 @@ def resume_config(run_dir: Path, wanted: Config, identity: Identity, initial: st
       ValueError: it is not a run, or damaged.
     """
     run_config, run_identity = read(run_dir)
-    before, now = (config.streams.mixture or "none" for config in (run_config, wanted))
-    check_identity(run_dir, run_identity, identity, f" (mixture: {before} -> {now})" if before != now else "")
+    mixed, now = (config.streams.mixture or "none" for config in (run_config, wanted))
+    check_identity(run_dir, run_identity, identity, f" (mixture: {mixed} -> {now})" if mixed != now else "")
     forbidden, free = config_lib.diff(run_config, wanted)
     started_from = read_initial(run_dir)
     before = started_from.named if started_from else ""
