@@ -12,12 +12,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from charlstm.api import Model, load, load_corpus, train
+    from charlstm.api import Model, load, load_corpus, load_mixture, train
     from charlstm.config import Config
     from charlstm.inference.score import Score
     from charlstm.run.metrics import Diverged
 
-__all__ = ["Config", "Diverged", "Model", "Score", "load", "load_corpus", "train"]
+__all__ = ["Config", "Diverged", "Model", "Score", "load", "load_corpus", "load_mixture", "train"]
 
 _HOMES = {
     "Config": "charlstm.config",
@@ -26,6 +26,7 @@ _HOMES = {
     "Score": "charlstm.inference.score",
     "load": "charlstm.api",
     "load_corpus": "charlstm.api",
+    "load_mixture": "charlstm.api",
     "train": "charlstm.api",
 }
 

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,11 @@ from charlstm.run.start import start
 from charlstm.training.loss import NATS_PER_BIT, cross_entropy
 from charlstm.training.placement import choose_mesh
 from charlstm.types import CellState, ModelParams, RecurrentState
+from data_pipeline import mixture
 from data_pipeline.atomic_files import atomic_write, expand_user
 from data_pipeline.batch import Separator, ends_separator, looks_back
 from data_pipeline.build import corpora
+from data_pipeline.mixture import Mixture
 from data_pipeline.progress import bar, say_on_stderr
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import ArraySplit, Corpus
@@ -66,6 +68,21 @@ def load_corpus(source: str | os.PathLike[str] | bytes, **settings: Any) -> Corp
     return corpora.load(CorpusSettings(corpus=found, **settings), bar(), say_on_stderr)
 
 
+def load_mixture(weights: Mapping[str, float], **settings: Any) -> Mixture:
+    """The mixture of several corpora of one vocabulary, to be trained on as a corpus is.
+
+    Args:
+      weights: corpus -> its share of what is read, of any sum; a corpus as `load_corpus` takes it, but not a text
+        itself, or NAME=CORPUS, where NAME is what its scores are to be called.
+      settings: as of `load_corpus`, for those that are not prepared yet.
+
+    Raises:
+      ValueError: a corpus cannot be had, two have different vocabularies, or a weight is too small.
+    """
+    parts = mixture.parse(",".join(f"{source}:{weight}" for source, weight in weights.items()))
+    return mixture.load(parts, lambda source: load_corpus(source, **settings))
+
+
 def _written_down(text: bytes, folder: Path) -> Path:
     """The file that holds `text`, made if absent: a corpus is prepared from files."""
     path = folder / f"{hashlib.sha256(text).hexdigest()[:32]}.txt"
@@ -84,7 +101,7 @@ def train(config: Config, corpus: Corpus, run_dir: str | os.PathLike[str], *, in
 
     Args:
       config: the settings; of a run that is there, those that may change on resuming.
-      corpus: of `load_corpus`.
+      corpus: of `load_corpus` or `load_mixture`.
       run_dir: where the run lives, or is to live: config, log, metrics, checkpoints.
       initial_checkpoint: a run directory whose parameters a new run starts from.
 
@@ -95,8 +112,10 @@ def train(config: Config, corpus: Corpus, run_dir: str | os.PathLike[str], *, in
     """
     distributed.use_cpu_cores()
     folder = run_directory.named("run_dir", os.fspath(run_dir))
-    where = {"corpus": str(corpus.directory), "train": "", "valid": "", "test": ""}
-    config = config_lib.replace(config, vocabulary=corpus.vocabulary.kind, **where)
+    where = {"corpus": str(corpus.directory), "mixture": ""}
+    if isinstance(corpus, Mixture):
+        where = {"corpus": "", "mixture": corpus.spec}
+    config = config_lib.replace(config, vocabulary=corpus.vocabulary.kind, train="", valid="", test="", **where)
     services = _InterruptibleServices()
     outcome = loop.train(start(folder, config, corpus, choose_mesh, initial_checkpoint), services)
     if outcome is Outcome.NOT_SAVED:

@@ -24,27 +24,25 @@ class WindowSource:
     def __init__(self, split: Symbols, plan: StreamPlan, rows: range, separator: Separator = ()) -> None:
         self._split, self._plan, self._rows, self._separator = split, plan, rows, separator
         self._runs: Runs[int, Batch] = Runs(split, len(rows), self._read)  # by first step
-        self._run_windows = min(max(1, self._runs.symbols // plan.window), plan.steps_per_epoch)
+        self._run_windows = min(max(1, self._runs.symbols // plan.window), plan.period)
 
     def __len__(self) -> int:
-        return sys.maxsize  # epochs without end; no length could be larger
+        return sys.maxsize  # no length could be larger
 
     def __getitem__(self, step: int) -> Batch:
         """Returns the window of `step`: new arrays [rows, its length]."""
-        epoch, window = divmod(step, self._plan.steps_per_epoch)
-        first = window - window % self._run_windows
-        in_run = self._in_run(first)
-        run = self._runs.get(step - window + first, step - window + first + in_run)
-        begin, start, stop = (self._plan.start(epoch, w) for w in (first, window, window + 1))
-        return Batch(*(np.copy(array[:, start - begin : stop - begin]) for array in run))
+        first = step - step % self._plan.period % self._run_windows
+        run = self._runs.get(first, first + self._in_run(first))
+        start, stop = (self._plan.length(first, last) for last in (step, step + 1))
+        return Batch(*(np.copy(array[:, start:stop]) for array in run))
 
     def close(self) -> None:
         """Ends the reading ahead."""
         self._runs.close()
 
     def _in_run(self, step: int) -> int:
-        """Returns the number of windows of the run that begins with `step`: fewer at the end of an epoch."""
-        return min(self._run_windows, self._plan.steps_per_epoch - step % self._plan.steps_per_epoch)
+        """Returns the number of windows of the run that begins with `step`: fewer at the end of a period."""
+        return min(self._run_windows, self._plan.period - step % self._plan.period)
 
     def _read(self, first: int) -> Batch:
         """Returns the run that begins with step `first`: arrays [rows, symbols]."""

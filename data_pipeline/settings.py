@@ -67,6 +67,12 @@ class CorpusSettings:
         "Symbols: bytes (any file; 256 symbols) or characters (Unicode code points of the training split).",
         choices=("bytes", "characters"),
     )
+    vocabulary_of: str = setting(
+        "",
+        "characters only: a prepared corpus whose vocabulary this one takes, so that both can be mixed; characters "
+        "that it lacks are unknown.",
+        mutable=True,
+    )
     min_count: int = setting(1, "characters only: a character seen fewer times in the training split is unknown.")
     valid_fraction: float = setting(0.05, "Fraction of the text that is the validation split.")
     test_fraction: float = setting(0.05, "Fraction of the text that is the test split (the end of the text).")
@@ -106,6 +112,11 @@ class CorpusSettings:
         check_choices(self)
         if self.min_count < 1:
             raise ValueError(f"min_count={self.min_count} must be at least 1")
+        if self.vocabulary_of and self.vocabulary != "characters":
+            raise ValueError(
+                f"vocabulary_of={self.vocabulary_of} needs --vocabulary=characters: all texts share the vocabulary of "
+                "bytes"
+            )
         for name in ("valid_fraction", "test_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and less than 1")
@@ -149,7 +160,22 @@ class StreamSettings:
         "probabilities 1, 4, 6, 4, 1 of 16; the learning rate is scaled by length / window.",
     )
     short_window_probability: float = setting(0.0, "Fraction of the windows that have half the length instead.")
-    rotate_streams: bool = setting(True, "Each epoch starts all the streams at another seeded offset.")
+    mixture: str = setting(
+        "",
+        "Several corpora of one vocabulary in place of --corpus, each with its share of the symbols that are read: "
+        "[NAME=]CORPUS:WEIGHT,... such as data/web:0.6,data/books:0.4.",
+        mutable=True,  # a run is checked against the fingerprints and the weights, not against places
+    )
+    segment: int = setting(
+        -1,
+        "Symbols that a stream reads with carried state before it goes on elsewhere, in a segment drawn at random, of "
+        "a corpus whose turn it is.  0: streams stay in one corpus and read on to its end, in the order of the text.  "
+        "-1: 0 for one corpus, and in a mixture 1048576, halved until each corpus has a segment for every stream.",
+    )
+    shuffle_segments: bool = setting(True, "Segments come in an order drawn for each pass, not that of the text.")
+    rotate_streams: bool = setting(
+        True, "Each epoch, and each pass over a corpus in segments, starts at another seeded offset."
+    )
     reset_state: str = setting(
         "stream",
         "When recurrent state is reset: stream (where a stream begins anew) or document (there, and at each "
@@ -177,6 +203,7 @@ class StreamSettings:
             raise ValueError(f"short_window_probability={self.short_window_probability} must be from 0 to 1")
         check_at_least(self, 1, "batch_size", "window", "reader_threads", "read_ahead")
         check_at_least(self, 0, "window_deviation")
+        check_at_least(self, -1, "segment")
         if self.batch_size * self.longest_window > LARGEST_INT:
             raise ValueError(
                 f"batch_size={self.batch_size} x {self.longest_window} symbols of a window must be at most "

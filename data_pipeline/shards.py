@@ -132,6 +132,29 @@ class Corpus:
     cache: BlockCache | None
 
     @property
+    def name(self) -> str:
+        """Short name, for people."""
+        return str(self.directory).rpartition("/")[2]
+
+    def waiting(self) -> str:
+        """Describes what is waited for, if an object store does not answer; else ""."""
+        return self.store.waiting()
+
+    def require_cache(self, places: int) -> None:
+        """Raises ValueError if the cache of what object stores gave has no room for the `places` that are read."""
+        if self.cache is not None:
+            self.cache.require(places)
+
+    def texts(self, split: str) -> dict[str, Split]:
+        """Returns the texts of `split` that are scored each by itself: name -> text; here one, without a name."""
+        return {"": self.splits[split]} if split in self.splits else {}
+
+    @property
+    def percent(self) -> dict[str, float]:
+        """Share of each of these texts in what is learned from."""
+        return {"": 100.0}
+
+    @property
     def train(self) -> Split:
         """The split that is learned from."""
         return self._split("train")

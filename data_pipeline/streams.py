@@ -10,11 +10,23 @@ import bisect
 import dataclasses
 import hashlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
 from data_pipeline.batch import Batch, Separator, ends_separator, looks_back
 from data_pipeline.symbols import Symbols, read_places
+
+
+class Stretch(NamedTuple):
+    """Contiguous text in a row of a batch."""
+
+    row: int
+    column: int  # of its first input in the row
+    length: int  # inputs
+    circle: range  # of the split: the symbols among which it is read; after the last comes the first
+    position: int  # of its first input on the circle
+    begins: bool  # the stream begins anew here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +73,12 @@ class StreamPlan:
     @property
     def steps_per_epoch(self) -> int:
         """W: number of windows of a stream in an epoch."""
-        column = self.symbols // self.batch_size
-        most = column // (self.window // 2 if self.short_probability else self.window)
-        return bisect.bisect_right(range(most + 1), column, key=lambda window: self._border(window, 0)) - 1
+        return self._windows_in(self.symbols // self.batch_size)
+
+    def _windows_in(self, symbols: int) -> int:
+        """Returns the number of windows, at their longest but for the deviation, that fit in `symbols`."""
+        most = symbols // (self.window // 2 if self.short_probability else self.window)
+        return bisect.bisect_right(range(most + 1), symbols, key=lambda window: self._border(window, 0)) - 1
 
     def _border(self, window: int, phase: int) -> int:
         """w T - (T - T // 2) floor(w q + u), with q and u = `phase` in units of 2^-32: exact at any step."""
@@ -72,24 +87,36 @@ class StreamPlan:
 
     def start(self, epoch: int, window: int) -> int:
         """s(w): symbols that each stream has read in `epoch` before window w, of 0 to W."""
-        phase = int(self._random_words(b"short windows", epoch, 1)[0]) >> 32 if self.short_probability else 0
-        border = self._border(window, phase)
-        if self.deviation and 0 < window < self.steps_per_epoch:
-            step = epoch * self.steps_per_epoch + window
-            coins = int(self._random_words(b"window length", step, 1)[0]) & 3
-            border += self.deviation * (coins.bit_count() - 1)
+        border = self._border(window, self._phase(epoch))
+        if 0 < window < self.steps_per_epoch:
+            border += self._deviation_before(epoch * self.steps_per_epoch + window)
         return border
 
+    def _phase(self, epoch: int) -> int:
+        """u of `epoch`, in units of 2^-32."""
+        return int(self._random_words(b"short windows", epoch, 1)[0]) >> 32 if self.short_probability else 0
+
+    def _deviation_before(self, step: int) -> int:
+        """k D: symbols by which the border before `step` is shifted."""
+        if not self.deviation:
+            return 0
+        coins = int(self._random_words(b"window length", step, 1)[0]) & 3
+        return self.deviation * (coins.bit_count() - 1)
+
     def offset(self, epoch: int) -> int:
-        """Returns the position of stream 0 at the start of `epoch`: uniform in [0, N), or 0 without `rotate`.
+        """Returns the position of stream 0 at the start of `epoch`: uniform in [0, N), or 0 without `rotate`."""
+        return self._offset(epoch, self.symbols)
+
+    def _offset(self, number: int, symbols: int) -> int:
+        """Returns offset `number` on a circle of `symbols`.
 
         Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), keyed by a digest: seeds and epochs
         that are neighbours are uncorrelated.  Its raw words, unlike NumPy's distributions, never change.
         """
         if not self.rotate:
             return 0
-        high, low = self._random_words(b"stream offset", epoch, 2).tolist()
-        return ((high << 64 | low) * self.symbols) >> 128
+        high, low = self._random_words(b"stream offset", number, 2).tolist()
+        return ((high << 64 | low) * symbols) >> 128
 
     def resets(self, step: int, rows: range) -> np.ndarray:
         """Draws random state resets, bool [rows]: true with `reset_probability`, before the window of `step`.
@@ -106,11 +133,27 @@ class StreamPlan:
         key = hashlib.blake2b(f"{self.seed} {number}".encode(), digest_size=16, person=purpose).digest()
         return np.random.Philox(key=int.from_bytes(key, "little")).random_raw(count)
 
+    @property
+    def period(self) -> int:
+        """Steps from one moment at which all streams begin anew to the next: no joined read goes across it."""
+        return self.steps_per_epoch
+
+    def length(self, first: int, last: int) -> int:
+        """Returns the symbols that each stream reads from step `first` up to step `last` of the same period."""
+        epoch, window = divmod(first, self.steps_per_epoch)
+        return self.start(epoch, window + last - first) - self.start(epoch, window)
+
     def positions(self, step: int, rows: range) -> list[int]:
         """Returns the position in the split, in [0, N), of the first input of each stream of `rows` at `step`."""
         epoch, window = divmod(step, self.steps_per_epoch)
         first = self.offset(epoch) + self.start(epoch, window)
         return [(first + b * self.symbols // self.batch_size) % self.symbols for b in rows]
+
+    def stretches(self, step: int, rows: range, windows: int = 1) -> Iterator[Stretch]:
+        """Yields the stretches of contiguous text that make up `windows` joined windows of each stream of `rows`."""
+        length, begins = self.length(step, step + windows), step % self.steps_per_epoch == 0
+        for row, position in enumerate(self.positions(step, rows)):
+            yield Stretch(row, 0, length, range(self.symbols), position, begins)
 
     def read(self, split: Symbols, step: int, rows: range, *, windows: int = 1, separator: Separator = ()) -> Batch:
         """Reads the batch of `step`, or `windows` consecutive batches from `step` on, joined.
@@ -119,46 +162,53 @@ class StreamPlan:
           split: the N symbols.
           step: training step, from 0 on.
           rows: R streams.
-          windows: number of windows of each stream, all of the same epoch.
+          windows: number of windows of each stream, all of the same period.
           separator: ids of the symbols that end a document.  The last of them is read with zero state and predicts the
             first symbol of the next document; the document before has predicted all of the separator.
 
         Returns:
-          Arrays [R, symbols of the windows]; ids in the split's dtype.  `reset` is True at the first symbol of an
-          epoch, at the first symbol of the split (what lies before it on the circle is unrelated text), at the
-          last symbol of each separator that lies within the split, wherever the reading begins, and before a window
-          that `resets` draws.
+          Arrays [R, symbols of the windows]; ids in the split's dtype.  `reset` is True where a stream begins anew, at
+          the first symbol of the split (what lies before it on the circle is unrelated text), at the last symbol of
+          each separator that lies within the split, wherever the reading begins, and before a window that `resets`
+          draws.
         """
         assert len(split) == self.symbols, (len(split), self)
-        epoch, first = divmod(step, self.steps_per_epoch)
-        assert step >= 0 and 0 < windows <= self.steps_per_epoch - first, (step, windows)
-        starts = [self.start(epoch, first + window) for window in range(windows + 1)]
-        length = starts[-1] - starts[0]
-        positions, back = self.positions(step, rows), looks_back(separator)
-        ids = np.empty((len(rows), back + length + 1), split.dtype)
-        read_places(
-            split,
-            [place for row, start in enumerate(positions) for place in _circle(len(split), start - back, ids[row])],
-        )
-        reset = ends_separator(ids[:, :-1], separator)
-        for row, start in enumerate(positions):
-            seam = (self.symbols - start) % self.symbols  # distance to the end of the split
-            # Slices beyond this read are empty.  A separator does not extend over the seam.
-            reset[row, : max(0, back - start)] = reset[row, seam : seam + back] = False
-            reset[row, seam : seam + 1] = True
-        inputs, targets = ids[:, back:-1], ids[:, back + 1 :]
-        if first == 0:
-            reset[:, 0] = True
+        assert step >= 0 and 0 < windows <= self.period - step % self.period, (step, windows)
+        starts = [self.length(step, step + window) for window in range(windows + 1)]
+        shape = len(rows), starts[-1]
+        batch = Batch(np.empty(shape, split.dtype), np.empty(shape, split.dtype), np.empty(shape, bool))
+        back = looks_back(separator)
+        texts = [
+            (stretch, np.empty(back + stretch.length + 1, split.dtype))
+            for stretch in self.stretches(step, rows, windows)
+        ]
+        read_places(split, [place for stretch, ids in texts for place in _places(stretch, back, ids)])
+        for stretch, ids in texts:
+            _fill(batch, stretch, ids, separator)
         for window in range(windows):
-            reset[:, starts[window] - starts[0]] |= self.resets(step + window, rows)
-        return Batch(inputs, targets, reset)
+            batch.reset[:, starts[window]] |= self.resets(step + window, rows)
+        return batch
 
 
-def _circle(symbols: int, start: int, out: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields the places that fill `out` from `start` on: after the last of the symbols comes the first."""
-    filled = 0
+def _places(stretch: Stretch, back: int, out: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields the places that fill `out`, from `back` symbols before the stretch on: after the last comes the first."""
+    symbols, filled = len(stretch.circle), 0
     while filled < len(out):
-        begin = (start + filled) % symbols
+        begin = (stretch.position - back + filled) % symbols
         part = out[filled : filled + symbols - begin]
-        yield begin, part
+        yield stretch.circle.start + begin, part
         filled += len(part)
+
+
+def _fill(batch: Batch, stretch: Stretch, ids: np.ndarray, separator: Separator) -> None:
+    """Fills the part of `batch` that is `stretch`, from `ids` that begin `looks_back(separator)` symbols before it."""
+    back = looks_back(separator)
+    reset = ends_separator(ids[:-1], separator)
+    seam = -stretch.position % len(stretch.circle)  # distance to the end of the circle
+    # Slices beyond this stretch are empty.  A separator does not extend over the seam.
+    reset[: max(0, back - stretch.position)] = reset[seam : seam + back] = False
+    reset[seam : seam + 1] = True
+    if stretch.begins:
+        reset[0] = True
+    part = stretch.row, slice(stretch.column, stretch.column + stretch.length)
+    batch.inputs[part], batch.targets[part], batch.reset[part] = ids[back:-1], ids[back + 1 :], reset

@@ -19,17 +19,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from charlstm import config as config_lib
 from charlstm import distributed
 from charlstm.config import Config
 from charlstm.config.training import EvaluationConfig
 from charlstm.inference import dynamic_evaluation as dynamic
 from charlstm.inference import evaluate as evaluate_lib
-from charlstm.inference.score import Score
+from charlstm.inference.score import Score, mixed
+from charlstm.run import corpus as corpus_lib
 from charlstm.run import run_directory
 from charlstm.run.metrics import duration
 from charlstm.types import ModelParams
 from data_pipeline.atomic_files import expand_user
-from data_pipeline.build import corpora
 from data_pipeline.progress import bar, say_on_stderr
 from data_pipeline.settings import check_choices, setting
 from data_pipeline.shards import Corpus
@@ -43,7 +44,9 @@ class EvaluateFlags:
     run_dir: str = setting("", "The run to evaluate.  Required.")
     split: str = setting("test", "The split to score.", choices=("train", "valid", "test"))
     checkpoint: str = setting("best", "best (on validation; the newest where none was validated), latest, or a step.")
-    corpus: str = setting("", "The run's own text, where it has moved; checked by its fingerprint.")
+    corpus: str = setting(
+        "", "The run's own text, where it has moved, or its mixture, as --mixture takes it; checked by its fingerprint."
+    )
     dynamic: bool = setting(
         False,
         "Dynamic evaluation, on one device: the split is one stream, so that --eval_chunk, --burn_in and "
@@ -60,7 +63,7 @@ class EvaluateFlags:
 
 GROUPS = (EvaluateFlags(), dynamic.DynamicEvaluationConfig())
 TEMPERATURES = tuple(2.0 ** (k / 64) for k in range(-64, 65))  # about 1 % from one to the next
-Scorer = Callable[..., list[Score]]
+Scorer = Callable[..., dict[str, list[Score]]]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -76,14 +79,15 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"{given} has no part in a dynamic score, of one stream: leave it out")
     if not chosen.dynamic and (given := _differences(adaptation, dynamic.DynamicEvaluationConfig())):
         raise ValueError(f"{given} has no part in a static score: give --dynamic as well")
-    text = config.corpus
+    text = config
     if chosen.corpus:
-        text = dataclasses.replace(text, corpus=chosen.corpus, train="", valid="", test="")
-    corpus = corpora.open_resolved(text, bar(), say_on_stderr)
+        where = {"mixture" if config.streams.mixture else "corpus": chosen.corpus}
+        text = config_lib.replace(config, **where, train="", valid="", test="")
+    corpus = corpus_lib.load(text)
     run_directory.check_identity(run_dir, identity, run_directory.Identity(corpus.vocabulary, corpus.fingerprint))
     for split in (chosen.split, *(["valid"] if chosen.search_temperature else [])):
         if split not in corpus.splits:
-            raise ValueError(f"{corpus.directory} has no {split} split, only {', '.join(corpus.splits)}")
+            raise ValueError(f"{corpus.name} has no {split} split, only {', '.join(corpus.splits)}")
 
     runtime.keep_freed_memory()
     runtime.keep_compiled()
@@ -99,9 +103,13 @@ def main(argv: Sequence[str]) -> int:
     if not distributed.is_first_process():
         return cli.DONE
     if chosen.format == "json":
-        print(json.dumps(_fields(chosen, adaptation, step, temperature, scores, seconds)))
+        fields = _fields(chosen, adaptation, step, temperature, scores[""], seconds)
+        if members := {name: _figures(of) for name, of in scores.items() if name}:
+            fields["mixture"] = members
+        print(json.dumps(fields))
     else:
-        print("\n".join(_lines(chosen, corpus.vocabulary.kind, step, temperature, scores, seconds)))
+        for name in sorted(scores, key=bool, reverse=True):  # that of all last
+            print("\n".join(_lines(chosen, name, corpus.vocabulary.kind, step, temperature, scores[name], seconds)))
     return cli.DONE
 
 
@@ -112,29 +120,37 @@ def _scorer(
     params: ModelParams,
     adaptation: dynamic.DynamicEvaluationConfig | None,
 ) -> Scorer:
-    """A function (split, temperatures) -> scores."""
+    """A function (split, temperatures) -> scores of all, by the name ""; of a mixture, also of each corpus."""
     separator = run_directory.separator(config, corpus.vocabulary)
     if adaptation is not None:
         doing = _progress("gradients of the training text")
         usual = dynamic.mean_square(config, adaptation, params, corpus.splits["train"], separator, doing)
 
-    def score(name: str, temperatures: Sequence[float] = (1.0,)) -> list[Score]:
-        split = corpus.splits[name]
+    def score_one(name: str, text: evaluate_lib.Split, temperatures: Sequence[float]) -> list[Score]:
         if adaptation is None:
             V = corpus.vocabulary.size
-            return evaluate_lib.at_temperatures(config, V, split, mesh, separator, temperatures)(params)
+            return evaluate_lib.at_temperatures(config, V, text, mesh, separator, temperatures)(params)
         doing = _progress(f"dynamic evaluation of {name}")
-        return dynamic.score(config, adaptation, params, usual, split, separator, temperatures, doing)
+        return dynamic.score(config, adaptation, params, usual, text, separator, temperatures, doing)
+
+    def score(split: str, temperatures: Sequence[float] = (1.0,)) -> dict[str, list[Score]]:
+        texts = corpus.texts(split)
+        found = {name: score_one(f"{split} {name}".strip(), text, temperatures) for name, text in texts.items()}
+        by_temperature = [dict(zip(found, scores, strict=True)) for scores in zip(*found.values(), strict=True)]
+        return found | {"": [mixed(scores, corpus.percent) for scores in by_temperature]}
 
     return score
 
 
-def search(score: Scorer, split: str) -> tuple[float, list[Score]]:
+def search(score: Scorer, split: str) -> tuple[float, dict[str, list[Score]]]:
     """The temperature that is best on the validation split, and the scores of `split` at 1 and at that."""
     # Bits are a convex function of 1 / temperature, so the best of all lies beside the best of those tried.
-    tried = dict(zip(TEMPERATURES, score("valid", TEMPERATURES), strict=True))
-    best = min(tried, key=lambda temperature: tried[temperature].bits)
-    return best, [tried[1.0], tried[best]] if split == "valid" else score(split, (1.0, best))
+    found = score("valid", TEMPERATURES)
+    best = min(range(len(TEMPERATURES)), key=lambda place: found[""][place].bits)
+    if split != "valid":
+        return TEMPERATURES[best], score(split, (1.0, TEMPERATURES[best]))
+    usual = TEMPERATURES.index(1.0)
+    return TEMPERATURES[best], {name: [scores[usual], scores[best]] for name, scores in found.items()}
 
 
 def _progress(doing: str) -> Callable[[int, int], None]:
@@ -158,12 +174,14 @@ def _progress(doing: str) -> Callable[[int, int], None]:
 
 
 def _lines(
-    chosen: EvaluateFlags, kind: str, step: int, temperature: float, scores: list[Score], seconds: float
+    chosen: EvaluateFlags, text: str, kind: str, step: int, temperature: float, scores: list[Score], seconds: float
 ) -> Iterator[str]:
-    name = f"{chosen.split}, dynamic" if chosen.dynamic else chosen.split
+    name = chosen.split + (f"/{text}" if text else "") + (", dynamic" if chosen.dynamic else "")
     first = scores[0]
     plain = first.characters is None or (kind == "bytes" and first.characters == first.bytes)
     length = f"{first.bytes:,} bytes" if plain else f"{first.characters:,} characters of {first.bytes:,} bytes"
+    if isinstance(first.bytes, float):
+        length = "by the weights of the mixture"
     yield f"{name}: {first.in_words(kind)} at step {step}, {length} in {duration(seconds)}"
     if chosen.search_temperature:
         where = "this very split" if chosen.split == "valid" else "the validation split"
@@ -179,22 +197,22 @@ def _fields(
     scores: list[Score],
     seconds: float,
 ) -> dict[str, Any]:
-    fields = {
-        "split": chosen.split,
-        "step": step,
-        **scores[0].figures(),
-        "symbols": scores[0].symbols,
-        "characters": scores[0].characters,
-        "bytes": scores[0].bytes,
-        "unknown_share": scores[0].unknown / scores[0].symbols,
-        "seconds": round(seconds, 3),
-    }
+    fields = {"split": chosen.split, "step": step, **_figures(scores), "seconds": round(seconds, 3)}
     if chosen.dynamic:
         fields |= dataclasses.asdict(adaptation)
-    if chosen.search_temperature:
-        at_temperature = {f"{name}_at_temperature": value for name, value in scores[1].figures().items()}
-        fields |= {"temperature": temperature, **at_temperature}
-    return fields
+    return fields | ({"temperature": temperature} if chosen.search_temperature else {})
+
+
+def _figures(scores: list[Score]) -> dict[str, Any]:
+    first, at_best = scores[0], scores[1].figures() if len(scores) > 1 else {}
+    return {
+        **first.figures(),
+        "symbols": first.symbols,
+        "characters": first.characters,
+        "bytes": first.bytes,
+        "unknown_share": first.unknown / first.symbols,
+        **{f"{name}_at_temperature": value for name, value in at_best.items()},
+    }
 
 
 def _differences(settings: Any, usual: Any) -> str:

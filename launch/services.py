@@ -79,7 +79,7 @@ class ProgramServices(Services):
             return {}
         run = self._training.run
         fields = {"num_steps": run.config.training.num_steps, "status": self._training.metrics.status()}
-        waiting = run.corpus.store.waiting()
+        waiting = run.corpus.waiting()
         return fields | ({"waiting": waiting} if waiting else {})
 
     def figures(self) -> dict[str, float | None]:

@@ -139,7 +139,7 @@ class Study:
         self._space = search_space.read(chosen.space, config)
         corpus, self._config = corpus_lib.open_for(config, given)
         if "valid" not in corpus.splits:
-            raise ValueError(f"{corpus.directory} has no validation split to score trials on: give a --valid_fraction")
+            raise ValueError(f"{corpus.name} has no validation split to score trials on: give a --valid_fraction")
         self._given, self._chosen, self._vocabulary_size = given, chosen, corpus.vocabulary.size
         self.directory = expand_user(chosen.study_dir)
         self.optuna = open_study(self.directory)

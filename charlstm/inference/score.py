@@ -1,5 +1,6 @@
 """The score of a text: its bits, and what they are divided by."""
 
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 FIGURES = ("bits_per_symbol", "bits_per_character", "bits_per_byte")
@@ -9,10 +10,10 @@ class Score(NamedTuple):
     """The bits of a text, a sum, and what it is divided by, once."""
 
     bits: float
-    symbols: int
-    characters: int | None  # Unicode code points of the same text; None where they are not known, or it is not UTF-8
-    bytes: int | None  # of the same text as it lay on disk; None where they are not known
-    unknown: int = 0  # symbols that are not in the vocabulary
+    symbols: float  # whole numbers, except in `mixed` scores
+    characters: float | None  # Unicode code points of the same text; None where they are not known, or it is not UTF-8
+    bytes: float | None  # of the same text as it lay on disk; None where they are not known
+    unknown: float = 0  # symbols that are not in the vocabulary
 
     @property
     def bits_per_symbol(self) -> float:
@@ -39,3 +40,23 @@ class Score(NamedTuple):
         if named[other] not in (None, self.bits_per_symbol):
             words += f" ({named[other]:.4f} per {other})"
         return words + (f", {100 * self.unknown / self.symbols:.2g}% of the symbols unknown" if self.unknown else "")
+
+
+def mixed(scores: Mapping[str, Score], percent: Mapping[str, float]) -> Score:
+    """Returns the score of a text as long as those scored, in which each has its share of the symbols.
+
+    Args:
+      scores: name -> score.
+      percent: name -> share, of any sum.  Of a single score the result is that score.
+    """
+    if len(scores) == 1:
+        return next(iter(scores.values()))
+    whole, symbols = sum(percent[name] for name in scores), sum(score.symbols for score in scores.values())
+    part = [percent[name] / whole * symbols / score.symbols for name, score in scores.items()]
+
+    def total(values: Iterable[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return sum(p * value for p, value in zip(part, known, strict=True)) if len(known) == len(part) else None
+
+    bits, _, characters, length, unknown = map(total, zip(*scores.values(), strict=True))
+    return Score(bits or 0.0, symbols, characters, length, unknown or 0.0)

@@ -1,18 +1,22 @@
 """The corpus of a run: opened, and checked against the settings that come with it."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from charlstm import config as config_lib
 from charlstm.config import Config
+from data_pipeline import mixture
 from data_pipeline.atomic_files import expand_user
 from data_pipeline.batch import Separator, ends_separator, looks_back
 from data_pipeline.build import corpora
 from data_pipeline.build.datasets import NAMES
 from data_pipeline.build.splits import cut
 from data_pipeline.eval_chunks import ChunkPlan
+from data_pipeline.mixture import Mixture
 from data_pipeline.progress import bar, say_on_stderr
+from data_pipeline.segments import Member, SegmentPlan, automatic_segment
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import Corpus
 from data_pipeline.stores import is_remote
@@ -23,22 +27,51 @@ CHUNK = 1 << 20  # symbols
 
 
 def open_for(config: Config, given: Sequence[str]) -> tuple[Corpus, Config]:
-    """The corpus, and `config` with the vocabulary that it has.
+    """The corpus or mixture, and `config` with the vocabulary that it has.
 
     Raises:
       ValueError: it cannot be had, or it was prepared otherwise than the flags `given` say.
     """
-    settings = config.corpus
+    settings, mixed = config.corpus, config.streams.mixture
     names = {flag.removeprefix("--").partition("=")[0] for flag in given}
-    if settings.train and settings.corpus and "corpus" in names:
-        raise ValueError(
-            f"--corpus={settings.corpus} and --train={settings.train} are both given: leave one out, or give --corpus= "
-            "where a flagfile names one"
-        )
-    if not settings.corpus and not settings.train:
+    for name, value in (("train", settings.train), ("mixture", mixed)):
+        if value and settings.corpus and "corpus" in names:
+            raise ValueError(
+                f"--corpus={settings.corpus} and --{name}={value} are both given: leave one out, or give --corpus= "
+                "where a flagfile names one"
+            )
+    if settings.train and mixed:
+        raise ValueError(f"--train={settings.train} and --mixture={mixed} are both given: leave one out")
+    if not settings.corpus and not settings.train and not mixed:
         raise ValueError("--corpus is empty: name a text, a prepared directory, or python")
-    corpus = corpora.load(settings, bar(), say_on_stderr)
-    # Of a directory that was prepared before, the vocabulary and the splits are what they are.
+    corpus = load(config)
+    for one in corpus.corpora.values() if isinstance(corpus, Mixture) else [corpus]:
+        if "train" not in one.splits:
+            raise ValueError(f"{one.directory} has no training split")
+        _check_prepared(settings, one, names)
+    where = {name: _absolute(getattr(settings, name)) for name in ("corpus", "train", "valid", "test", "vocabulary_of")}
+    if mixed:
+        parts = [part._replace(corpus=_absolute(part.corpus)) for part in mixture.parse(mixed)]
+        where |= {"corpus": "", "mixture": ",".join(map(str, parts))}
+    return corpus, config_lib.replace(config, vocabulary=corpus.vocabulary.kind, **where)
+
+
+def load(config: Config) -> Corpus:
+    """The corpus or mixture that `config` names, each text prepared into the cache if absent.
+
+    Raises:
+      ValueError: it cannot be had.
+    """
+
+    def open_one(name: str) -> Corpus:
+        return corpora.open_resolved(dataclasses.replace(config.corpus, corpus=name), bar(), say_on_stderr)
+
+    mixed = config.streams.mixture
+    return mixture.load(mixture.parse(mixed), open_one) if mixed else open_one(config.corpus.corpus)
+
+
+def _check_prepared(settings: CorpusSettings, corpus: Corpus, names: set[str]) -> None:
+    """Raises ValueError if a directory that was prepared before has other symbols or splits than the flags given."""
     kind = corpus.vocabulary.kind
     if "vocabulary" in names and settings.vocabulary != kind:
         raise ValueError(
@@ -54,8 +87,16 @@ def open_for(config: Config, given: Sequence[str]) -> tuple[Corpus, Config]:
                 f"{settings.test_fraction} mean splits of {_sizes(wanted)} symbols and {corpus.directory} has "
                 f"{_sizes(sizes)}: leave them out, or give the text itself as --corpus"
             )
-    where = {name: _absolute(getattr(settings, name)) for name in ("corpus", "train", "valid", "test")}
-    return corpus, config_lib.replace(config, vocabulary=kind, **where)
+
+
+def fix_segment(config: Config, corpus: Corpus) -> Config:
+    """Fills in a mixture's --segment left at -1 (automatic)."""
+    if config.streams.segment >= 0 or not isinstance(corpus, Mixture):
+        return config
+    streams = config.streams
+    return config_lib.replace(
+        config, segment=automatic_segment(corpus.members, streams.batch_size, streams.longest_window)
+    )
 
 
 def plan_for(config: Config, corpus: Corpus) -> StreamPlan:
@@ -64,29 +105,49 @@ def plan_for(config: Config, corpus: Corpus) -> StreamPlan:
     Raises:
       ValueError: splits are too short, all of which the message names.
     """
-    streams, training, evaluation = config.streams, config.training, config.evaluation
+    config = fix_segment(config, corpus)
+    streams, evaluation = config.streams, config.evaluation
     refusals = []
-    if valid := corpus.splits.get("valid"):
+    for name, valid in corpus.texts("valid").items():
         try:
             ChunkPlan(len(valid), evaluation.eval_chunk, evaluation.burn_in, 1, streams.window)
         except ValueError as error:
-            refusals.append(f"validation: {error}; give more text, or --valid_fraction=0 for none")
+            where = f"validation of {name}" if name else "validation"
+            refusals.append(f"{where}: {error}; give more text, or --valid_fraction=0 for none")
+    how = (
+        *(len(corpus.splits["train"]), streams.batch_size, streams.window, config.training.seed),
+        *(streams.rotate_streams, streams.reset_probability),
+        *(streams.window_deviation, streams.short_window_probability),
+    )
     try:
-        plan = StreamPlan(
-            len(corpus.splits["train"]),
-            streams.batch_size,
-            streams.window,
-            training.seed,
-            streams.rotate_streams,
-            streams.reset_probability,
-            streams.window_deviation,
-            streams.short_window_probability,
-        )
+        plan = StreamPlan(*how)
+        if isinstance(corpus, Mixture) or streams.segment > 0:
+            members = corpus.members if isinstance(corpus, Mixture) else (Member("the corpus", plan.symbols),)
+            plan = SegmentPlan(*how, members, streams.segment, streams.shuffle_segments)
     except ValueError as error:
         refusals.insert(0, str(error))
     if refusals:
         raise ValueError("; ".join(refusals))
     return plan
+
+
+def description(plan: StreamPlan, num_steps: int) -> list[str]:
+    """Describes the corpora of a mixture, a line each, and the segments; nothing for one corpus in its order."""
+    if not isinstance(plan, SegmentPlan):
+        return []
+    order = "in random order" if plan.shuffle else "in the order of the text"
+    turns = f"segments of {plan.segment:,} symbols, {order}" if plan.segment else "each stream stays in one corpus"
+    if len(plan.members) == 1:
+        return [turns]
+    lines, parts = [], len(plan.cycle)
+    for member, streams, passes in zip(plan.members, plan.streams, plan.passes(num_steps), strict=True):
+        share, whole = (member.weight, parts) if plan.segment else (streams, plan.batch_size)
+        of = f"{share} of {whole} {'parts' if plan.segment else 'streams'}"
+        lines.append(
+            f"{member.name}: {100 * share / whole:.3g} % ({of}) of what is read, {member.symbols:,} training symbols, "
+            f"read {passes:.2f} times in {num_steps:,} steps"
+        )
+    return [*lines, turns]
 
 
 def remarks_on_separator(config: Config, corpus: Corpus, separator: Separator) -> list[str]:
@@ -110,9 +171,10 @@ def _occurs(split: Symbols, separator: Separator) -> bool:
     return False
 
 
-def refuse_inside(run_dir: Path, settings: CorpusSettings) -> None:
+def refuse_inside(run_dir: Path, settings: CorpusSettings, mixed: str = "") -> None:
     """Raises ValueError where the run would become a part of its own text."""
-    for spec in (settings.corpus, settings.train, settings.valid, settings.test):
+    parts = [part.corpus for part in mixture.parse(mixed)] if mixed else []
+    for spec in (settings.corpus, settings.train, settings.valid, settings.test, *parts):
         folder = expand_user(spec)
         if (
             spec

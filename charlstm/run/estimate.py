@@ -12,6 +12,7 @@ from charlstm import config as config_lib
 from charlstm import distributed
 from charlstm.config import Config
 from charlstm.model import language_model
+from charlstm.run import corpus as corpus_lib
 from charlstm.run import memory
 from charlstm.run.memory import End, format_bytes
 from charlstm.run.metrics import duration
@@ -56,7 +57,8 @@ def report(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, form: s
     taken = f"{format_bytes(update.on_a_device)} ({sizes})" if update.on_a_device else "not told by this backend"
     rows = [
         ("devices", distributed.describe(mesh)),
-        ("corpus", f"{str(corpus.directory).rpartition('/')[2]}: {plan.symbols:,} training symbols, vocabulary of {V}"),
+        ("corpus", f"{corpus.name}: {plan.symbols:,} training symbols, vocabulary of {V}"),
+        *(("", line) for line in corpus_lib.description(plan, config.training.num_steps)),
         ("parameters", f"{parameters:,}"),
         ("state", format_bytes(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)))),
         (

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from charlstm import distributed
 from charlstm.inference import evaluate as evaluate_lib
+from charlstm.inference.score import mixed
 from charlstm.run import digest, memory, replicas, run_directory
 from charlstm.run.checkpoint import Checkpoints
 from charlstm.run.log import RunLog
@@ -91,12 +92,13 @@ class Training:
         self.rollbacks, self.gave_up = 0, False
         self._stop_polls = itertools.count()
         self._lengths = set[int]()  # of windows, for which the update is compiled
-        self._valid = run.corpus.splits.get("valid")
-        if self._valid is not None:
-            # In the logical shards, as gradients are: the same bits on any number of devices that divides them.
-            shards = placement.shards_per_device(run.config, run.mesh.size)
-            V = run.corpus.vocabulary.size
-            self._score = evaluate_lib.make_evaluator(run.config, V, self._valid, run.mesh, run.separator, shards)
+        self._valid = run.corpus.texts("valid")
+        # In the logical shards, as gradients are: the same bits on any number of devices that divides them.
+        shards, V = placement.shards_per_device(run.config, run.mesh.size), run.corpus.vocabulary.size
+        self._scorers = {
+            name: evaluate_lib.make_evaluator(run.config, V, split, run.mesh, run.separator, shards)
+            for name, split in self._valid.items()
+        }
 
     def train(self) -> Outcome:
         """Trains from the newest checkpoint, or from the beginning.  Raises Diverged."""
@@ -149,9 +151,9 @@ class Training:
                     self.metrics.settle()
                     self.log.progress(self.status())
                     records.append(self.metrics.train_record())
-                if self._valid is not None and due(step, settings.evaluate_every, last):
+                if self._valid and due(step, settings.evaluate_every, last):
                     self.metrics.settle()
-                    records.append(self.evaluate(step, state))
+                    records += self.evaluate(step, state)
                     score = finite_score(step, records[-1])
                     if due(step, settings.evaluate_every):  # at any other last step, a longer run is told nothing
                         state = self.update_plateau(state, score)
@@ -208,17 +210,20 @@ class Training:
         self._watch_memory(metrics.loss)
         return state, metrics
 
-    def evaluate(self, step: int, state: TrainState) -> dict[str, Any]:
-        """Scores the validation split: a line of metrics.jsonl."""
-        assert self._valid is not None
+    def evaluate(self, step: int, state: TrainState) -> list[dict[str, Any]]:
+        """Scores the validation split: a line of metrics.jsonl; of a mixture, one for each corpus before it."""
         self.log.status(f"step {step}: evaluating the validation split")
         began = time.monotonic()
         with self.services.pause("evaluating"):
-            score = self._score(averaging.to_evaluate(state))
+            scores = {name: score(averaging.to_evaluate(state)) for name, score in self._scorers.items()}
         seconds = time.monotonic() - began
         self.metrics.pause(seconds)
-        self.log.info(f"step {step}: validation {score.in_words(self.run.corpus.vocabulary.kind)}")
-        return self.metrics.evaluation_record(step, "valid", score, len(self._valid) / seconds)
+        speed, kind = sum(map(len, self._valid.values())) / seconds, self.run.corpus.vocabulary.kind
+        named = [(f"valid/{name}", score) for name, score in scores.items() if name]
+        named.append(("valid", mixed(scores, self.run.corpus.percent)))
+        for split, score in named:
+            self.log.info(f"step {step}: {split.replace('valid', 'validation', 1)} {score.in_words(kind)}")
+        return [self.metrics.evaluation_record(step, split, score, speed) for split, score in named]
 
     def update_plateau(self, state: TrainState, score: float) -> TrainState:
         """`state` with a validation score taken into account, where the run is driven by these; says what changes."""

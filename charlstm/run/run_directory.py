@@ -217,7 +217,8 @@ def resume_config(run_dir: Path, wanted: Config, identity: Identity, initial: st
       ValueError: it is not a run, or damaged.
     """
     run_config, run_identity = read(run_dir)
-    check_identity(run_dir, run_identity, identity)
+    mixed, now = (config.streams.mixture or "none" for config in (run_config, wanted))
+    check_identity(run_dir, run_identity, identity, f" (mixture: {mixed} -> {now})" if mixed != now else "")
     forbidden, free = config_lib.diff(run_config, wanted)
     started_from = read_initial(run_dir)
     before = started_from.named if started_from else ""
@@ -236,8 +237,8 @@ def resume_config(run_dir: Path, wanted: Config, identity: Identity, initial: st
     return config_lib.replace(run_config, **values), remarks
 
 
-def check_identity(run_dir: Path, run: Identity, now: Identity) -> None:
-    """Raises OtherRun where the vocabulary or the corpus `now` is not that of the run."""
+def check_identity(run_dir: Path, run: Identity, now: Identity, changed: str = "") -> None:
+    """Raises OtherRun where the vocabulary or the corpus `now` is not that of the run; `changed`: what may be why."""
     if run.vocabulary != now.vocabulary:
         raise OtherRun(
             f"{run_dir} has {run.vocabulary_in_short}, and the corpus given has {now.vocabulary_in_short}: give the "
@@ -246,8 +247,8 @@ def check_identity(run_dir: Path, run: Identity, now: Identity) -> None:
     if run.corpus_fingerprint != now.corpus_fingerprint:
         raise OtherRun(
             f"{run_dir} was trained on the corpus with fingerprint {run.corpus_fingerprint[:12]}, and the one given "
-            f"has {now.corpus_fingerprint[:12]}: give the run's own corpus, as in {run_dir / 'flags.txt'}, or another "
-            f"run_dir, which --initial_checkpoint={run_dir} starts from its parameters"
+            f"has {now.corpus_fingerprint[:12]}{changed}: give the run's own corpus, as in {run_dir / 'flags.txt'}, or "
+            f"another run_dir, which --initial_checkpoint={run_dir} starts from its parameters"
         )
 
 

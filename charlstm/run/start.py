@@ -58,7 +58,7 @@ def open_corpus(config: Config, given: Sequence[str], run_dir: Path | None, mesh
     # Before a text is prepared, which may take hours.
     placement.shards_per_device(config_lib.fill_automatic(config, mesh.size), mesh.size)
     if run_dir:
-        corpus_lib.refuse_inside(run_dir, config.corpus)
+        corpus_lib.refuse_inside(run_dir, config.corpus, config.streams.mixture)
     return corpus_lib.open_for(config, given)
 
 
@@ -74,11 +74,10 @@ def check(config: Config, corpus: Corpus, mesh: Mesh, dry: bool = False) -> Stre
     placement.shards_per_device(config_lib.fill_automatic(config, mesh.size), mesh.size)
     plan = corpus_lib.plan_for(config, corpus)
     if (flag := config.optimizer.validation_driven_by) and "valid" not in corpus.splits:
-        raise ValueError(f"{flag} goes by validation scores, and {corpus.directory} has no valid split: give one")
+        raise ValueError(f"{flag} goes by validation scores, and {corpus.name} has no valid split: give one")
     run_directory.separator(config, corpus.vocabulary)
     memory.require_possible(config, corpus.vocabulary.size, dry)
-    if corpus.cache is not None:
-        corpus.cache.require(len(distributed.process_rows(mesh, config.streams.batch_size)))
+    corpus.require_cache(len(distributed.process_rows(mesh, config.streams.batch_size)))
     return plan
 
 
@@ -102,15 +101,17 @@ def start(
     Raises:
       ValueError: this run cannot be had, in one sentence with the remedy.
     """
-    plan = check(config, corpus, choose_mesh(config))
+    check(config, corpus, choose_mesh(config))
     identity = Identity(corpus.vocabulary, corpus.fingerprint)
     initial = str(run_directory.named("initial_checkpoint", initial)) if initial else ""
     resumed, config, remarks = _settings(run_dir, config, identity, initial, choose_mesh)
-    mesh = choose_mesh(config)
+    config, mesh = corpus_lib.fix_segment(config, corpus), choose_mesh(config)
+    plan = corpus_lib.plan_for(config, corpus)
     placement.shards_per_device(config, mesh.size, fixed=resumed)
     config, remark = backend.chosen(config, corpus, plan, mesh, end)
     remarks += [remark] if remark else []
     separator = run_directory.separator(config, corpus.vocabulary)
+    remarks += corpus_lib.description(plan, config.training.num_steps)
     remarks += corpus_lib.remarks_on_separator(config, corpus, separator)
     remarks += schedules.remarks(config.optimizer, config.training, plan.steps_per_epoch, resumed=resumed)
     train_step = step_lib.make(config, corpus.vocabulary.size, mesh, plan.steps_per_epoch)

@@ -109,7 +109,11 @@ def _die_with_parent() -> None:
 
 
 def plan(
-    texts: dict[str, Text], settings: CorpusSettings, shard_bytes: int, parallel: Callable[[str], ParallelMap]
+    texts: dict[str, Text],
+    settings: CorpusSettings,
+    shard_bytes: int,
+    parallel: Callable[[str], ParallelMap],
+    vocabulary: Vocabulary | None = None,
 ) -> tuple[Vocabulary, dict[str, SplitPlan]]:
     """Returns the vocabulary, and the extents of each shard of each split.
 
@@ -118,6 +122,7 @@ def plan(
       settings: only those of splits and vocabulary are used.
       shard_bytes: size of each shard of a split but the last.
       parallel: from `parallel_map`.
+      vocabulary: that of another corpus; None: of the training split's characters, or bytes.
 
     Raises:
       ValueError: a text is too short, or, with a vocabulary of characters, not UTF-8.
@@ -136,8 +141,9 @@ def plan(
         offsets = indices[key].byte_offsets(itertools.chain.from_iterable(part))
         return [(offsets[start], offsets[stop]) for start, stop in part]
 
-    vocabulary = Vocabulary("bytes")
-    if characters:
+    if vocabulary is None and not characters:
+        vocabulary = Vocabulary("bytes")
+    elif vocabulary is None:
         key, part = spans["train"]
         counts = count_all(indices[key], byte_spans(key, part), parallel("counting"))
         vocabulary = Vocabulary.from_counts(counts, settings.min_count)

@@ -25,7 +25,7 @@ from data_pipeline.manifest import (
 from data_pipeline.progress import Progress
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import open_corpus
-from data_pipeline.vocabulary import canonical_json
+from data_pipeline.vocabulary import Vocabulary, canonical_json
 
 
 def prepare(
@@ -54,13 +54,13 @@ def prepare(
     Raises:
       ValueError: the text does not exist or does not suit the settings, or `output` holds something else.
     """
-    cache = expand_user(settings.cache_dir)
+    cache, of_other = expand_user(settings.cache_dir), _vocabulary_of(settings)
     workers = workers or _cores()
     texts, described = find_texts(settings, cache, workers, progress)
     processes = sum(text.bytes for text in texts.values()) > SMALL
     files = [file for text in texts.values() for file in text.files]
     digests = hash_files(files, cache / "memo", workers, progress)
-    key = _key(texts, digests, settings, [shard_bytes, block_bytes])
+    key = _key(texts, digests, settings, of_other, [shard_bytes, block_bytes])
     output = expand_user(output or cache / "corpora" / f"{_label(texts)}-{key[:16]}").absolute()
     if _is_done(output, key):
         return output
@@ -79,7 +79,7 @@ def prepare(
             say(f"preparing {described}")
         # The workers end before the partial directory is left.
         with contextlib.ExitStack() as writing, parallel_map(workers, processes, progress) as parallel:
-            vocabulary, plans = plan(texts, settings, shard_bytes, parallel)
+            vocabulary, plans = plan(texts, settings, shard_bytes, parallel, of_other)
             partial = writing.enter_context(_partial_directory(output, key))
             splits = write_splits(partial, vocabulary, plans, block_bytes, parallel("writing"))
             for text in texts.values():
@@ -89,7 +89,13 @@ def prepare(
     return output
 
 
-def _key(texts: dict[str, Text], digests: list[str], settings: CorpusSettings, sizes: list[int]) -> str:
+def _key(
+    texts: dict[str, Text],
+    digests: list[str],
+    settings: CorpusSettings,
+    vocabulary: Vocabulary | None,
+    sizes: list[int],
+) -> str:
     """Returns a digest, in hex, of everything that determines the files."""
     rest = iter(digests)
     content = {
@@ -97,10 +103,23 @@ def _key(texts: dict[str, Text], digests: list[str], settings: CorpusSettings, s
     }
     how: list[object] = [settings.vocabulary]
     if settings.vocabulary == "characters":
-        how.append(settings.min_count)
+        how.append(vocabulary.digest if vocabulary else settings.min_count)
     if "" in texts:
         how += [settings.split, settings.valid_fraction, settings.test_fraction]
     return hashlib.sha256(canonical_json([FORMAT_VERSION, content, how, sizes])).hexdigest()
+
+
+def _vocabulary_of(settings: CorpusSettings) -> Vocabulary | None:
+    """Returns the vocabulary of another corpus that the text is to have, if any."""
+    if not settings.vocabulary_of:
+        return None
+    vocabulary = read_manifest(expand_user(settings.vocabulary_of)).vocabulary
+    if vocabulary.kind != settings.vocabulary:
+        raise ValueError(
+            f"vocabulary_of={settings.vocabulary_of} is prepared with {vocabulary.kind}, not {settings.vocabulary}: "
+            "name a corpus of characters, or leave it out"
+        )
+    return vocabulary
 
 
 def _cores() -> int:

@@ -315,10 +315,10 @@ def test_no_temperature_is_searched_on_the_split_that_is_scored():
 
     def score(split, temperatures):
         asked.append((split, len(temperatures)))
-        return [Score(1 + abs(math.log(t / best[split])), 1, 1, 1) for t in temperatures]
+        return {"": [Score(1 + abs(math.log(t / best[split])), 1, 1, 1) for t in temperatures]}
 
     temperature, scores = evaluate.search(score, "test")
-    assert temperature == 0.5 and [s.bits for s in scores] == pytest.approx([1 + math.log(2), 1 + math.log(4)])
+    assert temperature == 0.5 and [s.bits for s in scores[""]] == pytest.approx([1 + math.log(2), 1 + math.log(4)])
     assert asked == [("valid", len(evaluate.TEMPERATURES)), ("test", 2)]
 
 

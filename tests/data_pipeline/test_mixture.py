@@ -1,0 +1,448 @@
+"""Mixtures and shuffled segments: exact shares, each segment once a pass, and text that is a formula of the step."""
+
+import itertools
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from data_pipeline import mixture
+from data_pipeline.batch import rows_of_process
+from data_pipeline.build import corpora
+from data_pipeline.loader import WindowSource, open_windows
+from data_pipeline.segments import Cycle, Member, SegmentPlan, automatic_segment, permuted
+from data_pipeline.settings import CorpusSettings
+from data_pipeline.streams import StreamPlan
+
+
+class Text:
+    """A text in memory."""
+
+    def __init__(self, ids):
+        self._ids = np.asarray(ids)
+        self.dtype = self._ids.dtype
+
+    def __len__(self):
+        return len(self._ids)
+
+    def read(self, start, stop):
+        assert 0 <= start <= stop <= len(self)
+        return self._ids[start:stop].copy()
+
+
+def make(members, batch_size=4, window=5, segment=20, **how):
+    members = tuple(Member(f"m{n}", size, weight) for n, (size, weight) in enumerate(members))
+    return SegmentPlan(
+        sum(member.symbols for member in members), batch_size, window, members=members, segment=segment, **how
+    )
+
+
+@st.composite
+def plans(draw):
+    batch_size, window = draw(st.integers(1, 6)), draw(st.integers(6, 12))
+    how = draw(st.sampled_from([{}, {"deviation": 1}, {"short_probability": 0.3}, {"reset_probability": 0.2}]))
+    segment = draw(st.sampled_from([0, window + 2, 3 * window + 5, 40]))
+    weights = draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
+    if not segment:
+        batch_size = max(batch_size, sum(weights))
+    sizes = [batch_size * max(segment, window + 2) + draw(st.integers(0, 90)) for _ in weights]
+    seed, rotate, shuffle = draw(st.integers(0, 2**40)), draw(st.booleans()), draw(st.booleans())
+    members = list(zip(sizes, weights, strict=True))
+    return make(members, batch_size, window, segment, seed=seed, rotate=rotate, shuffle=shuffle, **how)
+
+
+def slots_one_by_one(weights):
+    """Tijdeman's algorithm, as he wrote it, which knows of no cycle."""
+    had, share = [0] * len(weights), [Fraction(p, sum(weights)) for p in weights]
+    least = Fraction(1, max(1, 2 * len(weights) - 2))
+    for n in itertools.count(1):
+        behind = [share[c] * n - had[c] for c in range(len(weights))]
+        member = min(
+            (c for c in range(len(weights)) if behind[c] >= least),
+            key=lambda c: ((1 - least - behind[c]) / share[c], c),
+        )
+        yield member, had[member]
+        had[member] += 1
+
+
+def read_one_by_one(plan, steps):
+    """The slow twin: the streams read on symbol by symbol, nothing is computed from a step's number.
+
+    Yields the window of each step: for each stream (member, places in it, whether it begins anew).
+    """
+    weights = [member.weight for member in plan.members]
+    slots, W, B = slots_one_by_one(weights), plan.windows, plan.batch_size
+    fixed = [next(slots) for _ in range(B)] if not plan.segment else None
+    late = [math.ceil(Fraction((b + 1) * W[0], B)) % W[0] for b in range(B)]
+    reading, turns = [None] * B, [0] * B
+    for step in range(steps):
+        row = []
+        for b in range(B):
+            if plan.segment:
+                begins = step == 0 or step % W[0] == late[b]
+            else:
+                begins = step % W[fixed[b][0]] == 0
+            if begins:
+                member, ordinal = next(slots) if plan.segment else fixed[b]
+                size = plan.members[member].symbols
+                if plan.segment:
+                    times, number = divmod(ordinal, size // plan.segment)
+                    count = size // plan.segment
+                    order = [permuted(i, count, f"{plan.seed} {member} {times}") for i in range(count)]
+                    start = (order[number] if plan.shuffle else number) * plan.segment
+                else:
+                    times, start = turns[b], ordinal * size // sum(m == member for m, _ in fixed)
+                turns[b] += 1
+                reading[b] = member, (plan._pass_offset(member, times) + start) % size
+            member, place = reading[b]
+            size, length = plan.members[member].symbols, plan.length(step, step + 1)
+            row.append((member, [(place + t) % size for t in range(length + 1)], begins))
+            reading[b] = member, (place + length) % size
+        yield row
+
+
+@settings(max_examples=40, deadline=None)
+@given(plans(), st.integers(1, 2), st.data())
+def test_any_window_of_any_stream_is_that_of_a_reader_that_reads_on_symbol_by_symbol(plan, k, data):
+    steps = 3 * max(plan.windows) + 2
+    texts = [
+        np.random.default_rng(n).integers(0, 3, m.symbols).astype(np.uint8) + 3 * n for n, m in enumerate(plan.members)
+    ]
+    separator = tuple(data.draw(st.lists(st.integers(0, 2), min_size=k, max_size=k)))
+    split, rows = Text(np.concatenate(texts)), range(plan.batch_size)
+    step = data.draw(st.integers(0, steps - 1))
+    expected = list(read_one_by_one(plan, steps))[step]
+    batch = plan.read(split, step, rows, separator=separator)
+    drawn = plan.resets(step, rows)
+    for b, (member, places, begins) in enumerate(expected):
+        text = texts[member]
+        assert batch.inputs[b].tolist() == text[places[:-1]].tolist()
+        assert batch.targets[b].tolist() == text[places[1:]].tolist()
+        ends = [q >= k - 1 and tuple(text[q - k + 1 : q + 1].tolist()) == separator for q in places[:-1]]
+        first = [t == 0 and (begins or drawn[b]) for t in range(len(ends))]
+        assert batch.reset[b].tolist() == [a or e or q == 0 for a, e, q in zip(first, ends, places, strict=False)]
+
+
+@settings(max_examples=20, deadline=None)
+@given(plans(), st.integers(0, 300), st.integers(1, 40))
+def test_windows_read_together_are_the_windows_read_one_by_one_and_rows_do_not_depend_on_processes(plan, step, count):
+    split, rows = Text(np.arange(plan.symbols, dtype=np.uint32)), range(plan.batch_size)
+    together = plan.read(split, step, rows, windows=count, separator=(7,))
+    singly = [plan.read(split, s, rows, separator=(7,)) for s in range(step, step + count)]
+    alone = [plan.read(split, step, range(b, b + 1), windows=count, separator=(7,)) for b in rows]
+    for name in together._fields:
+        joined = np.concatenate([getattr(batch, name) for batch in singly], axis=1)
+        np.testing.assert_array_equal(getattr(together, name), joined)
+        np.testing.assert_array_equal(np.concatenate([getattr(row, name) for row in alone]), joined)
+
+
+def test_the_rows_of_four_processes_are_the_global_batch_read_ahead_from_any_step():
+    plan = make([(700, 3), (500, 2), (900, 1)], batch_size=8, window=6, segment=50, seed=5, reset_probability=0.1)
+    split = Text(np.random.default_rng(0).integers(0, 5, plan.symbols).astype(np.uint8))
+    steps = 40
+    expected = [plan.read(split, step, range(8), separator=(2, 1)) for step in range(steps)]
+    for count, start in ((1, 0), (4, 13)):
+        shares = [rows_of_process(8, process, count) for process in range(count)]
+        opened = [open_windows(split, plan, rows=rows, start_step=start, separator=(2, 1)) for rows in shares]
+        for step in range(start, steps):
+            parts = [next(windows) for windows in opened]
+            for name in parts[0]._fields:
+                whole = np.concatenate([getattr(part, name) for part in parts])
+                np.testing.assert_array_equal(whole, getattr(expected[step], name))
+        for windows in opened:
+            windows.close()
+
+
+def test_runs_of_the_loader_begin_where_no_stream_does():
+    plan = make([(40_000, 1), (60_000, 2)], batch_size=4, window=16, segment=2_000)
+    split = Text(np.arange(plan.symbols, dtype=np.uint32))
+    source = WindowSource(split, plan, range(1, 3))
+    for step in (0, 1, 999, 1023, 1024, 5_000):
+        for found, expected in zip(source[step], plan.read(split, step, range(1, 3)), strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=6))
+@example([1, 1, 1, 7])
+@example([1] * 10 + [100])
+def test_at_no_moment_is_a_corpus_a_slot_from_its_share_and_over_a_cycle_none_is_off(weights):
+    cycle = Cycle(weights)
+    members = [cycle.slot(n)[0] for n in range(2 * len(cycle) + 1)]
+    had = np.cumsum([[member == c for c in range(len(weights))] for member in members], axis=0)
+    exact = np.arange(1, len(members) + 1)[:, None] * np.array(weights) / sum(weights)
+    assert np.abs(had - exact).max() <= 1 - 1 / max(2, 2 * len(weights) - 2) + 1e-9
+    assert had[len(cycle) - 1].tolist() == weights and had[2 * len(cycle) - 1].tolist() == [2 * p for p in weights]
+    reference = list(itertools.islice(slots_one_by_one(weights), len(members)))
+    assert [cycle.slot(n) for n in range(len(members))] == reference
+
+
+@settings(max_examples=20, deadline=None)
+@given(plans().filter(lambda plan: plan.segment))
+def test_the_turns_that_have_begun_are_within_a_slot_of_the_weights_at_any_step(plan):
+    weights = np.array([member.weight for member in plan.members])
+    had, begun = np.zeros(len(weights)), 0
+    for row in read_one_by_one(plan, 4 * plan.windows[0]):
+        for b, (_, _, begins) in enumerate(row):
+            if begins:
+                had[row[b][0]] += 1
+                begun += 1
+        assert np.abs(had - begun * weights / weights.sum()).max() < 1
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 500), st.integers(0, 2**64))
+def test_the_order_of_segments_is_a_permutation(size, seed):
+    assert sorted(permuted(i, size, str(seed)) for i in range(size)) == list(range(size))
+
+
+def test_the_order_of_segments_is_like_a_drawn_one_and_another_for_each_key():
+    size = 1000
+    orders = [[permuted(i, size, f"{seed} 0 {times}") for i in range(size)] for seed in (0, 1) for times in (0, 1)]
+    for one, other in itertools.combinations([range(size), *orders], 2):
+        assert np.mean(np.equal(one, other)) < 0.01
+        assert abs(np.corrcoef(one, other)[0, 1]) < 0.15
+    assert permuted(123_456_789_012, 10**15, "7 1 2") < 10**15
+
+
+def test_the_order_of_segments_and_the_turns_are_the_same_in_every_version():
+    """A checkpoint holds a step alone: were these to change, a resumed run would read other text."""
+    assert [permuted(i, 10**9, "0 0 0") for i in range(3)] == PERMUTED
+    plan = make([(10**9, 3), (10**8, 2)], batch_size=4, window=128, segment=2**16, seed=1)
+    assert [plan.positions(step, range(4)) for step in (0, 10**7)] == POSITIONS
+    assert [plan.length(0, 10), make([(10**6, 1)], 2, 20, 100, deviation=2).length(0, 11)] == [1280, LENGTH]
+
+
+PERMUTED = [587233931, 187751117, 694509378]
+POSITIONS = [[410470102, 1060294281, 673203926, 1078972041], [1085490366, 380511078, 1081132222, 82762086]]
+LENGTH = 220
+
+
+@settings(max_examples=25, deadline=None)
+@given(plans().filter(lambda plan: plan.segment and not plan.deviation and not plan.short_probability))
+def test_each_pass_over_a_corpus_reads_every_segment_once(plan):
+    found = [{} for _ in plan.members]
+    W, B = plan.windows[0], plan.batch_size
+    for turn in range(12):
+        for b in range(B):
+            at = plan.turn(max(0, (turn - 1) * W + -(-(b + 1) * W // B)), b)
+            number, ordinal = plan.cycle.slot(turn * B + b)
+            assert number == at.member
+            found[number][ordinal] = at.position
+    for number, member in enumerate(plan.members):
+        size = member.symbols // plan.segment
+        ordinals = sorted(found[number])
+        assert ordinals == list(range(len(ordinals)))
+        for times in range(len(ordinals) // size):
+            first = plan._pass_offset(number, times)
+            places = [(found[number][j] - first) % member.symbols for j in range(times * size, (times + 1) * size)]
+            assert sorted(places) == [n * plan.segment for n in range(size)]
+            assert plan.shuffle or places == sorted(places)
+
+
+@settings(max_examples=25, deadline=None)
+@given(plans(), st.integers(0, 10**12), st.integers(0, 5))
+def test_a_turn_never_reads_beyond_its_segment(plan, step, stream):
+    turn = plan.turn(step, stream % plan.batch_size)
+    assert turn.first <= step < turn.stop
+    member = plan.members[turn.member]
+    room = plan.segment or member.symbols // plan.streams[turn.member]
+    assert plan.length(turn.first, turn.stop) <= room
+    if turn.first:  # the first ones are cut short
+        assert plan.length(turn.first, turn.stop) > room - 2 * plan.window - 4 * plan.deviation
+
+
+def test_streams_begin_anew_one_after_the_other_so_that_never_all_states_are_zero():
+    plan = make([(4_000, 1), (4_000, 1)], batch_size=8, window=5, segment=100)
+    split = Text(np.ones(plan.symbols, np.uint8))
+    begins = np.array([[s.begins for s in plan.stretches(step, range(8))] for step in range(200)])
+    assert begins[0].all() and begins[1:].sum(1).max() == 1
+    zeroed = np.array([plan.read(split, step, range(8)).reset[:, 0] for step in range(200)])
+    assert (zeroed >= begins).all()
+
+
+def test_one_corpus_in_fixed_streams_is_the_plan_of_that_corpus():
+    plain = StreamPlan(1234, 6, 7, seed=3, reset_probability=0.1)
+    fixed = make([(1234, 1)], 6, 7, 0, seed=3, reset_probability=0.1)
+    split = Text(np.arange(1234, dtype=np.uint16))
+    for step in range(3 * plain.steps_per_epoch):
+        for a, b in zip(plain.read(split, step, range(6)), fixed.read(split, step, range(6)), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_fixed_streams_keep_to_their_corpus_and_shuffled_ones_of_a_text_in_order_follow_each_other():
+    plan = make([(1000, 3), (500, 1)], batch_size=8, window=10, segment=0)
+    members = {step: [plan.turn(step, b).member for b in range(8)] for step in (0, 17, 10**6)}
+    assert plan.streams == [6, 2] and members[0] == members[17] == members[10**6] and sum(members[0]) == 2
+    plan = make([(1000, 1)], batch_size=2, window=10, segment=100, shuffle=False, rotate=False)
+    assert [plan.turn(10 * k + 9, 1).position for k in range(5)] == [100, 300, 500, 700, 900]
+
+
+def test_a_far_step_is_read_as_easily_as_the_first():
+    class Endless:
+        dtype = np.dtype(np.uint32)
+
+        def __len__(self):
+            return 2**46
+
+        def read(self, start, stop):
+            return (np.arange(start, stop, dtype=np.uint64) % 2**32).astype(np.uint32)
+
+    plan = make([(2**45, 2), (2**45, 1)], batch_size=4, window=8, segment=2**20, deviation=1)
+    batch = plan.read(Endless(), 10**15, range(4))
+    np.testing.assert_array_equal(batch.targets[:, :-1], batch.inputs[:, 1:])
+
+
+@pytest.mark.parametrize(
+    ("members", "how", "sentence"),
+    [
+        ([(1000, 1)], {"segment": 4}, "segment=4 is shorter than a window, of up to 5 symbols"),
+        (
+            [(1000, 1), (199, 1)],
+            {"segment": 100},
+            "m1 has 199 training symbols, too few for 100 in each of the 2 of batch_size=4 streams that read it: needs "
+            "at least 200; give --segment=99, or more text",
+        ),
+        ([(1000, 9), (1000, 1)], {"segment": 0}, "m1 has 1 of 10 parts of the mixture, less than one of batch_size=4"),
+        ([(1000, 1), (9, 1)], {"segment": 0}, "m1 has 9 training symbols, too few for 5 in each of the 2 of"),
+    ],
+)
+def test_a_corpus_too_short_for_its_streams_is_refused_with_both_numbers(members, how, sentence):
+    with pytest.raises(ValueError, match="^" + sentence.replace("(", r"\(")):
+        make(members, **how)
+
+
+def test_the_automatic_segment_is_the_largest_that_every_corpus_has_one_of_for_each_stream():
+    big, small = Member("big", 2**40, 3), Member("small", 16 * 70_000, 1)
+    assert automatic_segment([big], 64, 128) == 2**20
+    assert automatic_segment([big, small], 64, 128) == 2**16
+    SegmentPlan(big.symbols + small.symbols, 64, 128, members=(big, small), segment=2**16)
+    assert automatic_segment([Member("tiny", 10, 1)], 64, 128) == 128  # which the plan refuses
+
+
+# Weights, and corpora on disk.
+
+
+def parts_of(*weights):
+    return mixture.parse(",".join(f"m{n}:{weight}" for n, weight in enumerate(weights)))
+
+
+def test_weights_become_the_smallest_whole_numbers_in_their_proportion():
+    assert mixture.slots(parts_of(".6", ".25", ".15")) == [12, 5, 3]
+    assert mixture.slots(parts_of(3, 3)) == [1, 1]
+    assert mixture.slots(parts_of("1/3", "2/3")) == [1, 2]
+    assert mixture.slots(parts_of(".9999", ".0001")) == [9999, 1]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.floats(0.01, 1e6), min_size=1, max_size=8))
+def test_weights_of_any_kind_are_met_to_a_slot_of_no_more_than_10000(weights):
+    shares = np.array(weights) / sum(weights)
+    try:
+        found = np.array(mixture.slots(parts_of(*weights)))
+    except ValueError as error:
+        assert "rounds to 0 of" in str(error) and shares.min() < 1e-4
+        return
+    assert found.sum() <= 10_000 and found.min() >= 1
+    assert np.abs(found / found.sum() - shares).max() < 4e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("a:.5,b", "'b' is not CORPUS:WEIGHT, such as data/web:0.6"),
+        ("a:.5,:.5", "':.5' is not CORPUS:WEIGHT"),
+        ("a:.5,b:many", "'b:many' is not CORPUS:WEIGHT"),
+        ("a:1,b:0", "the weight of b is 0, and must be more than 0"),
+        ("a:1,b:-1", "the weight of b is -1, and must be more than 0"),
+        ("x/a:.5,y/a:.5", "names a twice, x/a and y/a: leave one out, or tell them apart by a2=y/a:.5"),
+    ],
+)
+def test_a_mixture_that_is_none_is_refused(text, sentence):
+    with pytest.raises(ValueError) as caught:
+        mixture.parse(text)
+    assert sentence in str(caught.value)
+
+
+def test_a_weight_that_rounds_to_nothing_is_refused():
+    with pytest.raises(ValueError, match="the weight of m1 is 1e-05 of the mixture, and rounds to 0 of 9998 slots"):
+        mixture.slots(parts_of(1, "0.00001"))
+
+
+def test_names_are_those_of_the_texts_unless_given():
+    parts = mixture.parse("s3://x/data/web:2, n=data/b.txt:1,corpora/code.txt:.5")
+    assert [(part.name, part.corpus) for part in parts] == [
+        ("web", "s3://x/data/web"), ("n", "data/b.txt"), ("code", "corpora/code.txt")
+    ]  # fmt: skip
+    assert mixture.parse(",".join(map(str, parts))) == parts
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Opens a mixture of texts, by name."""
+
+    def open_texts(texts, weights, **how):
+        for name, text in texts.items():
+            (tmp_path / f"{name}.txt").write_text(text)
+        words = ",".join(f"{tmp_path / name}.txt:{weight}" for name, weight in weights.items())
+        settings = {"cache_dir": str(tmp_path / "cache"), **how}
+        return mixture.load(mixture.parse(words), lambda name: corpora.load(CorpusSettings(corpus=name, **settings)))
+
+    return open_texts
+
+
+TEXTS = {"a": "abcdefghij" * 40, "b": "ABCDEFGHIJ" * 30, "c": "0123456789" * 50}
+
+
+def test_a_mixture_reads_the_training_splits_one_after_the_other_and_keeps_its_members(opened):
+    mixed = opened(TEXTS, {"a": 0.6, "b": 0.25, "c": 0.15})
+    alone = [corpus.train.read(0, len(corpus.train)) for corpus in mixed.corpora.values()]
+    whole = np.concatenate(alone)
+    train = mixed.train
+    assert len(train) == len(whole) == 360 + 270 + 450 == train.bytes == train.characters and not train.unknown
+    for start, stop in ((0, len(whole)), (0, 0), (359, 361), (100, 700), (629, 631), (1079, 1080)):
+        np.testing.assert_array_equal(train.read(start, stop), whole[start:stop])
+    assert mixed.name == "mixture of 60 % a, 25 % b, 15 % c" and mixed.weights == (12, 5, 3)
+    assert [(m.name, m.symbols, m.weight) for m in mixed.members] == [("a", 360, 12), ("b", 270, 5), ("c", 450, 3)]
+    assert {name: len(split) for name, split in mixed.texts("valid").items()} == {"a": 20, "b": 15, "c": 25}
+    again = mixture.load(mixture.parse(mixed.spec), lambda name: corpora.load(CorpusSettings(corpus=name)))
+    assert again.fingerprint == mixed.fingerprint and again.spec == mixed.spec
+
+
+def test_the_fingerprint_is_of_the_texts_and_the_weights(opened):
+    of = [
+        opened(TEXTS, weights).fingerprint
+        for weights in ({"a": 0.6, "b": 0.4}, {"a": 0.5, "b": 0.5}, {"b": 0.4, "a": 0.6}, {"a": 0.6, "c": 0.4})
+    ]
+    of.append(opened(TEXTS | {"b": "another text" * 30}, {"a": 0.6, "b": 0.4}).fingerprint)
+    assert len(set(of)) == 5
+    assert opened(TEXTS, {"a": 3, "b": 2}).fingerprint == of[0]
+
+
+def test_corpora_of_other_vocabularies_are_refused_and_can_share_one(opened, tmp_path):
+    characters = {"vocabulary": "characters"}
+    with pytest.raises(ValueError) as caught:
+        opened(TEXTS, {"a": 1, "b": 1}, **characters)
+    assert "a has a vocabulary of 11 characters (" in str(caught.value) and "or b with --vocabulary_of=" in str(
+        caught.value
+    )
+    first = corpora.load(CorpusSettings(str(tmp_path / "a.txt"), cache_dir=str(tmp_path / "cache"), **characters))
+    shared = opened(TEXTS | {"b": "jihgx" * 60}, {"a": 1, "b": 1}, vocabulary_of=str(first.directory), **characters)
+    assert shared.vocabulary == first.vocabulary
+    of_b = shared.corpora["b"].train
+    assert shared.vocabulary.decode(of_b.read(0, 5)) == "jihg\ufffd" and of_b.unknown == len(of_b) // 5
+
+
+def test_a_vocabulary_of_another_kind_or_of_no_corpus_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXTS["a"])
+    how = {"corpus": str(tmp_path / "a.txt"), "cache_dir": str(tmp_path / "cache")}
+    of_bytes = corpora.load(CorpusSettings(**how)).directory
+    with pytest.raises(ValueError, match="needs --vocabulary=characters"):
+        CorpusSettings(**how, vocabulary_of=str(of_bytes))
+    with pytest.raises(ValueError, match="is prepared with bytes, not characters"):
+        corpora.load(CorpusSettings(**how, vocabulary="characters", vocabulary_of=str(of_bytes)))
+    with pytest.raises(ValueError, match="is not a prepared corpus"):
+        corpora.load(CorpusSettings(**how, vocabulary="characters", vocabulary_of=str(tmp_path / "none")))
