@@ -1,4 +1,4 @@
-"""Output of a run: log.txt, metrics.jsonl, and on a terminal one live line."""
+"""Output of a run: log.txt, metrics.jsonl, samples.jsonl, and on a terminal one live line."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 
 class RunLog:
-    """Writes `log.txt` and `metrics.jsonl` of a run directory, and the terminal.
+    """Writes `log.txt`, `metrics.jsonl` and `samples.jsonl` of a run directory, and the terminal.
 
     A `silent` log (of a process that is not the first, or of a dry run) writes nothing to the run directory.  What a
     full disk does not take is kept, and written when there is room again.
@@ -21,6 +21,7 @@ class RunLog:
         self._lock = threading.Lock()  # a checkpoint's thread has something to say, too
         self._log = None if silent else Lines(run_dir / "log.txt")
         self._metrics = None if silent else Lines(run_dir / "metrics.jsonl")
+        self._samples = None if silent else Lines(run_dir / "samples.jsonl")
         self._status_shown = False
 
     def info(self, text: str) -> None:
@@ -55,24 +56,24 @@ class RunLog:
         if self._metrics is not None:
             self._metrics.add(json.dumps(fields))
 
+    def sample(self, fields: dict[str, Any], in_short: list[str]) -> None:
+        """One line of samples.jsonl, and a few plain lines of it."""
+        if self._samples is not None:
+            self._samples.add(json.dumps(fields))
+        for line in in_short:
+            self.info(f"step {fields['step']} | {line}")
+
     def rewind(self, step: int) -> None:
-        """Drops the lines of metrics.jsonl after `step`: a run that goes on from a checkpoint makes them again."""
-        if self._metrics is None or not (written := self._metrics.text()):
-            return
-        kept = []
-        for line in written.splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, TypeError, KeyError):
-                continue  # the half line of a run that was killed while writing it, or what a failing disk left
-        self._metrics.replace("".join(kept))
+        """Drops the lines of both files after `step`: a run that goes on from a checkpoint makes them again."""
+        for lines in (self._metrics, self._samples):
+            if lines is not None:
+                lines.rewind(step)
 
     def close(self) -> None:
         """Raises OSError where there are lines that the disk does not take."""
         with self._lock:
             self._show(self._wiped())
-            for lines in (self._log, self._metrics):
+            for lines in (self._log, self._metrics, self._samples):
                 if lines is not None:
                     lines.close()
 
@@ -129,6 +130,18 @@ class Lines:
         """All lines, those that wait as well."""
         there = self.path.read_bytes() if self.path.exists() else b""
         return (there + self._waiting).decode("utf-8", "replace")
+
+    def rewind(self, step: int) -> None:
+        """Drops the JSON objects after `step`."""
+        kept = []
+        for line in (written := self.text()).splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, TypeError, KeyError):
+                continue  # the half line of a run that was killed while writing it, or what a failing disk left
+        if written:
+            self.replace("".join(kept))
 
     def replace(self, text: str) -> None:
         """Replaces the content of the file by `text`, in one stroke; no line waits after that."""

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from charlstm import distributed
 from charlstm.inference import evaluate as evaluate_lib
-from charlstm.run import digest, memory, replicas, run_directory
+from charlstm.run import digest, memory, replicas, run_directory, samples
 from charlstm.run.checkpoint import Checkpoints
 from charlstm.run.log import RunLog
 from charlstm.run.metrics import Diverged, MetricAggregator, duration, finite_score
@@ -159,6 +159,8 @@ class Training:
                     records[-1]["state_digest"] = digest.state_digest(state)
                 for record in records:
                     self.log.record(record)
+                if settings.sampled_every is not None and due(step, settings.sampled_every, last):
+                    self.sample(step, state)
                 if score is not None or due(step, settings.checkpoint_every, last):
                     self.save(state, score)
                     saved = step
@@ -219,6 +221,19 @@ class Training:
         self.metrics.pause(seconds)
         self.log.info(f"step {step}: validation {score.in_words(self.run.corpus.vocabulary.kind)}")
         return self.metrics.evaluation_record(step, "valid", score, len(self._valid) / seconds)
+
+    def sample(self, step: int, state: TrainState) -> None:
+        """Keeps a text that the model writes; it touches nothing that training goes on with."""
+        self.metrics.settle()
+        began, run = time.monotonic(), self.run
+
+        def keep() -> None:
+            drawn = samples.draw(run.config, run.corpus.vocabulary, run.separator, averaging.to_evaluate(state))
+            self.log.sample({"step": step, "time": round(time.time(), 3), **drawn}, samples.in_short(drawn))
+
+        with self.services.pause("sampling"):
+            distributed.run_on_first(keep)
+        self.metrics.pause(time.monotonic() - began)
 
     def update_plateau(self, state: TrainState, score: float) -> TrainState:
         """`state` with a validation score taken into account, where the run is driven by these; says what changes."""

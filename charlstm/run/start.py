@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from charlstm import config as config_lib
 from charlstm import distributed
 from charlstm.config import Config
-from charlstm.run import backend, estimate, initial_checkpoint, memory, run_directory
+from charlstm.run import backend, estimate, initial_checkpoint, memory, run_directory, samples
 from charlstm.run import corpus as corpus_lib
 from charlstm.run.memory import End
 from charlstm.run.run_directory import Identity, Initial
@@ -76,6 +76,7 @@ def check(config: Config, corpus: Corpus, mesh: Mesh, dry: bool = False) -> Stre
     if (flag := config.optimizer.validation_driven_by) and "valid" not in corpus.splits:
         raise ValueError(f"{flag} goes by validation scores, and {corpus.directory} has no valid split: give one")
     run_directory.separator(config, corpus.vocabulary)
+    samples.check(config, corpus.vocabulary)
     memory.require_possible(config, corpus.vocabulary.size, dry)
     return plan
 

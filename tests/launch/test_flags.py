@@ -104,6 +104,10 @@ OTHER = {
     "evaluate_every": 0,
     "checkpoint_every": 0,
     "keep_checkpoints": 1,
+    "sample_every": 5,
+    "sample_prompt": "a",
+    "sample_length": 7,
+    "sample_temperature": 0.5,
     "eval_chunk": 100,
     "burn_in": 5,
     "evaluation_batch_size": 8,
@@ -331,6 +335,7 @@ def test_free_settings_change_and_others_do_not():
         *("checkpoint_every", "keep_checkpoints", "eval_chunk", "burn_in", "evaluation_batch_size"),
         *("reduction", "train", "valid", "test", "on_divergence", "spike_factor", "max_skips", "max_rollbacks"),
         *("check_replicas_every", "max_failed_saves", "lstm_backend"),
+        *("sample_every", "sample_prompt", "sample_length", "sample_temperature"),
     }
     forbidden, changed = config_lib.diff(Config(), config_lib.replace(Config(), **OTHER))
     assert {line.partition(":")[0] for line in changed} == mutable - {"lstm_backend"}  # of the LSTM, which OTHER is not

@@ -35,7 +35,7 @@ KEYS = {
 SETTINGS = (
     "--batch_size=8", "--window=16", "--num_layers=1", "--hidden_size=8", "--embedding_size=4", "--num_steps=20",
     "--log_every=6", "--evaluate_every=8", "--checkpoint_every=5", "--keep_checkpoints=9", "--eval_chunk=256",
-    "--burn_in=16", "--logical_shards=8", "--vocabulary=characters",
+    "--burn_in=16", "--sample_every=0", "--logical_shards=8", "--vocabulary=characters",
 )  # fmt: skip
 
 
