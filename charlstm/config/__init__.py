@@ -80,9 +80,15 @@ class Config:
     def _check(self) -> None:
         check_numbers(self.corpus)
         check_numbers(self.streams)
-        flag = self.optimizer.validation_driven_by
+        flag = needs_validation(self)
         if flag and not self.training.evaluate_every:
             raise ValueError(f"{flag} goes by validation scores, and with evaluate_every=0 there are none: use 400")
+
+
+def needs_validation(config: Config) -> str:
+    """The flag for which a run must score its validation split as it trains; "" if none."""
+    stop_after = config.training.stop_after
+    return config.optimizer.validation_driven_by or (f"stop_after={stop_after}" if stop_after else "")
 
 
 def flatten(config: Config) -> dict[str, tuple[str, dataclasses.Field]]:

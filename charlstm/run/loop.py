@@ -4,7 +4,6 @@ Get a batch, update, and once in a while compare the devices, log, evaluate and 
 """
 
 import contextlib
-import enum
 import itertools
 import sys
 import time
@@ -13,25 +12,17 @@ from typing import Any, TextIO
 
 from charlstm import distributed
 from charlstm.inference import evaluate as evaluate_lib
-from charlstm.run import digest, memory, replicas, run_directory, samples
+from charlstm.run import announce, digest, memory, replicas, run_directory, samples
 from charlstm.run.checkpoint import Checkpoints
 from charlstm.run.log import RunLog
-from charlstm.run.metrics import Diverged, MetricAggregator, duration, finite_score
-from charlstm.run.services import Services
+from charlstm.run.metrics import Diverged, MetricAggregator, finite_score
+from charlstm.run.services import Outcome, Services
 from charlstm.run.start import Run
 from charlstm.training import averaging, placement
 from charlstm.training import step as step_lib
 from charlstm.types import Metrics, TrainState
 from data_pipeline.batch import Batch
 from data_pipeline.loader import Windows, open_windows
-
-
-class Outcome(enum.Enum):
-    """The ways in which a run ends, unless it diverges."""
-
-    FINISHED = "finished"
-    STOPPED = "stopped, saved"
-    NOT_SAVED = "not saved"
 
 
 def train(run: Run, services: Services, given: Sequence[str] = (), terminal: TextIO | None = None) -> Outcome:
@@ -100,22 +91,18 @@ class Training:
 
     def train(self) -> Outcome:
         """Trains from the newest checkpoint, or from the beginning.  Raises Diverged."""
-        config, last, began = self.run.config, self.run.config.training.num_steps, time.monotonic()
+        config, began = self.run.config, time.monotonic()
         state, _, sums = self.restore()
         # What is refused until here changes nothing.
         distributed.run_on_first(lambda: run_directory.write_config(self.run.run_dir, config))
         start = int(state.step)
         self.log.rewind(start)
-        if start >= last:
-            self.log.info(f"finished: the run is at step {start} of {last}; --num_steps above that goes on")
-            return Outcome.FINISHED
         self.metrics.restart(sums, skipped_windows(state))
-        self.log.info(
-            f"training on {distributed.describe(self.run.mesh)}: step {start} of {last}, "
-            f"{self.run.plan.steps_per_epoch} steps an epoch, {config.training.logical_shards} logical shards"
-        )
-        if config.optimizer.eval_params_field == "average":
-            self.log.info(f"what is evaluated is the average of the parameters (average={config.optimizer.average})")
+        if nothing_left := announce.already_finished(self.run, self.metrics, start):
+            self.log.info(nothing_left)
+            return Outcome.FINISHED
+        for line in announce.beginning(self.run, start):
+            self.log.info(line)
         with self.services.watching(self), memory.watched(self.run.mesh, self.services.end) as self._watch_memory:
             while True:
                 try:
@@ -137,36 +124,43 @@ class Training:
         step, last = int(state.step), settings.num_steps
         saved = step or None  # what is on disk already is not saved again: it would lose its score
         with self.open_windows(state) as windows:
-            while step < last and not self.stopping(step):
+            while step < last and not self.metrics.exhausted and not self.stopping(step):
                 state, metrics = self.update(state, self.next_batch(windows))
                 step += 1
                 self.metrics.add(step, metrics)
                 self.log.status(self.status())
                 if due(step, settings.check_replicas_every):
                     self.check_replicas(state)
-                records, score = [], None
                 if due(step, settings.log_every, last):
                     self.metrics.settle()
                     self.log.progress(self.status())
-                    records.append(self.metrics.train_record())
-                if self._valid is not None and due(step, settings.evaluate_every, last):
-                    self.metrics.settle()
-                    records.append(self.evaluate(step, state))
-                    score = finite_score(step, records[-1])
-                    if due(step, settings.evaluate_every):  # at any other last step, a longer run is told nothing
-                        state = self.update_plateau(state, score)
-                if records and step == last:
-                    records[-1]["state_digest"] = digest.state_digest(state)
-                for record in records:
-                    self.log.record(record)
-                if settings.sampled_every is not None and due(step, settings.sampled_every, last):
-                    self.sample(step, state)
+                    self.record(self.metrics.train_record(), state, final=step == last and self._valid is None)
+                state, score = self.look(step, state)
                 if score is not None or due(step, settings.checkpoint_every, last):
                     self.save(state, score)
                     saved = step
         if step != saved:
             self.save(state, None)
         return state
+
+    def look(self, step: int, state: TrainState) -> tuple[TrainState, float | None]:
+        """Evaluates and samples where that is due: (the state, as validation changes it; the score, if any)."""
+        settings, last, score = self.run.config.training, self.run.config.training.num_steps, None
+        if self._valid is not None and due(step, settings.evaluate_every, last):
+            self.metrics.settle()
+            record = self.evaluate(step, state)
+            score = finite_score(step, record)
+            if due(step, settings.evaluate_every):  # at any other last step, a longer run is told nothing
+                state = self.update_plateau(state, score)
+                self.metrics.hear(score)
+            self.record(record, state, final=step == last or self.metrics.exhausted)
+        if settings.sampled_every is not None and due(step, settings.sampled_every, last):
+            self.sample(step, state)
+        return state, score
+
+    def record(self, record: dict[str, Any], state: TrainState, final: bool) -> None:
+        """Keeps a line of metrics.jsonl; the run's `final` one has a digest of the state."""
+        self.log.record(record | ({"state_digest": digest.state_digest(state)} if final else {}))
 
     def restore(self) -> tuple[TrainState, float | None, dict[str, Any] | None]:
         """The newest whole checkpoint: state, validation score, sums of the metrics; else the state before step 1."""
@@ -298,17 +292,12 @@ class Training:
 
     def outcome(self, step: int, seconds: float) -> Outcome:
         """Says how the run ended."""
-        last, say = self.run.config.training.num_steps, self.log.info
+        unsaved = ""
         if self.checkpoints.failed_saves:
-            left = f"the checkpoint of step {max(steps)}" if (steps := self.checkpoints.steps()) else "the beginning"
-            say(f"ended at step {step}, which could not be saved; the same command goes on from {left}")
-            return Outcome.NOT_SAVED
-        if step < last:
-            why = "as saves had failed (max_failed_saves)" if self.gave_up else "by a signal"
-            say(f"stopped {why} at step {step}, saved; the same command goes on")
-            return Outcome.STOPPED
-        say(f"finished: {last} steps, {duration(seconds)} in this process")
-        return Outcome.FINISHED
+            unsaved = f"the checkpoint of step {max(steps)}" if (steps := self.checkpoints.steps()) else "the beginning"
+        outcome, sentence = announce.ending(self.run, self.metrics, step, unsaved, self.gave_up, seconds)
+        self.log.info(sentence)
+        return outcome
 
 
 def skipped_windows(state: TrainState) -> int:

@@ -1,6 +1,7 @@
 """Services around a training loop: none here; a program watches its run, reports on it and may stop it."""
 
 import contextlib
+import enum
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -9,7 +10,15 @@ from typing import TYPE_CHECKING
 from charlstm.run.memory import End
 
 if TYPE_CHECKING:
-    from charlstm.run.loop import Outcome, Training
+    from charlstm.run.loop import Training
+
+
+class Outcome(enum.Enum):
+    """The ways in which a run ends, unless it diverges."""
+
+    FINISHED = "finished"
+    STOPPED = "stopped, saved"
+    NOT_SAVED = "not saved"
 
 
 class Services:
@@ -38,7 +47,7 @@ class Services:
     def tick(self, step: int) -> None:
         """Is told that the run has come to the end of `step`."""
 
-    def ended(self, outcome: "Outcome") -> None:
+    def ended(self, outcome: Outcome) -> None:
         """Is told how the run ended, when all is saved."""
 
     def pause(self, doing: str) -> AbstractContextManager[None]:

@@ -73,7 +73,7 @@ def check(config: Config, corpus: Corpus, mesh: Mesh, dry: bool = False) -> Stre
     """
     placement.shards_per_device(config_lib.fill_automatic(config, mesh.size), mesh.size)
     plan = corpus_lib.plan_for(config, corpus)
-    if (flag := config.optimizer.validation_driven_by) and "valid" not in corpus.splits:
+    if (flag := config_lib.needs_validation(config)) and "valid" not in corpus.splits:
         raise ValueError(f"{flag} goes by validation scores, and {corpus.directory} has no valid split: give one")
     run_directory.separator(config, corpus.vocabulary)
     samples.check(config, corpus.vocabulary)

@@ -121,6 +121,7 @@ APART: tuple[dict[str, object], ...] = (
     {"window_deviation": 3, "short_window_probability": 0.1, "window": 40},
     {"average": "ema", "ema_decay": 0.9},
     {"lstm_backend": "auto"},
+    {"stop_after": 3},
     {"average": "asgd", "average_patience": 2, "schedule": "plateau", "plateau_patience": 3, "plateau_latest": 9}
     | {"average_latest": 8},
 )
@@ -335,10 +336,11 @@ def test_free_settings_change_and_others_do_not():
         *("checkpoint_every", "keep_checkpoints", "eval_chunk", "burn_in", "evaluation_batch_size"),
         *("reduction", "train", "valid", "test", "on_divergence", "spike_factor", "max_skips", "max_rollbacks"),
         *("check_replicas_every", "max_failed_saves", "lstm_backend"),
-        *("sample_every", "sample_prompt", "sample_length", "sample_temperature"),
+        *("stop_after", "sample_every", "sample_prompt", "sample_length", "sample_temperature"),
     }
     forbidden, changed = config_lib.diff(Config(), config_lib.replace(Config(), **OTHER))
-    assert {line.partition(":")[0] for line in changed} == mutable - {"lstm_backend"}  # of the LSTM, which OTHER is not
+    apart = {"lstm_backend", "stop_after"}
+    assert {line.partition(":")[0] for line in changed} == mutable - apart
     assert {line.partition(":")[0] for line in forbidden} == OTHER.keys() - mutable
     assert "num_steps: 1000 -> 30" in changed and "cell: lstm -> gru" in forbidden
     assert config_lib.diff(Config(), Config()) == ([], [])

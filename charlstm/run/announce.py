@@ -1,0 +1,54 @@
+"""What a run says when it begins and when it ends."""
+
+from charlstm import distributed
+from charlstm.run.metrics import MetricAggregator, duration
+from charlstm.run.services import Outcome
+from charlstm.run.start import Run
+
+
+def beginning(run: Run, step: int) -> list[str]:
+    """Says on what the run trains, from `step` on, and what is evaluated."""
+    training, optimizer = run.config.training, run.config.optimizer
+    lines = [
+        f"training on {distributed.describe(run.mesh)}: step {step} of {training.num_steps}, "
+        f"{run.plan.steps_per_epoch} steps an epoch, {training.logical_shards} logical shards"
+    ]
+    if optimizer.eval_params_field == "average":
+        lines.append(f"what is evaluated is the average of the parameters (average={optimizer.average})")
+    return lines
+
+
+def already_finished(run: Run, metrics: MetricAggregator, step: int) -> str:
+    """Says why a run that is at `step` has nothing to do; "" if it has."""
+    if step >= run.config.training.num_steps:
+        return f"finished: the run is at step {step} of {run.config.training.num_steps}; --num_steps above that goes on"
+    if metrics.exhausted:
+        return f"finished: {_no_gain(metrics, step)}; a larger --stop_after goes on"
+    return ""
+
+
+def ending(
+    run: Run, metrics: MetricAggregator, step: int, unsaved: str, gave_up: bool, seconds: float
+) -> tuple[Outcome, str]:
+    """How the run ended at `step`, after `seconds` of this process.
+
+    Args:
+      unsaved: what the run goes on from where its end could not be saved, else "".
+      gave_up: it ended as too many saves had failed.
+    """
+    last = run.config.training.num_steps
+    if unsaved:
+        return (
+            Outcome.NOT_SAVED,
+            f"ended at step {step}, which could not be saved; the same command goes on from {unsaved}",
+        )
+    if metrics.exhausted:
+        return Outcome.FINISHED, f"finished: {_no_gain(metrics, step)}, {duration(seconds)} in this process"
+    if step < last:
+        why = "as saves had failed (max_failed_saves)" if gave_up else "by a signal"
+        return Outcome.STOPPED, f"stopped {why} at step {step}, saved; the same command goes on"
+    return Outcome.FINISHED, f"finished: {last} steps, {duration(seconds)} in this process"
+
+
+def _no_gain(metrics: MetricAggregator, step: int) -> str:
+    return f"{metrics.without_gain} evaluations without gain (stop_after) at step {step}"
