@@ -14,7 +14,7 @@ from charlstm.config.training import EvaluationConfig, OptimizerConfig, Training
 from data_pipeline.settings import CorpusSettings, StreamSettings, check_numbers
 
 # Settings that say when the validation split is scored, and to which figure, to the last bit.
-EVALUATION_SETTINGS = ("evaluate_every", "eval_chunk", "burn_in", "evaluation_batch_size")
+EVALUATION_SETTINGS = ("evaluate_every", "evaluate_symbols", "eval_chunk", "burn_in", "evaluation_batch_size")
 # Values by which a setting is left to the run, which fixes it when it starts.
 AUTOMATIC = {"logical_shards": 0, "decay_steps": 0, "decay_rate": 0, "lstm_backend": "auto"}
 VERSION = 2  # of config.json: 1 had other names of settings

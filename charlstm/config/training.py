@@ -147,6 +147,12 @@ class TrainingConfig:
     evaluate_every: int = setting(
         1000, "Steps between evaluations of the validation split; 0: only at the end.", mutable=True
     )
+    evaluate_symbols: int = setting(
+        2_000_000,
+        "Symbols of the validation split that are scored as the run trains, in chunks evenly spaced over it; 0: all, "
+        "as launch.evaluate does.",
+        mutable=True,
+    )
     stop_after: int = setting(
         0, "Evaluations without gain, one after the other, that end the run; 0: none do.", mutable=True
     )
@@ -175,7 +181,7 @@ class TrainingConfig:
             raise ValueError(f"spike_factor={self.spike_factor} must be more than 1, or 0 for none")
         check_at_least(self, 0, "seed", "logical_shards", "evaluate_every", "checkpoint_every", "max_failed_saves")
         check_at_least(self, -1, "sample_every")
-        check_at_least(self, 0, "sample_length", "sample_temperature", "stop_after")
+        check_at_least(self, 0, "sample_length", "sample_temperature", "stop_after", "evaluate_symbols")
 
     @property
     def sampled_every(self) -> int | None:

@@ -86,8 +86,8 @@ class Training:
         if self._valid is not None:
             # In the logical shards, as gradients are: the same bits on any number of devices that divides them.
             shards = placement.shards_per_device(run.config, run.mesh.size)
-            V = run.corpus.vocabulary.size
-            self._score = evaluate_lib.make_evaluator(run.config, V, self._valid, run.mesh, run.separator, shards)
+            V, most = run.corpus.vocabulary.size, run.config.training.evaluate_symbols
+            self._score = evaluate_lib.make_evaluator(run.config, V, self._valid, run.mesh, run.separator, shards, most)
 
     def train(self) -> Outcome:
         """Trains from the newest checkpoint, or from the beginning.  Raises Diverged."""
@@ -213,8 +213,9 @@ class Training:
             score = self._score(averaging.to_evaluate(state))
         seconds = time.monotonic() - began
         self.metrics.pause(seconds)
-        self.log.info(f"step {step}: validation {score.in_words(self.run.corpus.vocabulary.kind)}")
-        return self.metrics.evaluation_record(step, "valid", score, len(self._valid) / seconds)
+        part = f", of {score.symbols:,} symbols of {N:,}" if score.symbols < (N := len(self._valid)) else ""
+        self.log.info(f"step {step}: validation {score.in_words(self.run.corpus.vocabulary.kind)}{part}")
+        return self.metrics.evaluation_record(step, "valid", score, score.symbols / seconds)
 
     def sample(self, step: int, state: TrainState) -> None:
         """Keeps a text that the model writes; it touches nothing that training goes on with."""

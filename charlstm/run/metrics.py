@@ -160,7 +160,8 @@ class MetricAggregator:
 
     def evaluation_record(self, step: int, split: str, score: Score, speed: float) -> dict[str, Any]:
         """A line of metrics.jsonl for an evaluation that read `speed` symbols a second."""
-        self.records[split] = self._record(step, split, score) | {"symbols_per_second": round(speed, 1)}
+        figures = {"symbols_per_second": round(speed, 1), "scored_symbols": score.symbols}
+        self.records[split] = self._record(step, split, score) | figures
         return self.records[split]
 
     def hear(self, score: float) -> None:
@@ -201,6 +202,7 @@ class MetricAggregator:
             "grad_norm": None,
             "symbols_per_second": None,
             "input_wait": None,
+            "scored_symbols": None,
             "time": round(time.time(), 3),
             "seconds": round(self._seconds(), 3),
         }

@@ -104,6 +104,7 @@ OTHER = {
     "evaluate_every": 0,
     "checkpoint_every": 0,
     "keep_checkpoints": 1,
+    "evaluate_symbols": 0,
     "sample_every": 5,
     "sample_prompt": "a",
     "sample_length": 7,
@@ -336,7 +337,7 @@ def test_free_settings_change_and_others_do_not():
         *("checkpoint_every", "keep_checkpoints", "eval_chunk", "burn_in", "evaluation_batch_size"),
         *("reduction", "train", "valid", "test", "on_divergence", "spike_factor", "max_skips", "max_rollbacks"),
         *("check_replicas_every", "max_failed_saves", "lstm_backend"),
-        *("stop_after", "sample_every", "sample_prompt", "sample_length", "sample_temperature"),
+        *("stop_after", "evaluate_symbols", "sample_every", "sample_prompt", "sample_length", "sample_temperature"),
     }
     forbidden, changed = config_lib.diff(Config(), config_lib.replace(Config(), **OTHER))
     apart = {"lstm_backend", "stop_after"}

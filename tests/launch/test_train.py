@@ -30,7 +30,7 @@ from tests.conftest import ROOT
 COLUMNS = 100
 KEYS = {
     "step", "epoch", "split", "bits_per_symbol", "bits_per_character", "bits_per_byte", "learning_rate", "grad_norm",
-    "symbols_per_second", "input_wait", "time", "seconds",
+    "symbols_per_second", "input_wait", "scored_symbols", "time", "seconds",
 }  # fmt: skip
 SETTINGS = (
     "--batch_size=8", "--window=16", "--num_layers=1", "--hidden_size=8", "--embedding_size=4", "--num_steps=20",

@@ -24,7 +24,7 @@ from charlstm.types import Metrics, ModelParams, TrainState
 LAST = 11
 KEYS = {
     "step", "epoch", "split", "bits_per_symbol", "bits_per_character", "bits_per_byte", "learning_rate", "grad_norm",
-    "symbols_per_second", "input_wait", "time", "seconds",
+    "symbols_per_second", "input_wait", "scored_symbols", "time", "seconds",
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from charlstm.types import Metrics
 
 KEYS = {
     "step", "epoch", "split", "bits_per_symbol", "bits_per_character", "bits_per_byte", "learning_rate", "grad_norm",
-    "symbols_per_second", "input_wait", "time", "seconds",
+    "symbols_per_second", "input_wait", "scored_symbols", "time", "seconds",
 }  # fmt: skip
 BIT = float(np.log(2))
 SCORE = Score(50.0, 20, 10, 20)
@@ -114,7 +114,7 @@ def test_a_line_of_an_evaluation_has_the_figure_and_speed_given_and_nothing_of_t
     assert line == {
         "step": 4, "epoch": 0.5, "split": "valid", "bits_per_symbol": 2.5, "bits_per_character": 5.0,
         "bits_per_byte": 2.5, "learning_rate": None, "grad_norm": None, "symbols_per_second": 1234.6,
-        "input_wait": None, "time": 5e8 + 1007.0, "seconds": 7.0,
+        "input_wait": None, "scored_symbols": SCORE.symbols, "time": 5e8 + 1007.0, "seconds": 7.0,
     }  # fmt: skip
 
 
