@@ -53,13 +53,20 @@ class ProgramServices(Services):
     def signalled(self, number: int) -> None:
         """Takes a signal."""
         if self._signals and number == signal.SIGINT:
+            terminal.say(f"not saved: {self._unsaved()} are lost")
             terminal.leave(number)
         self._signals.append(number)
         if distributed.is_one_of_several():
             os.kill(os.getpid(), signal.SIGTERM)
         if len(self._signals) == 1:
-            after = f"told to stop: saves and ends after {self._watchdog.doing}"
-            terminal.say(f"{after}; a second Ctrl-C ends it at once, unsaved")
+            doing = self._watchdog.doing
+            how = "evaluates no further, saves and ends" if doing == "evaluating" else f"saves and ends after {doing}"
+            terminal.say(f"told to stop: {how}; a second Ctrl-C ends it at once and loses {self._unsaved()}")
+
+    def _unsaved(self) -> str:
+        """What is lost if the run ends now, without a look at the disk, which may hang."""
+        newest = self._training.checkpoints.newest if self._training else None
+        return "all steps" if newest is None else f"the steps after step {newest}"
 
     def stop_requested(self) -> bool:
         return bool(self._signals)

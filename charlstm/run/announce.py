@@ -1,9 +1,11 @@
 """What a run says when it begins and when it ends."""
 
 from charlstm import distributed
+from charlstm.config.training import OptimizerConfig
 from charlstm.run.metrics import MetricAggregator, duration
 from charlstm.run.services import Outcome
 from charlstm.run.start import Run
+from charlstm.types import PlateauState
 
 
 def beginning(run: Run, step: int) -> list[str]:
@@ -15,6 +17,17 @@ def beginning(run: Run, step: int) -> list[str]:
     ]
     if optimizer.eval_params_field == "average":
         lines.append(f"what is evaluated is the average of the parameters (average={optimizer.average})")
+    return lines
+
+
+def turn(optimizer: OptimizerConfig, step: int, before: PlateauState, now: PlateauState) -> list[str]:
+    """Says what changes by the evaluation at `step`: the learning rate, or that averaging begins."""
+    where = f"step {step}: evaluation {int(now.evaluations)}, {int(now.patience_count)} without gain:"
+    lines = []
+    if now.dropped and not before.dropped:
+        lines.append(f"{where} from here on the learning rate is times {optimizer.decay_rate:g}")
+    if now.averaged and not before.averaged:
+        lines.append(f"{where} from here on the parameters are averaged")
     return lines
 
 
@@ -44,7 +57,7 @@ def ending(
         )
     if metrics.exhausted:
         return Outcome.FINISHED, f"finished: {_no_gain(metrics, step)}, {duration(seconds)} in this process"
-    if step < last:
+    if step < last or metrics.evaluation_due:
         why = "as saves had failed (max_failed_saves)" if gave_up else "by a signal"
         return Outcome.STOPPED, f"stopped {why} at step {step}, saved; the same command goes on"
     return Outcome.FINISHED, f"finished: {last} steps, {duration(seconds)} in this process"

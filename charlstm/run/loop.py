@@ -11,14 +11,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 from charlstm import distributed
-from charlstm.inference import evaluate as evaluate_lib
 from charlstm.run import announce, digest, memory, replicas, run_directory, samples
 from charlstm.run.checkpoint import Checkpoints
 from charlstm.run.log import RunLog
 from charlstm.run.metrics import Diverged, MetricAggregator, finite_score
 from charlstm.run.services import Outcome, Services
 from charlstm.run.start import Run
-from charlstm.training import averaging, placement
+from charlstm.run.validation import Interrupted, Validation
+from charlstm.training import averaging
 from charlstm.training import step as step_lib
 from charlstm.types import Metrics, TrainState
 from data_pipeline.batch import Batch
@@ -80,14 +80,9 @@ class Training:
             of_ascii=text.characters == text.bytes and not text.unknown,
         )
         self.rollbacks, self.gave_up = 0, False
-        self._stop_polls = itertools.count()
+        self._stop_polls, self._told = itertools.count(), False
         self._lengths = set[int]()  # of windows, for which the update is compiled
-        self._valid = run.corpus.splits.get("valid")
-        if self._valid is not None:
-            # In the logical shards, as gradients are: the same bits on any number of devices that divides them.
-            shards = placement.shards_per_device(run.config, run.mesh.size)
-            V, most = run.corpus.vocabulary.size, run.config.training.evaluate_symbols
-            self._score = evaluate_lib.make_evaluator(run.config, V, self._valid, run.mesh, run.separator, shards, most)
+        self._valid = Validation(run) if "valid" in run.corpus.splits else None
 
     def train(self) -> Outcome:
         """Trains from the newest checkpoint, or from the beginning.  Raises Diverged."""
@@ -98,7 +93,9 @@ class Training:
         start = int(state.step)
         self.log.rewind(start)
         self.metrics.restart(sums, skipped_windows(state))
-        if nothing_left := announce.already_finished(self.run, self.metrics, start):
+        if not self.metrics.evaluation_due and (
+            nothing_left := announce.already_finished(self.run, self.metrics, start)
+        ):
             self.log.info(nothing_left)
             return Outcome.FINISHED
         for line in announce.beginning(self.run, start):
@@ -123,6 +120,10 @@ class Training:
         settings = self.run.config.training
         step, last = int(state.step), settings.num_steps
         saved = step or None  # what is on disk already is not saved again: it would lose its score
+        if self.metrics.evaluation_due:
+            state, score = self.look(step, state)
+            if score is not None:
+                self.save(state, score)
         with self.open_windows(state) as windows:
             while step < last and not self.metrics.exhausted and not self.stopping(step):
                 state, metrics = self.update(state, self.next_batch(windows))
@@ -148,7 +149,12 @@ class Training:
         settings, last, score = self.run.config.training, self.run.config.training.num_steps, None
         if self._valid is not None and due(step, settings.evaluate_every, last):
             self.metrics.settle()
-            record = self.evaluate(step, state)
+            try:
+                record = self.evaluate(step, state)
+            except Interrupted:
+                self.metrics.evaluation_due = True
+                return state, None
+            self.metrics.evaluation_due = False
             score = finite_score(step, record)
             if due(step, settings.evaluate_every):  # at any other last step, a longer run is told nothing
                 state = self.update_plateau(state, score)
@@ -176,7 +182,12 @@ class Training:
     def stopping(self, step: int) -> bool:
         """True if the run is to stop before the next update, which all processes answer alike."""
         self.services.tick(step)
-        return self.gave_up or distributed.stop_agreed(next(self._stop_polls), self.services.stop_requested())
+        return self.gave_up or self.told_to_stop()
+
+    def told_to_stop(self) -> bool:
+        """True once all processes know that one was told to."""
+        self._told = self._told or distributed.stop_agreed(next(self._stop_polls), self.services.stop_requested())
+        return self._told
 
     def open_windows(self, state: TrainState) -> Windows:
         """The windows of this process's streams, from the one that `state` reads next."""
@@ -205,16 +216,21 @@ class Training:
         return state, metrics
 
     def evaluate(self, step: int, state: TrainState) -> dict[str, Any]:
-        """Scores the validation split: a line of metrics.jsonl."""
+        """Scores the validation split: a line of metrics.jsonl.  Raises Interrupted where the run is to stop."""
         assert self._valid is not None
-        self.log.status(f"step {step}: evaluating the validation split")
         began = time.monotonic()
+
+        def doing(done: int, windows: int) -> None:
+            self.log.status(f"step {step}: evaluating the validation split, {done / windows:.0%}")
+            if self.told_to_stop():
+                self.log.info(f"step {step}: validation is interrupted, and made up for when the run goes on")
+                raise Interrupted
+
         with self.services.pause("evaluating"):
-            score = self._score(averaging.to_evaluate(state))
+            score = self._valid.score(state, doing)
         seconds = time.monotonic() - began
         self.metrics.pause(seconds)
-        part = f", of {score.symbols:,} symbols of {N:,}" if score.symbols < (N := len(self._valid)) else ""
-        self.log.info(f"step {step}: validation {score.in_words(self.run.corpus.vocabulary.kind)}{part}")
+        self.log.info(f"step {step}: {self._valid.in_words(score)}")
         return self.metrics.evaluation_record(step, "valid", score, score.symbols / seconds)
 
     def sample(self, step: int, state: TrainState) -> None:
@@ -236,12 +252,8 @@ class Training:
         if not optimizer.validation_driven_by:
             return state
         state = step_lib.update_plateau(self.run.config, self.run.mesh, state, score)
-        now = state.plateau
-        where = f"step {int(state.step)}: evaluation {int(now.evaluations)}, {int(now.patience_count)} without gain:"
-        if now.dropped and not before.dropped:
-            self.log.info(f"{where} from here on the learning rate is times {optimizer.decay_rate:g}")
-        if now.averaged and not before.averaged:
-            self.log.info(f"{where} from here on the parameters are averaged")
+        for line in announce.turn(optimizer, int(state.step), before, state.plateau):
+            self.log.info(line)
         return state
 
     def save(self, state: TrainState, score: float | None) -> None:

@@ -34,6 +34,7 @@ class MetricAggregator:
       skipped: updates skipped by this process's life.
       state_resets: non-finite rows of recurrent state that were zeroed in it.
       without_gain: evaluations since the one with the lowest score.
+      evaluation_due: the evaluation of this step was interrupted, and is made up for when the run goes on.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class MetricAggregator:
         sums = sums or {"nats": 0.0, "symbols": 0, "steps": 0}
         self._nats, self._symbols, self._steps = sums["nats"], sums["symbols"], sums["steps"]
         self._best, self.without_gain = sums.get("best"), sums.get("without_gain", 0)
+        self.evaluation_due = sums.get("evaluation_due", False)
         if not self._begun:  # else the seconds since that checkpoint are in those of this process
             self._earlier = sums.get("seconds", 0.0)
 
@@ -83,8 +85,11 @@ class MetricAggregator:
         Plain JSON that keeps every bit of a float.
         """
         assert self._pending is None, "settle() first"
-        sums = {"nats": self._nats, "symbols": self._symbols, "steps": self._steps}
-        return sums | {"best": self._best, "without_gain": self.without_gain, "seconds": self._seconds()}
+        return {
+            **{"nats": self._nats, "symbols": self._symbols, "steps": self._steps},
+            **{"best": self._best, "without_gain": self.without_gain, "evaluation_due": self.evaluation_due},
+            "seconds": self._seconds(),
+        }
 
     def _reset(self) -> None:
         self._nats, self._symbols, self._steps = 0.0, 0, 0

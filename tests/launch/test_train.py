@@ -215,7 +215,7 @@ def test_a_terminal_shows_one_live_line_under_the_plain_ones_and_leaves_the_plai
     on_screen = frames(written, COLUMNS)
     live = re.compile(
         r"step (\d+)/20  epoch \d+\.\d\d  \d\.\d{3} bpc  [\d,]+ chars/s  input wait \d+%  ETA \w+|"
-        r"step (\d+): evaluating the validation split"
+        r"step (\d+): evaluating the validation split, \d+%"
     )
     shown = []
     for *above, foot in on_screen:
