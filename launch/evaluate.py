@@ -122,7 +122,8 @@ def _scorer(
         split = corpus.splits[name]
         if adaptation is None:
             V = corpus.vocabulary.size
-            return evaluate_lib.at_temperatures(config, V, split, mesh, separator, temperatures)(params)
+            evaluate = evaluate_lib.at_temperatures(config, V, split, mesh, separator, temperatures)
+            return evaluate(params, _progress(f"evaluating {name}"))
         doing = _progress(f"dynamic evaluation of {name}")
         return dynamic.score(config, adaptation, params, usual, split, separator, temperatures, doing)
 

@@ -81,6 +81,8 @@ def at_temperatures(
             total_K += 0 if late is None else _sum(late)  # one window late, so that the device never waits
             late = nats
         assert late is not None
+        if doing:
+            doing(done + 1, done + 1)
         return scores(total_K + _sum(late), vocabulary_size, split, plan.scored)
 
     return evaluate

@@ -2,6 +2,8 @@
 
 from charlstm import distributed
 from charlstm.config.training import OptimizerConfig
+from charlstm.run import estimate, memory
+from charlstm.run.checkpoint import Checkpoints
 from charlstm.run.metrics import MetricAggregator, duration
 from charlstm.run.services import Outcome
 from charlstm.run.start import Run
@@ -10,10 +12,17 @@ from charlstm.types import PlateauState
 
 def beginning(run: Run, step: int) -> list[str]:
     """Says on what the run trains, from `step` on, and what is evaluated."""
-    training, optimizer = run.config.training, run.config.optimizer
+    training, optimizer, model, plan = run.config.training, run.config.optimizer, run.config.model, run.plan
+    epochs, corpus = training.num_steps / plan.steps_per_epoch, run.corpus
+    size, vocabulary = sum(source.bytes for source in corpus.sources), corpus.vocabulary
+    count = len(corpus.sources)
     lines = [
+        f"text: {corpus.directory.name}, {count:,} file{'s' if count != 1 else ''} of {memory.format_bytes(size)}: "
+        f"{plan.symbols:,} symbols to train on, of {vocabulary.size:,} {vocabulary.kind}",
+        f"model: {model.cell}, {model.num_layers} x {model.hidden_size}, "
+        f"{estimate.count_parameters(run.config, vocabulary.size):,} parameters; {epochs:.2g} epochs of the text",
         f"training on {distributed.describe(run.mesh)}: step {step} of {training.num_steps}, "
-        f"{run.plan.steps_per_epoch} steps an epoch, {training.logical_shards} logical shards"
+        f"{run.plan.steps_per_epoch} steps an epoch, {training.logical_shards} logical shards",
     ]
     if optimizer.eval_params_field == "average":
         lines.append(f"what is evaluated is the average of the parameters (average={optimizer.average})")
@@ -41,20 +50,18 @@ def already_finished(run: Run, metrics: MetricAggregator, step: int) -> str:
 
 
 def ending(
-    run: Run, metrics: MetricAggregator, step: int, unsaved: str, gave_up: bool, seconds: float
+    run: Run, metrics: MetricAggregator, checkpoints: Checkpoints, step: int, seconds: float, gave_up: bool
 ) -> tuple[Outcome, str]:
     """How the run ended at `step`, after `seconds` of this process.
 
     Args:
-      unsaved: what the run goes on from where its end could not be saved, else "".
       gave_up: it ended as too many saves had failed.
     """
     last = run.config.training.num_steps
-    if unsaved:
-        return (
-            Outcome.NOT_SAVED,
-            f"ended at step {step}, which could not be saved; the same command goes on from {unsaved}",
-        )
+    if checkpoints.failed_saves:
+        left = f"the checkpoint of step {max(steps)}" if (steps := checkpoints.steps()) else "the beginning"
+        words = f"ended at step {step}, which could not be saved; the same command goes on from {left}"
+        return Outcome.NOT_SAVED, words
     if metrics.exhausted:
         return Outcome.FINISHED, f"finished: {_no_gain(metrics, step)}, {duration(seconds)} in this process"
     if step < last or metrics.evaluation_due:

@@ -7,7 +7,7 @@ import numpy as np
 from charlstm import distributed
 from charlstm.config import Config
 from charlstm.inference.generate import Sampling, generate
-from charlstm.inference.text import Sample, encode_prompt, grow, unknown_id, unseen_before
+from charlstm.inference.text import Sample, encode_prompt, grow, remark_on_escapes, unknown_id, unseen_before
 from charlstm.training.loss import NATS_PER_BIT
 from charlstm.types import ModelParams
 from data_pipeline.batch import Separator
@@ -21,6 +21,12 @@ def check(config: Config, vocabulary: Vocabulary) -> None:
     """Raises ValueError where --sample_prompt has symbols that the vocabulary lacks."""
     if config.training.sampled_every is not None:
         _prompt(config, vocabulary)
+
+
+def remarks(config: Config) -> list[str]:
+    """A remark where --sample_prompt may not be what is meant."""
+    remark = remark_on_escapes("sample_prompt", config.training.sample_prompt)
+    return [remark] if remark else []
 
 
 def draw(config: Config, vocabulary: Vocabulary, separator: Separator, params: ModelParams) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from charlstm.training import placement, schedules
 from charlstm.training import step as step_lib
 from charlstm.types import ModelParams
 from data_pipeline.batch import Separator
+from data_pipeline.progress import announced
 from data_pipeline.shards import Corpus
 from data_pipeline.streams import StreamPlan
 
@@ -85,7 +86,8 @@ def dry_run(config: Config, corpus: Corpus, mesh: Mesh, form: str = "text", end:
     """Estimates such a run: a table, or one line of JSON.  Raises ValueError as the run would."""
     plan, config = check(config, corpus, mesh, dry=True), config_lib.fill_automatic(config, mesh.size)
     config, _ = backend.chosen(config, corpus, plan, mesh, end)
-    return estimate.report(config, corpus, plan, mesh, form, end)
+    with announced("compiling, and timing a few steps"):
+        return estimate.report(config, corpus, plan, mesh, form, end)
 
 
 def start(
@@ -112,6 +114,7 @@ def start(
     separator = run_directory.separator(config, corpus.vocabulary)
     remarks += corpus_lib.remarks_on_separator(config, corpus, separator)
     remarks += schedules.remarks(config.optimizer, config.training, plan.steps_per_epoch, begun=resumed)
+    remarks += samples.remarks(config)
     train_step = step_lib.make(config, corpus.vocabulary.size, mesh, plan.steps_per_epoch)
     remarks += _require_memory(config, corpus, mesh, train_step)
     params, taken = None, None
@@ -150,7 +153,8 @@ def _require_memory(config: Config, corpus: Corpus, mesh: Mesh, train_step: jax.
 
     def update() -> memory.Update:
         sizes = corpus.vocabulary.size, corpus.splits["train"].dtype
-        found = memory.compiled_update(train_step, config, *sizes, mesh)
+        with announced("compiling the update (once)"):
+            found = memory.compiled_update(train_step, config, *sizes, mesh)
         if why := memory.too_much(found, config, mesh):
             raise ValueError(why)
         return found

@@ -109,7 +109,7 @@ def test_a_part_of_a_long_split_is_scored_as_such_and_a_cap_above_its_length_cha
     assert capped(1000) == whole == score(config)
     assert (part.symbols, part.characters, part.bytes) == (300, 300, 450)
     assert 0 < abs(part.bits_per_symbol - whole.bits_per_symbol) < 0.2
-    assert seen == [(window, 9) for window in range(9)]  # of 130 symbols in windows of 16
+    assert seen == [(window, 9) for window in range(10)]  # of 130 symbols in windows of 16
 
 
 def test_burn_in_comes_close_to_carried_state():
