@@ -5,7 +5,19 @@ import os
 import threading
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
+
+
+class Copy(Protocol):
+    """A copy of metrics.jsonl and samples.jsonl in another form."""
+
+    def rebuild(self, records: list[dict[str, Any]], samples: list[dict[str, Any]]) -> None: ...
+
+    def record(self, fields: dict[str, Any]) -> None: ...
+
+    def sample(self, fields: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class RunLog:
@@ -13,9 +25,13 @@ class RunLog:
 
     A `silent` log (of a process that is not the first, or of a dry run) writes nothing to the run directory.  What a
     full disk does not take is kept, and written when there is room again.
+
+    Args:
+      copy: kept beside both files, and made anew when lines are dropped.
     """
 
-    def __init__(self, run_dir: Path, terminal: TextIO, silent: bool = False) -> None:
+    def __init__(self, run_dir: Path, terminal: TextIO, silent: bool = False, copy: Copy | None = None) -> None:
+        self._copy = None if silent else copy
         self._terminal: TextIO | None = terminal
         self._live = terminal.isatty() or type(terminal).__module__.startswith("ipykernel")
         self._lock = threading.Lock()  # a checkpoint's thread has something to say, too
@@ -55,11 +71,15 @@ class RunLog:
         """One line of metrics.jsonl."""
         if self._metrics is not None:
             self._metrics.add(json.dumps(fields))
+        if self._copy is not None:
+            self._copy.record(fields)
 
     def sample(self, fields: dict[str, Any], in_short: list[str]) -> None:
         """One line of samples.jsonl, and a few plain lines of it."""
         if self._samples is not None:
             self._samples.add(json.dumps(fields))
+        if self._copy is not None:
+            self._copy.sample(fields)
         for line in in_short:
             self.info(f"step {fields['step']} | {line}")
 
@@ -68,11 +88,18 @@ class RunLog:
         for lines in (self._metrics, self._samples):
             if lines is not None:
                 lines.rewind(step)
+        if self._copy is not None and self._metrics is not None and self._samples is not None:
+            records, samples = (
+                [json.loads(line) for line in lines.text().splitlines()] for lines in (self._metrics, self._samples)
+            )
+            self._copy.rebuild(records, samples)
 
     def close(self) -> None:
         """Raises OSError where there are lines that the disk does not take."""
         with self._lock:
             self._show(self._wiped())
+            if self._copy is not None:
+                self._copy.close()
             for lines in (self._log, self._metrics, self._samples):
                 if lines is not None:
                     lines.close()

@@ -45,7 +45,7 @@ def train(run: Run, services: Services, given: Sequence[str] = (), terminal: Tex
             distributed.run_on_first(
                 lambda: run_directory.create(run.run_dir, run.config, run.identity, given, run.initial)
             )
-        log = RunLog(run.run_dir, terminal or sys.stderr, silent=not distributed.is_first_process())
+        log = RunLog(run.run_dir, terminal or sys.stderr, not distributed.is_first_process(), services.copy_of(run))
         opened.callback(log.close)
         for remark in run.remarks:
             log.info(remark)
@@ -222,7 +222,7 @@ class Training:
 
         def doing(done: int, windows: int) -> None:
             self.log.status(f"step {step}: evaluating the validation split, {done / windows:.0%}")
-            if self.told_to_stop():
+            if done < windows and self.told_to_stop():
                 self.log.info(f"step {step}: validation is interrupted, and made up for when the run goes on")
                 raise Interrupted
 
@@ -305,10 +305,8 @@ class Training:
 
     def outcome(self, step: int, seconds: float) -> Outcome:
         """Says how the run ended."""
-        unsaved = ""
-        if self.checkpoints.failed_saves:
-            unsaved = f"the checkpoint of step {max(steps)}" if (steps := self.checkpoints.steps()) else "the beginning"
-        outcome, sentence = announce.ending(self.run, self.metrics, step, unsaved, self.gave_up, seconds)
+        how = self.run, self.metrics, self.checkpoints, step, seconds, self.gave_up
+        outcome, sentence = announce.ending(*how)
         self.log.info(sentence)
         return outcome
 

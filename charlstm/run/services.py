@@ -7,10 +7,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from charlstm.run.log import Copy
 from charlstm.run.memory import End
 
 if TYPE_CHECKING:
     from charlstm.run.loop import Training
+    from charlstm.run.start import Run
 
 
 class Outcome(enum.Enum):
@@ -39,6 +41,10 @@ class Services:
     def watching(self, training: "Training") -> Iterator[None]:
         """Surrounds the updates."""
         yield
+
+    def copy_of(self, run: "Run") -> Copy | None:
+        """Returns what metrics.jsonl and samples.jsonl of `run` are copied to, if anything."""
+        return None
 
     def stop_requested(self) -> bool:
         """Returns True if this process was asked to save and stop."""
