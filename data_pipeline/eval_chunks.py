@@ -25,19 +25,37 @@ class ChunkPlan:
     burn_in: int  # symbols read before them
     batch_size: int  # B: chunks side by side
     window: int  # T
+    most: int = 0  # symbols that may be scored, in whole chunks, evenly spaced and the first among them; 0: all
 
     def __post_init__(self) -> None:
         if self.symbols < 2:
             raise ValueError(f"a split of {self.symbols} symbols cannot be scored: it needs at least 2")
 
     @property
-    def chunks(self) -> int:
+    def all_chunks(self) -> int:
         return -(-self.symbols // self.chunk)
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks that are scored."""
+        return (
+            min(self.all_chunks, max(1, self.most // self.chunk)) if 0 < self.most < self.symbols else self.all_chunks
+        )
+
+    def position(self, number: int) -> int:
+        """Position in the split of the first symbol of the scored chunk `number`; past its end where there is none."""
+        beyond = max(0, number - self.chunks)
+        return ((number - beyond) * self.all_chunks // self.chunks + beyond) * self.chunk
+
+    @property
+    def scored(self) -> int:
+        """Number of symbols that are scored."""
+        return self.symbols if self.chunks == self.all_chunks else self.chunks * self.chunk
 
     @property
     def warm_up(self) -> int:
         """Number of symbols read before a chunk; a single chunk has none before it."""
-        return self.burn_in if self.chunks > 1 else 0
+        return self.burn_in if self.all_chunks > 1 else 0
 
     @property
     def windows(self) -> int:
@@ -55,7 +73,7 @@ def read_chunks(
     """Yields every window of every group of chunks, rows `rows` of it, as (batch, scored).
 
     The recurrent state is carried from window to window, except where `reset` is true.  `scored`, bool `[B, T]`, is
-    true exactly once over a whole split for each target position 1 .. N-1.
+    true exactly once over a whole split for each target position 1 .. N-1, or for those of the chunks that are scored.
     """
     before = 1 + looks_back(separator)
     runs: Runs[tuple[int, int], np.ndarray] = Runs(
@@ -91,10 +109,14 @@ def _read_run(
     return text
 
 
+def _begins(plan: ChunkPlan, group: int, rows: range) -> np.ndarray:
+    """Returns the positions `[rows]` at which the chunks of a group begin."""
+    return np.array([plan.position(group * plan.batch_size + row) for row in rows], np.int64)
+
+
 def _first_targets(plan: ChunkPlan, group: int, rows: range, index: int) -> np.ndarray:
     """Returns the positions `[rows]` of the first targets of a window."""
-    chunks = group * plan.batch_size + np.array(rows, np.int64)
-    return chunks * plan.chunk - plan.warm_up + index * plan.window
+    return _begins(plan, group, rows) - plan.warm_up + index * plan.window
 
 
 def _window(
@@ -102,8 +124,8 @@ def _window(
 ) -> tuple[Batch, np.ndarray]:
     """Returns window `index` of the chunks of `rows`, of which `text` has the symbols and those before it."""
     T, N = plan.window, plan.symbols
+    begin = _begins(plan, group, rows)[:, None]
     target = _first_targets(plan, group, rows, index)[:, None] + np.arange(T)  # [B, T]; the input is the one before
-    begin = (group * plan.batch_size + np.array(rows, np.int64))[:, None] * plan.chunk
     scored = (target >= np.maximum(begin, 1)) & (target < np.minimum(begin + plan.chunk, N))
     reset = target <= 1  # symbol 0 is the first that is ever read
     if index == 0:

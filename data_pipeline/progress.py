@@ -2,7 +2,9 @@
 
 import contextlib
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from tqdm import tqdm
@@ -33,6 +35,26 @@ def bar(stream: TextIO | None = None) -> Progress:
             shown = None
 
     return show
+
+
+@contextlib.contextmanager
+def announced(doing: str, seconds: float = 2.0) -> Iterator[None]:
+    """Says on stderr what is done in this block, and at its end how long it took, if that is more than `seconds`."""
+    began, said = time.monotonic(), threading.Event()
+
+    def say() -> None:
+        said.set()
+        say_on_stderr(f"{doing} ...")
+
+    timer = threading.Timer(seconds, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if said.is_set():
+            say_on_stderr(f"{doing}: {time.monotonic() - began:.1f} s")
 
 
 def say_on_stderr(line: str) -> None:

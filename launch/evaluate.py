@@ -129,7 +129,8 @@ def _scorer(
     def score_one(name: str, text: evaluate_lib.Split, temperatures: Sequence[float]) -> list[Score]:
         if adaptation is None:
             V = corpus.vocabulary.size
-            return evaluate_lib.at_temperatures(config, V, text, mesh, separator, temperatures)(params)
+            evaluate = evaluate_lib.at_temperatures(config, V, text, mesh, separator, temperatures)
+            return evaluate(params, _progress(f"evaluating {name}"))
         doing = _progress(f"dynamic evaluation of {name}")
         return dynamic.score(config, adaptation, params, usual, text, separator, temperatures, doing)
 

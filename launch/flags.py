@@ -10,6 +10,7 @@ import difflib
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -20,6 +21,18 @@ from data_pipeline.atomic_files import expand_user
 
 # Old name -> new name, of flags renamed since earlier versions.
 FORMER = {"recurrence": "lstm_backend", "piece": "eval_chunk", "between_dropout": "layer_dropout"}
+# What the flags of other programs are called here; of several, the first that the program has.
+ELSEWHERE: dict[str, tuple[str, ...]] = {
+    "lr": ("learning_rate",), "start": ("prompt", "sample_prompt"), "seed_text": ("prompt", "sample_prompt"),
+    "config": ("flagfile",), "config_file": ("flagfile",), "corpus": ("input",), "input": ("corpus",),
+    "data": ("corpus", "input"), "data_dir": ("corpus", "input"), "dataset": ("corpus", "input"),
+    "out_dir": ("run_dir", "output"), "output_dir": ("run_dir", "output"), "out": ("run_dir", "output"),
+    "model": ("run_dir",), "model_dir": ("run_dir",), "resume": ("run_dir",), "init_from": ("initial_checkpoint",),
+    "steps": ("num_steps",), "iters": ("num_steps",), "max_iters": ("num_steps",), "max_steps": ("num_steps",),
+    "rnn_size": ("hidden_size",), "units": ("hidden_size",), "layers": ("num_layers",), "n_layer": ("num_layers",),
+    "dropout": ("layer_dropout",), "block_size": ("window",), "seq_length": ("window",), "seq_len": ("window",),
+    "max_new_tokens": ("length",), "temp": ("temperature",), "patience": ("stop_after",),
+}  # fmt: skip
 
 
 class Help(Exception):
@@ -152,7 +165,9 @@ def _flags_of(path: str, values: flags.FlagValues, within: tuple[str, ...]) -> l
     try:
         lines = expand_user(path).read_text("utf-8").split("\n")
     except OSError as error:
-        raise ValueError(f"flagfile={path} cannot be read: {error.strerror}") from None
+        there = Path(__file__).parent.parent / path
+        remedy = f"; --flagfile={there} is there" if there.is_file() else ""
+        raise ValueError(f"flagfile={path} cannot be read: {error.strerror}{remedy}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"flagfile={path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     found = []
@@ -179,6 +194,8 @@ def _filled(group: Any, values: flags.FlagValues, renamed: Mapping[str, str]) ->
 def _unknown_flag(name: str, known: list[str]) -> str:
     if name in FORMER:
         return f"unknown flag --{name}: it is called --{FORMER[name]}"
+    if here := next((here for here in ELSEWHERE.get(name, ()) if here in (*known, "flagfile")), ""):
+        return f"unknown flag --{name}: it is called --{here} here"
     return f"unknown flag --{name}{_nearest(name, known)}"
 
 

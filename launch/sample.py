@@ -35,7 +35,7 @@ import numpy as np
 
 from charlstm.inference import generate as generate_lib
 from charlstm.inference.generate import Chunk, Sampling
-from charlstm.inference.text import Sample, encode_prompt, grow, unknown_id, unseen_before
+from charlstm.inference.text import Sample, encode_prompt, grow, remark_on_escapes, unknown_id, unseen_before
 from charlstm.run import run_directory
 from charlstm.training.loss import NATS_PER_BIT
 from data_pipeline import terminal
@@ -103,6 +103,8 @@ def main(argv: Sequence[str]) -> int:
     config, identity = run_directory.read(run_dir)
     vocabulary = identity.vocabulary
     separator = run_directory.separator(config, vocabulary)
+    if remark := remark_on_escapes("prompt", chosen.prompt):
+        terminal.say(remark)
     prompt, stop = _prompt(chosen, vocabulary), _stop(chosen.stop, vocabulary)
     if not any(flag.startswith("--stop=") for flag in given):
         stop = np.array(separator, np.int32)

@@ -11,8 +11,10 @@ from typing import Any
 from charlstm import distributed
 from charlstm.run.loop import Outcome, Training
 from charlstm.run.services import Services
+from charlstm.run.start import Run
 from data_pipeline import terminal
 from launch import cli, prometheus
+from launch.event_files import EventFiles, TensorboardFlags
 from launch.prometheus import MonitorFlags
 from launch.watchdog import Watchdog, WatchdogFlags
 
@@ -22,8 +24,14 @@ STATUS = {Outcome.FINISHED: cli.DONE, Outcome.STOPPED: cli.STOPPED, Outcome.NOT_
 class ProgramServices(Services):
     """Ends a run that hangs, saves and stops one that gets Ctrl-C or SIGTERM, and tells a monitor what it measures."""
 
-    def __init__(self, watchdog_flags: WatchdogFlags, monitor_flags: MonitorFlags) -> None:
+    def __init__(
+        self,
+        watchdog_flags: WatchdogFlags,
+        monitor_flags: MonitorFlags,
+        tensorboard_flags: TensorboardFlags | None = None,
+    ) -> None:
         self._watchdog_flags, self._monitor_flags = watchdog_flags, monitor_flags
+        self._has_event_files = bool(tensorboard_flags and tensorboard_flags.tensorboard)
         self._training: Training | None = None
         self._signals: list[int] = []
         self.end = cli.end_if_out_of_memory
@@ -50,16 +58,28 @@ class ProgramServices(Services):
         with terminal.reacting(self.signalled):
             yield
 
+    def copy_of(self, run: Run) -> EventFiles | None:
+        """Returns the event files of `run`, with --tensorboard."""
+        there = run.run_dir / "tensorboard"
+        return EventFiles(there, run.config, terminal.say) if self._has_event_files else None
+
     def signalled(self, number: int) -> None:
         """Takes a signal."""
         if self._signals and number == signal.SIGINT:
+            terminal.say(f"not saved: {self._unsaved()} are lost")
             terminal.leave(number)
         self._signals.append(number)
         if distributed.is_one_of_several():
             os.kill(os.getpid(), signal.SIGTERM)
         if len(self._signals) == 1:
-            after = f"told to stop: saves and ends after {self._watchdog.doing}"
-            terminal.say(f"{after}; a second Ctrl-C ends it at once, unsaved")
+            doing = self._watchdog.doing
+            how = "evaluates no further, saves and ends" if doing == "evaluating" else f"saves and ends after {doing}"
+            terminal.say(f"told to stop: {how}; a second Ctrl-C ends it at once and loses {self._unsaved()}")
+
+    def _unsaved(self) -> str:
+        """What is lost if the run ends now, without a look at the disk, which may hang."""
+        newest = self._training.checkpoints.newest if self._training else None
+        return "all steps" if newest is None else f"the steps after step {newest}"
 
     def stop_requested(self) -> bool:
         return bool(self._signals)

@@ -1,6 +1,7 @@
-"""Trains a character-level recurrent language model; the same command again continues it.
+"""Trains a character-level recurrent language model; the same command again continues it, and so does its directory.
 
 python -m launch.train --flagfile=configs/large.flags --corpus=my_texts/ --run_dir=runs/mine
+python -m launch.train --run_dir=runs/mine --num_steps=20000
 """
 
 if __name__ == "__main__":  # before what takes seconds to import
@@ -10,7 +11,9 @@ if __name__ == "__main__":  # before what takes seconds to import
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
+from charlstm import config as config_lib
 from charlstm import distributed
 from charlstm.config import Config
 from charlstm.run import estimate, loop, memory, run_directory
@@ -20,6 +23,7 @@ from data_pipeline.atomic_files import expand_user
 from data_pipeline.settings import check_choices, setting
 from launch import cli, cluster, flags, runtime
 from launch.cluster import JobFlags
+from launch.event_files import TensorboardFlags
 from launch.prometheus import MonitorFlags
 from launch.services import STATUS, ProgramServices
 from launch.watchdog import WatchdogFlags
@@ -44,15 +48,43 @@ class TrainFlags:
         check_choices(self)
 
 
-SETTINGS = TrainFlags(), Config(), JobFlags(), WatchdogFlags(), MonitorFlags()  # at their defaults
+SETTINGS = TrainFlags(), Config(), JobFlags(), WatchdogFlags(), MonitorFlags(), TensorboardFlags()  # at their defaults
 
 
-def parse(argv: Sequence[str]) -> tuple[TrainFlags, JobFlags, ProgramServices, Config, list[str]]:
-    """The settings in `argv`, and the flags given, without those that say how the process came to be one of a job."""
-    (chosen, config, job, watchdog, monitor), given = flags.parse(argv, __doc__ or "", *SETTINGS)
+def parse(
+    argv: Sequence[str], otherwise: Config | None = None
+) -> tuple[TrainFlags, JobFlags, ProgramServices, Config, list[str]]:
+    """The settings in `argv`, and the flags given, without those that say how the process came to be one of a job.
+
+    Args:
+      otherwise: the settings that are not given; by default, those of the help.
+    """
+    groups = [otherwise if otherwise and isinstance(group, Config) else group for group in SETTINGS]
+    (chosen, config, job, watchdog, monitor, tensorboard), given = flags.parse(argv, __doc__ or "", *groups)
     of_the_job = {field.name for field in dataclasses.fields(job)}
     given = [flag for flag in given if flag[2:].partition("=")[0] not in of_the_job]
-    return chosen, job, ProgramServices(watchdog, monitor), config, given
+    return chosen, job, ProgramServices(watchdog, monitor, tensorboard), config, given
+
+
+def of_the_run(
+    run_dir: Path, argv: Sequence[str], given: Sequence[str], config: Config, initial: str
+) -> tuple[Config, str]:
+    """(settings, --initial_checkpoint) of the run in `run_dir`, with those given instead of its own; else as they are.
+
+    A run without a checkpoint gives way to the settings given, if any of them may not change in a run.
+    """
+    try:
+        own, _ = run_directory.read(run_dir)
+        mixed, flat = parse(argv, own)[3], config_lib.flatten(own)
+        before = run_directory.read_initial(run_dir)
+    except ValueError:  # told of when the run is opened
+        return config, initial
+    fixed = [
+        name for flag in given if (name := flag[2:].partition("=")[0]) in flat and not flat[name][1].metadata["mutable"]
+    ]
+    if not run_directory.has_checkpoint(run_dir) and (fixed or initial):
+        return config, initial
+    return mixed, initial or (before.named if before else "")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -61,6 +93,9 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError("--run_dir is required: name a directory for the run, such as --run_dir=runs/mine")
     run_dir = expand_user(chosen.run_dir) if chosen.run_dir else None
     run_directory.named("run_dir", chosen.run_dir)
+    initial = chosen.initial_checkpoint
+    if run_dir:
+        config, initial = of_the_run(run_dir, argv, given, config, initial)
     settings = run_directory.settings_of(run_dir, config) if run_dir else config
     memory.require_possible(settings, dry=chosen.dry_run)
     runtime.keep_freed_memory(estimate.estimate_temp_bytes(settings, distributed.usable_cores()))
@@ -73,7 +108,7 @@ def main(argv: Sequence[str]) -> int:
         if chosen.dry_run or run_dir is None:
             print(start_lib.dry_run(config, corpus, mesh, chosen.dry_run_format, services.end))
             return cli.DONE
-        run = start_lib.start(run_dir, config, corpus, choose_mesh, chosen.initial_checkpoint, services.end)
+        run = start_lib.start(run_dir, config, corpus, choose_mesh, initial, services.end)
         try:
             return STATUS[loop.train(run, services, given)]
         except Diverged:

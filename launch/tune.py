@@ -37,6 +37,7 @@ from charlstm.run import corpus as corpus_lib
 from charlstm.run import estimate, run_directory, search_space
 from data_pipeline import terminal
 from data_pipeline.atomic_files import expand_user, locked
+from data_pipeline.progress import bar
 from data_pipeline.settings import setting
 from launch import cli, flags
 from launch.local import TRAIN, ChildProcesses
@@ -219,6 +220,7 @@ class Study:
             self.optuna.tell(trial, state=TrialState.FAIL)
             raise
         directory, num_steps = run_dir(self.directory, number), trial.user_attrs["num_steps"]
+        show = bar()
         reported = set(self.optuna.get_trials(deepcopy=False)[number].intermediate_values)
 
         def hopeless() -> bool:
@@ -226,6 +228,7 @@ class Study:
                 if (part := step * PARTS // num_steps) not in reported:
                     trial.report(bits, part)
                     reported.add(part)
+            show(f"trial {number}", max(reported, default=0), PARTS)
             return bool(reported) and max(reported) < PARTS and trial.should_prune()
 
         terminal.say(f"trial {number}: {trial.user_attrs['values']}, {num_steps} updates")

@@ -23,7 +23,7 @@ from tests.conftest import ROOT
 TEXT = "".join(f"line {n * n} of a text\n" for n in range(700))
 SETTINGS = {
     "hidden_size": 12, "num_layers": 2, "batch_size": 16, "window": 8, "num_steps": 12, "log_every": 6,
-    "evaluate_every": 6, "eval_chunk": 64, "burn_in": 8, "learning_rate": 0.5,
+    "evaluate_every": 6, "eval_chunk": 64, "burn_in": 8, "learning_rate": 0.5, "sample_every": 0,
 }  # fmt: skip
 TEN_LINES = f"""
 import sys

@@ -11,7 +11,19 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("charlstm", "data_pipeline", "launch", "benchmarks")
 # Of a package, from the bottom up: a file imports from its own folder and from those before it, never in a circle.
 FOLDERS = {
-    "charlstm": ["types", "rng", "distributed", "config", "model", "training", "inference", "run", "api", "reference"],
+    "charlstm": [
+        "types",
+        "rng",
+        "distributed",
+        "config",
+        "model",
+        "training",
+        "inference",
+        "run",
+        "report",
+        "api",
+        "reference",
+    ],
     "data_pipeline": ["", "build"],
 }
 # What the model and its training may know of the pipeline: types, formulas and settings, no files.
@@ -81,7 +93,7 @@ def test_a_file_imports_from_its_own_folder_and_those_below(path):
             assert order.index(folder(imported)) <= order.index(folder(module)), f"{module} imports {imported} above it"
         if package == "data_pipeline":
             assert other not in ("charlstm", "jax", "jaxlib"), f"{module} imports {imported}: it knows no model"
-        if package == "charlstm" and other == "data_pipeline" and folder(module) not in ("run", "api"):
+        if package == "charlstm" and other == "data_pipeline" and folder(module) not in ("run", "report", "api"):
             assert imported in MODEL_MAY_IMPORT, f"{module} imports {imported}"
         if folder(module) == "reference" if package in FOLDERS else False:
             assert other not in PACKAGES, f"{module} imports {imported}: the seed programs stand alone"
@@ -108,6 +120,9 @@ def test_every_file_of_the_library_lies_in_a_folder_of_the_law():
         ("obstore", {"data_pipeline.stores"}),
         ("optuna", {"launch.tune"}),
         ("tqdm", {"data_pipeline.progress"}),
+        ("tensorboardX", {"launch.event_files"}),
+        ("uniplot", {"charlstm.report.curves"}),
+        ("matplotlib", {"charlstm.report.curves"}),
         ("prometheus_client", {"launch.prometheus"}),
         ("absl.flags", {"launch.flags"}),
         ("absl", {"launch.flags"}),
@@ -174,7 +189,15 @@ def test_importing_starts_no_backend_parses_no_flag_and_changes_no_environment()
 
 
 def test_a_program_answers_ctrl_c_before_it_imports_anything():
-    stems = ("launch/train", "launch/evaluate", "launch/sample", "launch/tune", "launch/local", "launch/prepare")
+    stems = (
+        "launch/train",
+        "launch/evaluate",
+        "launch/sample",
+        "launch/tune",
+        "launch/local",
+        "launch/prepare",
+        "launch/compare",
+    )
     programs = [ROOT / f"{stem}.py" for stem in stems]
     run = [path for path in files() if "\n    cli.run(" in path.read_text("utf-8")]
     assert set(run) <= set(programs)

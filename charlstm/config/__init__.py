@@ -14,7 +14,7 @@ from charlstm.config.training import EvaluationConfig, OptimizerConfig, Training
 from data_pipeline.settings import CorpusSettings, StreamSettings, check_numbers
 
 # Settings that say when the validation split is scored, and to which figure, to the last bit.
-EVALUATION_SETTINGS = ("evaluate_every", "eval_chunk", "burn_in", "evaluation_batch_size")
+EVALUATION_SETTINGS = ("evaluate_every", "evaluate_symbols", "eval_chunk", "burn_in", "evaluation_batch_size")
 # Values by which a setting is left to the run, which fixes it when it starts.
 AUTOMATIC = {"logical_shards": 0, "decay_steps": 0, "decay_rate": 0, "lstm_backend": "auto", "segment": -1}
 VERSION = 2  # of config.json: 1 had other names of settings
@@ -80,9 +80,15 @@ class Config:
     def _check(self) -> None:
         check_numbers(self.corpus)
         check_numbers(self.streams)
-        flag = self.optimizer.validation_driven_by
+        flag = needs_validation(self)
         if flag and not self.training.evaluate_every:
             raise ValueError(f"{flag} goes by validation scores, and with evaluate_every=0 there are none: use 400")
+
+
+def needs_validation(config: Config) -> str:
+    """The flag for which a run must score its validation split as it trains; "" if none."""
+    stop_after = config.training.stop_after
+    return config.optimizer.validation_driven_by or (f"stop_after={stop_after}" if stop_after else "")
 
 
 def flatten(config: Config) -> dict[str, tuple[str, dataclasses.Field]]:

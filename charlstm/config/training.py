@@ -147,12 +147,29 @@ class TrainingConfig:
     evaluate_every: int = setting(
         1000, "Steps between evaluations of the validation split; 0: only at the end.", mutable=True
     )
+    evaluate_symbols: int = setting(
+        2_000_000,
+        "Symbols of the validation split that are scored as the run trains, in chunks evenly spaced over it; 0: all, "
+        "as launch.evaluate does.",
+        mutable=True,
+    )
+    stop_after: int = setting(
+        0, "Evaluations without gain, one after the other, that end the run; 0: none do.", mutable=True
+    )
     checkpoint_every: int = setting(1000, "Steps between checkpoints; 0: only at the end.", mutable=True)
     max_failed_saves: int = setting(
         0,
         "Checkpoints that may fail to be saved, one after the other, before the run stops; 0: any number.",
         mutable=True,
     )
+    sample_every: int = setting(
+        -1,
+        "Steps between samples of the text that the model writes, kept in samples.jsonl; -1: at evaluations; 0: never.",
+        mutable=True,
+    )
+    sample_prompt: str = setting("", "What these samples continue; if empty, they begin a line.", mutable=True)
+    sample_length: int = setting(300, "Symbols of each of these samples.", mutable=True)
+    sample_temperature: float = setting(0.8, "Divides the logits of these samples; 0: the most probable.", mutable=True)
     keep_checkpoints: int = setting(3, "Newest checkpoints kept; the best on validation is kept besides.", mutable=True)
 
     def __post_init__(self) -> None:
@@ -163,6 +180,13 @@ class TrainingConfig:
         if self.spike_factor and not self.spike_factor > 1:
             raise ValueError(f"spike_factor={self.spike_factor} must be more than 1, or 0 for none")
         check_at_least(self, 0, "seed", "logical_shards", "evaluate_every", "checkpoint_every", "max_failed_saves")
+        check_at_least(self, -1, "sample_every")
+        check_at_least(self, 0, "sample_length", "sample_temperature", "stop_after", "evaluate_symbols")
+
+    @property
+    def sampled_every(self) -> int | None:
+        """Steps between samples, as between evaluations; None: there are no samples."""
+        return None if self.sample_every == 0 else self.evaluate_every if self.sample_every < 0 else self.sample_every
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The score of a model on a held-out split: every symbol once, with carried state, training untouched."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -36,17 +37,23 @@ class Split(Protocol):
     def read(self, start: int, stop: int, /) -> np.ndarray: ...
 
 
+Doing = Callable[[int, int], None]  # told how many windows of how many are done
+
+
 def make_evaluator(
-    config: Config, vocabulary_size: int, split: Split, mesh: Mesh, separator: Separator = (), shards: int = 1
-) -> Callable[[ModelParams], Score]:
-    """A function params -> score of the whole of `split`, on all devices of `mesh`.
+    config: Config, vocabulary_size: int, split: Split, mesh: Mesh, separator: Separator = (), shards: int = 1, most=0
+) -> Callable[..., Score]:
+    """A function (params, doing) -> score of the whole of `split`, on all devices of `mesh`.
 
     Every symbol is scored once: symbols 1 .. N-1 by the model, and symbol 0, which nothing precedes, by log2(V) bits.
     A device takes its rows in `shards` parts, one after the other, each at one shape: the score has the same bits on
     any number of devices whose product with `shards` is the same.
+
+    Args:
+      most: symbols that are scored, in chunks evenly spaced over a split that has more; 0: all.
     """
-    evaluate = at_temperatures(config, vocabulary_size, split, mesh, separator, shards=shards)
-    return lambda params: evaluate(params)[0]
+    evaluate = at_temperatures(config, vocabulary_size, split, mesh, separator, shards=shards, most=most)
+    return lambda params, doing=None: evaluate(params, doing)[0]
 
 
 def at_temperatures(
@@ -57,32 +64,53 @@ def at_temperatures(
     separator: Separator = (),
     temperatures: Sequence[float] = (1.0,),
     shards: int = 1,
-) -> Callable[[ModelParams], list[Score]]:
+    most: int = 0,
+) -> Callable[..., list[Score]]:
     """Returns an evaluator for several softmax temperatures: a score each, all from the same logits."""
-    settings, chunks = config.evaluation, -(-len(split) // config.evaluation.eval_chunk)
-    parts = mesh.size * shards
-    rows = -(-min(settings.evaluation_batch_size, chunks) // parts) * parts
-    plan = ChunkPlan(len(split), settings.eval_chunk, settings.burn_in, rows, config.streams.window)
+    plan = plan_of(config, split, mesh, shards, most)
+    rows = plan.batch_size
     own_rows, window = distributed.process_rows(mesh, rows), make_window(config, mesh, tuple(temperatures), shards)
 
-    def evaluate(params: ModelParams) -> list[Score]:
+    def evaluate(params: ModelParams, doing: Doing | None = None) -> list[Score]:
         carry = language_model.zero_state(config.model, len(own_rows), params.b_out.dtype)
         carry = distributed.put(mesh, distributed.BY_STREAM, carry)
         total_K, late = np.zeros(len(temperatures)), None
-        for batch in read_chunks(split, plan, own_rows, separator):
+        for done, batch in enumerate(read_chunks(split, plan, own_rows, separator)):
+            if doing:
+                doing(done, plan.groups * plan.windows)
             carry, nats = window(params, carry, *distributed.put(mesh, distributed.BY_STREAM, batch))
             total_K += 0 if late is None else _sum(late)  # one window late, so that the device never waits
             late = nats
         assert late is not None
-        return scores(total_K + _sum(late), vocabulary_size, split)
+        if doing:
+            doing(done + 1, done + 1)
+        return scores(total_K + _sum(late), vocabulary_size, split, plan.scored)
 
     return evaluate
 
 
-def scores(nats_K: np.ndarray, vocabulary_size: int, split: Split) -> list[Score]:
-    """Scores from sums over symbols 1 .. N-1 of `split`."""
+def plan_of(config: Config, split: Split, mesh: Mesh, shards: int = 1, most: int = 0) -> ChunkPlan:
+    """How `split` is scored on `mesh`: what is read, and in how many windows."""
+    settings, window = config.evaluation, config.streams.window
+    plan = ChunkPlan(len(split), settings.eval_chunk, settings.burn_in, 1, window, most)
+    parts = mesh.size * shards
+    rows = -(-min(settings.evaluation_batch_size, plan.chunks) // parts) * parts
+    return dataclasses.replace(plan, batch_size=rows)
+
+
+def scores(nats_K: np.ndarray, vocabulary_size: int, split: Split, scored: int = 0) -> list[Score]:
+    """Scores from sums over symbols 1 .. N-1 of `split`, or over `scored` of its symbols.
+
+    Characters and bytes of a part are taken to be in the proportion of the whole split.
+    """
     bits_K = nats_K / NATS_PER_BIT + math.log2(vocabulary_size)
-    return [Score(bits, len(split), split.characters, split.bytes, split.unknown) for bits in bits_K.tolist()]
+    scored = scored or len(split)
+
+    def of(count: int) -> int:
+        return count if scored == len(split) else round(count * scored / len(split))
+
+    characters = None if split.characters is None else of(split.characters)
+    return [Score(bits, scored, characters, of(split.bytes), of(split.unknown)) for bits in bits_K.tolist()]
 
 
 def _sum(nats_BK: jax.Array) -> np.ndarray:

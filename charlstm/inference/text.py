@@ -91,6 +91,14 @@ def unknown_id(vocabulary: Vocabulary) -> int | None:
     return 0 if vocabulary.kind == "characters" else None
 
 
+def remark_on_escapes(name: str, text: str) -> str:
+    """A remark where a text has a backslash and an n, by which a line break may be meant; "" elsewhere."""
+    if r"\n" not in text:
+        return ""
+    meant = text.replace(r"\n", "\n")
+    return f"{name} has a backslash and an n, as given; for a line break write --{name}=$'{text}', which is {meant!r}"
+
+
 def encode_prompt(text: str, vocabulary: Vocabulary, unknown: str = "refuse") -> np.ndarray:
     """The ids [symbols] of a prompt.
 

@@ -58,6 +58,7 @@ class Checkpoints:
         assert keep >= 1, keep
         self.failed_saves = 0
         self.last_failure: str | None = None
+        self.newest: int | None = None  # step that is whole on disk, as far as this process has saved or restored it
         self._files = StepDirectory(directory.absolute())
         self._keep, self._writable, self._log = keep, writable, log
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -166,6 +167,7 @@ class Checkpoints:
           ValueError: there is no such step, or it is damaged, or it holds other leaves, shapes or types.
         """
         trees, meta = self._restore(_items(abstract), step)
+        self.newest = meta["step"]
         number = jax.device_put(np.asarray(meta["step"], abstract.step.dtype), abstract.step.sharding)
         return abstract._replace(step=number, **trees), meta
 
@@ -202,7 +204,7 @@ class Checkpoints:
         except distributed.FAILURES as error:
             self._failed(meta["step"], error)
             return
-        self.failed_saves, self.last_failure = 0, None
+        self.failed_saves, self.last_failure, self.newest = 0, None, meta["step"]
         if distributed.is_first_process():
             try:
                 self._files.remove_old(self._keep, self.best())

@@ -1,8 +1,10 @@
 """Estimates of a run: sizes, FLOPs, memory, traffic, and an ETA from timed steps.  Changes nothing."""
 
+import contextlib
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -11,12 +13,13 @@ from jax.sharding import Mesh
 from charlstm import config as config_lib
 from charlstm import distributed
 from charlstm.config import Config
+from charlstm.inference import evaluate as evaluate_lib
 from charlstm.model import language_model
 from charlstm.run import corpus as corpus_lib
-from charlstm.run import memory
+from charlstm.run import digest, memory, run_directory, samples
 from charlstm.run.memory import End, format_bytes
 from charlstm.run.metrics import duration
-from charlstm.training import placement, schedules, train_state
+from charlstm.training import averaging, placement, schedules, train_state
 from charlstm.training import step as step_lib
 from data_pipeline.batch import Batch
 from data_pipeline.shards import Corpus
@@ -26,6 +29,7 @@ TIMED_STEPS = 3  # at least, and for
 TIMED_SECONDS = 1.0
 PATIENCE = 60.0  # seconds; where three whole steps would take longer, short windows are timed instead
 SHORT_WINDOW = 8
+SAMPLED = 128  # symbols of a sample that are timed
 RATE = 1e13  # products and sums in a second, of which the arithmetic is told in hours: those of one fast GPU, about
 
 
@@ -52,7 +56,7 @@ def report(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, form: s
     timing = [("time per step", "not timed: it does not fit"), ("does not fit", too_much)]
     if seconds is not None:
         speed = f"{seconds:.4g} s, {symbols / seconds:,.0f} symbols/s ({how})"
-        timing = [("time per step", speed), ("ETA", duration(config.training.num_steps * seconds))]
+        timing = [("time per step", speed), ("ETA", _eta(config.training.num_steps * seconds, config, corpus, mesh))]
     sizes = f"{format_bytes(update.held)} state and batch, {format_bytes(update.temporary)} temporaries"
     taken = f"{format_bytes(update.on_a_device)} ({sizes})" if update.on_a_device else "not told by this backend"
     rows = [
@@ -75,6 +79,71 @@ def report(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, form: s
         *timing,
     ]
     return "\n".join(f"{name:<22}{value}" for name, value in rows)
+
+
+def _eta(of_steps: float, config: Config, corpus: Corpus, mesh: Mesh) -> str:
+    """The whole time in words, and its parts: `of_steps`, evaluations, samples, and what a save keeps training from.
+
+    One of each is timed, of an evaluation a few windows, of a sample a few symbols.
+    """
+    training, V = config.training, corpus.vocabulary.size
+    last, valid = training.num_steps, corpus.splits.get("valid")
+    separator = run_directory.separator(config, corpus.vocabulary)
+    state = train_state.place(mesh, train_state.init(config, V))
+    parts = [("steps", of_steps)]
+    evaluations = _times_due(last, training.evaluate_every) if valid else 0
+    if valid:
+        shards, most = placement.shards_per_device(config, mesh.size), training.evaluate_symbols
+        score = evaluate_lib.make_evaluator(config, V, valid, mesh, separator, shards, most)
+        each = _seconds_of_windows(lambda doing: score(averaging.to_evaluate(state), doing))
+        parts.append((f"evaluations ({evaluations:,})", evaluations * each))
+    if training.sampled_every is not None:
+        count, symbols = _times_due(last, training.sampled_every), min(training.sample_length, SAMPLED)
+        short = config_lib.replace(config, sample_length=symbols)
+        each = _second_time(lambda: samples.draw(short, corpus.vocabulary, separator, averaging.to_evaluate(state)))
+        parts.append((f"samples ({count:,})", count * each * training.sample_length / max(1, symbols)))
+    saves = max(evaluations, _times_due(last, training.checkpoint_every))
+    parts.append((f"saves ({saves:,})", saves * _second_time(lambda: digest.state_digest(state))))
+    told = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts)
+    return f"{duration(sum(seconds for _, seconds in parts))}: {told}"
+
+
+def _times_due(last: int, every: int) -> int:
+    """How often it happens that is done every so many steps and at the last one."""
+    return -(-last // every) if every else 1
+
+
+def _second_time(act: Callable[[], object]) -> float:
+    """Seconds of `act` when all is compiled."""
+    act()
+    began = time.monotonic()
+    act()
+    return time.monotonic() - began
+
+
+class _Enough(Exception):
+    pass
+
+
+def _seconds_of_windows(evaluate: Callable[[evaluate_lib.Doing], object]) -> float:
+    """Seconds of an evaluation, by its windows of some TIMED_SECONDS."""
+    seen: list[float] = []  # when each window but the first two, which are compiled, began
+    total = 0
+
+    def doing(done: int, windows: int) -> None:
+        nonlocal total
+        total = windows
+        if done > 1:
+            seen.append(time.monotonic())
+            if distributed.any_process(seen[-1] - seen[0] > TIMED_SECONDS):  # clocks differ
+                raise _Enough
+
+    began = time.monotonic()
+    with contextlib.suppress(_Enough):
+        evaluate(doing)
+    if len(seen) < 2:
+        return time.monotonic() - began
+    return (seen[-1] - seen[0]) / (len(seen) - 1) * total
 
 
 def count_parameters(config: Config, vocabulary_size: int) -> int:

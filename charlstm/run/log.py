@@ -1,4 +1,4 @@
-"""Output of a run: log.txt, metrics.jsonl, and on a terminal one live line."""
+"""Output of a run: log.txt, metrics.jsonl, samples.jsonl, and on a terminal one live line."""
 
 import contextlib
 import json
@@ -8,22 +8,39 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
+
+
+class Copy(Protocol):
+    """A copy of metrics.jsonl and samples.jsonl in another form."""
+
+    def rebuild(self, records: list[dict[str, Any]], samples: list[dict[str, Any]]) -> None: ...
+
+    def record(self, fields: dict[str, Any]) -> None: ...
+
+    def sample(self, fields: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class RunLog:
-    """Writes `log.txt` and `metrics.jsonl` of a run directory, and the terminal.
+    """Writes `log.txt`, `metrics.jsonl` and `samples.jsonl` of a run directory, and the terminal.
 
     A `silent` log (of a process that is not the first, or of a dry run) writes nothing to the run directory.  What a
     full disk does not take is kept, and written when there is room again.
+
+    Args:
+      copy: kept beside both files, and made anew when lines are dropped.
     """
 
-    def __init__(self, run_dir: Path, terminal: TextIO, silent: bool = False) -> None:
+    def __init__(self, run_dir: Path, terminal: TextIO, silent: bool = False, copy: Copy | None = None) -> None:
+        self._copy = None if silent else copy
         self._terminal: TextIO | None = terminal
         self._live = terminal.isatty() or type(terminal).__module__.startswith("ipykernel")
         self._lock = threading.Lock()  # a checkpoint's thread has something to say, too
         self._log = None if silent else Lines(run_dir / "log.txt")
         self._metrics = None if silent else Lines(run_dir / "metrics.jsonl")
+        self._samples = None if silent else Lines(run_dir / "samples.jsonl")
         self._status_shown = False
 
     def info(self, text: str) -> None:
@@ -70,25 +87,36 @@ class RunLog:
         """One line of metrics.jsonl."""
         if self._metrics is not None:
             self._metrics.add(json.dumps(fields))
+        if self._copy is not None:
+            self._copy.record(fields)
+
+    def sample(self, fields: dict[str, Any], in_short: list[str]) -> None:
+        """One line of samples.jsonl, and a few plain lines of it."""
+        if self._samples is not None:
+            self._samples.add(json.dumps(fields))
+        if self._copy is not None:
+            self._copy.sample(fields)
+        for line in in_short:
+            self.info(f"step {fields['step']} | {line}")
 
     def rewind(self, step: int) -> None:
-        """Drops the lines of metrics.jsonl after `step`: a run that goes on from a checkpoint makes them again."""
-        if self._metrics is None or not (written := self._metrics.text()):
-            return
-        kept = []
-        for line in written.splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, TypeError, KeyError):
-                continue  # the half line of a run that was killed while writing it, or what a failing disk left
-        self._metrics.replace("".join(kept))
+        """Drops the lines of both files after `step`: a run that goes on from a checkpoint makes them again."""
+        for lines in (self._metrics, self._samples):
+            if lines is not None:
+                lines.rewind(step)
+        if self._copy is not None and self._metrics is not None and self._samples is not None:
+            records, samples = (
+                [json.loads(line) for line in lines.text().splitlines()] for lines in (self._metrics, self._samples)
+            )
+            self._copy.rebuild(records, samples)
 
     def close(self) -> None:
         """Raises OSError where there are lines that the disk does not take."""
         with self._lock:
             self._show(self._wiped())
-            for lines in (self._log, self._metrics):
+            if self._copy is not None:
+                self._copy.close()
+            for lines in (self._log, self._metrics, self._samples):
                 if lines is not None:
                     lines.close()
 
@@ -156,6 +184,18 @@ class Lines:
         """All lines, those that wait as well."""
         there = self.path.read_bytes() if self.path.exists() else b""
         return (there + self._waiting).decode("utf-8", "replace")
+
+    def rewind(self, step: int) -> None:
+        """Drops the JSON objects after `step`."""
+        kept = []
+        for line in (written := self.text()).splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, TypeError, KeyError):
+                continue  # the half line of a run that was killed while writing it, or what a failing disk left
+        if written:
+            self.replace("".join(kept))
 
     def replace(self, text: str) -> None:
         """Replaces the content of the file by `text`, in one stroke; no line waits after that."""

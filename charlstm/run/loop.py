@@ -4,7 +4,6 @@ Get a batch, update, and once in a while compare the devices, log, evaluate and 
 """
 
 import contextlib
-import enum
 import itertools
 import sys
 import time
@@ -12,26 +11,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 from charlstm import distributed
-from charlstm.inference import evaluate as evaluate_lib
-from charlstm.inference.score import mixed
-from charlstm.run import digest, memory, replicas, run_directory
+from charlstm.run import announce, digest, memory, replicas, run_directory, samples
 from charlstm.run.checkpoint import Checkpoints
 from charlstm.run.log import RunLog
-from charlstm.run.metrics import Diverged, MetricAggregator, duration, finite_score
-from charlstm.run.services import Services
+from charlstm.run.metrics import Diverged, MetricAggregator, finite_score
+from charlstm.run.services import Outcome, Services
 from charlstm.run.start import Run
-from charlstm.training import averaging, placement, train_state
+from charlstm.run.validation import Interrupted, Validation
+from charlstm.training import averaging, train_state
 from charlstm.types import Metrics, TrainState
 from data_pipeline.batch import Batch
 from data_pipeline.loader import Windows, open_windows
-
-
-class Outcome(enum.Enum):
-    """The ways in which a run ends, unless it diverges."""
-
-    FINISHED = "finished"
-    STOPPED = "stopped, saved"
-    NOT_SAVED = "not saved"
 
 
 def train(run: Run, services: Services, given: Sequence[str] = (), terminal: TextIO | None = None) -> Outcome:
@@ -54,7 +44,7 @@ def train(run: Run, services: Services, given: Sequence[str] = (), terminal: Tex
             distributed.run_on_first(
                 lambda: run_directory.create(run.run_dir, run.config, run.identity, given, run.initial)
             )
-        log = RunLog(run.run_dir, terminal or sys.stderr, silent=not distributed.is_first_process())
+        log = RunLog(run.run_dir, terminal or sys.stderr, not distributed.is_first_process(), services.copy_of(run))
         opened.callback(log.close)
         opened.enter_context(log.collecting("data_pipeline"))
         for remark in run.remarks:
@@ -90,34 +80,26 @@ class Training:
             of_ascii=text.characters == text.bytes and not text.unknown,
         )
         self.rollbacks, self.gave_up = 0, False
-        self._stop_polls = itertools.count()
+        self._stop_polls, self._told = itertools.count(), False
         self._lengths = set[int]()  # of windows, for which the update is compiled
-        self._valid = run.corpus.texts("valid")
-        # In the logical shards, as gradients are: the same bits on any number of devices that divides them.
-        shards, V = placement.shards_per_device(run.config, run.mesh.size), run.corpus.vocabulary.size
-        self._scorers = {
-            name: evaluate_lib.make_evaluator(run.config, V, split, run.mesh, run.separator, shards)
-            for name, split in self._valid.items()
-        }
+        self._valid = Validation(run) if "valid" in run.corpus.splits else None
 
     def train(self) -> Outcome:
         """Trains from the newest checkpoint, or from the beginning.  Raises Diverged."""
-        config, last, began = self.run.config, self.run.config.training.num_steps, time.monotonic()
+        config, began = self.run.config, time.monotonic()
         state, _, sums = self.restore()
         # What is refused until here changes nothing.
         distributed.run_on_first(lambda: run_directory.write_config(self.run.run_dir, config))
         start = int(state.step)
         self.log.rewind(start)
-        if start >= last:
-            self.log.info(f"finished: the run is at step {start} of {last}; --num_steps above that goes on")
-            return Outcome.FINISHED
         self.metrics.restart(sums, skipped_windows(state))
-        self.log.info(
-            f"training on {distributed.describe(self.run.mesh)}: step {start} of {last}, "
-            f"{self.run.plan.steps_per_epoch} steps an epoch, {config.training.logical_shards} logical shards"
-        )
-        if config.optimizer.eval_params_field == "average":
-            self.log.info(f"what is evaluated is the average of the parameters (average={config.optimizer.average})")
+        if not self.metrics.evaluation_due and (
+            nothing_left := announce.already_finished(self.run, self.metrics, start)
+        ):
+            self.log.info(nothing_left)
+            return Outcome.FINISHED
+        for line in announce.beginning(self.run, start):
+            self.log.info(line)
         with self.services.watching(self), memory.watched(self.run.mesh, self.services.end) as self._watch_memory:
             while True:
                 try:
@@ -138,35 +120,55 @@ class Training:
         settings = self.run.config.training
         step, last = int(state.step), settings.num_steps
         saved = step or None  # what is on disk already is not saved again: it would lose its score
+        if self.metrics.evaluation_due:
+            state, score = self.look(step, state)
+            if score is not None:
+                self.save(state, score)
         with self.open_windows(state) as windows:
-            while step < last and not self.stopping(step):
+            while step < last and not self.metrics.exhausted and not self.stopping(step):
                 state, metrics = self.update(state, self.next_batch(windows))
                 step += 1
                 self.metrics.add(step, metrics)
                 self.log.status(self.status())
                 if due(step, settings.check_replicas_every):
                     self.check_replicas(state)
-                records, score = [], None
                 if due(step, settings.log_every, last):
                     self.metrics.settle()
                     self.log.progress(self.status())
-                    records.append(self.metrics.train_record())
-                if self._valid and due(step, settings.evaluate_every, last):
-                    self.metrics.settle()
-                    records += self.evaluate(step, state)
-                    score = finite_score(step, records[-1])
-                    if due(step, settings.evaluate_every):  # at any other last step, a longer run is told nothing
-                        state = self.update_plateau(state, score)
-                if records and step == last:
-                    records[-1]["state_digest"] = digest.state_digest(state)
-                for record in records:
-                    self.log.record(record)
+                    self.record(self.metrics.train_record(), state, final=step == last and self._valid is None)
+                state, score = self.look(step, state)
                 if score is not None or due(step, settings.checkpoint_every, last):
                     self.save(state, score)
                     saved = step
         if step != saved:
             self.save(state, None)
         return state
+
+    def look(self, step: int, state: TrainState) -> tuple[TrainState, float | None]:
+        """Evaluates and samples where that is due: (the state, as validation changes it; the score, if any)."""
+        settings, last, score = self.run.config.training, self.run.config.training.num_steps, None
+        if self._valid is not None and due(step, settings.evaluate_every, last):
+            self.metrics.settle()
+            try:
+                *of_texts, record = self.evaluate(step, state)
+            except Interrupted:
+                self.metrics.evaluation_due = True
+                return state, None
+            self.metrics.evaluation_due = False
+            score = finite_score(step, record)
+            for one in of_texts:
+                self.log.record(one)
+            if due(step, settings.evaluate_every):  # at any other last step, a longer run is told nothing
+                state = self.update_plateau(state, score)
+                self.metrics.hear(score)
+            self.record(record, state, final=step == last or self.metrics.exhausted)
+        if settings.sampled_every is not None and due(step, settings.sampled_every, last):
+            self.sample(step, state)
+        return state, score
+
+    def record(self, record: dict[str, Any], state: TrainState, final: bool) -> None:
+        """Keeps a line of metrics.jsonl; the run's `final` one has a digest of the state."""
+        self.log.record(record | ({"state_digest": digest.state_digest(state)} if final else {}))
 
     def restore(self) -> tuple[TrainState, float | None, dict[str, Any] | None]:
         """The newest whole checkpoint: state, validation score, sums of the metrics; else the state before step 1."""
@@ -182,7 +184,12 @@ class Training:
     def stopping(self, step: int) -> bool:
         """True if the run is to stop before the next update, which all processes answer alike."""
         self.services.tick(step)
-        return self.gave_up or distributed.stop_agreed(next(self._stop_polls), self.services.stop_requested())
+        return self.gave_up or self.told_to_stop()
+
+    def told_to_stop(self) -> bool:
+        """True once all processes know that one was told to."""
+        self._told = self._told or distributed.stop_agreed(next(self._stop_polls), self.services.stop_requested())
+        return self._told
 
     def open_windows(self, state: TrainState) -> Windows:
         """The windows of this process's streams, from the one that `state` reads next."""
@@ -211,19 +218,41 @@ class Training:
         return state, metrics
 
     def evaluate(self, step: int, state: TrainState) -> list[dict[str, Any]]:
-        """Scores the validation split: a line of metrics.jsonl; of a mixture, one for each corpus before it."""
-        self.log.status(f"step {step}: evaluating the validation split")
+        """Scores the validation split: a line of metrics.jsonl; of a mixture, one for each corpus before it.
+
+        Raises Interrupted where the run is to stop.
+        """
+        assert self._valid is not None
         began = time.monotonic()
+
+        def doing(done: int, windows: int) -> None:
+            self.log.status(f"step {step}: evaluating the validation split, {done / windows:.0%}")
+            if done < windows and self.told_to_stop():
+                self.log.info(f"step {step}: validation is interrupted, and made up for when the run goes on")
+                raise Interrupted
+
         with self.services.pause("evaluating"):
-            scores = {name: score(averaging.to_evaluate(state)) for name, score in self._scorers.items()}
+            scores = self._valid.score(state, doing)
         seconds = time.monotonic() - began
         self.metrics.pause(seconds)
-        speed, kind = sum(map(len, self._valid.values())) / seconds, self.run.corpus.vocabulary.kind
-        named = [(f"valid/{name}", score) for name, score in scores.items() if name]
-        named.append(("valid", mixed(scores, self.run.corpus.percent)))
-        for split, score in named:
-            self.log.info(f"step {step}: {split.replace('valid', 'validation', 1)} {score.in_words(kind)}")
-        return [self.metrics.evaluation_record(step, split, score, speed) for split, score in named]
+        speed, records = sum(scores[name].symbols for name in self._valid.names) / seconds, []
+        for name, score in scores.items():
+            self.log.info(f"step {step}: {self._valid.in_words(name, score)}")
+            records.append(self.metrics.evaluation_record(step, f"valid/{name}" if name else "valid", score, speed))
+        return records
+
+    def sample(self, step: int, state: TrainState) -> None:
+        """Keeps a text that the model writes; it touches nothing that training goes on with."""
+        self.metrics.settle()
+        began, run = time.monotonic(), self.run
+
+        def keep() -> None:
+            drawn = samples.draw(run.config, run.corpus.vocabulary, run.separator, averaging.to_evaluate(state))
+            self.log.sample({"step": step, "time": round(time.time(), 3), **drawn}, samples.in_short(drawn))
+
+        with self.services.pause("sampling"):
+            distributed.run_on_first(keep)
+        self.metrics.pause(time.monotonic() - began)
 
     def update_plateau(self, state: TrainState, score: float) -> TrainState:
         """`state` with a validation score taken into account, where the run is driven by these; says what changes."""
@@ -231,12 +260,8 @@ class Training:
         if not optimizer.validation_driven_by:
             return state
         state = train_state.update_plateau(self.run.config, self.run.mesh, state, score)
-        now = state.plateau
-        where = f"step {int(state.step)}: evaluation {int(now.evaluations)}, {int(now.patience_count)} without gain:"
-        if now.dropped and not before.dropped:
-            self.log.info(f"{where} from here on the learning rate is times {optimizer.decay_rate:g}")
-        if now.averaged and not before.averaged:
-            self.log.info(f"{where} from here on the parameters are averaged")
+        for line in announce.turn(optimizer, int(state.step), before, state.plateau):
+            self.log.info(line)
         return state
 
     def save(self, state: TrainState, score: float | None) -> None:
@@ -288,17 +313,10 @@ class Training:
 
     def outcome(self, step: int, seconds: float) -> Outcome:
         """Says how the run ended."""
-        last, say = self.run.config.training.num_steps, self.log.info
-        if self.checkpoints.failed_saves:
-            left = f"the checkpoint of step {max(steps)}" if (steps := self.checkpoints.steps()) else "the beginning"
-            say(f"ended at step {step}, which could not be saved; the same command goes on from {left}")
-            return Outcome.NOT_SAVED
-        if step < last:
-            why = "as saves had failed (max_failed_saves)" if self.gave_up else "by a signal"
-            say(f"stopped {why} at step {step}, saved; the same command goes on")
-            return Outcome.STOPPED
-        say(f"finished: {last} steps, {duration(seconds)} in this process")
-        return Outcome.FINISHED
+        how = self.run, self.metrics, self.checkpoints, step, seconds, self.gave_up
+        outcome, sentence = announce.ending(*how)
+        self.log.info(sentence)
+        return outcome
 
 
 def skipped_windows(state: TrainState) -> int:

@@ -33,6 +33,8 @@ class MetricAggregator:
       records: the latest record of each split.
       skipped: updates skipped by this process's life.
       state_resets: non-finite rows of recurrent state that were zeroed in it.
+      without_gain: evaluations since the one with the lowest score.
+      evaluation_due: the evaluation of this step was interrupted, and is made up for when the run goes on.
     """
 
     def __init__(
@@ -53,9 +55,9 @@ class MetricAggregator:
         self._of_bytes, self._of_ascii = kind == "bytes", of_ascii
         self._epoch, self._num_steps = steps_per_epoch, settings.num_steps
         self._skips, self._max_skips, self._say = settings.on_divergence == "skip", settings.max_skips, say
-        self._spike_factor = settings.spike_factor
+        self._spike_factor, self._stop_after = settings.spike_factor, settings.stop_after
         self._pending: tuple[int, Metrics] | None
-        self._started = time.monotonic()
+        self._started, self._begun, self._earlier = time.monotonic(), False, 0.0
         self.records: dict[str, dict[str, Any]] = {}
         self.skipped, self.state_resets = 0, 0
         self.restart(None, 0)
@@ -70,13 +72,24 @@ class MetricAggregator:
         self._pending, self._left_out = None, left_out
         self._latest: dict[str, Any] = {}  # what the last step looked at has reported
         self._reset()
-        if sums:
-            self._nats, self._symbols, self._steps = sums["nats"], sums["symbols"], sums["steps"]
+        sums = sums or {"nats": 0.0, "symbols": 0, "steps": 0}
+        self._nats, self._symbols, self._steps = sums["nats"], sums["symbols"], sums["steps"]
+        self._best, self.without_gain = sums.get("best"), sums.get("without_gain", 0)
+        self.evaluation_due = sums.get("evaluation_due", False)
+        if not self._begun:  # else the seconds since that checkpoint are in those of this process
+            self._earlier = sums.get("seconds", 0.0)
 
     def sums(self) -> dict[str, Any]:
-        """Sums since the last record, without times: plain JSON that keeps every bit of a float."""
+        """What a checkpoint keeps: sums since the last record, what validation has said, the seconds so far.
+
+        Plain JSON that keeps every bit of a float.
+        """
         assert self._pending is None, "settle() first"
-        return {"nats": self._nats, "symbols": self._symbols, "steps": self._steps}
+        return {
+            **{"nats": self._nats, "symbols": self._symbols, "steps": self._steps},
+            **{"best": self._best, "without_gain": self.without_gain, "evaluation_due": self.evaluation_due},
+            "seconds": self._seconds(),
+        }
 
     def _reset(self) -> None:
         self._nats, self._symbols, self._steps = 0.0, 0, 0
@@ -92,7 +105,7 @@ class MetricAggregator:
     def add(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of `step`; looks at those of the step before.  Raises Diverged (see `settle`)."""
         self.settle()
-        self._pending = (step, metrics)
+        self._pending, self._begun = (step, metrics), True
 
     def settle(self) -> None:
         """Looks at the metrics not yet looked at.
@@ -152,8 +165,21 @@ class MetricAggregator:
 
     def evaluation_record(self, step: int, split: str, score: Score, speed: float) -> dict[str, Any]:
         """A line of metrics.jsonl for an evaluation that read `speed` symbols a second."""
-        self.records[split] = self._record(step, split, score) | {"symbols_per_second": round(speed, 1)}
+        figures = {"symbols_per_second": round(speed, 1), "scored_symbols": score.symbols}
+        self.records[split] = self._record(step, split, score) | figures
         return self.records[split]
+
+    def hear(self, score: float) -> None:
+        """Takes a validation score into account, bits per symbol: whether it is a gain."""
+        if self._best is None or score < self._best:
+            self._best, self.without_gain = score, 0
+        else:
+            self.without_gain += 1
+
+    @property
+    def exhausted(self) -> bool:
+        """True if validation has not improved for --stop_after evaluations."""
+        return 0 < self._stop_after <= self.without_gain
 
     def status(self) -> str:
         """The live line, of the steps since the last record."""
@@ -181,8 +207,14 @@ class MetricAggregator:
             "grad_norm": None,
             "symbols_per_second": None,
             "input_wait": None,
-            "seconds": round(time.monotonic() - self._started, 3),
+            "scored_symbols": None,
+            "time": round(time.time(), 3),
+            "seconds": round(self._seconds(), 3),
         }
+
+    def _seconds(self) -> float:
+        """Seconds of the run: of this process, and of those before it until the checkpoint that it began with."""
+        return self._earlier + time.monotonic() - self._started
 
     def _epochs(self, step: int) -> float:
         """Epochs read after `step` updates."""

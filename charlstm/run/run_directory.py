@@ -4,7 +4,7 @@ config.json      every setting, as the run fixed it; written last, so that where
 identity.json    the vocabulary, and the fingerprint of the corpus
 flags.txt        the flags of the command that started the run, as a flagfile
 initial_checkpoint.json     which parameters the run started from, where these are another run's
-log.txt  metrics.jsonl  checkpoints/<step>/
+log.txt  metrics.jsonl  samples.jsonl  checkpoints/<step>/
 """
 
 import contextlib

@@ -1,15 +1,26 @@
 """Services around a training loop: none here; a program watches its run, reports on it and may stop it."""
 
 import contextlib
+import enum
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from charlstm.run.log import Copy
 from charlstm.run.memory import End
 
 if TYPE_CHECKING:
-    from charlstm.run.loop import Outcome, Training
+    from charlstm.run.loop import Training
+    from charlstm.run.start import Run
+
+
+class Outcome(enum.Enum):
+    """The ways in which a run ends, unless it diverges."""
+
+    FINISHED = "finished"
+    STOPPED = "stopped, saved"
+    NOT_SAVED = "not saved"
 
 
 class Services:
@@ -31,6 +42,10 @@ class Services:
         """Surrounds the updates."""
         yield
 
+    def copy_of(self, run: "Run") -> Copy | None:
+        """Returns what metrics.jsonl and samples.jsonl of `run` are copied to, if anything."""
+        return None
+
     def stop_requested(self) -> bool:
         """Returns True if this process was asked to save and stop."""
         return False
@@ -38,7 +53,7 @@ class Services:
     def tick(self, step: int) -> None:
         """Is told that the run has come to the end of `step`."""
 
-    def ended(self, outcome: "Outcome") -> None:
+    def ended(self, outcome: Outcome) -> None:
         """Is told how the run ended, when all is saved."""
 
     def pause(self, doing: str) -> AbstractContextManager[None]:

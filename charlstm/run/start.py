@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from charlstm import config as config_lib
 from charlstm import distributed
 from charlstm.config import Config
-from charlstm.run import backend, estimate, initial_checkpoint, memory, run_directory
+from charlstm.run import backend, estimate, initial_checkpoint, memory, run_directory, samples
 from charlstm.run import corpus as corpus_lib
 from charlstm.run.memory import End
 from charlstm.run.run_directory import Identity, Initial
@@ -19,6 +19,7 @@ from charlstm.training import placement, schedules
 from charlstm.training import step as step_lib
 from charlstm.types import ModelParams
 from data_pipeline.batch import Separator
+from data_pipeline.progress import announced
 from data_pipeline.shards import Corpus
 from data_pipeline.streams import StreamPlan
 
@@ -73,9 +74,10 @@ def check(config: Config, corpus: Corpus, mesh: Mesh, dry: bool = False) -> Stre
     """
     placement.shards_per_device(config_lib.fill_automatic(config, mesh.size), mesh.size)
     plan = corpus_lib.plan_for(config, corpus)
-    if (flag := config.optimizer.validation_driven_by) and "valid" not in corpus.splits:
+    if (flag := config_lib.needs_validation(config)) and "valid" not in corpus.splits:
         raise ValueError(f"{flag} goes by validation scores, and {corpus.name} has no valid split: give one")
     run_directory.separator(config, corpus.vocabulary)
+    samples.check(config, corpus.vocabulary)
     memory.require_possible(config, corpus.vocabulary.size, dry)
     corpus.require_cache(len(distributed.process_rows(mesh, config.streams.batch_size)))
     return plan
@@ -85,7 +87,8 @@ def dry_run(config: Config, corpus: Corpus, mesh: Mesh, form: str = "text", end:
     """Estimates such a run: a table, or one line of JSON.  Raises ValueError as the run would."""
     plan, config = check(config, corpus, mesh, dry=True), config_lib.fill_automatic(config, mesh.size)
     config, _ = backend.chosen(config, corpus, plan, mesh, end)
-    return estimate.report(config, corpus, plan, mesh, form, end)
+    with announced("compiling, and timing a few steps"):
+        return estimate.report(config, corpus, plan, mesh, form, end)
 
 
 def start(
@@ -114,6 +117,7 @@ def start(
     remarks += corpus_lib.description(plan, config.training.num_steps)
     remarks += corpus_lib.remarks_on_separator(config, corpus, separator)
     remarks += schedules.remarks(config.optimizer, config.training, plan.steps_per_epoch, resumed=resumed)
+    remarks += samples.remarks(config)
     train_step = step_lib.make(config, corpus.vocabulary.size, mesh, plan.steps_per_epoch)
     remarks += _require_memory(config, corpus, mesh, train_step)
     params, taken = None, None
@@ -152,7 +156,8 @@ def _require_memory(config: Config, corpus: Corpus, mesh: Mesh, train_step: jax.
 
     def update() -> memory.Update:
         sizes = corpus.vocabulary.size, corpus.splits["train"].dtype
-        found = memory.compiled_update(train_step, config, *sizes, mesh)
+        with announced("compiling the update (once)"):
+            found = memory.compiled_update(train_step, config, *sizes, mesh)
         if why := memory.too_much(found, config, mesh):
             raise ValueError(why)
         return found

@@ -55,6 +55,29 @@ def test_every_symbol_but_the_first_is_scored_exactly_once_after_its_own_context
     assert sorted(seen) == sorted(expected)
 
 
+@pytest.mark.parametrize(
+    ("most", "chunks"),
+    [
+        (0, range(10)),
+        (97, range(10)),
+        (1000, range(10)),
+        (96, range(9)),
+        (50, range(0, 10, 2)),
+        (35, (0, 3, 6)),
+        (3, (0,)),
+    ],
+)
+def test_of_a_longer_split_whole_chunks_evenly_spaced_are_scored_each_after_its_own_context(most, chunks):
+    text, plan = Text(97), ChunkPlan(97, 10, 5, 4, 7, most)
+    expected = [
+        (int(text.ids[t]), text.ids[max(10 * chunk - 6, 0) : t].tolist())
+        for chunk in chunks
+        for t in range(max(10 * chunk, 1), min(10 * chunk + 10, 97))
+    ]
+    assert sorted(follow(text, plan)) == sorted(expected)
+    assert plan.scored == len(expected) + 1 and plan.chunks == len(chunks)
+
+
 def test_the_context_of_a_symbol_does_not_depend_on_batch_size_or_window():
     text = Text(333)
     one = sorted(follow(text, ChunkPlan(333, 20, 15, 1, 9)))

@@ -97,6 +97,21 @@ def test_one_piece_is_the_plain_forward_pass_over_the_whole_split(kind):
     assert (found.characters, found.bytes) == (1000, 1500)
 
 
+def test_a_part_of_a_long_split_is_scored_as_such_and_a_cap_above_its_length_changes_no_bit():
+    grid, config = distributed.make(jax.devices()[:1]), make()
+    given = distributed.put(grid, distributed.REPLICATED, params(config))
+
+    def capped(most, doing=None):
+        return evaluate.make_evaluator(config, V, Text(), grid, most=most)(given, doing)
+
+    seen = []
+    whole, part = capped(0), capped(350, lambda *done: seen.append(done))
+    assert capped(1000) == whole == score(config)
+    assert (part.symbols, part.characters, part.bytes) == (300, 300, 450)
+    assert 0 < abs(part.bits_per_symbol - whole.bits_per_symbol) < 0.2
+    assert seen == [(window, 9) for window in range(10)]  # of 130 symbols in windows of 16
+
+
 def test_burn_in_comes_close_to_carried_state():
     sequential, warm, cold = (
         score(make(eval_chunk=piece, burn_in=burn_in)).bits_per_symbol

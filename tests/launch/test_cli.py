@@ -114,8 +114,9 @@ def test_the_first_signal_in_training_is_acknowledged_at_once_and_a_second_ctrl_
         "        time.sleep(60)\n"
         "cli.run('launch.test', main)\n"
     )
-    told = "told to stop: saves and ends after evaluating; a second Ctrl-C ends it at once, unsaved"
-    assert python(code, first, str(tmp_path)) == (130, f"{told}\nlaunch.test: interrupted\n")
+    told = "told to stop: evaluates no further, saves and ends; a second Ctrl-C ends it at once and loses all steps"
+    lost = "not saved: all steps are lost"
+    assert python(code, first, str(tmp_path)) == (130, f"{told}\n{lost}\nlaunch.test: interrupted\n")
 
 
 def shell(command: str) -> subprocess.CompletedProcess:

@@ -106,6 +106,11 @@ OTHER = {
     "evaluate_every": 0,
     "checkpoint_every": 0,
     "keep_checkpoints": 1,
+    "evaluate_symbols": 0,
+    "sample_every": 5,
+    "sample_prompt": "a",
+    "sample_length": 7,
+    "sample_temperature": 0.5,
     "eval_chunk": 100,
     "burn_in": 5,
     "evaluation_batch_size": 8,
@@ -119,6 +124,7 @@ APART: tuple[dict[str, object], ...] = (
     {"window_deviation": 3, "short_window_probability": 0.1, "window": 40},
     {"average": "ema", "ema_decay": 0.9},
     {"lstm_backend": "auto"},
+    {"stop_after": 3},
     {"average": "asgd", "average_patience": 2, "schedule": "plateau", "plateau_patience": 3, "plateau_latest": 9}
     | {"average_latest": 8},
 )
@@ -333,9 +339,11 @@ def test_free_settings_change_and_others_do_not():
         *("checkpoint_every", "keep_checkpoints", "eval_chunk", "burn_in", "evaluation_batch_size"),
         *("reduction", "train", "valid", "test", "on_divergence", "spike_factor", "max_skips", "max_rollbacks"),
         *("check_replicas_every", "max_failed_saves", "lstm_backend"),
+        *("stop_after", "evaluate_symbols", "sample_every", "sample_prompt", "sample_length", "sample_temperature"),
     }
     forbidden, changed = config_lib.diff(Config(), config_lib.replace(Config(), **OTHER))
-    assert {line.partition(":")[0] for line in changed} == mutable - {"lstm_backend"}  # of the LSTM, which OTHER is not
+    apart = {"lstm_backend", "stop_after"}
+    assert {line.partition(":")[0] for line in changed} == mutable - apart
     assert {line.partition(":")[0] for line in forbidden} == OTHER.keys() - mutable
     assert "num_steps: 1000 -> 30" in changed and "cell: lstm -> gru" in forbidden
     assert config_lib.diff(Config(), Config()) == ([], [])
@@ -439,5 +447,7 @@ def test_a_dry_run_prints_its_table_and_makes_no_run(arguments, capsys, tmp_path
     assert table["steps per epoch"] == "27" and table["steps"].startswith("2 (0.07 epochs)")
     assert re.fullmatch(r"[\d.]+ [KM]B \(.*temporaries\)", table["memory per device"])
     assert re.fullmatch(r"[\d.e-]+ s, [\d,]+ symbols/s \(\d+ steps timed\)", table["time per step"])
-    assert "ETA" in table and table["logical shards"] == "8, 1 a device"
+    # tiny.flags samples never; a run of 2 steps evaluates at its end and saves after each.
+    assert re.fullmatch(r"\w+: steps \w+, evaluations \(1\) \w+, saves \(2\) \w+", table["ETA"])
+    assert table["logical shards"] == "8, 1 a device"
     assert not list(tmp_path.iterdir())

@@ -20,7 +20,7 @@ FLAGS = (
     "--log_every=7", "--evaluate_every=12", "--keep_checkpoints=40", "--logical_shards=2", "--eval_chunk=24",
     "--burn_in=8",
 )  # fmt: skip
-OF_TIME = ("seconds", "symbols_per_second", "input_wait")
+OF_TIME = ("time", "seconds", "symbols_per_second", "input_wait")
 STEPS_PER_EPOCH = 27  # of the text in conftest.py
 
 

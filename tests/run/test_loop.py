@@ -24,7 +24,7 @@ from charlstm.types import Metrics, ModelParams, TrainState
 LAST = 11
 KEYS = {
     "step", "epoch", "split", "bits_per_symbol", "bits_per_character", "bits_per_byte", "learning_rate", "grad_norm",
-    "symbols_per_second", "input_wait", "seconds",
+    "symbols_per_second", "input_wait", "scored_symbols", "time", "seconds",
 }  # fmt: skip
 
 
@@ -58,6 +58,7 @@ class Model(Training):
         self.asked: list[int] = []
         self.checked: list[int] = []
         self.heard: dict[int, float] = {}
+        self.sampled: list[int] = []
         self._source, self._stop_after = itertools.count(start), stop_after
         self._bad, self._what = bad, what
         self._valid = valid or None
@@ -109,6 +110,11 @@ class Model(Training):
         assert self.batches == [*range(int(self.first.step), step)]
         self.saves.append(step)
         self.saved[step] = score
+
+    def sample(self, step, state):
+        assert list(np.asarray(state.params)) == [*range(step), *[-1] * (LAST - step)]
+        assert step not in self.saves  # a checkpoint of step n comes after the sample of step n
+        self.sampled.append(step)
 
     def check_replicas(self, state):
         self.checked.append(int(state.step))
@@ -186,6 +192,22 @@ def test_lines_evaluations_and_checkpoints_are_made_at_their_steps_and_a_checkpo
     # What a run that ends here is told at its end alone, a longer one is not told.
     every = settings["evaluate_every"]
     assert run.heard == {step: step / 100 for step in evaluated if every and step % every == 0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "sampled"),
+    [
+        ({"evaluate_every": 4}, [4, 8, 11]),
+        ({"evaluate_every": 4, "valid": False}, [4, 8, 11]),
+        ({"evaluate_every": 0}, [11]),
+        ({"evaluate_every": 4, "sample_every": 5}, [5, 10, 11]),
+        ({"evaluate_every": 4, "sample_every": 0}, []),
+    ],
+)
+def test_samples_are_drawn_at_evaluations_or_at_steps_of_their_own_or_never(settings, sampled, tmp_path):
+    run = Model(tmp_path, checkpoint_every=1, **settings)
+    run.train()
+    assert run.sampled == sampled
 
 
 def test_what_is_evaluated_is_the_average_where_one_is_kept():

@@ -18,7 +18,7 @@ from charlstm.types import Metrics
 
 KEYS = {
     "step", "epoch", "split", "bits_per_symbol", "bits_per_character", "bits_per_byte", "learning_rate", "grad_norm",
-    "symbols_per_second", "input_wait", "seconds",
+    "symbols_per_second", "input_wait", "scored_symbols", "time", "seconds",
 }  # fmt: skip
 BIT = float(np.log(2))
 SCORE = Score(50.0, 20, 10, 20)
@@ -28,7 +28,11 @@ SCORE = Score(50.0, 20, 10, 20)
 def clock(monkeypatch):
     """A clock that goes only when it is told to: `clock.now += seconds`."""
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(metrics_lib, "time", SimpleNamespace(monotonic=lambda: clock.now, strftime=time.strftime))
+    monkeypatch.setattr(
+        metrics_lib,
+        "time",
+        SimpleNamespace(monotonic=lambda: clock.now, time=lambda: 5e8 + clock.now, strftime=time.strftime),
+    )
     return clock
 
 
@@ -110,7 +114,7 @@ def test_a_line_of_an_evaluation_has_the_figure_and_speed_given_and_nothing_of_t
     assert line == {
         "step": 4, "epoch": 0.5, "split": "valid", "bits_per_symbol": 2.5, "bits_per_character": 5.0,
         "bits_per_byte": 2.5, "learning_rate": None, "grad_norm": None, "symbols_per_second": 1234.6,
-        "input_wait": None, "seconds": 7.0,
+        "input_wait": None, "scored_symbols": SCORE.symbols, "time": 5e8 + 1007.0, "seconds": 7.0,
     }  # fmt: skip
 
 
@@ -301,7 +305,38 @@ def test_after_a_restart_a_line_covers_what_was_saved_and_what_came_since_and_sp
         whole.add(3, reported(0.7 * BIT))
         assert line["bits_per_symbol"] == whole.train_record()["bits_per_symbol"]
         assert line["bits_per_symbol"] == pytest.approx((1.1 * 20 + 2.3 * 30 + 0.7 * 20) / 70)
-        assert m.sums() == {"nats": 0.0, "symbols": 0, "steps": 0}
+        assert m.sums().items() >= {"nats": 0.0, "symbols": 0, "steps": 0}.items()
+
+
+def test_the_seconds_of_a_resumed_run_are_those_of_all_its_starts_until_the_checkpoint_and_of_a_rollback_too(clock):
+    first = meter()
+    first.add(1, reported())
+    clock.now += 30
+    first.settle()
+    saved = first.sums()
+    clock.now += 500  # after the checkpoint, and before the next start
+    second = meter()
+    clock.now += 5
+    second.restart(saved, 0)
+    second.add(2, reported())
+    clock.now += 7
+    assert second.train_record()["seconds"] == 30 + 12
+    second.restart(saved, 0)
+    second.add(2, reported())
+    assert second.train_record()["seconds"] == 30 + 12
+
+
+def test_evaluations_without_gain_are_counted_and_the_count_is_kept(clock):
+    m = meter(stop_after=2)
+    counts = []
+    for score in (2.0, 1.5, 1.5, 1.4, 1.6, 1.5):
+        m.hear(score)
+        counts.append((m.without_gain, m.exhausted))
+        kept = json.loads(json.dumps(m.sums()))
+        m = meter(stop_after=2)
+        m.restart(kept, 0)
+    assert counts == [(0, False), (0, False), (1, False), (0, False), (1, False), (2, True)]
+    assert not meter().exhausted
 
 
 def test_windows_left_out_count_as_read(clock):

@@ -1,0 +1,134 @@
+"""Reads what a run has measured, while it runs or afterwards; starts no device and changes nothing."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from charlstm import config as config_lib
+from charlstm.config import Config
+from charlstm.inference.score import FIGURES
+from charlstm.run import estimate, run_directory
+
+SILENT = 15.0  # seconds without a heartbeat after which a run counts as stopped
+BY = {"steps": "step", "symbols": "symbols read", "time": "seconds"}  # what curves are drawn by -> its name
+
+
+class History(NamedTuple):
+    """A run: its settings, the lines of metrics.jsonl and of samples.jsonl."""
+
+    name: str
+    run_dir: Path
+    config: Config
+    parameters: int
+    records: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    state: str  # running, finished or stopped
+
+    @property
+    def symbols_per_step(self) -> float:
+        """Symbols that an update reads, on average."""
+        streams = self.config.streams
+        return streams.batch_size * streams.window * (1 - streams.short_window_probability / 2)
+
+    def curve(self, split: str, figure: str, by: str = "steps") -> tuple[list[float], list[float]]:
+        """The points (x, y) of `figure` of a split, such as bits_per_byte.
+
+        Args:
+          by: steps, symbols (read in training) or time (seconds over all starts).
+        """
+        lines = [line for line in self.records if line["split"] == split and line[figure] is not None]
+        if by == "time":
+            return [line["seconds"] for line in lines], [line[figure] for line in lines]
+        scale = self.symbols_per_step if by == "symbols" else 1
+        return [line["step"] * scale for line in lines], [line[figure] for line in lines]
+
+    def row(self, figure: str) -> dict[str, Any]:
+        """The run in figures: a row of the table of `launch.compare`; null where there is none yet."""
+        last = self.records[-1] if self.records else {}
+        scores = [(line[figure], line["step"]) for line in self.records if _scored(line, figure, "valid")]
+        trained = [line for line in self.records if line["split"] == "train"]
+        best, best_step = min(scores, default=(None, None))
+        step = last.get("step", 0)
+        return {
+            "run": self.name,
+            "state": self.state,
+            "step": step,
+            "num_steps": self.config.training.num_steps,
+            "best": best,
+            "best_step": best_step,
+            "last": scores[-1][0] if scores else None,
+            "train": trained[-1][figure] if trained else None,
+            "symbols": round(step * self.symbols_per_step),
+            "symbols_per_second": trained[-1]["symbols_per_second"] if trained else None,
+            "parameters": self.parameters,
+            "seconds": last.get("seconds"),
+        }
+
+
+def read(run_dir: Path, name: str = "") -> History:
+    """Reads the run in `run_dir`.  Raises ValueError where there is none or it is damaged."""
+    config, identity = run_directory.read(run_dir)
+    records = _lines(run_dir / "metrics.jsonl")
+    parameters = estimate.count_parameters(config, identity.vocabulary.size)
+    state = "stopped"
+    if any("state_digest" in record for record in records[-1:]):
+        state = "finished"
+    elif time.time() - _last_heartbeat(run_dir) < SILENT:
+        state = "running"
+    return History(name or str(run_dir), run_dir, config, parameters, records, _lines(run_dir / "samples.jsonl"), state)
+
+
+def read_all(run_dirs: Sequence[Path]) -> list[History]:
+    """Reads several runs, named by their directories as briefly as tells them apart.  Raises ValueError as `read`."""
+    names = [path.name for path in run_dirs]
+    return [read(path, path.name if names.count(path.name) == 1 else str(path)) for path in run_dirs]
+
+
+def common_figure(runs: Sequence[History]) -> str:
+    """The figure by which all of `runs` can be compared: per byte if they have it, else per character, else per symbol.
+
+    Bits per symbol of different vocabularies are not the same unit.
+    """
+    lines = [record for run in runs for record in run.records if record["split"] == "valid"]
+    lines = lines or [record for run in runs for record in run.records]
+    order = ("bits_per_byte", "bits_per_character", "bits_per_symbol")
+    return next((figure for figure in order if all(line[figure] is not None for line in lines)), FIGURES[0])
+
+
+def differing_settings(runs: Sequence[History]) -> dict[str, list[Any]]:
+    """Settings that are not the same in all runs: name -> their values, in the order of the runs."""
+    found = {}
+    for name, (section, _) in config_lib.flatten(Config()).items():
+        values = [getattr(getattr(run.config, section), name) for run in runs]
+        if any(value != values[0] for value in values):
+            found[name] = values
+    return found
+
+
+def _scored(line: dict[str, Any], figure: str, split: str) -> bool:
+    return line["split"] == split and line[figure] is not None
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file that may be being written."""
+    text = path.read_text("utf-8", "replace") if path.exists() else ""
+    found = []
+    for line in text.split("\n")[:-1]:
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # half a line of a process that was killed
+            continue
+    return found
+
+
+def _last_heartbeat(run_dir: Path) -> float:
+    """Unix seconds of the newest heartbeat; 0 where there is none."""
+    newest = 0.0
+    for path in (run_dir / "heartbeats").glob("process-*.json"):
+        try:
+            newest = max(newest, float(json.loads(path.read_text("utf-8"))["time"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return newest

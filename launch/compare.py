@@ -1,0 +1,124 @@
+"""Compares runs: a table, the settings that differ, and curves, in the terminal, as a picture or as a page.
+
+    python -m launch.compare runs/*
+    python -m launch.compare runs/a runs/b --plot=curves.svg --by=time
+    python -m launch.compare runs/* --page=compare.html --follow=30
+
+The runs may go on meanwhile.  Scores are bits per byte if all runs have them, else bits per character, else per symbol.
+The page is one file, which needs neither a server nor the network.
+"""
+
+if __name__ == "__main__":  # before what takes seconds to import
+    from data_pipeline import startup
+
+    startup.attach("launch.compare")
+
+import dataclasses
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from charlstm.report import curves, history, page
+from charlstm.report.history import History
+from data_pipeline.atomic_files import atomic_write, expand_user
+from data_pipeline.settings import check_choices, setting
+from launch import cli, flags
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareFlags:
+    """What is shown, and where; the runs are named without a flag."""
+
+    by: str = setting("steps", "What the curves are drawn by.", choices=tuple(history.BY))
+    plot: str = setting("", "Draw the curves into this file, .svg or .png, instead of the terminal.")
+    page: str = setting("", "Write this .html file: table, curves, settings and samples side by side.")
+    follow: float = setting(0.0, "Seconds after which --plot and --page are made again, and so on; 0: once.")
+    format: str = setting("text", "What is printed: tables and curves, or one json object.", choices=("text", "json"))
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if self.plot and Path(self.plot).suffix not in (".svg", ".png"):
+            raise ValueError(f"plot={self.plot} is neither .svg nor .png")
+        if not self.follow >= 0:
+            raise ValueError(f"follow={self.follow} must be 0 or more")
+        if self.follow and not (self.page or self.plot):
+            raise ValueError(f"follow={self.follow:g} makes a file again and again: give --page or --plot as well")
+
+
+def main(argv: Sequence[str]) -> int:
+    named = [argument for argument in argv[1:] if not argument.startswith("-")]
+    own = [argv[0], *(argument for argument in argv[1:] if argument.startswith("-"))]
+    (chosen,), _ = flags.parse(own, __doc__ or "", CompareFlags())
+    jax.config.update("jax_platforms", "cpu")  # parameters are only counted here
+    folders = [expand_user(name) for name in named]
+    run_dirs = [folder for folder in folders if (folder / "config.json").is_file()]
+    if not run_dirs:
+        raise ValueError(f"there is no run in {', '.join(named)}" if named else "name the runs, such as runs/*")
+    while True:
+        runs = history.read_all(run_dirs)
+        value = history.common_figure(runs)
+        _write_files(chosen, runs, value)
+        if not chosen.follow:
+            break
+        time.sleep(chosen.follow)
+    if chosen.format == "json":
+        print(json.dumps(_fields(runs, value)))
+    elif not (chosen.page or chosen.plot):
+        print("\n\n".join([*tables(runs, value), _curves(runs, value, chosen.by)]))
+    return cli.DONE
+
+
+def _write_files(chosen: CompareFlags, runs: Sequence[History], value: str) -> None:
+    if chosen.page:
+        content = page.render(runs, value, chosen.by, chosen.follow).encode("utf-8")
+        with atomic_write(expand_user(chosen.page)) as file:
+            file.write(content)
+    if chosen.plot.endswith(".png"):
+        with atomic_write(expand_user(chosen.plot)) as file:
+            curves.figure(runs, value, chosen.by).savefig(file, format="png", dpi=150)
+    elif chosen.plot:
+        content = curves.svg(runs, value, chosen.by).encode("utf-8")
+        with atomic_write(expand_user(chosen.plot)) as file:
+            file.write(content)
+
+
+def tables(runs: Sequence[History], value: str) -> list[str]:
+    """The table of runs, and that of the settings that differ, if any do."""
+    rows = [page.cells(run, value) for run in runs]
+    found = [f"{value.replace('_', ' ')}\n" + _aligned([list(rows[0]), *(list(row.values()) for row in rows)])]
+    if differing := history.differing_settings(runs):
+        head = ["setting", *(run.name for run in runs)]
+        found.append(_aligned([head, *([name, *map(str, values)] for name, values in differing.items())]))
+    return found
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)
+
+
+def _curves(runs: Sequence[History], value: str, by: str) -> str:
+    width = max(20, min(100, shutil.get_terminal_size().columns - 12))
+    return curves.in_terminal(runs, value, by, width, color=sys.stdout.isatty())
+
+
+def _fields(runs: Sequence[History], value: str) -> dict[str, object]:
+    differing = history.differing_settings(runs)
+    rows = [
+        run.row(value) | {"settings": {name: values[number] for name, values in differing.items()}}
+        for number, run in enumerate(runs)
+    ]
+    return {"figure": value, "runs": rows}
+
+
+if __name__ == "__main__":
+    cli.run("launch.compare", main)

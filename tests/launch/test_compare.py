@@ -1,0 +1,158 @@
+"""Runs side by side: the table, the settings that differ, the curves, the picture, and the page in a browser."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import time
+
+import pytest
+
+from charlstm.report import history
+from launch import cli, compare, train
+from tests.launch.conftest import refusal
+
+LOOKS = ("--evaluate_every=10", "--sample_every=20", "--sample_length=20", "--log_every=10")
+
+
+@pytest.fixture(scope="module")
+def runs(folder, arguments):
+    """A run of 40 steps, and one with another learning rate that was stopped after 30."""
+    for name, flags in {"first": (), "second": ("--learning_rate=0.002", "--num_steps=30")}.items():
+        command = ["train", *arguments, *LOOKS, f"--run_dir={folder / name}", *flags]
+        assert train.main(command) == cli.DONE
+    second = folder / "second" / "metrics.jsonl"
+    lines = [json.loads(line) for line in second.read_text().splitlines()]
+    del lines[-1]["state_digest"]
+    second.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return [str(folder / "first"), str(folder / "second")]
+
+
+def shown(capsys, *arguments) -> str:
+    assert compare.main(["compare", *arguments]) == cli.DONE
+    return capsys.readouterr().out
+
+
+def lines(run_dir) -> list[dict]:
+    return [json.loads(line) for line in open(f"{run_dir}/metrics.jsonl")]
+
+
+def test_the_json_has_each_run_in_figures(runs, capsys):
+    found = json.loads(shown(capsys, *runs, "--format=json"))
+    assert found["figure"] == "bits_per_byte"
+    for row, run_dir, state, step, rate in zip(
+        found["runs"], runs, ("finished", "stopped"), (40, 30), (0.01, 0.002), strict=True
+    ):
+        scores = {line["step"]: line["bits_per_byte"] for line in lines(run_dir) if line["split"] == "valid"}
+        assert (row["run"], row["state"], row["step"], row["num_steps"]) == (run_dir.split("/")[-1], state, step, step)
+        assert row["best"] == min(scores.values()) == scores[row["best_step"]] and row["last"] == scores[step]
+        assert row["symbols"] == step * 16 * 16 and row["parameters"] == 256 * 4 + 12 * 32 + 64 + 8 * 256 + 256
+        assert row["settings"]["learning_rate"] == rate and row["settings"]["num_steps"] == step
+
+
+def test_the_terminal_shows_the_table_the_settings_that_differ_and_curves(runs, capsys):
+    pytest.importorskip("uniplot", reason="extra compare is not installed")
+    table, settings, curves = shown(capsys, *runs).split("\n\n", 2)
+    assert re.search(r"^first +finished +40/40 ", table, re.M) and re.search(r"^second +stopped +30/30 ", table, re.M)
+    assert re.search(r"^learning_rate +0.01 +0.002$", settings, re.M) and "seed" not in settings
+    assert "bits per byte by step" in curves and "first" in curves and "\x1b" not in curves
+
+
+@pytest.mark.parametrize("by", ["steps", "symbols", "time"])
+def test_curves_are_drawn_by_steps_symbols_or_time(by, runs):
+    (run,) = history.read_all([history.Path(runs[0])])
+    xs, ys = run.curve("valid", "bits_per_byte", by)
+    valid = [line for line in lines(runs[0]) if line["split"] == "valid"]
+    expected = {
+        "steps": [10, 20, 30, 40],
+        "symbols": [2560, 5120, 7680, 10240],
+        "time": [line["seconds"] for line in valid],
+    }
+    assert xs == expected[by] and ys == [line["bits_per_byte"] for line in valid]
+
+
+def test_a_run_that_has_a_fresh_heartbeat_is_running_and_one_whose_process_died_is_stopped(runs, tmp_path):
+    run_dir = history.Path(shutil.copytree(runs[1], tmp_path / "run"))
+    (run_dir / "heartbeats").mkdir()
+    for age, state in ((1, "running"), (1000, "stopped")):
+        beat = json.dumps({"time": time.time() - age})
+        (run_dir / "heartbeats" / "process-0.json").write_text(beat)
+        with open(run_dir / "metrics.jsonl", "a") as file:
+            file.write('{"step": 3')  # a line that is being written
+        assert history.read(run_dir).state == state
+
+
+def test_the_plot_is_a_picture_and_as_svg_the_same_each_time(runs, tmp_path):
+    pytest.importorskip("matplotlib", reason="extra compare is not installed")
+    for name in ("a.svg", "b.svg", "a.png"):
+        assert compare.main(["compare", *runs, f"--plot={tmp_path / name}", "--by=symbols"]) == cli.DONE
+    svg = (tmp_path / "a.svg").read_text()
+    assert svg == (tmp_path / "b.svg").read_text() and 'id="curve-1"' in svg and ">first<" in svg
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def page(runs, folder):
+    pytest.importorskip("matplotlib", reason="extra compare is not installed")
+    path = folder / "compare.html"
+    assert compare.main(["compare", *runs, f"--page={path}"]) == cli.DONE
+    return path
+
+
+def test_the_page_is_one_file_that_fetches_nothing_and_has_the_samples_by_step(page, runs):
+    content = page.read_text()
+    assert not re.search(r"(src|href)=\"(?!#)", content) and "@import" not in content
+    assert content.count("<details") == 3  # of the steps 20, 30 and 40
+    assert content.index("<summary>step 40<") < content.index("<summary>step 30<") < content.index("<summary>step 20<")
+    assert 'http-equiv="refresh"' not in content
+
+
+def test_in_a_browser_without_a_network_a_run_can_be_hidden_and_that_outlives_a_reload(page):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("there is no Chromium to open the page in")
+    clicks = "<script>document.querySelector('tr[data-run=\"1\"]').click()</script></body>"
+    clicked = page.with_name("clicked.html")
+    clicked.write_text(page.read_text().replace("</body>", clicks))
+    for address in (f"file://{clicked}", f"file://{page}#1"):  # the latter is what a click leaves in the address
+        how = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={page.parent / 'browser'}"]
+        command = [browser, *how, "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom", address]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"HOME": "/tmp"})
+        assert re.search(r'<tr data-run="0"( class="")?>', done.stdout), done.stderr
+        assert '<tr data-run="1" class="off">' in done.stdout
+        assert re.search(r'id="curve-1" style="display: none;"', done.stdout)
+        assert not re.search(r'id="curve-0" style="display: none;"', done.stdout)
+
+
+def test_it_follows_runs_that_go_on(runs, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="extra compare is not installed")
+    seen = []
+
+    def sleep(seconds):
+        seen.append((seconds, (tmp_path / "page.html").read_text()))
+        (tmp_path / "page.html").unlink()
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare.time, "sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        compare.main(["compare", *runs, f"--page={tmp_path / 'page.html'}", "--follow=7"])
+    assert [seconds for seconds, _ in seen] == [7, 7] and '<meta http-equiv="refresh" content="7">' in seen[1][1]
+
+
+def test_what_is_no_run_is_left_out_and_none_at_all_is_refused(runs, tmp_path, capsys):
+    (tmp_path / "notes").mkdir()
+    found = json.loads(shown(capsys, str(tmp_path / "notes"), runs[0], "--format=json"))
+    assert [row["run"] for row in found["runs"]] == ["first"]
+    assert "there is no run in" in refusal(compare.main, str(tmp_path / "notes"))
+    assert "name the runs" in refusal(compare.main)
+    assert "neither .svg nor .png" in refusal(compare.main, runs[0], "--plot=a.pdf")
+    assert "give --page or --plot as well" in refusal(compare.main, runs[0], "--follow=3")
+
+
+def test_without_the_extra_it_says_what_to_install(runs, monkeypatch):
+    for package in ("uniplot", "matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(__import__("sys").modules, package, None)
+    assert refusal(compare.main, runs[0]).endswith("pip install 'charlstm[compare]'")
+    assert refusal(compare.main, runs[0], "--plot=a.svg").endswith("pip install 'charlstm[compare]'")

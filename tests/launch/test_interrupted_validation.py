@@ -1,0 +1,61 @@
+"""Ctrl-C during validation: it is interrupted, the step is saved, and the run that goes on makes up for it."""
+
+import json
+import os
+import signal
+
+import pytest
+
+from charlstm.run.validation import Validation
+from launch import cli, train
+from tests.launch.conftest import steps
+
+FLAGS = (
+    "--schedule=plateau", "--plateau_patience=1", "--evaluate_every=10", "--checkpoint_every=0", "--eval_chunk=48",
+    "--burn_in=8", "--sample_every=20", "--sample_length=8", "--keep_checkpoints=9", "--log_every=10",
+)  # fmt: skip
+OF_TIME = ("time", "seconds", "symbols_per_second", "input_wait")
+
+
+@pytest.fixture(scope="module")
+def go(folder, arguments):
+    """Trains `name`; with `at`, Ctrl-C comes in the second window of that evaluation."""
+
+    def go(name, at=None):
+        evaluations = []
+
+        def score(self, state, doing, score=Validation.score):
+            evaluations.append(int(state.step))
+
+            def interrupted(done, windows):
+                if evaluations[-1] == at and done == 1:
+                    os.kill(os.getpid(), signal.SIGINT)
+                doing(done, windows)
+
+            return score(self, state, interrupted)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Validation, "score", score)
+            status = train.main(["train", *arguments, *FLAGS, f"--run_dir={folder / name}"])
+        return status, evaluations
+
+    return go
+
+
+def lines(run_dir, name="metrics.jsonl") -> list[dict]:
+    found = [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in OF_TIME} for line in found]
+
+
+@pytest.mark.parametrize("at", [20, 40])
+def test_an_interrupted_validation_is_made_up_for_and_the_run_ends_with_the_same_lines_and_bits(at, go, folder):
+    if not (folder / "straight").exists():
+        assert go("straight") == (cli.DONE, [10, 20, 30, 40])
+    name = f"interrupted at {at}"
+    assert go(name, at) == (cli.STOPPED, [step for step in (10, 20, 30, 40) if step <= at])
+    log = (folder / name / "log.txt").read_text()
+    assert f"step {at}: validation is interrupted, and made up for when the run goes on" in log
+    assert steps(folder / name)[-1] == at and f"stopped by a signal at step {at}, saved" in log
+    assert go(name) == (cli.DONE, [step for step in (10, 20, 30, 40) if step >= at])
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        assert lines(folder / name, file) == lines(folder / "straight", file)

@@ -1,0 +1,83 @@
+"""Commands as newcomers type them: a run named by its directory alone, flags of other programs, escapes, folders."""
+
+import json
+import shutil
+
+import pytest
+
+from charlstm.run import run_directory
+from launch import cli, evaluate, prepare, sample, train
+from tests.conftest import ROOT
+from tests.launch.conftest import refusal, steps
+from tests.launch.test_begun import Killed, dies_before_it_trains  # noqa: F401
+
+
+def digest(run_dir) -> str:
+    return json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["state_digest"]
+
+
+def test_a_run_goes_on_by_its_directory_alone_with_the_bits_of_one_that_was_not_cut_short(copied, trained):
+    for step in ("30", "40"):
+        shutil.rmtree(copied / "checkpoints" / step)
+    before = run_directory.read(copied)[0]
+    assert train.main(["train", f"--run_dir={copied}", "--log_every=5"]) == cli.DONE
+    assert digest(copied) == digest(trained)
+    after = run_directory.read(copied)[0]
+    assert after.model == before.model and after.corpus == before.corpus and after.training.log_every == 5
+
+
+def test_it_may_go_further_and_keeps_what_was_changed(copied):
+    assert train.main(["train", f"--run_dir={copied}", "--num_steps=42", "--log_every=3"]) == cli.DONE
+    assert train.main(["train", f"--run_dir={copied}", "--num_steps=43"]) == cli.DONE
+    assert max(steps(copied)) == 43 and run_directory.read(copied)[0].training.log_every == 3
+
+
+def test_a_setting_that_is_not_the_runs_own_is_refused(copied):
+    assert "was started with other settings (hidden_size: 8 -> 16)" in refusal(
+        train.main, f"--run_dir={copied}", "--hidden_size=16"
+    )
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_goes_on_by_its_directory(
+    copied,
+    trained,
+    arguments,
+    tmp_path,
+    dies_before_it_trains,  # noqa: F811
+):
+    run = [*arguments, f"--run_dir={tmp_path / 'run'}", f"--initial_checkpoint={copied}", "--num_steps=2"]
+    with pytest.raises(Killed):
+        train.main(["train", *run])
+    assert train.main(["train", f"--run_dir={tmp_path / 'run'}"]) == cli.DONE
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert f"starting again from the parameters of step 40 of {copied}" in log and "finished: 2 steps" in log
+
+
+@pytest.mark.parametrize(
+    ("main", "flag", "meant"),
+    [
+        (train.main, "--lr=0.1", "learning_rate"),
+        (train.main, "--start=x", "sample_prompt"),
+        (sample.main, "--start=x", "prompt"),
+        (train.main, "--config=configs/tiny.flags", "flagfile"),
+        (train.main, "--data=x", "corpus"),
+        (prepare.main, "--corpus=x", "input"),
+        (evaluate.main, "--model=x", "run_dir"),
+    ],
+)
+def test_a_flag_of_other_programs_is_told_its_name_here(main, flag, meant):
+    name = flag.partition("=")[0]
+    assert refusal(main, flag) == f"unknown flag {name}: it is called --{meant} here"
+
+
+def test_a_backslash_and_an_n_in_a_prompt_is_said_not_to_be_a_line_break(trained, capsys):
+    assert sample.main(["sample", f"--run_dir={trained}", r"--prompt=a\nb", "--length=3"]) == cli.DONE
+    said = capsys.readouterr()
+    assert r"for a line break write --prompt=$'a\nb', which is 'a\nb'" in said.err
+    assert said.out.startswith(r"a\nb")
+
+
+def test_a_recipe_named_from_another_folder_is_refused_with_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = refusal(train.main, "--flagfile=configs/tiny.flags")
+    assert said.endswith(f"; --flagfile={ROOT / 'configs' / 'tiny.flags'} is there")
