@@ -1,5 +1,6 @@
 """Reads the bytes of a split's shards; every block is checked, whatever store or cache it comes from."""
 
+import copy
 import hashlib
 import logging
 import zlib
@@ -41,6 +42,12 @@ class Blocks:
 
     def __reduce__(self) -> tuple:
         return Blocks, (self.store, self._shards, self._itemsize, self._block_bytes, self._cache)
+
+    def separate(self) -> "Blocks":
+        """Returns the same blocks, memory and cache for a reader that can be closed apart from others."""
+        other = copy.copy(self)
+        other.store = self.store.separate()
+        return other
 
     def keep(self, places: int) -> None:
         """Keeps a block and the checksums of a shard in memory for each of the places that are read in turn."""
