@@ -1,6 +1,5 @@
 """Reads the bytes of a split's shards; every block is checked, whatever store or cache it comes from."""
 
-import copy
 import hashlib
 import logging
 import zlib
@@ -45,7 +44,8 @@ class Blocks:
 
     def separate(self) -> "Blocks":
         """Returns the same blocks, memory and cache for a reader that can be closed apart from others."""
-        other = copy.copy(self)
+        other = object.__new__(Blocks)  # copy.copy would copy neither memory nor cache, by __reduce__
+        other.__dict__ |= self.__dict__
         other.store = self.store.separate()
         return other
 

@@ -4,7 +4,6 @@ The only file that knows obstore.  A store answers with bytes, right or wrong: w
 """
 
 import contextlib
-import copy
 import logging
 import random
 import re
@@ -162,7 +161,8 @@ class Remote:
         return f"{self._url} does not answer{traffic.trouble}, {_spoken(seconds)}" if seconds >= TOLD_AFTER else ""
 
     def separate(self) -> "Remote":
-        other = copy.copy(self)
+        other = object.__new__(Remote)  # copy.copy would connect again, by __reduce__
+        other.__dict__ |= self.__dict__
         other._closed = threading.Event()
         return other
 

@@ -269,13 +269,26 @@ def test_windows_are_closed_at_once_while_the_store_does_not_answer(server):
     split = train_split(server, patience=600)
     server.fault = first(10**6, "503", ".ids")
     windows = open_windows(split, StreamPlan(len(IDS), 8, 50), rows=range(8))
-    time.sleep(0.3)
+    failed: list[Exception] = []
+
+    def wait() -> None:
+        try:
+            next(windows)
+        except (OSError, ValueError) as error:
+            failed.append(error)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    while not split._blocks.store._traffic.begun:
+        time.sleep(0.02)
     began = time.monotonic()
     windows.close()
     deadline = began + 20
     while split._blocks.store._traffic.begun and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not split._blocks.store._traffic.begun, "somebody still waits"
+    waiting.join(20)
+    assert len(failed) == 1
     server.fault = no_fault
     assert np.array_equal(split.read(5, 9000), IDS[5:9000]), "only the windows were closed"
 
