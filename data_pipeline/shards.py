@@ -57,10 +57,7 @@ class Split:
 
     def close(self) -> None:
         """Makes readings of an object store give up: those that wait for it, and later ones."""
-        self._blocks.store.close()
-        with self._lock:
-            if self._pool is not None:
-                self._pool.shutdown(wait=False, cancel_futures=True)
+        self._blocks.store.close()  # what the pool has still to do fails at once
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Returns the ids `[stop - start]` of symbols `start` to `stop`, of `self.dtype`, as a new array.
