@@ -16,12 +16,15 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-RUN_DIR ?= runs/quickstart
 ARGS ?=
+RUN_DIR ?= $(or $(patsubst --run_dir=%,%,$(filter --run_dir=%,$(ARGS))),runs/quickstart)
 PYTEST_ARGS ?= -n 2
 TORCH ?= torch
 BENCH_ARGS ?=
 BENCH_EXTRAS ?= bench
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null)
+SAY := printf '%s\n'
+NO_PACKAGES := the packages could not be installed: see above.  With the network and some 2 GB of disk there, type make again.
 BENCHMARKS := train_step sampling end_to_end input scaling
 
 .PHONY: train test long faults chaos soak bench gpu notebooks lint lock clean
@@ -61,12 +64,20 @@ lint: $(VENV)/installed
 	$(BIN)/mypy charlstm data_pipeline launch benchmarks
 
 # The lock holds for Python 3.11 to 3.13 at once; `make lock` writes it anew.  The project itself is built by the lock's
-# own setuptools, so that nothing is fetched for it.
-$(VENV)/installed: requirements.lock pyproject.toml
-	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; assert (3, 11) <= v, f"Python {v[0]}.{v[1]} is too old: name 3.11 or later, make PYTHON=python3.12"'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+# own setuptools, so that nothing is fetched for it.  An environment that is half made, or of another Python, is made anew.
+$(VENV)/installed: requirements.lock pyproject.toml $(VENV)/python-$(VERSION)
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.lock || { $(SAY) "$(NO_PACKAGES)"; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+$(VENV)/python-$(VERSION):
+	@test -n "$(VERSION)" || { $(SAY) "there is no $(PYTHON): name a Python that is there, make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ $(SAY) "Python $(VERSION) is too old: name 3.11 or later, make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2> /dev/null || \
+		{ $(SAY) "this Python has no venv: on Debian and Ubuntu, sudo apt install python3-venv"; exit 1; }
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
 	touch $@
 
 .venv-bench/installed: requirements.lock pyproject.toml

@@ -12,6 +12,7 @@ from benchmarks.shapes import Shape
 from charlstm import config as config_lib
 from charlstm import distributed
 from charlstm.training import step as step_lib
+from charlstm.training import train_state
 from data_pipeline.batch import Batch
 
 NAMES = ("all-reduce", "all-to-all", "all-gather", "reduce-scatter", "collective-permute")
@@ -36,7 +37,7 @@ def of_step(shape: Shape, devices: int, reduction: str) -> dict[str, Any]:
     config = config_lib.fill_automatic(config_of(shape, reduction=reduction), devices)
     ids = np.zeros((shape.B, shape.T), np.uint8)
     batch = distributed.abstract(mesh, distributed.BY_STREAM, Batch(ids, ids, ids.astype(bool)))
-    lowered = step_lib.make(config, shape.V, mesh, 1000).lower(step_lib.abstract(config, shape.V, mesh), batch)
+    lowered = step_lib.make(config, shape.V, mesh, 1000).lower(train_state.abstract(config, shape.V, mesh), batch)
     program = lowered.compile().as_text()
     assert program is not None
     return in_program(program)

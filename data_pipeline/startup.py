@@ -4,8 +4,21 @@ import _signal  # signal itself takes milliseconds to import
 
 
 def attach(name: str, hint: str = "") -> None:
-    """Calls `terminal.attach`, with Ctrl-C and SIGTERM blocked until it answers them."""
+    """Calls `terminal.attach`, with Ctrl-C and SIGTERM blocked until it answers them.
+
+    Exits with status 2 where this Python is not the one that the project was installed into.
+    """
     _signal.pthread_sigmask(_signal.SIG_BLOCK, (_signal.SIGINT, _signal.SIGTERM))
+    import sys
+    from importlib.util import find_spec
+
+    if not (find_spec("absl") and find_spec("jax")):
+        print(
+            f"{name}: {sys.executable} has no jax: use the environment that `make train` makes, "
+            "source .venv/bin/activate, or install the project, pip install -e .",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     from data_pipeline import terminal
 
     terminal.attach(name, hint)

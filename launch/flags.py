@@ -45,7 +45,7 @@ def parse(
       Help: the user asks for help.
       ValueError: a flag is unknown, or does not take its value; the message names the nearest known one.
     """
-    leaves = [leaf for group in groups for leaf in _leaves(group)]
+    leaves = leaves_of(groups)
     values = flags.FlagValues()
     for leaf in leaves:
         for field in dataclasses.fields(leaf):
@@ -66,6 +66,11 @@ def parse(
         raise ValueError(f"unexpected argument {rest[0]!r}: every setting is a flag, --name=value")
     given = [f"--{name}={quote(_text(values[name].value))}" for name in values if values[name].present]
     return [_filled(group, values, renamed) for group in groups], given
+
+
+def leaves_of(groups: Sequence[Any]) -> list[Any]:
+    """Returns the dataclasses of `groups` whose fields are settings."""
+    return [leaf for group in groups for leaf in _leaves(group)]
 
 
 def _leaves(group: Any) -> list[Any]:
@@ -192,21 +197,32 @@ def _choices(field: dataclasses.Field) -> str:
     return "" if all(choice in field.metadata["help"] for choice in choices) else f"  One of {', '.join(choices)}."
 
 
+def described(
+    leaves: Sequence[Any], renamed: Mapping[str, str] = MappingProxyType({})
+) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    """Returns the title of each group of settings, with (flag, default, help) of each of its settings."""
+    groups = []
+    for leaf in leaves:
+        rows = []
+        for field in dataclasses.fields(leaf):
+            help_text = field.metadata["help"] + _choices(field)
+            for old, new in renamed.items():
+                help_text = help_text.replace(f"--{old}", f"--{new}")
+            rows.append((renamed.get(field.name, field.name), _text(getattr(leaf, field.name)), help_text))
+        groups.append(((leaf.__doc__ or "").strip().splitlines()[0], rows))
+    return groups
+
+
 def _help(description: str, leaves: list[Any], renamed: Mapping[str, str]) -> str:
     lines = [
         description.rstrip(),
         "",
         "Every flag is --name=value; --flagfile=PATH reads flags from a file, a line each.",
     ]
-    for leaf in leaves:
-        lines += ["", (leaf.__doc__ or "").strip().splitlines()[0], ""]
-        for field in dataclasses.fields(leaf):
-            default = getattr(leaf, field.name)
-            flag = renamed.get(field.name, field.name)
-            name = f"  --{flag}={_text(default)}" if default != "" else f"  --{flag}="
-            help_text = field.metadata["help"] + _choices(field)
-            for old, new in renamed.items():
-                help_text = help_text.replace(f"--{old}", f"--{new}")
+    for title, rows in described(leaves, renamed):
+        lines += ["", title, ""]
+        for flag, default, help_text in rows:
+            name = f"  --{flag}={default}"
             text = textwrap.wrap(help_text, 72)
             if len(name) < 34:
                 lines.append(f"{name:<34}{text[0]}")

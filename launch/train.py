@@ -44,10 +44,12 @@ class TrainFlags:
         check_choices(self)
 
 
+SETTINGS = TrainFlags(), Config(), JobFlags(), WatchdogFlags(), MonitorFlags()  # at their defaults
+
+
 def parse(argv: Sequence[str]) -> tuple[TrainFlags, JobFlags, ProgramServices, Config, list[str]]:
     """The settings in `argv`, and the flags given, without those that say how the process came to be one of a job."""
-    groups = TrainFlags(), Config(), JobFlags(), WatchdogFlags(), MonitorFlags()
-    (chosen, config, job, watchdog, monitor), given = flags.parse(argv, __doc__ or "", *groups)
+    (chosen, config, job, watchdog, monitor), given = flags.parse(argv, __doc__ or "", *SETTINGS)
     of_the_job = {field.name for field in dataclasses.fields(job)}
     given = [flag for flag in given if flag[2:].partition("=")[0] not in of_the_job]
     return chosen, job, ProgramServices(watchdog, monitor), config, given

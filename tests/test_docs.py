@@ -127,3 +127,9 @@ def test_every_target_of_make_that_is_named_is_one(path):
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), flags=re.M))
     before = r"^make |^ +make |`make |run: make |=1 make "
     assert set(re.findall(rf"(?:{before})([a-z]+)", path.read_text("utf-8"), flags=re.M)) <= targets
+
+
+def test_the_tables_of_settings_are_those_of_the_code():
+    page = ROOT / "docs" / "settings.md"
+    written = runpy.run_path(str(ROOT / "docs" / "settings.py"))["written"]
+    assert written(page.read_text("utf-8")) == page.read_text("utf-8"), "run: python docs/settings.py"

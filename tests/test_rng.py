@@ -5,6 +5,7 @@ import numpy as np
 
 from charlstm import rng
 from charlstm.model import language_model
+from charlstm.training import train_state
 from data_pipeline import streams
 from tests.training import test_step
 
@@ -26,7 +27,7 @@ def test_the_names_of_draws_are_these(monkeypatch):
     for kind in (test_step.LSTM, test_step.GENERAL, {"cell": "mlstm"}):
         config = test_step.make_config(**kind | everything)
         mesh = test_step.distributed.make(jax.devices()[:1])
-        state = test_step.step.abstract(config, test_step.V, mesh)
+        state = train_state.abstract(config, test_step.V, mesh)
         batch = test_step.distributed.abstract(mesh, test_step.distributed.BY_STREAM, test_step.batch(config, 0))
         jax.eval_shape(test_step.step.make(config, test_step.V, mesh, 100), state, batch)
     assert drawn == NAMES

@@ -13,6 +13,7 @@ from charlstm.inference import generate
 from charlstm.model import language_model
 from charlstm.run import estimate
 from charlstm.training import step as step_lib
+from charlstm.training import train_state
 from data_pipeline.batch import Batch
 from data_pipeline.loader import open_windows
 from data_pipeline.shards import open_corpus
@@ -38,7 +39,7 @@ def training(shape: dict, **changes: object) -> Contestant:
     if "lstm_backend" not in changes and distributed.has_mosaic(mesh) and not config.model.unsupported_by("fused"):
         config = config_lib.replace(config, lstm_backend="fused")
     train_step = step_lib.make(config, sizes.V, mesh, 1000)
-    state = step_lib.place(mesh, step_lib.init(config, sizes.V))
+    state = train_state.place(mesh, train_state.init(config, sizes.V))
     text, reset = windows(sizes), np.zeros((sizes.B, sizes.T), bool)
 
     def update() -> None:

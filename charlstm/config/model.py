@@ -30,7 +30,7 @@ class ModelConfig:
     output_dropout: float = setting(0.0, "Dropout before the soft-max; with skip, of the sum.")
     dropout_mask: str = setting(
         "window",
-        "What one mask of input, between and output dropout is drawn for: window (locked, variational dropout) or "
+        "What one mask of input, layer and output dropout is drawn for: window (locked, variational dropout) or "
         "symbol.",
         choices=("window", "symbol"),
     )
@@ -67,7 +67,8 @@ class ModelConfig:
     )
     remat: bool = setting(
         False,
-        "Keep of each layer only what it reads, and compute it again in the backward pass: less memory, more time.",
+        "Keep the state at some symbols of a window only, and compute the rest again in the backward pass: less "
+        "memory, more time.",
     )
 
     def __post_init__(self) -> None:

@@ -177,7 +177,7 @@ class EvaluationConfig:
     burn_in: int = setting(
         1024, "Symbols read before each chunk to warm the recurrent state, not scored.", mutable=True
     )
-    evaluation_batch_size: int = setting(64, "Pieces scored side by side; does not change the figure.", mutable=True)
+    evaluation_batch_size: int = setting(64, "Chunks scored side by side; does not change the figure.", mutable=True)
 
     def __post_init__(self) -> None:
         check_numbers(self)

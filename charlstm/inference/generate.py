@@ -110,8 +110,7 @@ def generate(
     if len(prompt):
         last_RK = jnp.tile(_with_nothing_before(prompt, back)[-1 - back :], (count, 1))
     else:
-        first_R = _first_symbols(_row_keys(rng.named(key, "first"), count), V, unknown_id)
-        last_RK = jnp.pad(first_R[:, None], ((0, 0), (back, 0)), constant_values=-1)
+        last_RK = _first_symbols(_row_keys(rng.named(key, "first"), count), V, unknown_id, back)
     previous: tuple[jax.Array, jax.Array] | None = None
     for start in range(0, length, chunk):
         gumbel_TRV = None
@@ -136,10 +135,11 @@ def _row_keys(key: jax.Array, rows: int) -> jax.Array:
     return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows, dtype=jnp.int32))
 
 
-def _first_symbols(row_keys: jax.Array, vocabulary_size: int, unknown_id: int | None) -> jax.Array:
-    """A symbol for each row, drawn uniformly."""
+def _first_symbols(row_keys: jax.Array, vocabulary_size: int, unknown_id: int | None, back: int) -> jax.Array:
+    """A symbol for each row, drawn uniformly, after `back` that are none: [R, back + 1]."""
     known = np.setdiff1d(np.arange(vocabulary_size, dtype=np.int32), [] if unknown_id is None else [unknown_id])
-    return jax.vmap(lambda key: jax.random.choice(key, known))(row_keys)
+    first_R = jax.vmap(lambda key: jax.random.choice(key, known))(row_keys)
+    return jnp.pad(first_R[:, None], ((0, 0), (back, 0)), constant_values=-1)
 
 
 def _after(

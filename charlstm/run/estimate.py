@@ -15,7 +15,7 @@ from charlstm.model import language_model
 from charlstm.run import memory
 from charlstm.run.memory import End, format_bytes
 from charlstm.run.metrics import duration
-from charlstm.training import placement, schedules
+from charlstm.training import placement, schedules, train_state
 from charlstm.training import step as step_lib
 from data_pipeline.batch import Batch
 from data_pipeline.shards import Corpus
@@ -35,7 +35,7 @@ def report(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, form: s
     """
     shards = placement.shards_per_device(config, mesh.size)
     V, symbols = corpus.vocabulary.size, config.streams.batch_size * config.streams.window
-    state = jax.eval_shape(lambda: step_lib.init(config, V))
+    state = jax.eval_shape(lambda: train_state.init(config, V))
     parameters, arithmetic = count_parameters(config, V), flops(config, V)
     even = config_lib.replace(config, window_deviation=0, short_window_probability=0.0)  # windows of a usual length
     even_plan = dataclasses.replace(plan, deviation=0, short_probability=0.0)
@@ -46,7 +46,7 @@ def report(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, form: s
     seconds, how = (None, "") if too_much else _seconds_a_step(even, corpus, even_plan, mesh, end)
     if form == "json":
         return json.dumps({"parameters": parameters, "flops_per_step": arithmetic, "seconds_per_step": seconds})
-    remarks = schedules.remarks(config.optimizer, config.training, plan.steps_per_epoch, begun=False)
+    remarks = schedules.remarks(config.optimizer, config.training, plan.steps_per_epoch, resumed=False)
     whole = config.training.num_steps * arithmetic
     timing = [("time per step", "not timed: it does not fit"), ("does not fit", too_much)]
     if seconds is not None:
@@ -123,7 +123,7 @@ def time_steps(
     """Seconds of each of so many steps, and of more until `at_least` seconds are full; compilation left out."""
     V, rows = corpus.vocabulary.size, distributed.process_rows(mesh, config.streams.batch_size)
     train_step = step_lib.make(config, V, mesh, plan.steps_per_epoch)
-    state = step_lib.place(mesh, step_lib.init(config, V))
+    state = train_state.place(mesh, train_state.init(config, V))
     own = plan.read(corpus.splits["train"], 0, rows)
     batch = distributed.put(mesh, distributed.BY_STREAM, Batch(*(a[:, : config.streams.window] for a in own)))
     times: list[float] = []

@@ -16,7 +16,7 @@ from charlstm.config import Config
 from charlstm.run import digest, run_directory
 from charlstm.run.checkpoint import Checkpoints
 from charlstm.run.run_directory import Identity, Initial
-from charlstm.training import step as step_lib
+from charlstm.training import train_state
 from charlstm.types import ModelParams
 
 
@@ -76,6 +76,6 @@ def _params(
     mesh: Mesh,
     say: Callable[[str], None],
 ) -> tuple[ModelParams, dict[str, Any]]:
-    abstract = step_lib.abstract(config, identity.vocabulary.size, mesh).params
+    abstract = train_state.abstract(config, identity.vocabulary.size, mesh).params
     with Checkpoints(run_dir / "checkpoints", writable=False, log=say) as source:
         return source.restore_params(abstract, step=step, item=item)

@@ -19,8 +19,7 @@ from charlstm.run.log import RunLog
 from charlstm.run.metrics import Diverged, MetricAggregator, duration, finite_score
 from charlstm.run.services import Services
 from charlstm.run.start import Run
-from charlstm.training import averaging, placement
-from charlstm.training import step as step_lib
+from charlstm.training import averaging, placement, train_state
 from charlstm.types import Metrics, TrainState
 from data_pipeline.batch import Batch
 from data_pipeline.loader import Windows, open_windows
@@ -171,12 +170,12 @@ class Training:
         """The newest whole checkpoint: state, validation score, sums of the metrics; else the state before step 1."""
         run, V = self.run, self.run.corpus.vocabulary.size
         if distributed.any_process(bool(self.checkpoints.steps())):
-            state, meta = self.checkpoints.restore(step_lib.abstract(run.config, V, run.mesh))
+            state, meta = self.checkpoints.restore(train_state.abstract(run.config, V, run.mesh))
             run_directory.check_checkpoint(meta["identity"], run.config, run.identity, run.run_dir)
             self.log.info(f"continuing from the checkpoint of step {int(state.step)}")
             return state, meta["bits_per_symbol"], meta["sums"]
-        state = step_lib.place(run.mesh, step_lib.init(run.config, V))
-        return (state if run.params is None else step_lib.with_params(run.config, state, run.params)), None, None
+        state = train_state.place(run.mesh, train_state.init(run.config, V))
+        return (state if run.params is None else train_state.with_params(run.config, state, run.params)), None, None
 
     def stopping(self, step: int) -> bool:
         """True if the run is to stop before the next update, which all processes answer alike."""
@@ -226,7 +225,7 @@ class Training:
         optimizer, before = self.run.config.optimizer, state.plateau
         if not optimizer.validation_driven_by:
             return state
-        state = step_lib.update_plateau(self.run.config, self.run.mesh, state, score)
+        state = train_state.update_plateau(self.run.config, self.run.mesh, state, score)
         now = state.plateau
         where = f"step {int(state.step)}: evaluation {int(now.evaluations)}, {int(now.patience_count)} without gain:"
         if now.dropped and not before.dropped:
@@ -268,7 +267,7 @@ class Training:
             raise diverged
         step, first = int(state.step), int(state.divergence.next_window)
         skipped = diverged.step - step if diverged.windows_at_fault else 0
-        state = step_lib.roll_back(self.run.mesh, state, skipped)
+        state = train_state.roll_back(self.run.mesh, state, skipped)
         words = f"; windows {first} to {first + skipped - 1} of each stream are left out" if skipped else ""
         self.log.info(f"went back to step {step}, rollback {rollbacks} of {training.max_rollbacks}{words}")
         self.log.rewind(step)

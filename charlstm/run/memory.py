@@ -18,7 +18,7 @@ import numpy as np
 from charlstm import distributed
 from charlstm.config import Config
 from charlstm.model import layer
-from charlstm.training import step as step_lib
+from charlstm.training import train_state
 from data_pipeline.batch import Batch
 
 BEYOND_ALL = 10**15  # bytes; no machine has them, and the sizes of arrays come near to the largest integers
@@ -91,7 +91,7 @@ def compiled_update(
     shape = (config.streams.batch_size, config.streams.window)
     ids = jax.ShapeDtypeStruct(shape, dtype)
     batch = distributed.abstract(mesh, distributed.BY_STREAM, Batch(ids, ids, jax.ShapeDtypeStruct(shape, np.bool_)))
-    state = step_lib.abstract(config, vocabulary_size, mesh)
+    state = train_state.abstract(config, vocabulary_size, mesh)
     told = train_step.lower(state, batch).compile().memory_analysis()
     if told is None:  # not every backend tells; then nothing is refused
         return Update(0, 0, len(mesh.local_devices))

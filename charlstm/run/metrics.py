@@ -139,8 +139,8 @@ class MetricAggregator:
         score = None  # all were skipped
         if self._steps:
             characters = self._symbols if self._of_ascii or not self._of_bytes else None
-            format_bytes = self._symbols if self._of_ascii or self._of_bytes else None
-            score = Score(self._nats / NATS_PER_BIT, self._symbols, characters, format_bytes)
+            byte_count = self._symbols if self._of_ascii or self._of_bytes else None
+            score = Score(self._nats / NATS_PER_BIT, self._symbols, characters, byte_count)
         record = self._record(step, "train", score) | self._speed()
         record |= {k: self._latest[k] for k in ("learning_rate", "grad_norm")}
         if distributed.is_one_of_several():

@@ -25,7 +25,7 @@ from charlstm import distributed
 from charlstm.config import Config
 from charlstm.run.checkpoint import Checkpoints, Wanted
 from charlstm.run.step_directory import SEAL, StepDirectory
-from charlstm.training import step as step_lib
+from charlstm.training import train_state
 from charlstm.types import ModelParams
 from data_pipeline.atomic_files import atomic_write, expand_user, locked, owner_file
 from data_pipeline.batch import Separator
@@ -283,7 +283,7 @@ def restore_params(
     """
     if which not in ("best", "latest") and not which.isdecimal():
         raise ValueError(f"checkpoint={which!r} is neither best, nor latest, nor a step")
-    abstract = step_lib.abstract(config, identity.vocabulary.size, mesh).params
+    abstract = train_state.abstract(config, identity.vocabulary.size, mesh).params
     with Checkpoints(run_dir / "checkpoints", writable=False, log=say) as checkpoints:
         step: Wanted = "best" if which == "best" else None if which == "latest" else int(which)
         params, meta = checkpoints.restore_params(abstract, step=step, item=config.optimizer.eval_params_field)

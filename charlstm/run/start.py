@@ -112,7 +112,7 @@ def start(
     remarks += [remark] if remark else []
     separator = run_directory.separator(config, corpus.vocabulary)
     remarks += corpus_lib.remarks_on_separator(config, corpus, separator)
-    remarks += schedules.remarks(config.optimizer, config.training, plan.steps_per_epoch, begun=resumed)
+    remarks += schedules.remarks(config.optimizer, config.training, plan.steps_per_epoch, resumed=resumed)
     train_step = step_lib.make(config, corpus.vocabulary.size, mesh, plan.steps_per_epoch)
     remarks += _require_memory(config, corpus, mesh, train_step)
     params, taken = None, None

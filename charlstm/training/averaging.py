@@ -1,6 +1,6 @@
 """Weight averaging: the average, if one is kept, is what is evaluated and sampled.
 
-With p the parameters after an update, a their average and n how many it is of, this update's included,
+With p the parameters after an update, a the average so far and n the number of updates averaged, this one included,
 
     ema     a = a + w (p - a)      w = (1 - d) / (1 - d^n),  d = ema_decay
     asgd    a = a + (p - a) / n                                                   Polyak & Juditsky 1992
@@ -43,7 +43,7 @@ def update(
         weight = (1 - settings.ema_decay) / bias_correction(settings.ema_decay, n)
     else:
         weight = 1 / n
-    # Where all the weight is the newest's, a + (p - a) would round.
+    # With a weight of 1, p is copied: a + (p - a) would round.
     average = jax.tree.map(lambda a, p: jnp.where(weight < 1, a + weight * (p - a), p), average, params)
     return average, plateau_state._replace(averaged=count)
 

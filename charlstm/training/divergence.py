@@ -63,7 +63,7 @@ def update(
     """Updates the divergence state after a step of `loss`.
 
     Args:
-      skips: rejected updates are skipped, and non-finite rows reset.
+      skips: whether on_divergence is skip: rejected updates are skipped, and non-finite rows reset.
       nonfinite_rows: int32 []: non-finite rows of the global batch.
     """
     moved = EMA_DECAY * divergence_state.loss_ema + (1 - EMA_DECAY) * loss

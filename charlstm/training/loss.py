@@ -1,4 +1,4 @@
-"""Cross-entropy of the next symbol, in nats, and penalties of activations: always sums, divided by the count, once."""
+"""Cross-entropy of the next symbol, in nats, and penalties of activations: sums over symbols; the step divides once."""
 
 import math
 
@@ -39,7 +39,7 @@ cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_reverse)
 def activation_penalties(
     config: OptimizerConfig, features_TBH: jax.Array, dropped_TBH: jax.Array, reset_TB: jax.Array
 ) -> jax.Array:
-    """AR and TAR of h, which the soft-max sees as m h, summed over all symbols.  Divided by their count they are
+    """AR and TAR of h, summed over all symbols; m h is h after dropout.  Divided by the count they are
 
         activation_penalty mean((m h_t)^2)  +  activation_change_penalty mean((h_t - h_{t-1})^2)
 

@@ -70,11 +70,11 @@ def make(config: OptimizerConfig) -> Optimizer:
         return rule
 
     def update(grads, state, params, learning_rate):
-        return rule.update(jax.tree.map(pulled, grads, params), state, params, learning_rate)
+        return rule.update(jax.tree.map(with_l2, grads, params), state, params, learning_rate)
 
-    def pulled(g, p):
-        # Choices that change nothing, for what is nan stays nan.  They keep a compiler from contracting the addition
-        # with a multiplication before it in the program of one number of devices, and not in another's.
+    def with_l2(g, p):
+        # The choices change no value: a NaN still gives a NaN.  They keep XLA from contracting the addition with the
+        # multiplication before it, which it would do in the program of one number of devices and not of another.
         return jnp.where(jnp.isnan(p), 0, g) + jnp.where(jnp.isnan(g), 0, config.l2 * p)
 
     return Optimizer(rule.init, update)

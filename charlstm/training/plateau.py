@@ -4,9 +4,9 @@ After each evaluation, with k = evaluations since the lowest score and n = evalu
 
     --schedule=plateau   lowers the rate when k = plateau_patience, or n = plateau_latest: once in a run, as in the
                          recipes of Melis et al. 2018 (arXiv:1707.05589)
-    --average=asgd       begins to average when k = average_patience, or n = average_latest (Melis et al. 2019,
-                         arXiv:1909.01792); the NT-ASGD of Merity et al. 2017 (arXiv:1708.02182), alg. 1, which compares
-                         the newest score alone with the best of those before the last k, may begin a little earlier
+    --average=asgd       begins to average when k = average_patience, or n = average_latest (Melis et al. 2020,
+                         arXiv:1909.01792).  NT-ASGD (Merity et al. 2018, arXiv:1708.02182, algorithm 1) compares the
+                         newest score with the best of those before the last k, and may begin earlier
 
 Both are part of the state, so a resumed run does each at the same evaluation.
 """
@@ -35,8 +35,8 @@ def update(settings: OptimizerConfig, plateau_state: PlateauState, score: float)
     dropped, averaged = bool(plateau_state.dropped), int(plateau_state.averaged)
     if settings.schedule == "plateau":
         dropped |= patience_count >= settings.plateau_patience or evaluations == settings.plateau_latest
-    ripe = patience_count >= settings.average_patience or evaluations == settings.average_latest
-    if settings.average == "asgd" and ripe:
+    starts_averaging = patience_count >= settings.average_patience or evaluations == settings.average_latest
+    if settings.average == "asgd" and starts_averaging:
         averaged = max(averaged, 1)  # the parameters that were evaluated are the first
-    told: Any = (evaluations, best, patience_count, dropped, averaged)
-    return jax.tree.map(lambda old, new: np.asarray(new, old.dtype), plateau_state, PlateauState(*told))
+    updated: Any = (evaluations, best, patience_count, dropped, averaged)
+    return jax.tree.map(lambda old, new: np.asarray(new, old.dtype), plateau_state, PlateauState(*updated))

@@ -1,11 +1,11 @@
 """The sum of all shards' gradients: exact (the same bits on any number of devices) or fast (one all-reduce).
 
 The M logical shards are the leaves of one fixed binary tree: at each level neighbours are added pairwise, and an odd
-one out at the end goes up as it is. Floating-point addition is commutative but not associative, so the tree is the
-sum's identity: whatever computes its nodes, and wherever, the root has the same bits. A device holds k = M/n
-neighbouring leaves, k = 2^j r with r odd, and sums r whole subtrees of 2^j leaves by itself; the r partial sums of
-every device are exchanged (all-to-all), the upper tree is summed by pieces, and the pieces are gathered (all-gather):
-the traffic of a ring all-reduce, when M/n is a power of two.
+one out at the end goes up as it is. Floating-point addition is commutative but not associative, so the tree fixes the
+order of summation: whatever computes its nodes, and wherever, the root has the same bits. A device holds k = M/n
+neighbouring leaves, k = 2^j r with r odd, and sums r whole subtrees of 2^j leaves by itself (12 leaves: 3 subtrees of
+4). The r partial sums of every device are exchanged (all-to-all), the upper tree is summed by pieces, and the pieces
+are gathered (all-gather): the traffic of a ring all-reduce, when M/n is a power of two.
 """
 
 from collections.abc import Callable

@@ -13,7 +13,7 @@ With r = learning_rate, f = final_fraction, d = decay_rate (usual_decay_rate whe
     step         d^(t // N), or d^(how many of drop_epochs are <= epoch): PyTorch's MultiStepLR
     plateau      d once validation no longer improves, and 1 before (plateau.py); Melis et al. 2018, section 4
 
-So every clock is the run's own step number, as its log shows it, warm-up included: linear and cosine leave the full
+All schedules count the run's steps, warm-up included: linear and cosine leave the full
 rate when warm-up ends and reach f at step N whatever the warm-up, and stay there.  exponential is char-rnn's: with
 decay_start_epoch=10 the first decay comes when 10 whole epochs have been read.
 
@@ -43,7 +43,7 @@ def make(config: OptimizerConfig, steps_per_epoch: int, num_steps: int) -> Sched
       num_steps: updates of the whole run; stands in for decay_steps=0.
 
     Returns:
-      A pure function, jittable, from the step (int32 []) and the progress to the learning rate (float32 []).
+      A pure function, jittable, from the step (int32 []) and the plateau state to the learning rate (float32 []).
     """
     assert steps_per_epoch >= 1 and num_steps >= 1, f"{steps_per_epoch=} {num_steps=}"
     decay = _decay(config, min(steps_per_epoch, LAST_STEP), min(config.decay_steps or num_steps, LAST_STEP))
@@ -89,16 +89,16 @@ def _decay(config: OptimizerConfig, steps_per_epoch: int, decay_steps: int) -> S
     return lambda step, _: decayed(step // decay_steps)
 
 
-def remarks(config: OptimizerConfig, training: TrainingConfig, steps_per_epoch: int, begun: bool) -> Iterator[str]:
+def remarks(config: OptimizerConfig, training: TrainingConfig, steps_per_epoch: int, resumed: bool) -> Iterator[str]:
     """Remarks on a schedule that may not be meant for a run of this length, a sentence each.
 
     Args:
-      begun: the run goes on, with the decay_steps that it began with.
+      resumed: the run goes on, with the decay_steps that it began with.
     """
     num_steps = training.num_steps
     end, final = config.decay_steps or num_steps, config.learning_rate * config.final_fraction
     if config.schedule in ("linear", "cosine") and end < num_steps:
-        remedy = f"a decay over {num_steps} steps is a new run" if begun else "--decay_steps=0 is the whole run"
+        remedy = f"a decay over {num_steps} steps is a new run" if resumed else "--decay_steps=0 is the whole run"
         yield (
             f"the learning rate is {final:g} from step {end} on, for {(num_steps - end) / num_steps:.0%} of the "
             f"{num_steps} steps{', which learn nothing' if not final else ''}, as decay_steps={end}: {remedy}"
@@ -117,12 +117,14 @@ def remarks(config: OptimizerConfig, training: TrainingConfig, steps_per_epoch: 
     waits = {"the learning rate never drops": (config.plateau_patience, config.plateau_latest, "schedule=plateau")}
     waits["the average never begins"] = config.average_patience, config.average_latest, "average=asgd"
     for what, (patience, latest, flag) in waits.items():
-        heard = (num_steps - 1) // training.evaluate_every if training.evaluate_every else 0  # before the last update
+        evaluations = (
+            (num_steps - 1) // training.evaluate_every if training.evaluate_every else 0
+        )  # before the last update
         needed = min(patience + 1, latest or patience + 1)
-        if flag in (f"schedule={config.schedule}", f"average={config.average}") and patience and heard < needed:
+        if flag in (f"schedule={config.schedule}", f"average={config.average}") and patience and evaluations < needed:
             yield (
-                f"{what}: {flag} waits for {needed} evaluations or more, and the run has {heard}, as evaluate_every="
-                f"{training.evaluate_every} and num_steps={num_steps}"
+                f"{what}: {flag} waits for {needed} evaluations or more, and the run has {evaluations}, as "
+                f"evaluate_every={training.evaluate_every} and num_steps={num_steps}"
             )
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
@@ -22,84 +21,23 @@ from charlstm.config import Config
 from charlstm.model import language_model
 from charlstm.model.dropout import DropoutKey
 from charlstm.model.ops import compiler
-from charlstm.training import averaging, divergence, optimizers, plateau, reduction, schedules
+from charlstm.training import averaging, divergence, optimizers, reduction, schedules
 from charlstm.training.loss import activation_penalties, cross_entropy
 from charlstm.training.placement import shards_per_device
-from charlstm.types import Metrics, ModelParams, TrainState
+from charlstm.training.train_state import state_specs
+from charlstm.types import Metrics, RecurrentState, TrainState
 from data_pipeline.batch import Batch
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-
-
-def init(config: Config, vocabulary_size: int) -> TrainState:
-    """Initial training state."""
-    params = language_model.init(config.model, vocabulary_size, rng.named(jax.random.key(config.training.seed), "init"))
-    dtype = params.b_out.dtype
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=optimizers.make(config.optimizer).init(params),
-        recurrent_state=language_model.zero_state(config.model, config.streams.batch_size, dtype),
-        divergence=divergence.start(dtype),
-        plateau=plateau.start(),
-        average=averaging.start(config.optimizer, params),
-    )
-
-
-def abstract(config: Config, vocabulary_size: int, mesh: Mesh) -> TrainState:
-    """Shapes, types and shardings of the state on `mesh`: what a checkpoint is restored into."""
-    shapes = jax.eval_shape(lambda: init(config, vocabulary_size))
-    return jax.tree.map(
-        lambda spec, tree: distributed.abstract(mesh, spec, tree), state_specs(), shapes, is_leaf=_is_spec
-    )
-
-
-def place(mesh: Mesh, state: TrainState) -> TrainState:
-    """Lays out `state`, identical on every process, on `mesh`."""
-    rows = distributed.process_rows(mesh, jax.tree.leaves(state.recurrent_state)[0].shape[0])
-    own = jax.tree.map(lambda a: a[rows.start : rows.stop], state.recurrent_state)
-    state = state._replace(recurrent_state=own)
-    return jax.tree.map(lambda spec, tree: distributed.put(mesh, spec, tree), state_specs(), state, is_leaf=_is_spec)
-
-
-def with_params(config: Config, state: TrainState, params: ModelParams) -> TrainState:
-    """Replaces the parameters of a `state` before its first update."""
-    return state._replace(params=params, average=averaging.start(config.optimizer, params))
-
-
-def update_plateau(config: Config, mesh: Mesh, state: TrainState, score: float) -> TrainState:
-    """Updates the plateau state with a validation score, bits per symbol.  Identical on all processes."""
-    told = plateau.update(config.optimizer, jax.tree.map(np.asarray, state.plateau), score)
-    return state._replace(plateau=distributed.put(mesh, distributed.REPLICATED, told))
-
-
-def roll_back(mesh: Mesh, state: TrainState, windows: int) -> TrainState:
-    """Rolls back: counts the rollback and skips `windows` windows; resets the recurrent state if any are skipped."""
-    whole, divergence_state = distributed.REPLICATED, state.divergence
-    window, rollbacks = (
-        np.int32(int(n) + more)
-        for n, more in ((divergence_state.next_window, windows), (divergence_state.rollbacks, 1))
-    )
-    divergence_state = divergence_state._replace(
-        next_window=distributed.put(mesh, whole, window), rollbacks=distributed.put(mesh, whole, rollbacks)
-    )
-    carry = state.recurrent_state
-    if windows:
-        rows = distributed.process_rows(mesh, jax.tree.leaves(carry)[0].shape[0])
-        zeros = jax.tree.map(lambda a: np.zeros((len(rows), *a.shape[1:]), a.dtype), carry)
-        first = language_model.reset_state(jax.tree.map(np.asarray, state.params), zeros)
-        carry = distributed.put(mesh, distributed.BY_STREAM, first)
-    return state._replace(recurrent_state=carry, divergence=divergence_state)
 
 
 def make(config: Config, vocabulary_size: int, mesh: Mesh, steps_per_epoch: int) -> jax.stages.Wrapped:
     """The training step on `mesh`, compiled for each length of a window that it meets.  It donates the state.
 
     Where a window's length is not --window, the learning rate is scaled by their ratio (Merity et al. 2018,
-    arXiv:1803.08240): its loss is a mean all the same.
+    arXiv:1803.08240): the loss is a mean, so a short window would otherwise take as large a step as a full one.
     """
-    count = shards_per_device(config, mesh.size)
-    shard_gradient = _shard_gradient(config, config.streams.batch_size // (mesh.size * count))
+    sums = _gradient_sums(config, mesh)
     optimizer = optimizers.make(config.optimizer)
     schedule = schedules.make(config.optimizer, steps_per_epoch, config.training.num_steps)
     skips = config.training.on_divergence == "skip"
@@ -107,36 +45,26 @@ def make(config: Config, vocabulary_size: int, mesh: Mesh, steps_per_epoch: int)
     def local_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         T = batch.inputs.shape[1]
         symbols = config.streams.batch_size * T
-        shards = jax.lax.axis_index(distributed.AXIS) * count + jnp.arange(count, dtype=jnp.int32)
-        by_shard = jax.tree.map(lambda a: a.reshape((count, -1, *a.shape[1:])), (state.recurrent_state, batch))
-        partial_RP, (nats_kb, finite_kb, carry) = reduction.subtree_sums(
-            lambda args: shard_gradient(state.params, state.step, *args), (shards, *by_shard), count
-        )
-        if config.training.reduction == "exact":
-            total_P = reduction.exact_sum(partial_RP, distributed.AXIS, mesh.size)
-        else:
-            total_P = reduction.fast_sum(partial_RP, distributed.AXIS)
-        # What follows is replicated; the barrier makes it the same program whatever reduced the gradient.
-        total_P = jax.lax.optimization_barrier(total_P)
+        total_P, nats_b, finite_b, carry = sums(state, batch)
         mean_P, nonfinite_rows = total_P / jnp.asarray(symbols, total_P.dtype), total_P[-1].astype(jnp.int32)
         gradient, loss = ravel_pytree(state.params)[1](mean_P[:-2]), mean_P[-2]
         norm = optimizers.global_norm(gradient)
         learning_rate = schedule(state.step, state.plateau) * (T / config.streams.window)
         gradient = optimizers.clip(gradient, norm, config.optimizer)
         params, opt_state = optimizer.update(gradient, state.opt_state, state.params, learning_rate)
-        average, told = averaging.update(config.optimizer, state.average, state.plateau, params)
-        carry = jax.tree.map(lambda a: a.reshape((-1, *a.shape[2:])), carry)
-        finite_b = finite_kb.reshape(-1)
+        average, plateau_state = averaging.update(config.optimizer, state.average, state.plateau, params)
 
         accepted = divergence.is_accepted(config.training, loss, norm, params, state.divergence)
         if skips:
             old = state.params, state.opt_state, state.average, state.plateau
-            params, opt_state, average, told = divergence.select(accepted, (params, opt_state, average, told), old)
+            params, opt_state, average, plateau_state = divergence.select(
+                accepted, (params, opt_state, average, plateau_state), old
+            )
             carry = divergence.reset_rows(carry, finite_b, language_model.reset_state(params, carry))
         divergence_state = divergence.update(state.divergence, loss, accepted, skips, nonfinite_rows)
         metrics = Metrics(
             loss=loss,
-            loss_B=nats_kb.reshape(-1),
+            loss_B=nats_b,
             grad_norm=norm,
             learning_rate=learning_rate,
             accepted=accepted,
@@ -146,7 +74,7 @@ def make(config: Config, vocabulary_size: int, mesh: Mesh, steps_per_epoch: int)
             divergence=divergence_state,
             symbols=jnp.asarray(symbols, jnp.int32),
         )
-        return TrainState(state.step + 1, params, opt_state, carry, divergence_state, told, average), metrics
+        return TrainState(state.step + 1, params, opt_state, carry, divergence_state, plateau_state, average), metrics
 
     return jax.jit(
         jax.shard_map(
@@ -161,6 +89,34 @@ def make(config: Config, vocabulary_size: int, mesh: Mesh, steps_per_epoch: int)
         donate_argnums=0,
         compiler_options=compiler.options(),
     )
+
+
+def _gradient_sums(
+    config: Config, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[jax.Array, jax.Array, jax.Array, RecurrentState]]:
+    """The gradient, loss and count of non-finite rows, summed over all streams of all devices.
+
+    Returns a function of the state and the batch of a device, inside `shard_map`: (sums [P + 2], nats [b],
+    finite [b], carry).
+    """
+    count = shards_per_device(config, mesh.size)
+    shard_gradient = _shard_gradient(config, config.streams.batch_size // (mesh.size * count))
+
+    def sums(state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array, RecurrentState]:
+        shards = jax.lax.axis_index(distributed.AXIS) * count + jnp.arange(count, dtype=jnp.int32)
+        by_shard = jax.tree.map(lambda a: a.reshape((count, -1, *a.shape[1:])), (state.recurrent_state, batch))
+        partial_RP, by_row = reduction.subtree_sums(
+            lambda args: shard_gradient(state.params, state.step, *args), (shards, *by_shard), count
+        )
+        if config.training.reduction == "exact":
+            total_P = reduction.exact_sum(partial_RP, distributed.AXIS, mesh.size)
+        else:
+            total_P = reduction.fast_sum(partial_RP, distributed.AXIS)
+        nats_b, finite_b, carry = jax.tree.map(lambda a: a.reshape((-1, *a.shape[2:])), by_row)
+        # The barrier keeps XLA from fusing the reduction into the replicated update, whose rounding it could change.
+        return jax.lax.optimization_barrier(total_P), nats_b, finite_b, carry
+
+    return sums
 
 
 def _shard_gradient(config: Config, streams: int) -> Callable[..., tuple[jax.Array, Any]]:
@@ -192,19 +148,8 @@ def _shard_gradient(config: Config, streams: int) -> Callable[..., tuple[jax.Arr
     return gradient_of
 
 
-def state_specs() -> Any:
-    """Partition specs of the state: replicated, except the recurrent state, which is split by stream."""
-    whole: Any = distributed.REPLICATED
-    rows: Any = distributed.BY_STREAM
-    return TrainState(whole, whole, whole, recurrent_state=rows, divergence=whole, plateau=whole, average=whole)
-
-
 def metrics_specs() -> Any:
     whole: Any = distributed.REPLICATED
     rows: Any = distributed.BY_STREAM
     by_name = dict.fromkeys(Metrics._fields, whole)
     return Metrics(**by_name | {"loss_B": rows, "finite_B": rows})
-
-
-def _is_spec(node: Any) -> bool:
-    return isinstance(node, jax.sharding.PartitionSpec)

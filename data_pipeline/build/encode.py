@@ -130,7 +130,7 @@ def plan(
         parts = {key: [(0, symbols)]} if key else cut(symbols, settings)
         spans |= {split: (key, part) for split, part in parts.items()}
 
-    def format_bytes(key: str, part: list[Span]) -> list[Span]:
+    def byte_spans(key: str, part: list[Span]) -> list[Span]:
         if not characters:
             return part
         offsets = indices[key].byte_offsets(itertools.chain.from_iterable(part))
@@ -139,12 +139,12 @@ def plan(
     vocabulary = Vocabulary("bytes")
     if characters:
         key, part = spans["train"]
-        counts = count_all(indices[key], format_bytes(key, part), parallel("counting"))
+        counts = count_all(indices[key], byte_spans(key, part), parallel("counting"))
         vocabulary = Vocabulary.from_counts(counts, settings.min_count)
     plans = {}
     for split, (key, part) in spans.items():
         shards = shard_spans(part, shard_bytes // vocabulary.dtype.itemsize)
-        flat = iter(format_bytes(key, list(itertools.chain.from_iterable(shards))))
+        flat = iter(byte_spans(key, list(itertools.chain.from_iterable(shards))))
         by_shard = [[next(flat) for _ in shard] for shard in shards]
         extents = [[extent for span in shard for extent in texts[key].extents(*span)] for shard in by_shard]
         plans[split] = SplitPlan(sum(stop - start for shard in by_shard for start, stop in shard), extents)

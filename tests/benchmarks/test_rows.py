@@ -8,7 +8,7 @@ import pytest
 from benchmarks import rows
 from benchmarks.peers.ours import config_of
 from benchmarks.shapes import SHAPES, Shape
-from charlstm.training import step
+from charlstm.training import train_state
 
 
 def test_contestants_take_turns_within_a_round():
@@ -40,7 +40,7 @@ def test_rows_with_the_same_fields_share_a_table(capsys):
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 def test_a_shape_knows_its_parameters(cell):
     shape = Shape(11, 3, 5, 3, 2, 4, cell=cell)
-    params = jax.eval_shape(lambda: step.init(config_of(shape), shape.V)).params
+    params = jax.eval_shape(lambda: train_state.init(config_of(shape), shape.V)).params
     assert shape.parameters == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 

@@ -1,5 +1,6 @@
 """What every program does with a signal and with an error that nobody can catch."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -173,3 +174,11 @@ def test_memory_that_runs_out_is_one_sentence():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr.startswith("launch.test: out of memory (") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("program", ["train", "evaluate", "sample", "local"])
+def test_a_python_that_the_project_was_not_installed_into_says_which_environment_to_use(program):
+    command = [sys.executable, "-S", "-m", f"launch.{program}"]  # without site-packages
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == cli.MISTAKE and ended.stdout == ""
+    assert re.fullmatch(rf"launch\.{program}: .* has no jax: use the environment .*\n", ended.stderr)

@@ -22,12 +22,14 @@ from charlstm.inference.score import Score
 from charlstm.model import language_model
 from charlstm.run import run_directory
 from charlstm.run.checkpoint import Checkpoints
-from charlstm.training import step as step_lib
+from charlstm.training import train_state
 from charlstm.training.loss import cross_entropy
 from data_pipeline.build.corpora import resolve
 from data_pipeline.shards import open_corpus
 from launch import evaluate
 from tests.conftest import ROOT
+
+pytestmark = pytest.mark.usefixtures("unoptimized")
 
 KEYS = {
     "split", "step", "bits_per_symbol", "bits_per_character", "bits_per_byte", "symbols", "characters", "bytes",
@@ -55,9 +57,11 @@ def make_run(folder, scores, vocabulary="characters", text=TEXT, **changes):
     run_directory.create(folder / "run", config, identity, [])
     with Checkpoints(folder / "run" / "checkpoints", keep=9, log=print) as checkpoints:
         for step, score in scores.items():
-            state = step_lib.init(config, corpus.vocabulary.size)
+            state = train_state.init(config, corpus.vocabulary.size)
             params = params_of(config, step, corpus.vocabulary.size)
-            state = step_lib.place(distributed.make(), state._replace(step=jnp.asarray(step, jnp.int32), params=params))
+            state = train_state.place(
+                distributed.make(), state._replace(step=jnp.asarray(step, jnp.int32), params=params)
+            )
             checkpoints.save(state, run_directory.checkpoint_identity(config, identity), score)
     return folder / "run"
 

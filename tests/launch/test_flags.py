@@ -18,7 +18,7 @@ from charlstm.config import Config
 from charlstm.distributed import make as make_mesh
 from charlstm.run import run_directory
 from charlstm.run.checkpoint import Checkpoints
-from charlstm.training import step as step_lib
+from charlstm.training import train_state
 from data_pipeline.build.prepare import prepare
 from data_pipeline.settings import CorpusSettings
 from launch import cli, evaluate, flags, sample, train, tune
@@ -29,6 +29,8 @@ from launch.watchdog import WatchdogFlags
 from tests.conftest import ROOT
 from tests.jobs import last_line
 from tests.launch.conftest import SMALL, TINY, process, refusal, steps, tree
+
+pytestmark = pytest.mark.usefixtures("unoptimized")
 
 CONFIGS = sorted((ROOT / "configs").glob("*.flags"))
 
@@ -382,7 +384,7 @@ def test_a_prepared_directory_says_which_vocabulary_the_run_has(folder, argument
 
 def saved_state(run_dir: Path, step: int | None = None):
     config, identity = run_directory.read(run_dir)
-    abstract = step_lib.abstract(config, identity.vocabulary.size, make_mesh())
+    abstract = train_state.abstract(config, identity.vocabulary.size, make_mesh())
     with Checkpoints(run_dir / "checkpoints", writable=False, log=print) as checkpoints:
         return checkpoints.restore(abstract, step=step)[0]
 

@@ -17,7 +17,7 @@ from charlstm import distributed
 from charlstm.config import Config
 from charlstm.run import memory
 from charlstm.run.memory import Limit
-from charlstm.training import step as step_lib
+from charlstm.training import train_state
 from launch import cli, train
 from tests.conftest import ROOT
 from tests.launch.conftest import refusal
@@ -97,7 +97,7 @@ def test_sizes_that_no_machine_has_are_refused_before_anything_is_traced(
 )
 def test_the_state_is_known_about_before_it_is_traced(changes):
     config = config_lib.replace(Config(), **{"hidden_size": 256, "batch_size": 1, "embedding_size": 100} | changes)
-    state = jax.eval_shape(lambda: step_lib.init(config_lib.fill_automatic(config, 1), 96))
+    state = jax.eval_shape(lambda: train_state.init(config_lib.fill_automatic(config, 1), 96))
     there = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     assert 0.7 * there < memory.state_bytes(config, 96) <= there
 

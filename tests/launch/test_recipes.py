@@ -17,7 +17,7 @@ from charlstm import distributed
 from charlstm.config import Config
 from charlstm.model import language_model
 from charlstm.run import estimate, search_space
-from charlstm.training import plateau, schedules, step
+from charlstm.training import plateau, schedules, step, train_state
 from data_pipeline.batch import Batch
 from data_pipeline.build.corpora import resolve
 from data_pipeline.shards import open_corpus
@@ -114,7 +114,7 @@ def test_a_recipe_with_sizes_turned_down_takes_two_updates(name):
     config = config_lib.fill_automatic(config_lib.replace(config, **small), 1)
     mesh, random = distributed.make(jax.devices()[:1]), np.random.default_rng(0)
     train_step = step.make(config, 7, mesh, steps_per_epoch=10)
-    state = step.place(mesh, step.init(config, 7))
+    state = train_state.place(mesh, train_state.init(config, 7))
     before = jax.tree.map(np.asarray, state.params)
     for _ in range(2):
         ids = random.integers(0, 7, (4, 9), dtype=np.uint8)

@@ -14,7 +14,7 @@ import pytest
 from charlstm import distributed
 from charlstm.run import run_directory
 from charlstm.run.checkpoint import Checkpoints
-from charlstm.training import step as step_lib
+from charlstm.training import train_state
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -61,7 +61,7 @@ def final_state(run_dir: Path):
     config, identity = run_directory.read(run_dir)
     mesh = distributed.make(jax.devices()[:1])
     with Checkpoints(run_dir / "checkpoints", writable=False, log=print) as checkpoints:
-        return checkpoints.restore(step_lib.abstract(config, identity.vocabulary.size, mesh))[0]
+        return checkpoints.restore(train_state.abstract(config, identity.vocabulary.size, mesh))[0]
 
 
 def assert_same_end(one: Path, other: Path):

@@ -16,6 +16,8 @@ from tests.conftest import ROOT
 from tests.jobs import last_line
 from tests.launch.conftest import process, refusal, tree
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 
 def test_a_run_goes_on_when_the_terminal_it_was_started_in_goes_away(trained, arguments, tmp_path):
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}

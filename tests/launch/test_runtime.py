@@ -15,6 +15,7 @@ from charlstm import distributed
 from charlstm.config import Config
 from charlstm.run import estimate
 from charlstm.training import step as step_lib
+from charlstm.training import train_state
 from data_pipeline.batch import Batch
 from launch import runtime
 from launch.cluster import JobFlags
@@ -110,7 +111,7 @@ def test_the_temporaries_of_an_update_are_known_about_before_it_is_compiled(chan
     mesh, shape = distributed.make(jax.devices()[:1]), (config.streams.batch_size, config.streams.window)
     ids = jax.ShapeDtypeStruct(shape, np.uint8)
     batch = distributed.abstract(mesh, distributed.BY_STREAM, Batch(ids, ids, jax.ShapeDtypeStruct(shape, np.bool_)))
-    program = step_lib.make(config, 96, mesh, 1000).lower(step_lib.abstract(config, 96, mesh), batch).compile()
+    program = step_lib.make(config, 96, mesh, 1000).lower(train_state.abstract(config, 96, mesh), batch).compile()
     told = program.memory_analysis().temp_size_in_bytes
     assert 0.6 * told < estimate.estimate_temp_bytes(config, 1) < 1.4 * told, told
 

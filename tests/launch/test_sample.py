@@ -23,7 +23,7 @@ from charlstm.inference.generate import Chunk, Sampling, generate
 from charlstm.model import language_model
 from charlstm.run import run_directory
 from charlstm.run.checkpoint import Checkpoints
-from charlstm.training import step as step_lib
+from charlstm.training import train_state
 from data_pipeline.vocabulary import UNKNOWN, Vocabulary
 from launch import sample
 from launch.sample import Sample
@@ -50,10 +50,10 @@ def make_run(run_dir, vocabulary, config=CONFIG):
     run_directory.create(run_dir, config, identity, [])
     with Checkpoints(run_dir / "checkpoints", log=print) as checkpoints:
         for step, score in SCORES.items():
-            state = step_lib.init(config, vocabulary.size)
+            state = train_state.init(config, vocabulary.size)
             state = state._replace(step=jnp.asarray(step, jnp.int32), params=params_of(step, vocabulary))
             own = run_directory.checkpoint_identity(config, identity)
-            checkpoints.save(step_lib.place(distributed.make(), state), own, score)
+            checkpoints.save(train_state.place(distributed.make(), state), own, score)
     return run_dir
 
 

@@ -22,7 +22,7 @@ from charlstm import distributed
 from charlstm.config import Config
 from charlstm.run import corpus, digest, run_directory, step_directory
 from charlstm.run.checkpoint import Checkpoints
-from charlstm.training import step as step_lib
+from charlstm.training import train_state
 from data_pipeline.streams import StreamPlan
 from launch import cli, flags, train
 from tests.conftest import ROOT
@@ -182,7 +182,7 @@ def test_the_digest_of_the_last_line_is_that_of_the_last_checkpoint(trained):
     config, identity = run_directory.read(trained)
     mesh = distributed.make(jax.devices()[:2])
     with Checkpoints(trained / "checkpoints", writable=False, log=print) as checkpoints:
-        state, meta = checkpoints.restore(step_lib.abstract(config, identity.vocabulary.size, mesh))
+        state, meta = checkpoints.restore(train_state.abstract(config, identity.vocabulary.size, mesh))
     assert meta["step"] == int(state.step) == 20
     assert lines_of(trained)[-1]["state_digest"] == digest.state_digest(state)
 

@@ -12,7 +12,7 @@ from charlstm.config import Config
 from charlstm.config.model import ModelConfig
 from charlstm.inference import evaluate, generate
 from charlstm.model import dropout, language_model
-from charlstm.training import step
+from charlstm.training import step, train_state
 from charlstm.training.loss import cross_entropy
 from data_pipeline.batch import Batch
 
@@ -184,7 +184,7 @@ def losses(**changes) -> np.ndarray:
     config = config_lib.replace(Config(), **small | {"logical_shards": 8, "decay_steps": 10} | changes)
     inputs, targets, _ = (np.repeat(a[:1, :4], 16, axis=0).astype(np.uint8) for a in window())
     mesh = distributed.make(jax.devices()[:4])
-    state = step.place(mesh, step.init(config, V))
+    state = train_state.place(mesh, train_state.init(config, V))
     batch = distributed.put(mesh, distributed.BY_STREAM, Batch(inputs, targets, np.zeros((16, 4), bool)))
     return np.asarray(step.make(config, V, mesh, 100)(state, batch)[1].loss_B)
 

@@ -15,6 +15,8 @@ from charlstm.model.dropout import DropoutKey
 from charlstm.model.ops import autodiff_scan
 from tests.model.cells.test_cells import equations
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 V, B, T, H, E = 9, 4, 6, 6, 5
 OPTIONS = {"state_dropout": 0.2, "zoneout": 0.2, "zoneout_cell": 0.4, "mogrifier_rounds": 3, "mogrifier_rank": 2}
 EVERYTHING = OPTIONS | {"cell": "lstm", "weight_norm": True, "train_initial_state": True}

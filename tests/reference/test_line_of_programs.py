@@ -19,7 +19,7 @@ from charlstm.config import Config
 from charlstm.inference import generate
 from charlstm.model import language_model
 from charlstm.reference import min_char_rnn, numpy_lstm
-from charlstm.training import step
+from charlstm.training import step, train_state
 from charlstm.training.loss import cross_entropy
 from charlstm.types import CellParams, CellState, ModelParams
 from data_pipeline.batch import Batch
@@ -129,7 +129,7 @@ def batches(ids: np.ndarray, B: int, count: int) -> list[Batch]:
 def trained(config: Config, params: ModelParams, read: list[Batch]) -> tuple[ModelParams, list[float]]:
     """The parameters after an update on each of the batches, and the loss of each."""
     mesh = distributed.make(jax.devices()[:1])
-    state, losses = step.place(mesh, step.init(config, V)._replace(params=params)), []
+    state, losses = train_state.place(mesh, train_state.init(config, V)._replace(params=params)), []
     train_step = step.make(config, V, mesh, steps_per_epoch=10)
     for batch in read:
         state, metrics = train_step(state, distributed.put(mesh, distributed.BY_STREAM, batch))
@@ -281,7 +281,7 @@ def test_a_longer_window_is_no_longer_program(cell, monkeypatch):
         ids = jax.ShapeDtypeStruct((2, T), np.uint8)
         batch = Batch(ids, ids, jax.ShapeDtypeStruct((2, T), np.bool_))
         train_step = step.make(config, V, mesh, steps_per_epoch=10)
-        program = jax.make_jaxpr(train_step)(jax.eval_shape(lambda: step.init(config, V)), batch)
+        program = jax.make_jaxpr(train_step)(jax.eval_shape(lambda: train_state.init(config, V)), batch)
         return sum(1 for _ in equations(program.jaxpr))
 
     assert length(8) == length(64)

@@ -333,6 +333,8 @@ from pathlib import Path
 from tests import conftest
 from tests.run.test_checkpoint import IDENTITY, abstract_state, bits, host_state, make_state, names
 from charlstm.run.checkpoint import Checkpoints
+
+pytestmark = pytest.mark.usefixtures("unoptimized")
 """
 
 FULL_DISK = (

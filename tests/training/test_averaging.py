@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from charlstm.config.training import OptimizerConfig
-from charlstm.training import averaging, plateau, step
+from charlstm.training import averaging, plateau, train_state
 from charlstm.types import ModelParams
 from tests.training.test_divergence import SKIP, advance, beyond
 from tests.training.test_step import QUIET, V, assert_equal_bits, make_config
@@ -83,7 +83,7 @@ EMA, ASGD = (
 
 
 def test_where_none_is_kept_nothing_is_paid_for_it():
-    before = step.init(SKIP, V)
+    before = train_state.init(SKIP, V)
     assert before.average == ()
     state, _ = advance(SKIP, before, [0])
     assert (state.average, int(state.plateau.averaged)) == ((), 0)
@@ -91,16 +91,16 @@ def test_where_none_is_kept_nothing_is_paid_for_it():
 
 @pytest.mark.parametrize(("config", "others"), [(EMA, (1,)), (ASGD, ())], ids=["ema", "asgd"])
 def test_the_average_has_the_same_bits_on_any_number_of_devices_and_leaves_training_alone(config, others):
-    straight, _ = advance(SKIP, step.init(SKIP, V), range(3))
-    state, _ = advance(config, step.init(config, V), range(3))
+    straight, _ = advance(SKIP, train_state.init(SKIP, V), range(3))
+    state, _ = advance(config, train_state.init(config, V), range(3))
     assert_equal_bits((state.params, state.opt_state), (straight.params, straight.opt_state))
     for devices in others:
-        assert_equal_bits(state, advance(config, step.init(config, V), range(3), devices)[0])
+        assert_equal_bits(state, advance(config, train_state.init(config, V), range(3), devices)[0])
 
 
 @pytest.mark.parametrize("config", [EMA, ASGD], ids=["ema", "asgd"])
 def test_an_update_that_is_skipped_is_not_averaged(config):
-    before, _ = advance(config, step.init(config, V), [0, 1])
+    before, _ = advance(config, train_state.init(config, V), [0, 1])
     after, (metrics,) = advance(config, before, [beyond(config, 2)])
     assert not metrics.accepted
     assert_equal_bits((after.average, after.plateau), (before.average, before.plateau))
@@ -109,8 +109,8 @@ def test_an_update_that_is_skipped_is_not_averaged(config):
 
 def test_a_run_that_starts_from_other_parameters_starts_their_average():
     config = make_config(average="ema")
-    state = step.init(config, V)
+    state = train_state.init(config, V)
     other = jax.tree.map(lambda p: p + 1, state.params)
-    begun = step.with_params(config, state, other)
+    begun = train_state.with_params(config, state, other)
     assert_equal_bits((begun.params, begun.average), (other, other))
-    assert step.with_params(make_config(), state, other).average == ()
+    assert train_state.with_params(make_config(), state, other).average == ()

@@ -9,7 +9,7 @@ from charlstm import config as config_lib
 from charlstm import distributed
 from charlstm.config.training import TrainingConfig
 from charlstm.run import digest, replicas
-from charlstm.training import divergence, step
+from charlstm.training import divergence, train_state
 from tests.training.test_step import QUIET, V, assert_equal_bits, batch, compiled, make_config
 
 
@@ -18,7 +18,7 @@ def advance(config, state, numbers, devices=4, spoil=lambda state: state):
     mesh, train_step = compiled(config, devices)
     found = []
     for number in numbers:
-        placed = step.place(mesh, jax.tree.map(np.asarray, spoil(state)))
+        placed = train_state.place(mesh, jax.tree.map(np.asarray, spoil(state)))
         spoil = lambda state: state  # noqa: E731
         read = batch(config, number) if isinstance(number, int) else number
         state, metrics = train_step(placed, distributed.put(mesh, distributed.BY_STREAM, read))
@@ -61,7 +61,7 @@ SPIKE = config_lib.replace(SKIP, spike_factor=1.5)
 
 @pytest.fixture(scope="module")
 def begun():
-    return advance(SKIP, step.init(SKIP, V), [0, 1])[0]
+    return advance(SKIP, train_state.init(SKIP, V), [0, 1])[0]
 
 
 @pytest.mark.parametrize("devices", [4, 1])
@@ -119,13 +119,13 @@ def test_a_poisoned_parameter_is_told_from_a_poisoned_gradient(poison, begun):
 
 def test_the_same_bits_whether_or_not_the_run_would_skip():
     plain = config_lib.replace(SKIP, on_divergence="stop")
-    one, other = (advance(config, step.init(config, V), range(4))[0] for config in (plain, SPIKE))
+    one, other = (advance(config, train_state.init(config, V), range(4))[0] for config in (plain, SPIKE))
     assert_equal_bits(one, other)
 
 
 def test_every_device_count_skips_alike():
     def spoiled(devices):
-        first, _ = advance(SKIP, step.init(SKIP, V), [0], devices)
+        first, _ = advance(SKIP, train_state.init(SKIP, V), [0], devices)
         return advance(SKIP, first, [1, 2, 3], devices, with_row(9, np.nan))
 
     assert_equal_bits(spoiled(4), spoiled(1))
@@ -141,7 +141,7 @@ def test_an_update_is_sound_where_loss_norm_and_new_parameters_are_finite_and_on
 
 
 def test_a_spike_is_a_loss_of_more_than_so_many_times_the_usual_one():
-    state, metrics = advance(SPIKE, step.init(SPIKE, V), range(3))
+    state, metrics = advance(SPIKE, train_state.init(SPIKE, V), range(3))
     assert all(m.accepted for m in metrics)
     usual = float(state.divergence.loss_ema)
     assert usual == pytest.approx(0.98 * (0.98 * metrics[0].loss + 0.02 * metrics[1].loss) + 0.02 * metrics[2].loss)
@@ -162,12 +162,12 @@ def test_a_spike_is_a_loss_of_more_than_so_many_times_the_usual_one():
 
 def test_going_back_leaves_windows_out_and_carries_nothing_over(begun):
     mesh, _ = compiled(SKIP, 4)
-    state = step.place(mesh, jax.tree.map(jnp.asarray, begun))
-    back = jax.tree.map(np.asarray, step.roll_back(mesh, state, 7))
+    state = train_state.place(mesh, jax.tree.map(jnp.asarray, begun))
+    back = jax.tree.map(np.asarray, train_state.roll_back(mesh, state, 7))
     assert (back.divergence.next_window, back.divergence.rollbacks, back.step) == (2 + 7, 1, 2)
     assert not any(leaf.any() for leaf in jax.tree.leaves(back.recurrent_state))
     assert_equal_bits((back.params, back.opt_state), (begun.params, begun.opt_state))
-    again = jax.tree.map(np.asarray, step.roll_back(mesh, state, 0))
+    again = jax.tree.map(np.asarray, train_state.roll_back(mesh, state, 0))
     assert again.divergence.next_window == 2
     assert_equal_bits(again.recurrent_state, begun.recurrent_state)
 

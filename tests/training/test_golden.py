@@ -18,7 +18,7 @@ import pytest
 
 from charlstm import distributed
 from charlstm.run.checkpoint import Checkpoints
-from charlstm.training import step
+from charlstm.training import train_state
 from tests.training import test_step
 
 V = test_step.V
@@ -72,7 +72,7 @@ def after_a_skip() -> str:
     layers[0].h[3] = np.nan
     mesh, train_step = test_step.compiled(config, 8)
     for number in (2, 3):
-        placed = step.place(mesh, state._replace(recurrent_state=layers))
+        placed = train_state.place(mesh, state._replace(recurrent_state=layers))
         state, _ = train_step(placed, distributed.put(mesh, distributed.BY_STREAM, test_step.batch(config, number)))
         state = jax.tree.map(np.asarray, state)
         layers = state.recurrent_state
@@ -84,13 +84,13 @@ def after_going_back_and_a_plateau() -> str:
         schedule="plateau", plateau_patience=1, average="asgd", average_patience=1, train_initial_state=True
     )
     mesh, train_step = test_step.compiled(config, 8)
-    state = step.place(mesh, step.init(config, V))
+    state = train_state.place(mesh, train_state.init(config, V))
     for number in range(6):
         state, _ = train_step(state, distributed.put(mesh, distributed.BY_STREAM, test_step.batch(config, number)))
         if number in (1, 2, 3):
-            state = step.update_plateau(config, mesh, state, 3.0)
+            state = train_state.update_plateau(config, mesh, state, 3.0)
         if number == 4:
-            state = step.roll_back(mesh, state, 2)
+            state = train_state.roll_back(mesh, state, 2)
     return digest(state)
 
 
@@ -100,10 +100,10 @@ def resumed(folder: Path) -> str:
     state, _ = test_step.run(config, [8], steps=2)
     mesh, _ = test_step.compiled(config, 8)
     with Checkpoints(folder, log=print) as checkpoints:
-        checkpoints.save(step.place(mesh, state), {}, None, {})
+        checkpoints.save(train_state.place(mesh, state), {}, None, {})
     mesh, train_step = test_step.compiled(config, 4)
     with Checkpoints(folder, log=print) as checkpoints:
-        state = checkpoints.restore(step.abstract(config, V, mesh))[0]
+        state = checkpoints.restore(train_state.abstract(config, V, mesh))[0]
     for number in (2, 3):
         state, _ = train_step(state, distributed.put(mesh, distributed.BY_STREAM, test_step.batch(config, number)))
     return digest(state)

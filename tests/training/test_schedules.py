@@ -204,9 +204,9 @@ def test_a_decay_rate_below_zero_is_refused():
 PLATEAU = dict(schedule="plateau", plateau_patience=3)
 
 
-def remarks(num_steps=100, evaluate_every=10, begun=False, **settings) -> list[str]:
+def remarks(num_steps=100, evaluate_every=10, resumed=False, **settings) -> list[str]:
     training = TrainingConfig(num_steps=num_steps, evaluate_every=evaluate_every)
-    return list(schedules.remarks(OptimizerConfig(**settings), training, 10, begun))
+    return list(schedules.remarks(OptimizerConfig(**settings), training, 10, resumed))
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def remarks(num_steps=100, evaluate_every=10, begun=False, **settings) -> list[s
             "--decay_steps=0 is the whole run",
         ),
         (
-            dict(schedule="linear", decay_steps=80, final_fraction=0.5, learning_rate=0.01, begun=True),
+            dict(schedule="linear", decay_steps=80, final_fraction=0.5, learning_rate=0.01, resumed=True),
             "the learning rate is 0.005 from step 80 on, for 20% of the 100 steps, as decay_steps=80: a decay over 100 "
             "steps is a new run",
         ),

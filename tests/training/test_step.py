@@ -12,7 +12,7 @@ from charlstm import config as config_lib
 from charlstm import distributed
 from charlstm.config import Config
 from charlstm.model import language_model
-from charlstm.training import step
+from charlstm.training import step, train_state
 from charlstm.training.loss import cross_entropy
 from charlstm.types import Metrics
 from data_pipeline.batch import Batch
@@ -57,10 +57,10 @@ def compiled(config: Config, devices: int):
 
 def run(config: Config, devices: list[int], steps: int = 4) -> tuple[step.TrainState, list]:
     """The state after `steps`, each step made on the next of `devices` (a count of them), and all metrics."""
-    state, metrics = step.init(config, V), []
+    state, metrics = train_state.init(config, V), []
     for number in range(steps):
         mesh, train_step = compiled(config, devices[number % len(devices)])
-        state = step.place(mesh, jax.tree.map(np.asarray, state))
+        state = train_state.place(mesh, jax.tree.map(np.asarray, state))
         state, reported = train_step(state, distributed.put(mesh, distributed.BY_STREAM, batch(config, number)))
         metrics.append(jax.tree.map(np.asarray, reported))
     return jax.tree.map(np.asarray, state), metrics
@@ -121,7 +121,7 @@ def test_the_fast_reduction_is_within_1e_5_of_the_exact_one_on_any_number_of_dev
 def test_the_gradient_is_reduced_once_an_update_and_never_in_a_loop(config):
     fast = config.training.reduction == "fast"
     mesh, train_step = compiled(config, 4)
-    state = step.abstract(config, V, mesh)
+    state = train_state.abstract(config, V, mesh)
     rows = distributed.abstract(mesh, distributed.BY_STREAM, batch(config, 0))
     text = train_step.lower(state, rows).compile().as_text()
     expected = {"all-reduce": 1} if fast else {"all-to-all": 1, "all-gather": 1}
@@ -137,10 +137,10 @@ def test_windows_of_other_lengths_scale_the_rate_compile_once_each_and_have_the_
 
     def after(devices):
         mesh, train_step = compiled(PLAIN, devices)
-        state, metrics = step.init(PLAIN, V), []
+        state, metrics = train_state.init(PLAIN, V), []
         for number, width in enumerate(widths):
             rows = Batch(*(np.ascontiguousarray(a[:, :width]) for a in batch(PLAIN, number)))
-            placed = step.place(mesh, jax.tree.map(np.asarray, state))
+            placed = train_state.place(mesh, jax.tree.map(np.asarray, state))
             state, reported = train_step(placed, distributed.put(mesh, distributed.BY_STREAM, rows))
             metrics.append(jax.tree.map(np.asarray, reported))
         return jax.tree.map(np.asarray, state), metrics
@@ -157,7 +157,7 @@ def test_windows_of_other_lengths_scale_the_rate_compile_once_each_and_have_the_
 @pytest.mark.parametrize("config", [PLAIN, FAST], ids=["exact", "fast"])
 def test_the_update_is_that_of_the_mean_loss_over_all_symbols_by_plain_autodiff(config):
     rows = batch(config, 0)
-    start = jax.tree.map(np.asarray, step.init(config, V))
+    start = jax.tree.map(np.asarray, train_state.init(config, V))
 
     def mean_loss(params):
         state = language_model.zero_state(config.model, len(rows.inputs))
@@ -177,11 +177,11 @@ def test_the_update_is_that_of_the_mean_loss_over_all_symbols_by_plain_autodiff(
 def after_an_update(config: Config, state: step.TrainState, rows: Batch) -> tuple[step.TrainState, Metrics]:
     """What one update on 4 devices makes of a state."""
     mesh, train_step = compiled(config, 4)
-    return train_step(step.place(mesh, state), distributed.put(mesh, distributed.BY_STREAM, rows))
+    return train_step(train_state.place(mesh, state), distributed.put(mesh, distributed.BY_STREAM, rows))
 
 
 def test_every_device_holds_the_same_parameters():
-    state, _ = after_an_update(PLAIN, step.init(PLAIN, V), batch(PLAIN, 0))
+    state, _ = after_an_update(PLAIN, train_state.init(PLAIN, V), batch(PLAIN, 0))
     for leaf in jax.tree.leaves((state.params, state.opt_state)):
         copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
         assert len(copies) == 4
@@ -190,16 +190,16 @@ def test_every_device_holds_the_same_parameters():
 
 
 def test_the_recurrent_state_is_split_by_stream_and_carried():
-    h = step.place(compiled(PLAIN, 4)[0], step.init(PLAIN, V)).recurrent_state[0].h
+    h = train_state.place(compiled(PLAIN, 4)[0], train_state.init(PLAIN, V)).recurrent_state[0].h
     assert h.addressable_shards[0].data.shape == (6, 12)
     assert not np.asarray(h).any()
-    state, _ = after_an_update(PLAIN, step.init(PLAIN, V), batch(PLAIN, 0))
+    state, _ = after_an_update(PLAIN, train_state.init(PLAIN, V), batch(PLAIN, 0))
     assert np.asarray(state.recurrent_state[0].h).any(1).all()
     assert int(state.step) == 1
 
 
 def test_a_stream_that_is_not_finite_is_named_by_its_row():
-    start = step.init(PLAIN, V)
+    start = train_state.init(PLAIN, V)
     poisoned = start.recurrent_state[1].h.at[5, 3].set(jnp.nan)
     layers = (start.recurrent_state[0], start.recurrent_state[1]._replace(h=poisoned))
     rows = batch(PLAIN, 0)
@@ -220,7 +220,7 @@ def test_a_poisoned_stream_and_a_run_gone_back_start_from_the_trained_state():
     rows.reset[:] = False
     after, metrics = after_an_update(config, state._replace(recurrent_state=layers), rows)
     assert not metrics.accepted and np.flatnonzero(~np.asarray(metrics.finite_B)).tolist() == [5]
-    back = step.roll_back(compiled(config, 4)[0], after, 1).recurrent_state
+    back = train_state.roll_back(compiled(config, 4)[0], after, 1).recurrent_state
     for found, went_back, expected in zip(*map(jax.tree.leaves, (after.recurrent_state, back, first)), strict=True):
         np.testing.assert_array_equal(found[5], expected[5])
         np.testing.assert_array_equal(went_back, expected)

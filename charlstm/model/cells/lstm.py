@@ -65,7 +65,7 @@ def init(
     """Parameters of one layer, float32; `initializer` and `scale` as in `charlstm.model.initializers`.
 
     The forget gate's slice of b_x is `forget_bias`, as char-rnn and Jozefowicz, Zaremba and Sutskever (ICML 2015) set
-    it; its slice of b_h stays as drawn: zero, but under "pytorch" and "uniform".
+    it; its slice of b_h stays as drawn: zero, except with "pytorch" and "uniform".
     """
     params = initializers.layer(initializer, key, input_width, hidden_size, blocks, scale=scale)
     return params._replace(b_x=params.b_x.at[hidden_size : 2 * hidden_size].set(forget_bias))
@@ -128,7 +128,7 @@ def _fused_gates(a_BG: jax.Array) -> jax.Array:
 def backward(
     matmul: Matmul, dh: jax.Array, dc: Any, kept: Kept, saved: Sequence[jax.Array], variant: str
 ) -> tuple[jax.Array, None, jax.Array, jax.Array]:
-    """Gradients: ds, no other of h⁻, dc⁻; and da.  See `ops.scan.Cell`."""
+    """Returns (ds, None, dc⁻, da): h⁻ has no gradient but through s.  See `ops.scan.Cell`."""
     das, dc_prev = gate_gradients(saved, kept.c_prev, dh, dc, variant)
     da = jnp.concatenate(das, axis=1)
     return matmul(da), None, dc_prev, da

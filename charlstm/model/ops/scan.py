@@ -15,7 +15,7 @@ Matmul = Callable[..., jax.Array]  # x, number of the matrix (0) -> x W of that 
 
 
 class Kept(NamedTuple):
-    """The states around a symbol that the loop keeps: of a cell with c, c⁻; of others, h⁻ and h.  The rest are None."""
+    """The states around a symbol that the loop keeps: c⁻ if the cell has a c, else h⁻ and h.  The others are None."""
 
     h_prev: Any  # [B, H] each
     h: Any
@@ -66,7 +66,8 @@ class Cell(Protocol):
     def backward(
         self, matmul: Matmul, dh: jax.Array, dc: Any, kept: Kept, saved: Any, variant: str
     ) -> tuple[jax.Array, jax.Array | None, jax.Array | None, Any]:
-        """Returns the gradients of h_masked, of prev.h besides, of prev.c, and a tree for `parameter_gradients`.
+        """Returns the gradients of h_masked, of prev.h by other paths (None: there are none), of prev.c, and a tree for
+        `parameter_gradients`.
 
         Args:
           dh: the gradient of the new h, from this symbol's output and from the next symbol together.
@@ -110,7 +111,7 @@ def recurrence(
 def _forward(cell, w_h, b, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
     dtype = state.h.dtype
     matmul, b_1G = _matmuls(cell, w_h, compute_dtype, dtype), b.astype(dtype)[None]
-    h_dtype = dtype if state.c is None else compute_dtype  # without a c, h is the memory that `backward` reads
+    h_dtype = dtype if state.c is None else compute_dtype  # without a c, `backward` reads h: in full precision
 
     def step(carry, symbol):
         (state, saved_TBG), (t, z_BG, reset_B) = carry, symbol
@@ -123,7 +124,7 @@ def _forward(cell, w_h, b, state, z_TBG, reset_TB, compute_dtype, variant, mask_
             saved_TBG, saved = jax.lax.dynamic_update_index_in_dim(saved_TBG, saved, t, 0), None
         return (new, saved_TBG), (new.h.astype(h_dtype), prev.c, saved)
 
-    # In place of z, symbol by symbol: one array less of the largest there are.
+    # Overwrites z with the saved gates, symbol by symbol, which needs one array [T, B, G] less.
     start, z = ((state, z_TBG.astype(dtype)), None) if cell.SAVED_OVER_Z else ((state, None), z_TBG)
     (final, over_z), (h_TBH, c_prev_TBH, saved) = scan(step, start, (jnp.arange(len(z_TBG)), z, reset_TB))
     saved = over_z if cell.SAVED_OVER_Z else saved
@@ -146,9 +147,9 @@ def _backward(cell, compute_dtype, variant, residuals, cotangents):
         dh_above, kept, saved, reset_B = symbol
         dh = dh_above.astype(dtype) + dstate.h
         saved = blocks_at(saved_TB, saved, cell.GATES) if cell.SAVED_OVER_Z else saved
-        dh_masked, dh_besides, dc_prev, gradients = cell.backward(matmul, dh, dstate.c, kept, saved, variant)
+        dh_masked, dh_direct, dc_prev, gradients = cell.backward(matmul, dh, dstate.c, kept, saved, variant)
         dh_prev = dh_masked if mask_BH is None else dh_masked * mask_BH
-        dprev = CellState(dh_prev if dh_besides is None else dh_besides + dh_prev, dc_prev)
+        dprev = CellState(dh_prev if dh_direct is None else dh_direct + dh_prev, dc_prev)
         return zero_where(reset_B, dprev), jax.tree.map(lambda d: d.astype(z_like.dtype), gradients)
 
     symbols = dh_TBH, kept, jnp.arange(T) if cell.SAVED_OVER_Z else saved_TB, reset_TB

@@ -16,6 +16,8 @@ from charlstm.model.ops import matmul
 from charlstm.model.ops.scan import recurrence
 from charlstm.types import CellParams, CellState
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 T, B, D, H = 7, 4, 3, 5
 MASK_BH = np.random.default_rng(5).choice([0.0, 1.25], (B, H))
 

@@ -15,7 +15,7 @@ from charlstm import distributed
 from charlstm.config import Config
 from charlstm.inference import evaluate
 from charlstm.model.ops import compiler
-from charlstm.training import step
+from charlstm.training import step, train_state
 from data_pipeline.batch import Batch
 from tests.jobs import ROOT, last_line
 
@@ -35,7 +35,7 @@ def compiled(name: str) -> str:
     config, mesh = config_lib.fill_automatic(config, 1), distributed.make(jax.devices()[:1])
     ids, truth = jax.ShapeDtypeStruct((4, 3), np.uint8), jax.ShapeDtypeStruct((4, 3), np.bool_)
     batch, scored = distributed.abstract(mesh, distributed.BY_STREAM, (Batch(ids, ids, truth), truth))
-    state = step.abstract(config, 100, mesh)
+    state = train_state.abstract(config, 100, mesh)
     if name == "step":
         return step.make(config, 100, mesh, 100).lower(state, batch).compile().as_text()
     window = evaluate.make_window(config, mesh)
@@ -109,7 +109,7 @@ plan = StreamPlan(len(corpus.splits["train"]), config.streams.batch_size, config
     reset_probability=config.streams.reset_probability)
 V = corpus.vocabulary.size
 train_step = step.make(config, V, mesh, plan.steps_per_epoch)
-state = step.place(mesh, step.init(config, V))
+state = train_state.place(mesh, train_state.init(config, V))
 with open_windows(corpus.splits["train"], plan, rows=range(config.streams.batch_size)) as windows:
     for _ in range(config.training.num_steps):
         state, _ = train_step(state, distributed.put(mesh, distributed.BY_STREAM, next(windows)))

@@ -22,6 +22,7 @@ from charlstm.model.cells import lstm
 from charlstm.model.dropout import DropoutKey
 from charlstm.model.ops import lstm_pallas, scan
 from charlstm.training import step as step_lib
+from charlstm.training import train_state
 from charlstm.types import CellState
 from data_pipeline.batch import Batch
 
@@ -185,7 +186,7 @@ def test_the_whole_step_is_lowered_for_a_gpu_by_every_jax_that_is_offered_it(bac
     config = config_lib.fill_automatic(config, 1)
     ids = jax.ShapeDtypeStruct((4, 4), np.uint8)
     batch = Batch(ids, ids, jax.ShapeDtypeStruct(ids.shape, np.bool_))
-    state, batch = step_lib.abstract(config, 256, mesh), distributed.abstract(mesh, distributed.BY_STREAM, batch)
+    state, batch = train_state.abstract(config, 256, mesh), distributed.abstract(mesh, distributed.BY_STREAM, batch)
     traced = step_lib.make(config, 256, mesh, 100).trace(state, batch)
     lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert ("mosaic_gpu" in lowered) == (backend == "fused")
