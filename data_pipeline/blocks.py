@@ -42,6 +42,13 @@ class Blocks:
     def __reduce__(self) -> tuple:
         return Blocks, (self.store, self._shards, self._itemsize, self._block_bytes, self._cache)
 
+    def separate(self) -> "Blocks":
+        """Returns the same blocks, memory and cache for a reader that can be closed apart from others."""
+        other = object.__new__(Blocks)  # copy.copy would copy neither memory nor cache, by __reduce__
+        other.__dict__ |= self.__dict__
+        other.store = self.store.separate()
+        return other
+
     def keep(self, places: int) -> None:
         """Keeps a block and the checksums of a shard in memory for each of the places that are read in turn."""
         self._kept.capacity, self._checksums.capacity = places, max(PLACES, places)

@@ -50,7 +50,10 @@ class Directory:
     def waiting(self) -> str:
         return ""
 
-    def interrupt(self) -> None:
+    def separate(self) -> "Directory":
+        return self
+
+    def close(self) -> None:
         pass
 
 

@@ -77,7 +77,7 @@ def read_chunks(
     """
     before = 1 + looks_back(separator)
     runs: Runs[tuple[int, int], np.ndarray] = Runs(
-        split, len(rows), lambda run: _read_run(split, plan, rows, before, *run, windows)
+        split, len(rows), lambda split, run: _read_run(split, plan, rows, before, *run, windows)
     )
     windows = min(max(1, runs.symbols // plan.window), plan.windows)
     try:

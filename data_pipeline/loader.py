@@ -22,7 +22,7 @@ class WindowSource:
     """
 
     def __init__(self, split: Symbols, plan: StreamPlan, rows: range, separator: Separator = ()) -> None:
-        self._split, self._plan, self._rows, self._separator = split, plan, rows, separator
+        self._plan, self._rows, self._separator = plan, rows, separator
         self._runs: Runs[int, Batch] = Runs(split, len(rows), self._read)  # by first step
         self._run_windows = min(max(1, self._runs.symbols // plan.window), plan.period)
 
@@ -44,10 +44,10 @@ class WindowSource:
         """Returns the number of windows of the run that begins with `step`: fewer at the end of a period."""
         return min(self._run_windows, self._plan.period - step % self._plan.period)
 
-    def _read(self, first: int) -> Batch:
+    def _read(self, split: Symbols, first: int) -> Batch:
         """Returns the run that begins with step `first`: arrays [rows, symbols]."""
         windows = self._in_run(first)
-        return self._plan.read(self._split, first, self._rows, windows=windows, separator=self._separator)
+        return self._plan.read(split, first, self._rows, windows=windows, separator=self._separator)
 
 
 class Windows:

@@ -51,9 +51,13 @@ class Split:
         assert count >= 1
         self._blocks.keep(count)
 
-    def interrupt(self) -> None:
-        """Makes readings that wait for an object store give up."""
-        self._blocks.store.interrupt()
+    def separate(self) -> "Split":
+        """Returns the same split for a reader that can be closed apart from others."""
+        return Split(self._record, self.dtype, self._blocks.separate()) if self.is_remote else self
+
+    def close(self) -> None:
+        """Makes readings of an object store give up: those that wait for it, and later ones."""
+        self._blocks.store.close()  # what the pool has still to do fails at once
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Returns the ids `[stop - start]` of symbols `start` to `stop`, of `self.dtype`, as a new array.

@@ -34,6 +34,10 @@ class Unreachable(OSError):
     """A store did not answer for as long as one was ready to wait."""
 
 
+class Missing(ValueError):
+    """There is no such object."""
+
+
 class Store(Protocol):
     """Named objects, read by ranges.  Thread-safe, and can be pickled.
 
@@ -68,8 +72,12 @@ class Store(Protocol):
         """Describes what is waited for, if a request takes long; else ""."""
         ...
 
-    def interrupt(self) -> None:
-        """Makes the requests that have failed, and wait to be repeated, give up."""
+    def separate(self) -> "Store":
+        """Returns the same store for a reader that can be closed apart from the others."""
+        ...
+
+    def close(self) -> None:
+        """Makes all requests give up that have failed or are still to be made."""
         ...
 
 
@@ -102,10 +110,8 @@ class Remote:
     def __init__(self, url: str, patience: float = PATIENCE) -> None:
         self._url, self._patience = checked_url(url), patience
         self._obstore, self._store = _connect(self._url)
-        self._begun: dict[object, float] = {}  # requests in flight, and since when
-        self._lock, self._told, self._trouble = threading.Lock(), 0.0, ""
-        self._interrupted = threading.Event()
-        self._answered = False
+        self._traffic = _Traffic()
+        self._closed = threading.Event()
 
     def __reduce__(self) -> tuple:
         return Remote, (self._url, self._patience)
@@ -149,38 +155,44 @@ class Remote:
         pass
 
     def waiting(self) -> str:
-        with self._lock:
-            seconds = time.monotonic() - min(self._begun.values(), default=time.monotonic())
-        return f"{self._url} does not answer{self._trouble}, {_spoken(seconds)}" if seconds >= TOLD_AFTER else ""
+        traffic = self._traffic
+        with traffic.lock:
+            seconds = time.monotonic() - min(traffic.begun.values(), default=time.monotonic())
+        return f"{self._url} does not answer{traffic.trouble}, {_spoken(seconds)}" if seconds >= TOLD_AFTER else ""
 
-    def interrupt(self) -> None:
-        self._interrupted.set()  # wakes those that wait
-        self._interrupted = threading.Event()
+    def separate(self) -> "Remote":
+        other = object.__new__(Remote)  # copy.copy would connect again, by __reduce__
+        other.__dict__ |= self.__dict__
+        other._closed = threading.Event()
+        return other
+
+    def close(self) -> None:
+        self._closed.set()
 
     def _patiently(self, name: str, request: Callable[[], Result]) -> Result:
         """Makes a request until it is answered."""
-        interrupted, pause = self._interrupted, BACKOFF[0]
-        with self._timed() as began:
+        pause, traffic = BACKOFF[0], self._traffic
+        with traffic.timed() as began:
             while True:
+                if self._closed.is_set():
+                    raise Unreachable(f"{self._url} is closed")
                 try:
                     result = request()
-                    self._answered, self._trouble = True, ""
+                    traffic.answered, traffic.trouble = True, ""
                     return result
                 except ValueError:
                     raise
                 except Exception as error:  # all of obstore's, which have no common class but this one
                     reason = self._reason(name, error)
-                self._trouble = f" ({reason})"
+                traffic.trouble = f" ({reason})"
                 if time.monotonic() - began > self._patience:
                     raise Unreachable(
                         f"{self._url} has not answered for {_spoken(self._patience)} ({reason}): the same command "
                         "goes on when it does; --remote_patience waits longer"
                     )
                 self._tell()
-                if interrupted.wait(
-                    min(pause * random.uniform(0.5, 1), max(0.0, began + self._patience - time.monotonic()) + 0.01)
-                ):
-                    raise Unreachable(f"{self._url} did not answer ({reason}), and nobody waits for it any more")
+                left = began + self._patience - time.monotonic()
+                self._closed.wait(min(pause * random.uniform(0.5, 1), max(0.0, left) + 0.01))
                 pause = min(2 * pause, BACKOFF[1])
 
     def _reason(self, name: str, error: Exception) -> str:
@@ -188,12 +200,12 @@ class Remote:
         text = " ".join(str(error).partition("\n\n")[0].split())
         status = found.group(1) if (found := _refusal.search(text)) else ""
         path, kind = self.path(name), type(error).__name__
-        if not self._answered and any(host in text for host in _metadata):
+        if not self._traffic.answered and any(host in text for host in _metadata):
             raise ValueError(f"{self._url}: no credentials were found in the environment: see docs/data.md")
         if isinstance(error, FileNotFoundError) or kind == "NotFoundError" or status == "404":
-            raise ValueError(f"{path} does not exist: check the name, and that the corpus was uploaded whole")
+            raise Missing(f"{path} does not exist: check the name, and that the corpus was uploaded whole")
         if kind in ("PermissionDeniedError", "UnauthenticatedError") or status in ("401", "403"):
-            raise ValueError(f"{path} may not be read with these credentials ({status or kind}): see docs/data.md")
+            raise ValueError(f"{path} is refused with these credentials ({status or kind}): see docs/data.md")
         if kind == "PreconditionError" or status == "412":
             raise ValueError(f"{path} was changed while it was read: prepare the corpus again")
         if status == "416":
@@ -204,26 +216,36 @@ class Remote:
             raise ValueError(f"{path}: {text[:200]}")
         return f"status {status}" if status else re.sub(r"^.* - |Generic \w+ error: ", "", text)[:120]
 
-    @contextlib.contextmanager
-    def _timed(self) -> Iterator[float]:
-        """Counts a request as in flight; yields when it began."""
-        token, began = object(), time.monotonic()
-        with self._lock:
-            self._begun[token] = began
-        try:
-            yield began
-        finally:
-            with self._lock:
-                del self._begun[token]
-
     def _tell(self) -> None:
         """Logs that the store does not answer, once a minute for all requests together."""
         words, now = self.waiting(), time.monotonic()
-        with self._lock:
-            if not words or now - self._told < TOLD_EVERY:
+        with self._traffic.lock:
+            if not words or now - self._traffic.told < TOLD_EVERY:
                 return
-            self._told = now
+            self._traffic.told = now
         _log.warning("%s", words)
+
+
+class _Traffic:
+    """The requests to a store, of all its readers."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.begun: dict[object, float] = {}  # those in flight, and since when
+        self.answered = False  # whether one ever was
+        self.told, self.trouble = -TOLD_EVERY, ""  # when the last line was logged, and why the last failure was
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[float]:
+        """Counts a request as in flight; yields when it began."""
+        token, began = object(), time.monotonic()
+        with self.lock:
+            self.begun[token] = began
+        try:
+            yield began
+        finally:
+            with self.lock:
+                del self.begun[token]
 
 
 def checked_url(url: str) -> str:

@@ -40,7 +40,9 @@ class StoredSymbols(Symbols, Protocol):
 
     def read_many(self, places: Places, /) -> None: ...
 
-    def interrupt(self) -> None: ...
+    def separate(self) -> "StoredSymbols": ...
+
+    def close(self) -> None: ...
 
 
 def read_places(split: Symbols, places: Places) -> None:
@@ -58,20 +60,21 @@ class Runs(Generic[Key, Run]):
     Of an object store, a run is read while the one before it is used.
     """
 
-    def __init__(self, split: Symbols, rows: int, read: Callable[[Key], Run]) -> None:
+    def __init__(self, split: Symbols, rows: int, read: Callable[[Symbols, Key], Run]) -> None:
         """Reads nothing yet.
 
         Args:
           rows: number of places of `split` that a run has symbols of.
           read: reads a run.
         """
-        self._split, self._read = split if isinstance(split, StoredSymbols) and split.is_remote else None, read
+        self._split, self._read = split, read
+        self._reader = None
         if isinstance(split, StoredSymbols):
             split.keep_blocks(max(KEPT, rows))  # a reading begins in the block in which the one before it ended
         # Symbols of each row that are best read at once.
         self.symbols = max(1, min(RUN_SYMBOLS, RUN_TOTAL // rows))
-        self._reader = None
-        if self._split is not None:
+        if isinstance(split, StoredSymbols) and split.is_remote:
+            self._split = split.separate()
             self.symbols = max(1, min(REMOTE_RUN_SYMBOLS, READ_AHEAD_BYTES // (2 * rows * split.dtype.itemsize)))
             self._reader = ThreadPoolExecutor(1, "run")
         self._runs: dict[Key, Future[Run]] = {}  # oldest first
@@ -87,18 +90,18 @@ class Runs(Generic[Key, Run]):
 
     def close(self) -> None:
         """Ends the reading ahead."""
-        if self._reader is not None and self._split is not None:
+        if self._reader is not None and isinstance(self._split, StoredSymbols):
             self._reader.shutdown(wait=False, cancel_futures=True)
-            self._split.interrupt()
+            self._split.close()
 
     def _begun(self, key: Key) -> "Future[Run]":
         if key not in self._runs:
             while len(self._runs) > 1:
                 del self._runs[next(iter(self._runs))]
             if self._reader is not None:
-                run = self._reader.submit(self._read, key)
+                run = self._reader.submit(self._read, self._split, key)
             else:
                 run = Future()
-                run.set_result(self._read(key))
+                run.set_result(self._read(self._split, key))
             self._runs[key] = run
         return self._runs[key]

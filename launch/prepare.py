@@ -11,13 +11,16 @@ if __name__ == "__main__":  # before what takes long to import
 import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from data_pipeline.atomic_files import expand_user
 from data_pipeline.build.prepare import prepare
+from data_pipeline.build.upload import upload
 from data_pipeline.manifest import is_prepared
 from data_pipeline.progress import bar, say_on_stderr
 from data_pipeline.settings import CorpusSettings, setting
 from data_pipeline.shards import open_corpus, verify_corpus
+from data_pipeline.stores import checked_url, is_remote
 from launch import cli, flags
 
 
@@ -25,7 +28,7 @@ from launch import cli, flags
 class PrepareFlags:
     """The prepared corpus."""
 
-    output: str = setting("", "Directory to create, with its parents.  Required.")
+    output: str = setting("", "Directory to create, with its parents, or a URL (s3://, gs://, az://).  Required.")
     workers: int = setting(0, "Threads or processes; 0: one per core.")
     verify: bool = setting(False, "Read the prepared corpus again and check its sha256.")
 
@@ -41,21 +44,31 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError("--output is required: name the directory to make")
     if settings.corpus and settings.train:
         raise ValueError("--input and --train are both given: leave one out")
-    output, progress, done = expand_user(chosen.output), bar(), []
+    progress, done = bar(), []
+    output = checked_url(chosen.output) if is_remote(chosen.output) else expand_user(chosen.output)
     if settings.corpus or settings.train:
-        there = is_prepared(output)
-        prepare(settings, output, progress, say=say_on_stderr, workers=chosen.workers)
-        done.append("already prepared" if there else "prepared")
+        done.append("prepared" if _prepare(settings, output, chosen.workers) else "already prepared")
     elif not chosen.verify:
         raise ValueError("--input, or --train, must name a text")
     if chosen.verify:
         verify_corpus(output, progress)
         done.append("verified")
-    corpus = open_corpus(output)
+    corpus = open_corpus(output, patience=settings.remote_patience)
     sizes = ", ".join(f"{name} {len(split)}" for name, split in corpus.splits.items())
     vocabulary = f"{corpus.vocabulary.size} symbols in the vocabulary"
     print(f"{' and '.join(done)}: {output}, {vocabulary}, {sizes}", file=sys.stderr)
     return cli.DONE
+
+
+def _prepare(settings: CorpusSettings, output: Path | str, workers: int) -> bool:
+    """Prepares the text; for an object store in the cache, from where it is copied.  Returns False if it was there."""
+    progress = bar()
+    if isinstance(output, str):
+        directory = prepare(settings, None, progress, say=say_on_stderr, workers=workers)
+        return upload(directory, output, settings.remote_patience, progress)
+    there = is_prepared(output)
+    prepare(settings, output, progress, say=say_on_stderr, workers=workers)
+    return not there
 
 
 if __name__ == "__main__":

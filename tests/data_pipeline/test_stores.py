@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 
 from data_pipeline import blocks, stores
+from data_pipeline.build.upload import upload
 from data_pipeline.eval_chunks import ChunkPlan, read_chunks
 from data_pipeline.loader import open_windows
 from data_pipeline.shards import Split, open_corpus, verify_corpus
 from data_pipeline.stores import Unreachable, open_store
 from data_pipeline.streams import StreamPlan
+from launch import prepare as prepare_program
 from tests.data_pipeline import servers
-from tests.data_pipeline.faulty import PASSING, SILENT, first, serving, some
+from tests.data_pipeline.faulty import PASSING, SILENT, first, no_fault, serving, some
 from tests.data_pipeline.test_shards import WIDE, make
 
 pytest.importorskip("obstore", reason="obstore is absent: pip install charlstm[remote]")
@@ -68,9 +70,6 @@ def read_everywhere(split: Split) -> None:
 @contextmanager
 def upload_to(kind: str, disk: Path, folder: Path, monkeypatch):
     """Yields the URL of the corpus, put into a real server."""
-    import obstore
-    from obstore.store import S3Store
-
     if kind == "nginx":
         with servers.nginx(folder, disk.parents[1]) as address:
             yield f"{address}/bucket/corpus"
@@ -86,9 +85,7 @@ def upload_to(kind: str, disk: Path, folder: Path, monkeypatch):
     with servers.seaweedfs(folder) as address:
         for name, value in servers.s3_environment(address).items():
             monkeypatch.setenv(name, value)
-        store = S3Store("bucket", prefix="corpus", client_options={"allow_http": True})
-        for path in disk.iterdir():
-            obstore.put(store, path.name, path.read_bytes())
+        assert upload(disk, "s3://bucket/corpus") and not upload(disk, "s3://bucket/corpus")
         yield "s3://bucket/corpus"
 
 
@@ -110,7 +107,7 @@ def test_a_corpus_is_read_from_a_real_server_and_what_is_missing_there_is_said(k
                 refused()
         if kind == "s3":
             monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-            with pytest.raises(ValueError, match="may not be read with these credentials"):
+            with pytest.raises(ValueError, match="is refused with these credentials"):
                 open_corpus(place)
 
 
@@ -129,8 +126,8 @@ def test_a_fault_that_passes_changes_nothing(server, fault, scheme, monkeypatch)
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("403", "may not be read with these credentials"),
-        ("401", "may not be read with these credentials"),
+        ("403", "is refused with these credentials"),
+        ("401", "is refused with these credentials"),
         ("404", "train-00000.ids does not exist"),
         ("412", "was changed while it was read"),
         ("416", "is shorter than the manifest says"),
@@ -173,7 +170,7 @@ def test_a_store_that_stays_silent_ends_the_reading_after_the_patience_and_says_
     assert said[-1].startswith(f"{url(server)} does not answer (status 503), ")
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 1 and lines[0].startswith(f"{url(server)} does not answer (status 503)")
-    while split._blocks.store._begun and time.monotonic() < began + 30:
+    while split._blocks.store._traffic.begun and time.monotonic() < began + 30:
         time.sleep(0.02)
     assert split._blocks.store.waiting() == ""
 
@@ -272,13 +269,56 @@ def test_windows_are_closed_at_once_while_the_store_does_not_answer(server):
     split = train_split(server, patience=600)
     server.fault = first(10**6, "503", ".ids")
     windows = open_windows(split, StreamPlan(len(IDS), 8, 50), rows=range(8))
-    time.sleep(0.3)
+    failed: list[Exception] = []
+
+    def wait() -> None:
+        try:
+            next(windows)
+        except (OSError, ValueError) as error:
+            failed.append(error)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    while not split._blocks.store._traffic.begun:
+        time.sleep(0.02)
     began = time.monotonic()
     windows.close()
     deadline = began + 20
-    while split._blocks.store._begun and time.monotonic() < deadline:
+    while split._blocks.store._traffic.begun and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert not split._blocks.store._begun, "somebody still waits"
+    assert not split._blocks.store._traffic.begun, "somebody still waits"
+    waiting.join(20)
+    assert len(failed) == 1
+    server.fault = no_fault
+    assert np.array_equal(split.read(5, 9000), IDS[5:9000]), "only the windows were closed"
+
+
+@pytest.mark.parametrize("kind", ["s3"])
+def test_a_corpus_is_prepared_into_a_store_with_its_manifest_last_and_never_over_another_one(
+    kind, tmp_path, monkeypatch, capsys
+):
+    text = tmp_path / "text.txt"
+    text.write_bytes(bytes(range(256)) * 40)
+    flags = ["prepare", f"--input={text}", f"--cache_dir={tmp_path / 'cache'}", "--output=s3://bucket/made"]
+    with servers.seaweedfs(tmp_path / "server") as address:
+        for name, value in servers.s3_environment(address).items():
+            monkeypatch.setenv(name, value)
+        store = open_store("s3://bucket/made")
+        with pytest.raises(stores.Missing):
+            store.read("manifest.json")
+        broken = monkeypatch.context()
+        with broken as patched, pytest.raises(ZeroDivisionError):
+            patched.setattr(stores.Remote, "create", lambda *_: 1 / 0)
+            prepare_program.main(flags)
+        assert store.size("train-00000.ids") == 9216
+        with pytest.raises(stores.Missing):
+            store.read("manifest.json")
+        for words in ("prepared and verified: s3://bucket/made", "already prepared and verified"):
+            assert prepare_program.main([*flags, "--verify"]) == 0
+            assert words in capsys.readouterr().err
+        assert open_corpus("s3://bucket/made").train.read(0, 256).tobytes() == bytes(range(256))
+        with pytest.raises(ValueError, match=r"s3://bucket/made/manifest\.json is of another text or settings"):
+            prepare_program.main([*flags, "--valid_fraction=0.2"])
 
 
 def test_a_split_of_a_store_can_be_pickled(server):

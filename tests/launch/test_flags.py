@@ -53,6 +53,8 @@ OTHER = {
     "train": "a.txt",
     "valid": "b.txt",
     "test": "*.txt",
+    "cache_bytes": 123,
+    "remote_patience": 12.5,
     "cache_dir": "cache",
     "batch_size": 128,
     "window": 64,
@@ -335,7 +337,8 @@ def test_a_damaged_run_directory_is_refused_and_left_as_it_is(name, content, sen
 def test_free_settings_change_and_others_do_not():
     mutable = {name for name, (_, field) in config_lib.flatten(Config()).items() if field.metadata["mutable"]}
     assert mutable == {
-        *("corpus", "binary", "cache_dir", "reader_threads", "read_ahead", "num_steps", "log_every", "evaluate_every"),
+        *("corpus", "binary", "cache_dir", "cache_bytes", "remote_patience"),
+        *("reader_threads", "read_ahead", "num_steps", "log_every", "evaluate_every"),
         *("checkpoint_every", "keep_checkpoints", "eval_chunk", "burn_in", "evaluation_batch_size"),
         *("reduction", "train", "valid", "test", "on_divergence", "spike_factor", "max_skips", "max_rollbacks"),
         *("check_replicas_every", "max_failed_saves", "lstm_backend"),

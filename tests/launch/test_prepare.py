@@ -104,7 +104,7 @@ def test_help_says_of_input_what_it_takes():
     with pytest.raises(flags.Help) as helped:
         prepare.main(["prepare", "--help"])
     text = " ".join(str(helped.value).split())
-    assert "--input= A prepared directory; a text file, a quoted glob or a directory of text files" in text
+    assert "--input= A prepared directory or its URL (s3://, gs://, az://, https://); a text file" in text
     assert "instead of --input" in text and "--corpus" not in text
 
 
