@@ -1,6 +1,5 @@
 """The score of a model on a held-out split: every symbol once, with carried state, training untouched."""
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -63,7 +62,7 @@ def at_temperatures(
     parts = mesh.size * shards
     rows = -(-min(settings.evaluation_batch_size, chunks) // parts) * parts
     plan = ChunkPlan(len(split), settings.eval_chunk, settings.burn_in, rows, config.streams.window)
-    own_rows, window = distributed.process_rows(mesh, rows), make_window(config, mesh, tuple(temperatures), shards)
+    own_rows, window = distributed.process_rows(mesh, rows), make_window(config, mesh, temperatures, shards)
 
     def evaluate(params: ModelParams) -> list[Score]:
         carry = language_model.zero_state(config.model, len(own_rows), params.b_out.dtype)
@@ -99,9 +98,8 @@ def nats_at_temperatures(temperatures: Sequence[float], logits_TBV: jax.Array, t
     )
 
 
-@functools.lru_cache(maxsize=16)  # the texts of a mixture share what is compiled
 def make_window(
-    config: Config, mesh: Mesh, temperatures: tuple[float, ...] = (1.0,), shards: int = 1
+    config: Config, mesh: Mesh, temperatures: Sequence[float] = (1.0,), shards: int = 1
 ) -> Callable[..., tuple[RecurrentState, jax.Array]]:
     """The compiled (params, carry, batch, scored [B, T]) -> (carry, nats [B, K] summed over the scored symbols)."""
 
