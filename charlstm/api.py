@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import logging
 import os
 import signal
@@ -10,7 +9,6 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +24,7 @@ from charlstm.inference.score import Score
 from charlstm.inference.text import Sample, encode_prompt, grow, unknown_id, unseen_before
 from charlstm.model import language_model
 from charlstm.model.ops import compiler
+from charlstm.run import corpus as corpus_lib
 from charlstm.run import loop, run_directory
 from charlstm.run.loop import Outcome, Training
 from charlstm.run.services import Services
@@ -34,7 +33,7 @@ from charlstm.training.loss import NATS_PER_BIT, cross_entropy
 from charlstm.training.placement import choose_mesh
 from charlstm.types import CellState, ModelParams, RecurrentState
 from data_pipeline import mixture
-from data_pipeline.atomic_files import atomic_write, expand_user
+from data_pipeline.atomic_files import expand_user
 from data_pipeline.batch import Separator, ends_separator, looks_back
 from data_pipeline.build import corpora
 from data_pipeline.mixture import Mixture
@@ -63,7 +62,7 @@ def load_corpus(source: str | os.PathLike[str] | bytes, **settings: Any) -> Corp
         source = source.encode("utf-8", "surrogateescape")
     if isinstance(source, bytes):
         cache = CorpusSettings(**settings).cache_dir
-        source = _written_down(source, expand_user(cache) / "texts")
+        source = corpus_lib.written_down(source, expand_user(cache) / "texts")
     found = os.fspath(source)
     return corpora.load(CorpusSettings(corpus=found, **settings), bar(), say_on_stderr)
 
@@ -72,8 +71,8 @@ def load_mixture(weights: Mapping[str, float], **settings: Any) -> Mixture:
     """The mixture of several corpora of one vocabulary, to be trained on as a corpus is.
 
     Args:
-      weights: corpus -> its share of what is read, of any sum; a corpus as `load_corpus` takes it, but not a text
-        itself, or NAME=CORPUS, where NAME is what its scores are to be called.
+      weights: corpus -> its share of what is read, of any sum.  A corpus is named as for `load_corpus` (no text
+        itself), or by NAME=CORPUS, where NAME is what its scores are called.
       settings: as of `load_corpus`, for those that are not prepared yet.
 
     Raises:
@@ -81,16 +80,6 @@ def load_mixture(weights: Mapping[str, float], **settings: Any) -> Mixture:
     """
     parts = mixture.parse(",".join(f"{source}:{weight}" for source, weight in weights.items()))
     return mixture.load(parts, lambda source: load_corpus(source, **settings))
-
-
-def _written_down(text: bytes, folder: Path) -> Path:
-    """The file that holds `text`, made if absent: a corpus is prepared from files."""
-    path = folder / f"{hashlib.sha256(text).hexdigest()[:32]}.txt"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            file.write(text)
-    return path
 
 
 def train(config: Config, corpus: Corpus, run_dir: str | os.PathLike[str], *, initial_checkpoint: str = "") -> "Model":

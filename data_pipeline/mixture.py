@@ -109,9 +109,13 @@ class Joined(Split):
         """Returns whether one of the splits is in an object store."""
         return any(split.is_remote for split in self._splits)
 
-    def interrupt(self) -> None:
+    def separate(self) -> "Joined":
+        """Returns the same splits for a reader that can be closed apart from others."""
+        return Joined([split.separate() for split in self._splits])
+
+    def close(self) -> None:
         for split in self._splits:
-            split.interrupt()
+            split.close()
 
     def read_many(self, places: Places) -> None:
         """Fills each array with the ids from its position on.  Raises as `Split.read`."""

@@ -1,7 +1,6 @@
 """The score of a model on a held-out split: every symbol once, with carried state, training untouched."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -69,7 +68,7 @@ def at_temperatures(
     """Returns an evaluator for several softmax temperatures: a score each, all from the same logits."""
     plan = plan_of(config, split, mesh, shards, most)
     rows = plan.batch_size
-    own_rows, window = distributed.process_rows(mesh, rows), make_window(config, mesh, tuple(temperatures), shards)
+    own_rows, window = distributed.process_rows(mesh, rows), make_window(config, mesh, temperatures, shards)
 
     def evaluate(params: ModelParams, doing: Doing | None = None) -> list[Score]:
         carry = language_model.zero_state(config.model, len(own_rows), params.b_out.dtype)
@@ -127,9 +126,8 @@ def nats_at_temperatures(temperatures: Sequence[float], logits_TBV: jax.Array, t
     )
 
 
-@functools.lru_cache(maxsize=16)  # the texts of a mixture share what is compiled
 def make_window(
-    config: Config, mesh: Mesh, temperatures: tuple[float, ...] = (1.0,), shards: int = 1
+    config: Config, mesh: Mesh, temperatures: Sequence[float] = (1.0,), shards: int = 1
 ) -> Callable[..., tuple[RecurrentState, jax.Array]]:
     """The compiled (params, carry, batch, scored [B, T]) -> (carry, nats [B, K] summed over the scored symbols)."""
 

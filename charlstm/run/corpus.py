@@ -1,6 +1,7 @@
 """The corpus of a run: opened, and checked against the settings that come with it."""
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 from charlstm import config as config_lib
 from charlstm.config import Config
 from data_pipeline import mixture
-from data_pipeline.atomic_files import expand_user
+from data_pipeline.atomic_files import atomic_write, expand_user
 from data_pipeline.batch import Separator, ends_separator, looks_back
 from data_pipeline.build import corpora
 from data_pipeline.build.datasets import NAMES
@@ -169,6 +170,16 @@ def _occurs(split: Symbols, separator: Separator) -> bool:
         if stop - start >= len(separator) and ends_separator(split.read(start, stop), separator).any():
             return True
     return False
+
+
+def written_down(text: bytes, folder: Path) -> Path:
+    """The file that holds `text`, made if absent: a corpus is prepared from files."""
+    path = folder / f"{hashlib.sha256(text).hexdigest()[:32]}.txt"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(text)
+    return path
 
 
 def refuse_inside(run_dir: Path, settings: CorpusSettings, mixed: str = "") -> None:

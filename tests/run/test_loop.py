@@ -96,7 +96,7 @@ class Model(Training):
         # It is given the state after `step` updates, neither older nor newer ones.
         assert list(np.asarray(state.params)) == [*range(step), *[-1] * (LAST - step)]
         self.evaluated.append(step)
-        return self.metrics.evaluation_record(step, "valid", self.score(step), 1.0)
+        return [self.metrics.evaluation_record(step, "valid", self.score(step), 1.0)]
 
     def update_plateau(self, state, score):
         self.heard[int(state.step)] = score
