@@ -23,6 +23,7 @@ from data_pipeline.build.prepare import prepare
 from data_pipeline.settings import CorpusSettings
 from launch import cli, evaluate, flags, sample, train, tune
 from launch.cluster import JobFlags
+from launch.event_files import TensorboardFlags
 from launch.prometheus import MonitorFlags
 from launch.train import TrainFlags
 from launch.watchdog import WatchdogFlags
@@ -200,7 +201,9 @@ def test_help_has_every_flag_once_in_sections_with_its_default(module, flag):
     assert max(map(len, text.splitlines())) <= 120
     if module is train:
         assert set(named) == {
-            f.name for own in (TrainFlags, JobFlags, WatchdogFlags, MonitorFlags) for f in dataclasses.fields(own)
+            f.name
+            for own in (TrainFlags, JobFlags, WatchdogFlags, MonitorFlags, TensorboardFlags)
+            for f in dataclasses.fields(own)
         } | {*values(Config())}
         for section in dataclasses.fields(Config):
             title = (type(getattr(Config(), section.name)).__doc__ or "").splitlines()[0]
