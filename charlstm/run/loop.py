@@ -36,9 +36,7 @@ def train(run: Run, services: Services, given: Sequence[str] = (), terminal: Tex
       Diverged: training diverged, and does not go on from an earlier checkpoint, or not any more.
     """
     with contextlib.ExitStack() as opened:
-        distributed.run_on_first(
-            lambda: opened.enter_context(run_directory.lock_run_directory(run.run_dir)),
-        )
+        distributed.run_on_first(lambda: opened.enter_context(run_directory.lock_run_directory(run.run_dir)))
         opened.enter_context(services.opened(run.run_dir))
         if not run.resumed:
             distributed.run_on_first(
@@ -65,20 +63,14 @@ class Training:
     Attributes:
       metrics: what the steps reported.
       rollbacks: how often this process rolled back.
-      gave_up: --max_failed_saves saves failed one after the other, on one process or on all; every process knows it at
-        the same step.
+      gave_up: true once any process had max_failed_saves failed saves in a row; agreed by all processes.
     """
 
     def __init__(self, run: Run, checkpoints: Checkpoints, log: RunLog, services: Services) -> None:
         self.run, self.checkpoints, self.log, self.services = run, checkpoints, log, services
-        text = run.corpus.splits["train"]
-        self.metrics = MetricAggregator(
-            run.plan.steps_per_epoch,
-            run.config.training,
-            log.info,
-            run.corpus.vocabulary.kind,
-            of_ascii=text.characters == text.bytes and not text.unknown,
-        )
+        text, kind = run.corpus.splits["train"], run.corpus.vocabulary.kind
+        ascii_only = text.characters == text.bytes and not text.unknown
+        self.metrics = MetricAggregator(run.plan.steps_per_epoch, run.config.training, log.info, kind, ascii_only)
         self.rollbacks, self.gave_up = 0, False
         self._stop_polls, self._told = itertools.count(), False
         self._lengths = set[int]()  # of windows, for which the update is compiled
@@ -88,14 +80,13 @@ class Training:
         """Trains from the newest checkpoint, or from the beginning.  Raises Diverged."""
         config, began = self.run.config, time.monotonic()
         state, _, sums = self.restore()
-        # What is refused until here changes nothing.
+        # Nothing was written until here.
         distributed.run_on_first(lambda: run_directory.write_config(self.run.run_dir, config))
         start = int(state.step)
         self.log.rewind(start)
         self.metrics.restart(sums, skipped_windows(state))
-        if not self.metrics.evaluation_due and (
-            nothing_left := announce.already_finished(self.run, self.metrics, start)
-        ):
+        nothing_left = announce.already_finished(self.run, self.metrics, start)
+        if nothing_left and not self.metrics.evaluation_due:
             self.log.info(nothing_left)
             return Outcome.FINISHED
         for line in announce.beginning(self.run, start):
@@ -158,7 +149,7 @@ class Training:
             score = finite_score(step, record)
             for one in of_texts:
                 self.log.record(one)
-            if due(step, settings.evaluate_every):  # at any other last step, a longer run is told nothing
+            if due(step, settings.evaluate_every):  # a longer run does not evaluate at this last step
                 state = self.update_plateau(state, score)
                 self.metrics.hear(score)
             self.record(record, state, final=step == last or self.metrics.exhausted)
