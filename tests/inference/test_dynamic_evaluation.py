@@ -203,9 +203,10 @@ def test_logits_that_are_too_large_by_a_factor_are_best_divided_by_it(power):
     p = p._replace(w_out=0 * p.w_out[:, :4], b_out=jnp.asarray(factor * np.log(frequencies), jnp.float32))
 
     def score(split, temperatures):
-        return evaluate.at_temperatures(make(**ONE), 4, text, grid, (), temperatures)(p)
+        return {"": evaluate.at_temperatures(make(**ONE), 4, text, grid, (), temperatures)(p)}
 
-    temperature, (at_one, best) = search(score, "valid")
+    temperature, found = search(score, "valid")
+    at_one, best = found[""]
     assert temperature == pytest.approx(factor)
     assert best.bits == pytest.approx(64 * 1.75 + math.log2(4), rel=1e-6)
     assert (at_one.bits > best.bits) == bool(power)

@@ -21,6 +21,8 @@ from launch.watchdog import WatchdogFlags
 from tests.jobs import last_line
 from tests.launch.conftest import SMALL, TINY, flip, process, refusal, steps, tree
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 # The corpus.
 
 
@@ -334,8 +336,6 @@ DISTURBED = """
 import os, pathlib, resource, signal, sys, time
 from charlstm.run.metrics import MetricAggregator
 from launch import cli, train
-
-pytestmark = pytest.mark.usefixtures("unoptimized")
 add, run_dir = MetricAggregator.add, pathlib.Path(sys.argv[1].removeprefix("--run_dir="))
 def add_and_disturb(self, step, metrics):
     add(self, step, metrics)

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 import jax
 import numpy as np
 import pytest
@@ -333,8 +335,6 @@ from pathlib import Path
 from tests import conftest
 from tests.run.test_checkpoint import IDENTITY, abstract_state, bits, host_state, make_state, names
 from charlstm.run.checkpoint import Checkpoints
-
-pytestmark = pytest.mark.usefixtures("unoptimized")
 """
 
 FULL_DISK = (
