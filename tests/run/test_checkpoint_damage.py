@@ -13,8 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 import jax
 import numpy as np
 import pytest
@@ -33,6 +31,8 @@ from tests.run.test_checkpoint import (
     rewrite_seal,
     save_all,
 )
+
+pytestmark = pytest.mark.usefixtures("unoptimized")
 
 
 @pytest.fixture(scope="module")
