@@ -19,6 +19,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 RUN_DIR ?= $(or $(patsubst --run_dir=%,%,$(filter --run_dir=%,$(ARGS))),runs/quickstart)
 PYTEST_ARGS ?= -n 2
+FAULTS_ARGS ?=
 TORCH ?= torch
 BENCH_ARGS ?=
 BENCH_EXTRAS ?= bench
@@ -41,7 +42,7 @@ long: $(VENV)/installed
 	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
 
 faults: $(VENV)/installed
-	$(BIN)/python -m pytest -m faults $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m faults $(FAULTS_ARGS)
 
 chaos: $(VENV)/installed
 	$(BIN)/python -m tests.faults.chaos --seeds=100
