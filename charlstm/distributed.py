@@ -182,7 +182,7 @@ def put(mesh: Mesh, spec: PartitionSpec, tree: Any) -> Any:
 
 
 def own_copy(tree: Any) -> Any:
-    """What every device holds whole, as arrays of this process's first device alone; nothing is copied."""
+    """Returns replicated arrays as arrays of this process's first device alone; nothing is copied."""
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
 
 

@@ -32,7 +32,7 @@ class Member(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """What one stream reads with carried state: steps `first` to `stop`, from `position` of a member on."""
+    """A piece that one stream reads with carried state: steps `first` to `stop`, from `position` of a member on."""
 
     first: int
     stop: int
@@ -167,7 +167,7 @@ class SegmentPlan(StreamPlan):
 
     @functools.cached_property
     def streams(self) -> list[int]:
-        """How many streams read each member at a time, rounded up; with segment 0, at any time."""
+        """Returns the number of streams that read each member at a time, rounded up; with segment 0, at any time."""
         if self.segment:
             return [_streams(self.members, member, self.batch_size) for member in self.members]
         return [sum(member == number for member, _ in self._fixed) for number in range(len(self.members))]

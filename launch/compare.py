@@ -32,7 +32,7 @@ from launch import cli, flags
 
 @dataclasses.dataclass(frozen=True)
 class CompareFlags:
-    """What is shown, and where; the runs are named without a flag."""
+    """The contents and place of the comparison; the runs are named without a flag."""
 
     by: str = setting("steps", "What the curves are drawn by.", choices=tuple(history.BY))
     plot: str = setting("", "Draw the curves into this file, .svg or .png, instead of the terminal.")

@@ -77,7 +77,7 @@ class ProgramServices(Services):
             terminal.say(f"told to stop: {how}; a second Ctrl-C ends it at once and loses {self._unsaved()}")
 
     def _unsaved(self) -> str:
-        """What is lost if the run ends now, without a look at the disk, which may hang."""
+        """Says what is lost if the run ends now, without a look at the disk, which may hang."""
         newest = self._training.checkpoints.newest if self._training else None
         return "all steps" if newest is None else f"the steps after step {newest}"
 

@@ -89,7 +89,7 @@ def at_temperatures(
 
 
 def plan_of(config: Config, split: Split, mesh: Mesh, shards: int = 1, most: int = 0) -> ChunkPlan:
-    """How `split` is scored on `mesh`: what is read, and in how many windows."""
+    """Returns the plan by which `split` is scored on `mesh`: its chunks, rows and windows."""
     settings, window = config.evaluation, config.streams.window
     plan = ChunkPlan(len(split), settings.eval_chunk, settings.burn_in, 1, window, most)
     parts = mesh.size * shards

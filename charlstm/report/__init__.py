@@ -1,1 +1,1 @@
-"""What runs have measured, side by side: read from their directories, as curves and as a page."""
+"""Runs side by side: their metrics, read from their directories, as curves and as a page."""

@@ -1,4 +1,4 @@
-"""What a run says when it begins and when it ends."""
+"""Lines of the log at the beginning and the end of a run."""
 
 from charlstm import distributed
 from charlstm.config.training import OptimizerConfig
@@ -52,7 +52,7 @@ def already_finished(run: Run, metrics: MetricAggregator, step: int) -> str:
 def ending(
     run: Run, metrics: MetricAggregator, checkpoints: Checkpoints, step: int, seconds: float, gave_up: bool
 ) -> tuple[Outcome, str]:
-    """How the run ended at `step`, after `seconds` of this process.
+    """Says how the run ended at `step`, after `seconds` of this process.
 
     Args:
       gave_up: it ended as too many saves had failed.

@@ -109,7 +109,7 @@ def _eta(of_steps: float, config: Config, corpus: Corpus, mesh: Mesh) -> str:
 
 
 def _times_due(last: int, every: int) -> int:
-    """How often it happens that is done every so many steps and at the last one."""
+    """Returns how often an event is due that comes every `every` steps and at the last one."""
     return -(-last // every) if every else 1
 
 

@@ -100,7 +100,7 @@ def compiled_update(
 
 
 def too_much(update: Update, config: Config, mesh: distributed.Mesh) -> str:
-    """Why the update cannot run in this process, with both numbers and the remedy; "" where it may."""
+    """Says why the update cannot run in this process, with both numbers and the remedy; "" where it may."""
     needed, there = _needed(update, mesh)
     if needed <= there.bytes:
         return ""

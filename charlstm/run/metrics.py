@@ -80,7 +80,7 @@ class MetricAggregator:
             self._earlier = sums.get("seconds", 0.0)
 
     def sums(self) -> dict[str, Any]:
-        """What a checkpoint keeps: sums since the last record, what validation has said, the seconds so far.
+        """Returns the metrics' part of a checkpoint: sums since the last record, validation so far, seconds so far.
 
         Plain JSON that keeps every bit of a float.
         """
