@@ -182,7 +182,7 @@ class Remote:
                     return result
                 except ValueError:
                     raise
-                except Exception as error:  # all of obstore's, which have no common class but this one
+                except (self._obstore.exceptions.BaseError, OSError) as error:  # OSError: such as FileNotFoundError
                     reason = self._reason(name, error)
                 traffic.trouble = f" ({reason})"
                 if time.monotonic() - began > self._patience:
@@ -284,7 +284,7 @@ def _connect(url: str) -> tuple[Any, Any]:
     try:
         # Retries are ours, so that waiting is said; obstore's few are for those that its credentials need.
         return obstore, from_url(url, client_options=client, retry_config={"max_retries": 2})  # type: ignore[call-overload]
-    except Exception as error:
+    except (obstore.exceptions.BaseError, ValueError, OSError) as error:
         raise ValueError(f"{url}: {' '.join(str(error).partition('Debug source')[0].split())}") from None
 
 
