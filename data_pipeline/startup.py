@@ -4,7 +4,7 @@ import _signal  # signal itself takes milliseconds to import
 
 
 def attach(name: str, hint: str = "") -> None:
-    """Calls `terminal.attach`, with Ctrl-C and SIGTERM blocked until it answers them.
+    """Calls `signals.attach`, with Ctrl-C and SIGTERM blocked until it answers them.
 
     Exits with status 2 where this Python is not the one that the project was installed into.
     """
@@ -19,6 +19,6 @@ def attach(name: str, hint: str = "") -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    from data_pipeline import terminal
+    from data_pipeline import signals
 
-    terminal.attach(name, hint)
+    signals.attach(name, hint)

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from data_pipeline import terminal
+from data_pipeline import signals
 from data_pipeline.atomic_files import DISK_ERRORS
 from data_pipeline.stores import Unreachable
 from launch.flags import Help
@@ -29,13 +29,13 @@ DONE, MISTAKE, DIVERGED, UNREACHABLE, HANGS, LOST, NOT_SAVED, STOPPED, INTERRUPT
 
 def run(name: str, main: Callable[[Sequence[str]], int]) -> None:
     """Runs `main(argv)` and exits with its status, or with the status of the error that it raised."""
-    terminal.attach(name)
+    signals.attach(name)
     _hush_the_background()
     try:
         status = _status(name, main)
     except KeyboardInterrupt:
-        terminal.leave(signal.SIGINT)
-    terminal.settle(status)
+        signals.leave(signal.SIGINT)
+    signals.settle(status)
     sys.exit(status)
 
 
@@ -49,7 +49,7 @@ def _status(name: str, main: Callable[[Sequence[str]], int]) -> int:
         sys.stdout.flush()
         return status
     except (ValueError, OSError, RuntimeError) as error:
-        if isinstance(error, BrokenPipeError) and terminal.has_lost_its_reader(sys.stdout.fileno()):
+        if isinstance(error, BrokenPipeError) and signals.has_lost_its_reader(sys.stdout.fileno()):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return DONE
         out_of_memory = is_out_of_memory(error)

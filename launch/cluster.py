@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 from charlstm import distributed
-from data_pipeline import terminal
+from data_pipeline import signals
 from data_pipeline.settings import check_choices, setting
 from launch import cli
 
@@ -55,7 +55,7 @@ def join(chosen: JobFlags) -> None:
     elif chosen.coordinator:
         distributed.join(chosen.coordinator, chosen.num_processes, chosen.process_id, chosen.heartbeat_timeout)
     if chosen.has_others:
-        terminal.cede(signal.SIGTERM)  # JAX tells the others of it
+        signals.cede(signal.SIGTERM)  # JAX tells the others of it
 
 
 @contextlib.contextmanager

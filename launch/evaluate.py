@@ -34,7 +34,7 @@ from data_pipeline.atomic_files import expand_user
 from data_pipeline.progress import bar, say_on_stderr
 from data_pipeline.settings import check_choices, setting
 from data_pipeline.shards import Corpus
-from launch import cli, flags, runtime
+from launch import cli, flags, jax_setup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +89,8 @@ def main(argv: Sequence[str]) -> int:
         if split not in corpus.splits:
             raise ValueError(f"{corpus.name} has no {split} split, only {', '.join(corpus.splits)}")
 
-    runtime.keep_freed_memory()
-    runtime.keep_compiled()
+    jax_setup.keep_freed_memory()
+    jax_setup.keep_compiled()
     mesh = distributed.make()
     if chosen.dynamic:
         mesh = distributed.make(list(mesh.devices.flat[:1]))

@@ -32,7 +32,7 @@ from typing import Any
 
 from charlstm.run.log import Lines
 from charlstm.run.step_directory import StepDirectory
-from data_pipeline import terminal
+from data_pipeline import signals
 from data_pipeline.atomic_files import expand_user
 from data_pipeline.settings import setting
 from launch import cli, flags, train
@@ -100,9 +100,9 @@ class ChildProcesses:
             else:
                 self.told_to_stop = True
                 self.send(signal.SIGTERM)
-                terminal.say("told to stop: what runs finishes its step and is saved; Ctrl-C again kills it")
+                signals.say("told to stop: what runs finishes its step and is saved; Ctrl-C again kills it")
 
-        with terminal.reacting(pass_on):
+        with signals.reacting(pass_on):
             yield
 
 
@@ -242,7 +242,7 @@ def main(argv: Sequence[str]) -> int:
         with job.signals_passed_on():
             statuses = job.wait()
         if job.killed:
-            terminal.leave(signal.SIGINT)
+            signals.leave(signal.SIGINT)
         again, sentence = policy.decide(statuses, job.told_to_stop)
         print(sentence, file=sys.stderr, flush=True)
         if not again:
@@ -278,7 +278,7 @@ def _free_port() -> int:
 
 def _die_with(parent: int) -> None:
     """Runs in a child: unblocks signals, and has the kernel kill it when `parent`, this program, dies (Linux only)."""
-    terminal.unblock()
+    signals.unblock()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:  # it died before the call

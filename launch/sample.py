@@ -38,11 +38,11 @@ from charlstm.inference.generate import Chunk, Sampling
 from charlstm.inference.text import Sample, encode_prompt, grow, remark_on_escapes, unknown_id, unseen_before
 from charlstm.run import run_directory
 from charlstm.training.loss import NATS_PER_BIT
-from data_pipeline import terminal
+from data_pipeline import signals
 from data_pipeline.atomic_files import expand_user
 from data_pipeline.settings import LARGEST_INT, check_choices, setting
 from data_pipeline.vocabulary import Vocabulary
-from launch import cli, flags, runtime
+from launch import cli, flags, jax_setup
 
 MOST_SAMPLES = 1 << 16  # side by side, each with a state and with noise of its own
 ENDING = 2.0  # seconds in which a text that is interrupted may come to its end: it is whole UTF-8, and a line
@@ -104,14 +104,14 @@ def main(argv: Sequence[str]) -> int:
     vocabulary = identity.vocabulary
     separator = run_directory.separator(config, vocabulary)
     if remark := remark_on_escapes("prompt", chosen.prompt):
-        terminal.say(remark)
+        signals.say(remark)
     prompt, stop = _prompt(chosen, vocabulary), _stop(chosen.stop, vocabulary)
     if not any(flag.startswith("--stop=") for flag in given):
         stop = np.array(separator, np.int32)
 
-    runtime.keep_compiled()
-    mesh = runtime.sampling_mesh(chosen.num_samples)
-    params, step = run_directory.restore_params(run_dir, config, identity, mesh, chosen.checkpoint, terminal.say)
+    jax_setup.keep_compiled()
+    mesh = jax_setup.sampling_mesh(chosen.num_samples)
+    params, step = run_directory.restore_params(run_dir, config, identity, mesh, chosen.checkpoint, signals.say)
     print(f"{run_dir}: the checkpoint of step {step}", file=sys.stderr)
     chunks = generate_lib.generate(
         config.model,
@@ -184,9 +184,9 @@ def _print_text(samples: list[Sample], chunks: Iterable[Chunk], errors: str = "r
     def interrupted(number: int) -> None:
         came.append(number)
         time.sleep(ENDING)
-        terminal.leave(number)
+        signals.leave(number)
 
-    with terminal.reacting(interrupted):
+    with signals.reacting(interrupted):
         print(live.take(), end="", flush=True)
         for _ in grow(samples, chunks):
             print(live.take(), end="", flush=True)
@@ -194,7 +194,7 @@ def _print_text(samples: list[Sample], chunks: Iterable[Chunk], errors: str = "r
                 break
         print(live.take(last=True), flush=True)
         if came:
-            terminal.leave(came[0])
+            signals.leave(came[0])
     for number, sample in enumerate(others, 2):
         print(f"\n--- sample {number} of {len(samples)} ---\n{sample.take(last=True)}", flush=True)
 

@@ -12,7 +12,7 @@ from charlstm import distributed
 from charlstm.run.loop import Outcome, Training
 from charlstm.run.services import Services
 from charlstm.run.start import Run
-from data_pipeline import terminal
+from data_pipeline import signals
 from launch import cli, prometheus
 from launch.event_files import EventFiles, TensorboardFlags
 from launch.prometheus import MonitorFlags
@@ -55,26 +55,26 @@ class ProgramServices(Services):
         Of several processes, JAX catches SIGTERM and tells the others of it; Ctrl-C is then as good as SIGTERM.
         """
         self._training = training
-        with terminal.reacting(self.signalled):
+        with signals.reacting(self.signalled):
             yield
 
     def copy_of(self, run: Run) -> EventFiles | None:
         """Returns the event files of `run`, with --tensorboard."""
         there = run.run_dir / "tensorboard"
-        return EventFiles(there, run.config, terminal.say) if self._has_event_files else None
+        return EventFiles(there, run.config, signals.say) if self._has_event_files else None
 
     def signalled(self, number: int) -> None:
         """Takes a signal."""
         if self._signals and number == signal.SIGINT:
-            terminal.say(f"not saved: {self._unsaved()} are lost")
-            terminal.leave(number)
+            signals.say(f"not saved: {self._unsaved()} are lost")
+            signals.leave(number)
         self._signals.append(number)
         if distributed.is_one_of_several():
             os.kill(os.getpid(), signal.SIGTERM)
         if len(self._signals) == 1:
             doing = self._watchdog.doing
             how = "evaluates no further, saves and ends" if doing == "evaluating" else f"saves and ends after {doing}"
-            terminal.say(f"told to stop: {how}; a second Ctrl-C ends it at once and loses {self._unsaved()}")
+            signals.say(f"told to stop: {how}; a second Ctrl-C ends it at once and loses {self._unsaved()}")
 
     def _unsaved(self) -> str:
         """Says what is lost if the run ends now, without a look at the disk, which may hang."""
@@ -88,7 +88,7 @@ class ProgramServices(Services):
         self._watchdog.tick(step)
 
     def ended(self, outcome: Outcome) -> None:
-        terminal.settle(STATUS[outcome])
+        signals.settle(STATUS[outcome])
 
     def pause(self, doing: str) -> AbstractContextManager[None]:
         return self._watchdog.pause(doing)

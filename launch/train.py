@@ -21,7 +21,7 @@ from charlstm.run import start as start_lib
 from charlstm.run.metrics import Diverged
 from data_pipeline.atomic_files import expand_user
 from data_pipeline.settings import check_choices, setting
-from launch import cli, cluster, flags, runtime
+from launch import cli, cluster, flags, jax_setup
 from launch.cluster import JobFlags
 from launch.event_files import TensorboardFlags
 from launch.prometheus import MonitorFlags
@@ -98,9 +98,9 @@ def main(argv: Sequence[str]) -> int:
         config, initial = of_the_run(run_dir, argv, given, config, initial)
     settings = run_directory.settings_of(run_dir, config) if run_dir else config
     memory.require_possible(settings, dry=chosen.dry_run)
-    runtime.keep_freed_memory(estimate.estimate_temp_bytes(settings, distributed.usable_cores()))
-    runtime.keep_compiled()
-    choose_mesh = runtime.mesh_chooser(job)
+    jax_setup.keep_freed_memory(estimate.estimate_temp_bytes(settings, distributed.usable_cores()))
+    jax_setup.keep_compiled()
+    choose_mesh = jax_setup.mesh_chooser(job)
     cluster.join(job)
     with cluster.leaving(job):
         mesh = choose_mesh(config)

@@ -35,7 +35,7 @@ from charlstm import config as config_lib
 from charlstm.config import Config
 from charlstm.run import corpus as corpus_lib
 from charlstm.run import estimate, run_directory, search_space
-from data_pipeline import terminal
+from data_pipeline import signals
 from data_pipeline.atomic_files import expand_user, locked
 from data_pipeline.progress import bar
 from data_pipeline.settings import setting
@@ -92,7 +92,7 @@ def run_child(
                 pruned = True
                 children.send(signal.SIGTERM)
     if children.killed:
-        terminal.leave(signal.SIGINT)
+        signals.leave(signal.SIGINT)
     lines = log.read_text("utf-8", "replace").splitlines()
     return Ended(child.returncode, children.told_to_stop, pruned, lines[-1] if lines else "stopped")
 
@@ -231,7 +231,7 @@ class Study:
             show(f"trial {number}", max(reported, default=0), PARTS)
             return bool(reported) and max(reported) < PARTS and trial.should_prune()
 
-        terminal.say(f"trial {number}: {trial.user_attrs['values']}, {num_steps} updates")
+        signals.say(f"trial {number}: {trial.user_attrs['values']}, {num_steps} updates")
         began = time.monotonic()
         ended = run_child(arguments, directory.with_suffix(".txt"), hopeless=hopeless)
         hopeless()  # reports the last scores
@@ -239,7 +239,7 @@ class Study:
         scores = list(evaluations(directory).values())
         interrupted = ended.told_to_stop or (ended.status == cli.STOPPED and not ended.pruned)
         if interrupted or ended.status == cli.NOT_SAVED:
-            terminal.say(f"trial {number}: {ended.last_words}; launch.tune goes on with it")
+            signals.say(f"trial {number}: {ended.last_words}; launch.tune goes on with it")
             return cli.STOPPED if ended.told_to_stop else ended.status
         if ended.status == cli.DONE:
             state, outcome = TrialState.COMPLETE, f"{min(scores):.4f} bits per symbol"
@@ -251,7 +251,7 @@ class Study:
         self.optuna.tell(trial, min(scores) if state == TrialState.COMPLETE else None, state)
         if ended.status == cli.MISTAKE:
             raise ValueError(f"launch.train refuses trial {number}: {ended.last_words}")
-        terminal.say(f"trial {number}: {outcome}")
+        signals.say(f"trial {number}: {outcome}")
         return cli.DONE
 
 

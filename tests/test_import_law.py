@@ -209,7 +209,7 @@ def test_a_program_answers_ctrl_c_before_it_imports_anything():
     # Which takes no time itself: what is not part of the interpreter is imported when signals are held back.
     outside = [node for node in ast.parse((ROOT / "data_pipeline" / "startup.py").read_text("utf-8")).body[1:-1]]
     assert list(map(ast.unparse, outside)) == ["import _signal"]
-    used = imports(ROOT / "data_pipeline" / "terminal.py")
+    used = imports(ROOT / "data_pipeline" / "signals.py")
     assert {name.partition(".")[0] for name in used} <= sys.stdlib_module_names
 
 

@@ -18,7 +18,7 @@ from data_pipeline.batch import Batch
 from data_pipeline.loader import open_windows
 from data_pipeline.shards import open_corpus
 from data_pipeline.streams import StreamPlan
-from launch import runtime
+from launch import jax_setup
 
 
 def config_of(shape: Shape, **changes: object) -> Config:
@@ -33,7 +33,7 @@ def training(shape: dict, **changes: object) -> Contestant:
     """An update on all the devices there are, from a batch in the host's memory; fused where it can be."""
     sizes = Shape(**shape)
     config = config_of(sizes, **changes)
-    runtime.keep_freed_memory(estimate.estimate_temp_bytes(config, distributed.usable_cores()))
+    jax_setup.keep_freed_memory(estimate.estimate_temp_bytes(config, distributed.usable_cores()))
     mesh = distributed.make()
     config = config_lib.fill_automatic(config, mesh.size)
     if "lstm_backend" not in changes and distributed.has_mosaic(mesh) and not config.model.unsupported_by("fused"):
@@ -67,7 +67,7 @@ def matrix_product(size: int, dtype: str) -> Contestant:
 
 def sampling(shape: dict, samples: int, length: int) -> Contestant:
     """`length` symbols of each of `samples` texts, at temperature 1, as `launch.sample` makes them."""
-    sizes, mesh = Shape(**shape), runtime.sampling_mesh(samples)
+    sizes, mesh = Shape(**shape), jax_setup.sampling_mesh(samples)
     config, prompt = config_of(sizes).model, np.zeros(1, np.int32)
     params = distributed.put(mesh, distributed.REPLICATED, language_model.init(config, sizes.V, jax.random.key(0)))
     how = generate.Sampling()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_pipeline import terminal
+from data_pipeline import signals
 from data_pipeline.atomic_files import atomic_write, sealed, unsealed
 from data_pipeline.build.sources import Extent, ParallelMap, Text
 from data_pipeline.build.splits import Span, cut, shard_spans
@@ -97,7 +97,7 @@ def parallel_map(workers: int, processes: bool, progress: Progress | None) -> It
 def _die_with_parent() -> None:
     """Runs in a worker process: leaves Ctrl-C to the parent, and exits if the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    terminal.unblock()  # a pool that breaks ends its other workers by SIGTERM
+    signals.unblock()  # a pool that breaks ends its other workers by SIGTERM
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -84,6 +84,20 @@ def first(count: int, fault: str, name: str = "") -> Callable[[str, int, int], s
     return found
 
 
+def once_each(fault: str, name: str = "") -> Callable[[str, int, int], str]:
+    """A fault in the first answer that begins at each byte of the files whose names have `name` in them."""
+    met, lock = set(), threading.Lock()
+
+    def found(file: str, start: int, stop: int) -> str:
+        with lock:
+            if name not in file or (file, start) in met:
+                return ""
+            met.add((file, start))
+            return fault
+
+    return found
+
+
 def some(share: float, faults: tuple[str, ...], seed: int = 0) -> Callable[[str, int, int], str]:
     """One of `faults` in a share of the answers, by chance."""
     chance, lock = random.Random(seed), threading.Lock()

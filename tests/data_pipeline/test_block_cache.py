@@ -18,7 +18,7 @@ from data_pipeline import block_cache
 from data_pipeline.block_cache import BlockCache
 from data_pipeline.shards import Split, open_corpus
 from tests.conftest import ROOT
-from tests.data_pipeline.faulty import first, serving
+from tests.data_pipeline.faulty import no_fault, once_each, serving
 from tests.data_pipeline.test_shards import make
 from tests.data_pipeline.test_stores import BLOCK, IDS, WIDE
 
@@ -126,9 +126,9 @@ def test_a_cache_that_is_deleted_under_its_readers_changes_nothing(server, tmp_p
 
 def test_wrong_bytes_from_the_store_never_get_into_the_cache(server, tmp_path):
     split = train_split(server, tmp_path)
-    server.fault = first(3, "flip", ".ids")
+    server.fault = once_each("flip", ".ids")
     read_all(split)
-    server.fault = first(0, "")
+    server.fault = no_fault
     fetched(server)
     read_all(train_split(server, tmp_path))
     assert fetched(server) == 0

@@ -69,7 +69,7 @@ cli.run("launch.test", main)
 
 def python(code: str, *arguments: str, **options) -> tuple[int, str]:
     """Runs `code` in a process that begins as a program does; its exit status and what is on its stderr."""
-    command = [sys.executable, "-c", "from data_pipeline import terminal; terminal.attach('launch.test')\n" + code]
+    command = [sys.executable, "-c", "from data_pipeline import signals; signals.attach('launch.test')\n" + code]
     command += arguments
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, **options)
     return done.returncode, done.stderr

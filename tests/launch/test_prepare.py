@@ -14,8 +14,8 @@ from tests.launch.conftest import refusal
 # Ctrl-C at a terminal comes to all processes that were started in it; those of the pool may not even have begun.
 INTERRUPTED = """
 if __name__ == "__main__":
-    from data_pipeline import terminal
-    terminal.attach("launch.prepare", "; the same command goes on")
+    from data_pipeline import signals
+    signals.attach("launch.prepare", "; the same command goes on")
 import os, runpy, signal, time
 import data_pipeline.build.encode, data_pipeline.progress
 def interrupt(doing, done, total):

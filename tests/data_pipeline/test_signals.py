@@ -10,14 +10,14 @@ import time
 
 import pytest
 
-from data_pipeline import terminal
+from data_pipeline import signals
 from tests.conftest import ROOT
 
 
 def written(descriptor: int, times: int = 1) -> list[float]:
     """Seconds that each of some long writes took, none of which raises anything."""
     seconds = []
-    with terminal._Stderr(descriptor, "w") as stderr:
+    with signals._Stderr(descriptor, "w") as stderr:
         for _ in range(times):
             began, left = time.monotonic(), b"x" * 100_000
             while left:
@@ -37,12 +37,12 @@ def test_what_is_said_to_a_pipe_without_a_reader_to_a_full_disk_or_to_a_closed_t
 
 
 def test_who_does_not_read_is_waited_for_once_and_heard_again_when_he_does(monkeypatch):
-    monkeypatch.setattr(terminal, "PATIENCE", 0.2)
+    monkeypatch.setattr(signals, "PATIENCE", 0.2)
     reader, writer = os.pipe()
     first, *others = written(os.dup(writer), 50)
     assert first >= 0.2 and sum(others) < 50 * 0.2 / 2
     os.read(reader, 1 << 20)
-    with terminal._Stderr(writer, "w") as stderr:
+    with signals._Stderr(writer, "w") as stderr:
         assert stderr.write(b"again") == 5
     assert os.read(reader, 1 << 20) == b"again"
     os.close(reader)
@@ -50,9 +50,9 @@ def test_who_does_not_read_is_waited_for_once_and_heard_again_when_he_does(monke
 
 def test_a_pipe_has_lost_its_reader_when_that_is_closed():
     reader, writer = os.pipe()
-    assert not terminal.has_lost_its_reader(writer)
+    assert not signals.has_lost_its_reader(writer)
     os.close(reader)
-    assert terminal.has_lost_its_reader(writer)
+    assert signals.has_lost_its_reader(writer)
     os.close(writer)
 
 
@@ -61,7 +61,7 @@ def test_signals_are_held_back_before_anything_is_imported():
         "import signal, sys\n"
         "class Look:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name == 'data_pipeline.terminal':\n"
+        "        if name == 'data_pipeline.signals':\n"
         "            print(sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, ()))))\n"
         "sys.meta_path.insert(0, Look())\n"
         "from data_pipeline import startup\n"
@@ -75,7 +75,7 @@ def test_in_a_process_that_is_no_program_a_signal_is_answered_in_the_block_and_a
     came: list[int] = []
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        with terminal.reacting(came.append):
+        with signals.reacting(came.append):
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGTERM)
         assert came == [signal.SIGINT]
@@ -84,12 +84,12 @@ def test_in_a_process_that_is_no_program_a_signal_is_answered_in_the_block_and_a
     finally:
         signal.signal(signal.SIGTERM, before)
     with pytest.raises(KeyboardInterrupt):
-        terminal.leave(signal.SIGINT)
+        signals.leave(signal.SIGINT)
 
 
 def test_a_block_in_a_thread_answers_nothing():
     def block() -> None:
-        with terminal.reacting(print):
+        with signals.reacting(print):
             entered.append(signal.getsignal(signal.SIGINT))
 
     entered: list = []

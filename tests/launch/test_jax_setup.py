@@ -17,7 +17,7 @@ from charlstm.run import estimate
 from charlstm.training import step as step_lib
 from charlstm.training import train_state
 from data_pipeline.batch import Batch
-from launch import runtime
+from launch import jax_setup
 from launch.cluster import JobFlags
 from tests.jobs import ROOT, last_line
 
@@ -65,8 +65,8 @@ def test_a_home_that_cannot_be_written_stops_nothing(arguments, tmp_path):
 PROGRAM = """
 import resource, sys, threading
 import numpy as np
-from launch import runtime
-runtime.keep_freed_memory(int(sys.argv[1]))
+from launch import jax_setup
+jax_setup.keep_freed_memory(int(sys.argv[1]))
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -83,10 +83,10 @@ print(faults(), faults())
 @pytest.mark.parametrize(
     ("variable", "block", "kept"),
     [
-        ("", runtime.LARGE, True),
-        ("", runtime.LARGE - 1, False),
-        ("MALLOC_ARENA_MAX", runtime.LARGE, False),
-        ("GLIBC_TUNABLES", runtime.LARGE, False),
+        ("", jax_setup.LARGE, True),
+        ("", jax_setup.LARGE - 1, False),
+        ("MALLOC_ARENA_MAX", jax_setup.LARGE, False),
+        ("GLIBC_TUNABLES", jax_setup.LARGE, False),
     ],
 )
 def test_memory_that_a_thread_has_freed_is_not_mapped_again_if_blocks_are_large_and_the_user_says_nothing_else(
@@ -121,7 +121,7 @@ def test_the_temporaries_of_an_update_are_known_about_before_it_is_compiled(chan
 
 def test_a_number_of_devices_that_the_user_chose_is_left_alone():
     assert (
-        runtime.mesh_chooser(JobFlags())(config_lib.replace(Config(), batch_size=5)).size == 8
+        jax_setup.mesh_chooser(JobFlags())(config_lib.replace(Config(), batch_size=5)).size == 8
     )  # XLA_FLAGS of the tests
 
 
