@@ -30,14 +30,18 @@ class Disk:
         directory = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
         self._unsynced_names -= {name for name in self._unsynced_names if name.parent == directory}
 
+    def has(self, path: Path) -> bool:
+        """True if the content of `path` is on disk as it is now."""
+        found = path.stat()
+        return self._synced.get(found.st_ino) == (found.st_size, found.st_mtime_ns)
+
     def rename(self, source: Path, target: Path) -> None:
         if self._root not in target.parents or ".removed-" in target.name:
             return
         for path in (source, *source.rglob("*")):
             if path.is_symlink() or path.name.endswith(".lock"):
                 continue
-            found = path.stat()
-            if self._synced.get(found.st_ino) != (found.st_size, found.st_mtime_ns):
+            if not self.has(path):
                 self.faults.append(f"{target.name} was named before {path.name} in it was on disk")
         self.named.append(target.name)
 

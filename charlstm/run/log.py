@@ -110,6 +110,12 @@ class RunLog:
             )
             self._copy.rebuild(records, samples)
 
+    def sync(self) -> None:
+        """Puts the lines of both files on disk: a checkpoint is not to outlive those that led to it."""
+        for lines in (self._metrics, self._samples):
+            if lines is not None:
+                lines.sync()
+
     def close(self) -> None:
         """Raises OSError where there are lines that the disk does not take."""
         with self._lock:
@@ -206,6 +212,16 @@ class Lines:
             os.fsync(file.fileno())
         os.replace(beside, self.path)
         self._waiting.clear()
+
+    def sync(self) -> None:
+        """Puts on disk what is written; a disk that fails is found by the checkpoint that follows."""
+        with contextlib.suppress(OSError):
+            for path in (self.path, self.path.parent):
+                descriptor = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
 
     def close(self) -> None:
         """Raises OSError where there are lines left."""

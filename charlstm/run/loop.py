@@ -261,6 +261,7 @@ class Training:
         began, most = time.monotonic(), self.run.config.training.max_failed_saves
         identity = run_directory.checkpoint_identity(self.run.config, self.run.identity)
         with self.services.pause("saving"):
+            self.log.sync()
             try:
                 self.checkpoints.save(state, identity, score, self.metrics.sums())
             except replicas.CopiesDiffer as found:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from charlstm.config import Config
+import charlstm as cl
+from charlstm.config import Config, replace
 from charlstm.run import run_directory
 from charlstm.run.checkpoint import Checkpoints
 from charlstm.run.log import Lines
@@ -76,6 +77,23 @@ def test_metrics_that_are_cut_are_on_disk_before_they_take_the_place_of_the_othe
     with watched(root) as disk:
         lines.replace("another\n")
     assert disk.faults == [] and disk.named == ["metrics.jsonl"]
+
+
+def test_what_led_to_a_checkpoint_is_on_disk_before_it(root, monkeypatch):
+    text = "".join(f"line {n * n} of a text\n" for n in range(300))
+    config, corpus = cl.Config.from_flagfile("configs/tiny.flags"), cl.load_corpus(text)
+    saves, save = [], Checkpoints.save
+
+    def saved(*arguments) -> None:
+        paths = [root / "run" / name for name in ("metrics.jsonl", "samples.jsonl")]
+        saves.append([path.exists() and disk.has(path) for path in paths])
+        save(*arguments)
+
+    monkeypatch.setattr(Checkpoints, "save", saved)
+    with watched(root) as disk:
+        often = {"num_steps": 6, "log_every": 2, "evaluate_every": 4, "checkpoint_every": 2, "sample_every": 2}
+        cl.train(replace(config, **often), corpus, run_dir=root / "run")
+    assert saves == [[True, True]] * 3 and disk.lost == []
 
 
 def test_a_download_is_on_disk_before_it_has_its_name(root):
