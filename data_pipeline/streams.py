@@ -41,8 +41,8 @@ class StreamPlan:
     u is uniform in [0, 1) in each epoch, so that windows of half the length come at equal distances, with frequency q.
     k is the number of heads of two coins at each border between windows, less one (0 at the ends of an epoch).  A
     window's length is thus T or T // 2, and D times a binomial number of mean 0 and variance 1 more: the normal lengths
-    of Merity et al. 2018 (arXiv:1803.08240) in few enough values that a program can be compiled for each, with borders
-    that are found without adding lengths up.
+    of Merity et al. 2018 (arXiv:1708.02182, section 4.1) in few enough values that a program can be compiled for each,
+    with borders that are found without adding lengths up.
 
     An epoch has as many windows, W, as surely fit: s(W) <= N // B, and so no input is read twice in it.  The inputs
     that it leaves out (fewer than B T where all windows are equal) are others in another epoch with `rotate`.

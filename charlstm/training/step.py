@@ -35,7 +35,8 @@ def make(config: Config, vocabulary_size: int, mesh: Mesh, steps_per_epoch: int)
     """The training step on `mesh`, compiled for each length of a window that it meets.  It donates the state.
 
     Where a window's length is not --window, the learning rate is scaled by their ratio (Merity et al. 2018,
-    arXiv:1803.08240): the loss is a mean, so a short window would otherwise take as large a step as a full one.
+    arXiv:1708.02182, section 4.1): the loss is a mean, so a short window would otherwise take as large a step as a full
+    one.
     """
     sums = _gradient_sums(config, mesh)
     optimizer = optimizers.make(config.optimizer)
