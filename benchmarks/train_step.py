@@ -1,4 +1,4 @@
-"""A full update (embedding, stack, soft-max, clipping, Adam): ours beside PyTorch, flax, dm-haiku and autodiff.
+"""A full update (embedding, stack, softmax, clipping, Adam): ours beside PyTorch, flax, dm-haiku and autodiff.
 
     python -m benchmarks.train_step [--quick] [--shapes=1,2] [--rounds=7] [--turn=2] [--only=PyTorch,flax]
 

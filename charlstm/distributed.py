@@ -5,7 +5,7 @@ devices: where one process has failed, its next collective would be paired with 
 
 Nothing else in the project asks how many devices there are.  Parameters and optimizer state lie whole on every device;
 whatever has a row a stream (batches, recurrent state) is split by rows over the axis `AXIS`, in device order, and the
-devices of one process are neighbours, so a process holds one run of rows.
+devices of one process are neighbors, so a process holds one run of rows.
 """
 
 import itertools

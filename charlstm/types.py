@@ -25,7 +25,7 @@ class MogrifierRound(NamedTuple):
 
 
 class LayerNorms(NamedTuple):
-    """Extra parameters of the layer-normalised LSTM."""
+    """Extra parameters of the layer-normalized LSTM."""
 
     gain_x: jax.Array  # [G]
     gain_h: jax.Array  # [G]
@@ -59,7 +59,7 @@ RecurrentState = tuple[CellState, ...]  # L layers, first to last
 
 
 class DivergenceState(NamedTuple):
-    """Data position and divergence-handling counters; replicated.  A resumed run does not repeat them."""
+    """Data position and divergence-handling counters; replicated.  A resumed run continues them."""
 
     next_window: jax.Array  # int32 []: window that every stream reads next: `step` plus those skipped by rollbacks
     loss_ema: jax.Array  # float32 []: moving average of the loss of accepted updates, nats; 0 before the first

@@ -47,7 +47,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
-    sync_directory(path.parent)
+    sync(path.parent)
 
 
 def sealed(content: bytes) -> bytes:
@@ -64,9 +64,9 @@ def unsealed(path: Path) -> bytes | None:
     return content if data == sealed(content) else None
 
 
-def sync_directory(directory: Path) -> None:
-    """Syncs the names in `directory` to disk: else a renamed file may not survive a loss of power."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Puts a file's content, or the names in a directory, on disk: else they may not survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -24,7 +24,7 @@ class Blocks:
 
     Attributes:
       store: where the shards lie.
-      range_bytes: largest part of a shard, from a multiple of its size on, that `fill` may be asked for at a time.
+      range_bytes: one call of `fill` reads at most up to the next multiple of this many bytes of a shard.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Blocks:
             position += len(part)
 
     def _read(self, number: int, first: int, last: int) -> memoryview:
-        """Returns blocks `first` to `last`, or the first ones of them, if they come from different places; or more."""
+        """Returns bytes from block `first` on: up to `last`; fewer if the cache has only those; or more."""
         if self._cache is None or self._cache.off:
             return self._fetch(number, first, last)
         file, extent = self._shards[number].file, self._cache.extent

@@ -1,4 +1,7 @@
-"""A mixture of prepared corpora: its parts as a flag names them, their weights, and the mixture as a corpus."""
+"""A mixture of prepared corpora: its parts as a flag names them, their weights, and the mixture as a corpus.
+
+Which member is read next is decided by `segments.Cycle`.
+"""
 
 import dataclasses
 import hashlib

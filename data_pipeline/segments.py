@@ -1,10 +1,10 @@
 """Shuffled segments and mixtures of corpora: the text of each stream as a formula of (seed, step, stream).
 
-A stream reads a segment of L symbols of one corpus, its turn, with carried state; then, from zero state, another one.
+In a turn, a stream reads a segment of L symbols of one corpus with carried state; each turn starts from zero state.
 Turn k of stream b of B has slot n = k B + b.  The corpora take the slots in a fixed cycle, in which corpus c has p_c of
 P slots: if n is slot j of corpus c, the turn reads segment j mod S of pass j // S over that corpus, which has S whole
-segments, in an order drawn for each pass.  Nothing is counted up: any step costs the same, and needs no state but its
-number.
+segments, in an order drawn for each pass.  There are no counters: any step is computed from its number alone, in the
+same time.
 """
 
 import dataclasses
@@ -43,10 +43,10 @@ class Turn(NamedTuple):
 class Cycle:
     """The order in which C members take slots: at no moment has one had a whole slot more or less than its share.
 
-    Tijdeman 1980, "The chairman assignment problem": of the members that slot n does not put ahead of their share, it
-    goes to the one that would fall behind first.  No count is ever off by more than 1 - 1 / (2 C - 2), the least that
-    can be guaranteed; so after P slots all are exact, and the order repeats.  (Webster's method, simpler, lets members
-    of equal small weights come all at once: with ten of weight 1 beside one of 100, counts are off by 4.5.)
+    Tijdeman 1980, "The chairman assignment problem": slot n goes to the member that would fall too far behind
+    first, among those that it does not put too far ahead.  No count is ever off by more than 1 - 1 / (2 C - 2), the
+    least that can be guaranteed; so after P slots all are exact, and the order repeats.  (Webster's method, simpler,
+    lets members of equal small weights come together: with ten of weight 1 beside one of 100, counts are off by 4.5.)
     """
 
     def __init__(self, weights: Sequence[int]) -> None:
@@ -93,7 +93,7 @@ def permuted(index: int, size: int, key: str) -> int:
 
 
 def automatic_segment(members: Sequence[Member], batch_size: int, window: int) -> int:
-    """Returns the largest power of two up to 2^20 of which every member has a segment for each stream that reads it."""
+    """Returns the largest power of two <= 2^20 such that each member has a segment for each of its streams."""
     segment = USUAL_SEGMENT
     while segment // 2 >= window and any(m.symbols // segment < _streams(members, m, batch_size) for m in members):
         segment //= 2
@@ -109,10 +109,10 @@ def _streams(members: Sequence[Member], member: Member, batch_size: int) -> int:
 class SegmentPlan(StreamPlan):
     """The positions of B streams in turns over the segments of one corpus or several, at every step.
 
-    The split is the training splits of the members, one after the other.  Symbols are counted by one clock for all
-    streams, g(s) = s(s) of an epoch without end (see `StreamPlan`), so that all windows of a step have equal lengths.
+    The split is the training splits of the members, one after the other.  All streams share one clock, so all windows
+    of a step have equal lengths: g(step) is s(w) of `StreamPlan` with w = step, in an epoch without end.
     A turn has W windows, as many as fit in L symbols at their longest.  Stream b begins its turns at steps
-    k W + ceil((b + 1) W / B), so that never all states are zero at once (but at step 0; the first turns are cut short).
+    k W + ceil((b + 1) W / B), so that the states are not all reset at once, except at step 0 (first turns are shorter).
 
     Each pass over a member cuts it into segments from another seeded offset on, with `rotate`; what is left of the
     circle after S segments is left out of the pass.  With segment 0 turns are as long as can be: stream b always reads
@@ -207,15 +207,15 @@ class SegmentPlan(StreamPlan):
         number, ordinal = self.cycle.slot(turn * self.batch_size + stream)
         member = self.members[number]
         size = member.symbols // self.segment
-        times, segment = divmod(ordinal, size)
+        pass_number, segment = divmod(ordinal, size)
         if self.shuffle:
-            segment = permuted(segment, size, f"{self.seed} {number} {times}")
-        position = (self._pass_offset(number, times) + segment * self.segment) % member.symbols
+            segment = permuted(segment, size, f"{self.seed} {number} {pass_number}")
+        position = (self._pass_offset(number, pass_number) + segment * self.segment) % member.symbols
         return Turn(max(0, (turn - 1) * windows + late), turn * windows + late, number, position)
 
-    def _pass_offset(self, number: int, times: int) -> int:
-        """Returns where on member `number` pass `times` begins; of a single member as `StreamPlan.offset`."""
-        return self._offset(times * len(self.members) + number, self.members[number].symbols)
+    def _pass_offset(self, number: int, pass_number: int) -> int:
+        """Returns where on member `number` pass `pass_number` begins; of a single member as `StreamPlan.offset`."""
+        return self._offset(pass_number * len(self.members) + number, self.members[number].symbols)
 
     def positions(self, step: int, rows: range) -> list[int]:
         return [stretch.circle.start + stretch.position for stretch in self.stretches(step, rows)]

@@ -77,7 +77,7 @@ class Store(Protocol):
         ...
 
     def close(self) -> None:
-        """Makes all requests give up that have failed or are still to be made."""
+        """Stops the retries of failed requests, and refuses new requests."""
         ...
 
 
@@ -101,8 +101,8 @@ def open_store(location: Path | str, patience: float = PATIENCE) -> Store:
 class Remote:
     """A directory of an object store.
 
-    Failures that may pass (429, 5xx, resets, cut or stalled answers) are repeated for `patience` seconds; others are
-    refused at once.
+    Requests that fail transiently (429, 5xx, resets, cut or stalled answers) are retried for `patience` seconds; other
+    failures raise ValueError at once.
     """
 
     is_remote = True
@@ -127,10 +127,10 @@ class Remote:
                 )
             return data
 
-        return self._patiently(name, get)
+        return self._with_retries(name, get)
 
     def size(self, name: str) -> int:
-        return self._patiently(name, lambda: int(self._obstore.head(self._store, name)["size"]))
+        return self._with_retries(name, lambda: int(self._obstore.head(self._store, name)["size"]))
 
     def create(self, name: str, data: bytes) -> bool:
         """Writes an object unless there is one of that name; returns whether it was written.  Raises as `read`."""
@@ -142,11 +142,11 @@ class Remote:
                 return False
             return True
 
-        return self._patiently(name, put)
+        return self._with_retries(name, put)
 
     def upload(self, name: str, file: Path) -> None:
         """Writes a file as an object, whole or not at all, over what is there.  Raises as `read`."""
-        self._patiently(name, lambda: self._obstore.put(self._store, name, file, use_multipart=True))
+        self._with_retries(name, lambda: self._obstore.put(self._store, name, file, use_multipart=True))
 
     def path(self, name: str) -> str:
         return f"{self._url}/{name}"
@@ -169,7 +169,7 @@ class Remote:
     def close(self) -> None:
         self._closed.set()
 
-    def _patiently(self, name: str, request: Callable[[], Result]) -> Result:
+    def _with_retries(self, name: str, request: Callable[[], Result]) -> Result:
         """Makes a request until it is answered."""
         pause, traffic = BACKOFF[0], self._traffic
         with traffic.timed() as began:
@@ -282,7 +282,7 @@ def _connect(url: str) -> tuple[Any, Any]:
         "user_agent": "charlstm",
     }
     try:
-        # Retries are ours, so that waiting is said; obstore's few are for those that its credentials need.
+        # We retry ourselves, so that waiting is logged; obstore's few retries are for requesting credentials.
         return obstore, from_url(url, client_options=client, retry_config={"max_retries": 2})  # type: ignore[call-overload]
     except (obstore.exceptions.BaseError, ValueError, OSError) as error:
         raise ValueError(f"{url}: {' '.join(str(error).partition('Debug source')[0].split())}") from None

@@ -39,13 +39,13 @@ class StreamPlan:
         s(w) = w T - (T - T // 2) floor(w q + u) + k D,        q = short_probability, D = deviation
 
     u is uniform in [0, 1) in each epoch, so that windows of half the length come at equal distances, with frequency q.
-    k is the number of heads of two coins at each border between windows, less one (0 at the ends of an epoch).  A
+    k is the number of heads in two coin tosses, minus 1, at each border between windows (0 at the ends of an epoch).  A
     window's length is thus T or T // 2, and D times a binomial number of mean 0 and variance 1 more: the normal lengths
     of Merity et al. 2018 (arXiv:1708.02182, section 4.1) in few enough values that a program can be compiled for each,
     with borders that are found without adding lengths up.
 
-    An epoch has as many windows, W, as surely fit: s(W) <= N // B, and so no input is read twice in it.  The inputs
-    that it leaves out (fewer than B T where all windows are equal) are others in another epoch with `rotate`.
+    W is the largest number of windows that fits whatever u is: s(W) <= N // B, so no input is read twice in an epoch.
+    Some inputs are left out (fewer than B T if all windows are equal); with `rotate`, other ones in each epoch.
 
     Raises:
       ValueError: the split is shorter than one window of every stream.
@@ -76,7 +76,7 @@ class StreamPlan:
         return self._windows_in(self.symbols // self.batch_size)
 
     def _windows_in(self, symbols: int) -> int:
-        """Returns the number of windows, at their longest but for the deviation, that fit in `symbols`."""
+        """Returns the number of windows that fit in `symbols` for every u, the deviation not counted."""
         most = symbols // (self.window // 2 if self.short_probability else self.window)
         return bisect.bisect_right(range(most + 1), symbols, key=lambda window: self._border(window, 0)) - 1
 
@@ -111,7 +111,7 @@ class StreamPlan:
         """Returns offset `number` on a circle of `symbols`.
 
         Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), keyed by a digest: seeds and epochs
-        that are neighbours are uncorrelated.  Its raw words, unlike NumPy's distributions, never change.
+        that are neighbors are uncorrelated.  Its raw words, unlike NumPy's distributions, never change.
         """
         if not self.rotate:
             return 0
@@ -135,7 +135,7 @@ class StreamPlan:
 
     @property
     def period(self) -> int:
-        """Steps from one moment at which all streams begin anew to the next: no joined read goes across it."""
+        """Steps between two steps at which all streams begin anew; a joined read must not cross such a step."""
         return self.steps_per_epoch
 
     def length(self, first: int, last: int) -> int:
@@ -169,8 +169,8 @@ class StreamPlan:
         Returns:
           Arrays [R, symbols of the windows]; ids in the split's dtype.  `reset` is True where a stream begins anew, at
           the first symbol of the split (what lies before it on the circle is unrelated text), at the last symbol of
-          each separator that lies within the split, wherever the reading begins, and before a window that `resets`
-          draws.
+          each separator that lies within the split (also one that began before this batch), and at the first symbol of
+          a window for which `resets` is true.
         """
         assert len(split) == self.symbols, (len(split), self)
         assert step >= 0 and 0 < windows <= self.period - step % self.period, (step, windows)

@@ -18,7 +18,7 @@ UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # shown for id 0 of a character vocabular
 
 
 def canonical_json(tree: Any) -> bytes:
-    """Serialises `tree` in the one form that digests are taken of: ASCII, sorted keys, no spaces."""
+    """Serializes `tree` in the one form that digests are taken of: ASCII, sorted keys, no spaces."""
     return json.dumps(tree, sort_keys=True, separators=(",", ":")).encode("ascii")
 
 

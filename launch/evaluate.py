@@ -3,7 +3,7 @@
     python -m launch.evaluate --run_dir=runs/mine --split=test
 
 With --dynamic the model goes on learning from the text that it is scored on, after each score (dynamic evaluation).
-With --search_temperature there is a second score, at the soft-max temperature that is best on the validation split.
+With --search_temperature there is a second score, at the softmax temperature that is best on the validation split.
 Neither changes the run.
 """
 
@@ -53,7 +53,7 @@ class EvaluateFlags:
         "--evaluation_batch_size have no part in it.",
     )
     search_temperature: bool = setting(
-        False, "Score at the best soft-max temperature of the validation split as well, from 1/2 to 2, to 1 %."
+        False, "Score at the best softmax temperature of the validation split as well, from 1/2 to 2, to 1 %."
     )
     format: str = setting("text", "How the result is printed.", choices=("text", "json"))
 

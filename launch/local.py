@@ -42,7 +42,7 @@ TRAIN = (sys.executable, "-m", "launch.train")
 ENDED_WELL = (cli.DONE, cli.STOPPED)
 # A restarted job would end in the same way.
 FINAL = (cli.MISTAKE, cli.DIVERGED, cli.UNREACHABLE, cli.NOT_SAVED, cli.INTERRUPTED)
-FUTILE = 2  # consecutive deaths at the same checkpoint, after which it is no longer trusted
+MAX_DEATHS_AT_A_CHECKPOINT = 2  # consecutive deaths at the same checkpoint, after which it is no longer trusted
 LONGEST_PAUSE = 60.0  # seconds
 
 
@@ -172,8 +172,8 @@ class RestartPolicy:
     """Decides whether a job is restarted after a death, at most `limit` times.
 
     The first restart is immediate.  If there is no newer checkpoint than at the last death, restarts wait, twice as
-    long each time.  After more than `FUTILE` such deaths the checkpoint is quarantined and the job goes back to the one
-    before; if it then dies as often again, the job is given up: the cause is not chance.
+    long each time.  After more than `MAX_DEATHS_AT_A_CHECKPOINT` such deaths the checkpoint is quarantined and the job
+    goes back to the one before; if it then dies as often again, the job is given up: the cause is not chance.
     """
 
     def __init__(self, checkpoints: Path, limit: int, pause: float = 1.0) -> None:
@@ -193,7 +193,7 @@ class RestartPolicy:
         progress, self._newest = newest > self._newest, newest
         self._deaths = 1 if progress else self._deaths + 1
         self._went_back &= not progress
-        if self._deaths > FUTILE:
+        if self._deaths > MAX_DEATHS_AT_A_CHECKPOINT:
             if self._went_back or newest < 0:
                 return False, f"given up, {self._deaths} deaths in a row at step {max(newest, 0)}: {died}"
             self._files.quarantine(newest, "abandoned")
@@ -209,7 +209,7 @@ class RestartPolicy:
 
 
 def describe(statuses: Sequence[int]) -> str:
-    """Returns how each process ended; those that were only taken along by another come last."""
+    """Returns how each process ended; those that ended only because another one did come last."""
     followers = (*ENDED_WELL, cli.LOST, -signal.SIGABRT)
     order = sorted(range(len(statuses)), key=lambda p: (statuses[p] in followers, p))
     return ", ".join(f"process {p} {_ending(statuses[p])}" for p in order if statuses[p] not in ENDED_WELL)

@@ -52,7 +52,7 @@ class ProgramServices(Services):
     def watching(self, training: Training) -> Iterator[None]:
         """Answers signals: the first lets the step finish and be saved; a second Ctrl-C does not.
 
-        Of several processes, JAX catches SIGTERM and tells the others of it; Ctrl-C is then as good as SIGTERM.
+        In a job of several processes, JAX catches SIGTERM and tells the others; so Ctrl-C is turned into SIGTERM.
         """
         self._training = training
         with signals.reacting(self.signalled):

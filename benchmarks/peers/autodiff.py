@@ -1,6 +1,6 @@
 """JAX's own automatic differentiation of a scan over time: flax, dm-haiku, and this project's textbook cells.
 
-They differ in the stack of layers alone; embedding, soft-max, clipping and Adam are those of the library, or optax's.
+They differ in the stack of layers alone; embedding, softmax, clipping and Adam are those of the library, or optax's.
 """
 
 from collections.abc import Callable

@@ -22,12 +22,12 @@ class ModelConfig:
     last_hidden_size: int = setting(0, "Hidden units of the last layer; 0: hidden_size.")
     embedding_size: int = setting(0, "E: width of the symbol embedding; 0 feeds one-hot symbols, as char-rnn does.")
     tie_embeddings: bool = setting(
-        False, "The soft-max uses the embedding's own weights (needs E = H of the last layer)."
+        False, "The softmax uses the embedding's own weights (needs E = H of the last layer)."
     )
-    skip: bool = setting(False, "The sum of all layers' outputs feeds the soft-max, not the last layer's alone.")
+    skip: bool = setting(False, "The sum of all layers' outputs feeds the softmax, not the last layer's alone.")
     input_dropout: float = setting(0.0, "Dropout of the first layer's input, embedded or one-hot.")
     layer_dropout: float = setting(0.0, "Dropout of every other layer's input.")
-    output_dropout: float = setting(0.0, "Dropout before the soft-max; with skip, of the sum.")
+    output_dropout: float = setting(0.0, "Dropout before the softmax; with skip, of the sum.")
     dropout_mask: str = setting(
         "window",
         "What one mask of input, layer and output dropout is drawn for: window (locked, variational dropout) or "
@@ -35,7 +35,7 @@ class ModelConfig:
         choices=("window", "symbol"),
     )
     embedding_dropout: float = setting(
-        0.0, "Symbols whose embedding is zeroed for a window, the same for all streams; a tied soft-max keeps them."
+        0.0, "Symbols whose embedding is zeroed for a window, the same for all streams; a tied softmax keeps them."
     )
     weight_drop: float = setting(0.0, "Dropout of the recurrent weights, one mask for a window and all its streams.")
     state_dropout: float = setting(0.0, "Dropout of the state before each symbol; a mask is constant over a window.")
@@ -55,7 +55,7 @@ class ModelConfig:
     init_scale: float = setting(0.08, "Scale of --initializer=uniform and normal.")
     compute_dtype: str = setting(
         "float32",
-        "Type of the matrix products' operands; master parameters, recurrent state and soft-max stay float32.",
+        "Type of the matrix products' operands; master parameters, recurrent state and softmax stay float32.",
         choices=("float32", "bfloat16"),
     )
     lstm_backend: str = setting(

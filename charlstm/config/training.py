@@ -22,7 +22,7 @@ class OptimizerConfig:
         "Coupled L2: this times the parameter is added to its gradient, once that is clipped (PyTorch's weight_decay).",
     )
     activation_penalty: float = setting(
-        0.0, "AR, of AWD-LSTM: this times the mean square of what the soft-max sees, dropped, is added to the loss."
+        0.0, "AR, of AWD-LSTM: this times the mean square of what the softmax sees, dropped, is added to the loss."
     )
     activation_change_penalty: float = setting(
         0.0, "TAR, of AWD-LSTM: the same of its change from one symbol to the next, before it is dropped."

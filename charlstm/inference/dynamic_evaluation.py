@@ -104,7 +104,7 @@ def score(
     temperatures: Sequence[float] = (1.0,),
     progress: Progress = lambda done, total: None,
 ) -> list[Score]:
-    """The score of the whole of `split` at each soft-max temperature; what is learned does not depend on these.
+    """The score of the whole of `split` at each softmax temperature; what is learned does not depend on these.
 
     Every symbol is scored once, as by `evaluate.make_evaluator`; symbol 0 costs log2(V) bits.
 

@@ -118,7 +118,7 @@ def _sum(nats_BK: jax.Array) -> np.ndarray:
 
 
 def nats_at_temperatures(temperatures: Sequence[float], logits_TBV: jax.Array, targets_TB: jax.Array) -> jax.Array:
-    """Cross-entropy with the soft-max of logits / temperature, `[K, T, B]` nats for K temperatures."""
+    """Cross-entropy with the softmax of logits / temperature, `[K, T, B]` nats for K temperatures."""
     # One after the other, so that the memory does not grow with K.
     return jax.lax.map(
         lambda temperature: cross_entropy(logits_TBV / temperature, targets_TB),

@@ -5,9 +5,9 @@
     features = h_L, or with skip the sum of all h_l
     logits = features W_out + b_out                   W_out is the embedding's transpose where it is tied
 
-In training every x_l, the features, the embedding's rows and the recurrent weights may be dropped (dropout.py). With
+In training, dropout may apply to every x_l, the features, the embedding's rows and the recurrent weights. With
 skip, the features sum h_l before the dropout of x_{l+1} (Melis et al. 2018); a tied softmax uses all rows of the
-embedding (Merity et al. 2018).
+embedding (Merity et al. 2018). The masks are in dropout.py.
 """
 
 import math
@@ -25,7 +25,7 @@ from charlstm.model.layer import CELLS
 from charlstm.model.ops.matmul import dense, lookup
 from charlstm.types import CellParams, CellState, ModelParams, RecurrentState
 
-# Names under which the masks of these settings are drawn: they are part of the bits.
+# Names from which the random keys of these settings' masks are derived: another name would draw other masks.
 MASK_NAMES = {"input_dropout": "input_dropout", "layer_dropout": "between_dropout"}
 
 
@@ -52,7 +52,7 @@ def init(config: ModelConfig, vocabulary_size: int, key: jax.Array) -> ModelPara
 
 
 def zero_state(config: ModelConfig, batch: int, dtype: jnp.dtype = jnp.float32) -> RecurrentState:
-    """Returns zeros for `batch` streams: also the initial state of an untrained model that trains it."""
+    """Returns a state of zeros for `batch` streams.  A trainable initial state starts from zeros, too."""
     return tuple(CELLS[config.cell].zero_state(batch, width, dtype) for width in config.widths)
 
 
@@ -106,8 +106,8 @@ def features(
     T, size = len(inputs_TB), math.isqrt(len(inputs_TB))
     if not config.remat or size < 2:
         return _apply_layers(config, params, dropout_key, state, inputs_TB, reset_TB)
-    # Chunks of the square root of the window, the first one with the remainder: this minimizes the sum of the states
-    # between chunks and of the residuals of one.  The loop delays the recomputation of a chunk until its turn.
+    # Chunks of sqrt(T) symbols, the first one longer by the remainder.  This minimizes memory: the states between
+    # chunks plus the residuals of one chunk.  A chunk is recomputed only when the backward pass reaches it.
     start = size + T % size if T % size else 0
     run = jax.checkpoint(partial(_apply_layers, config, params, dropout_key), prevent_cse=False)
     state, first = run(state, inputs_TB[:start], reset_TB[:start]) if start else (state, None)

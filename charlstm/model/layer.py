@@ -5,11 +5,11 @@
     s = m h                                          state dropout, m the same at all symbols: Gal & Ghahramani 2016
     x, s <- mogrifier(x, s)                          cells/mogrifier.py
     h', c' = cell(x, s, c)
-    h, c <- kept h + (1 - kept) h', the same of c    zoneout, kept 0 or 1 for each unit, stream and symbol
+    h <- renewed h' + (1 - renewed) h, c likewise    zoneout, renewed 0 or 1 for each unit, stream and symbol
 
 Zoneout is that of Krueger et al., Zoneout: Regularizing RNNs by Randomly Preserving Hidden Activations, ICLR 2017
-(arXiv:1606.01305), section 3.2; without dropout, in evaluation and sampling, kept is its mean.  The autodiff path
-(ops/autodiff_scan.py) serves zoneout, the mogrifier, a trained initial state and the layer-normalised LSTM.
+(arXiv:1606.01305), section 3.2; without dropout, in evaluation and sampling, renewed is its mean.  The autodiff path
+(ops/autodiff_scan.py) serves zoneout, the mogrifier, a trained initial state and the layer-normalized LSTM.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def init(config: ModelConfig, key: jax.Array, input_width: int, hidden_size: int
     """Parameters of one layer, float32."""
     cell, drawn_by = CELLS[config.cell], (config.initializer, config.init_scale)
     params = cell.init(key, input_width, hidden_size, *drawn_by, config.forget_bias)
-    if config.weight_norm:  # gains of the drawn lengths leave the weights as drawn
+    if config.weight_norm:  # the gains start at the column norms, so the weights start as drawn
         params = params._replace(gain=jnp.linalg.norm(params.w_h, axis=0))
     if config.train_initial_state:
         params = params._replace(first=jax.tree.map(lambda s_BH: s_BH[0], cell.zero_state(1, hidden_size)))

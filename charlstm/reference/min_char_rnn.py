@@ -6,15 +6,15 @@
     p_t = softmax(h_t w_out + b_out)
     loss = - sum_t log p_t[y_t]                       y_t is the symbol after x_t
 
-The derivatives run backwards through these (back-propagation through time, Werbos 1990).  With dz_t for the gradient
-before the soft-max and da_t for that before the tanh:
+The gradients come from back-propagation through time (Werbos 1990).  dz_t is the gradient with respect to the input of
+the softmax, da_t that with respect to the input of the tanh:
 
     dz_t = p_t - onehot(y_t)
     da_t = (dz_t w_out^T + da_{t+1} w_h^T) * (1 - h_t^2)
 
-and each weight's gradient is the sum over t of (what went in)^T (what came back).  Windows of T symbols follow one
-another; h is carried from one to the next, gradients are not.  The update is Adagrad (Duchi et al. 2011).  It is the
-algorithm of Karpathy's min-char-rnn (2015).
+The gradient of each weight is the sum over t of (its input)^T (the gradient of its output).  Windows of T symbols
+follow one another; h is carried from one to the next, gradients are not.  The update is Adagrad (Duchi et al. 2011).
+It is the algorithm of Karpathy's min-char-rnn (2015).
 
 Letters: T symbols in a window, V symbols in the vocabulary, H hidden width.
 """
@@ -85,7 +85,7 @@ def adagrad(params: Params, gradients: Params, squares: Params, learning_rate: f
 def sample(params: Params, rng: np.random.Generator, x: int, length: int) -> list[int]:
     """`length` symbols, each drawn from the prediction after the ones before it; `x` is read first.
 
-    With standard Gumbel noise added to its logarithms, the largest of the probabilities is a draw from them.
+    Gumbel-max trick: argmax(log p + standard Gumbel noise) is a draw from p.
     """
     ids, h_H = [x], np.zeros(len(params["b_h"]))
     for _ in range(length):

@@ -14,7 +14,7 @@ the forget gate of Gers et al. 2000; gates side by side along G = 4H in the orde
     p_t = softmax(h_t w_out + b_out)
     loss = - mean_t log p_t[y_t]                      y_t is the symbol after x_t
 
-Backwards, with dz_t, dh_t and dc_t for the gradients that reach the soft-max, h_t and c_t:
+Backwards, with dz_t, dh_t and dc_t for the gradients that reach the softmax, h_t and c_t:
 
     dz_t  = (p_t - onehot(y_t)) / (number of symbols)
     dh_t  = dz_t w_out^T + da_{t+1} w_h^T
@@ -75,7 +75,7 @@ class Lstm:
         return p_TBV, (hs[-1], cs[-1]), (x_TB, h_TBH, cs, gates, p_TBV)
 
     def backward(self, y_TB: np.ndarray, tape: Any) -> dict[str, np.ndarray]:
-        """The gradient of the mean loss by each of the weights, after `forward` gave `tape`."""
+        """The gradient of the mean loss with respect to each weight; `tape` is what `forward` returned last."""
         w, (x_TB, h_TBH, cs, gates, p_TBV) = self.weights, tape
         dz_TBV = p_TBV.copy()
         dz_TBV[(*np.indices(y_TB.shape), y_TB)] -= 1
@@ -135,7 +135,7 @@ def mean_loss(p_TBV: np.ndarray, y_TB: np.ndarray) -> float:
 
 
 def worst_gradient_error(seed: int) -> float:
-    """The largest |by hand - by central differences| over all weights of a small model, relative to the largest."""
+    """The largest |hand-derived - central difference| over all weights of a small model, over the largest gradient."""
     rng = np.random.default_rng(seed)
     V, H, B, T, step = 5, 4, 3, 6, 1e-5
     model = Lstm(rng, V, H)

@@ -1,4 +1,4 @@
-"""Checkpoints that cannot lie: what `restore` returns is, bit for bit, what `save` was given, or it is refused.
+"""Verified checkpoints: `restore` returns exactly the bits that `save` was given, or raises an error.
 
     checkpoints/<step>/checkpoint.json     the seal: identity, metric, digest of each array, sha256 of each file
                        params/...  opt_state/...  and all the rest: the arrays as Orbax writes them
@@ -87,14 +87,14 @@ class Checkpoints:
         self._thread.shutdown()
 
     def save(self, state: TrainState, identity: dict[str, Any], score: float | None, sums: Any = None) -> None:
-        """Saves `state` under its step: waits for the save before, copies to the host, and leaves the rest behind.
+        """Saves `state` under its step: waits for the previous save, copies to the host, and writes in the background.
 
         A step that is there already is replaced, and later ones are set aside: the run went back.  A save that fails is
         logged and counted, never raised, and leaves the checkpoints before it whole.
 
         Args:
           state: every leaf a jax.Array, none of size zero; may be donated or deleted on return.
-          identity, sums: plain JSON; what the state belongs to (settings, text, versions), and the meter's sums.
+          identity, sums: plain JSON; what the state belongs to (settings, text, versions), and the sums of the metrics.
           score: bits per symbol on validation; None or not finite where there is none to compare by.
 
         Raises:
@@ -119,7 +119,7 @@ class Checkpoints:
         }
         try:
             self.discard_after(step)
-            distributed.run_on_first(lambda: self._make_way(step, items))
+            distributed.run_on_first(lambda: self._make_staging(step, items))
         except distributed.FAILURES as error:
             self._failed(step, error)
         else:
@@ -156,8 +156,8 @@ class Checkpoints:
     def restore(self, abstract: TrainState, *, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
         """The state that was saved, and its meta (as `read_meta`).
 
-        A newest checkpoint that fails verification is passed over, saying so; a writer that finds an older one whole
-        sets it aside.  A step that was asked for is that one, or an error.
+        Without `step`, damaged checkpoints are logged and skipped; a writer that finds a whole one sets them aside.
+        With `step`, that checkpoint is restored or ValueError is raised.
 
         Args:
           abstract: a jax.ShapeDtypeStruct for each leaf, with the sharding it shall have, on any number of devices.
@@ -190,7 +190,7 @@ class Checkpoints:
             lambda: self._set_aside([later for later in self.steps() if later > step], "abandoned")
         )
 
-    def _make_way(self, step: int, items: dict[str, Any]) -> None:
+    def _make_staging(self, step: int, items: dict[str, Any]) -> None:
         """Makes the directories that all processes write in."""
         self._files.sweep()
         for item in array_files.named_items(items):
@@ -219,7 +219,7 @@ class Checkpoints:
             self._read_back(staging, meta)
         except (*distributed.FAILURES, KeyError, TypeError) as error:
             kept = ""
-            if not self.failed_saves:  # of several in a row, the first to be looked at; all would fill the disk
+            if not self.failed_saves:  # keep only the first of several in a row, to look into; all would fill the disk
                 kept = f"; kept as {self._files.set_aside_staging(meta['step'], 'corrupt')}"
             raise ValueError(f"read back, it is not what was written: {error}{kept}") from error
         self._files.promote(staging, meta["step"])
@@ -256,7 +256,7 @@ class Checkpoints:
     def _first_whole(self, wanted: Wanted, read: Callable[[int], Found]) -> tuple[Found, list[int]]:
         """Reads the first candidate that is whole; returns the result, and the damaged ones before it.
 
-        Nothing is set aside where none is: the same command again must refuse again, not start anew.
+        If none is whole, none is set aside: the same command must be refused again, not start a new run.
         """
         damaged, candidates = list[int](), self._candidates(wanted)
         for candidate in candidates:
@@ -271,9 +271,9 @@ class Checkpoints:
         raise self._files.none_whole(candidates)
 
     def _read(self, step: int, trees: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Files first, then names, shapes and types, then the arrays, then their digests; with one result on all.
+        """Checks files, then names, shapes and types; reads the arrays; checks their digests.  All processes agree.
 
-        What Orbax raises on files that are whole goes up: out of memory, say, which proves nothing of the checkpoint.
+        Errors of Orbax on whole files are not caught: out of memory, say, does not mean that the checkpoint is damaged.
         """
         meta = self._files.read_by_all(step, trees, distributed.all_gather_str)
         held = {name: array for name, array in meta["arrays"].items() if name.partition(".")[0] in trees}

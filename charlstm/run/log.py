@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from data_pipeline.atomic_files import sync
+
 
 class Copy(Protocol):
     """A copy of metrics.jsonl and samples.jsonl in another form."""
@@ -216,12 +218,8 @@ class Lines:
     def sync(self) -> None:
         """Puts on disk what is written; a disk that fails is found by the checkpoint that follows."""
         with contextlib.suppress(OSError):
-            for path in (self.path, self.path.parent):
-                descriptor = os.open(path, os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
+            sync(self.path)
+            sync(self.path.parent)
 
     def close(self) -> None:
         """Raises OSError where there are lines left."""

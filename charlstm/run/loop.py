@@ -33,7 +33,7 @@ def train(run: Run, services: Services, given: Sequence[str] = (), terminal: Tex
 
     Raises:
       ValueError: another job has the run directory, or it cannot be written.
-      Diverged: training diverged, and does not go on from an earlier checkpoint, or not any more.
+      Diverged: training diverged, and rollback is off or max_rollbacks is used up.
     """
     with contextlib.ExitStack() as opened:
         distributed.run_on_first(lambda: opened.enter_context(run_directory.lock_run_directory(run.run_dir)))
@@ -112,7 +112,7 @@ class Training:
         step, last = int(state.step), settings.num_steps
         saved = step or None  # what is on disk already is not saved again: it would lose its score
         if self.metrics.evaluation_due:
-            state, score = self.look(step, state)
+            state, score = self.evaluate_and_sample(step, state)
             if score is not None:
                 self.save(state, score)
         with self.open_windows(state) as windows:
@@ -127,7 +127,7 @@ class Training:
                     self.metrics.settle()
                     self.log.progress(self.status())
                     self.record(self.metrics.train_record(), state, final=step == last and self._valid is None)
-                state, score = self.look(step, state)
+                state, score = self.evaluate_and_sample(step, state)
                 if score is not None or due(step, settings.checkpoint_every, last):
                     self.save(state, score)
                     saved = step
@@ -135,7 +135,7 @@ class Training:
             self.save(state, None)
         return state
 
-    def look(self, step: int, state: TrainState) -> tuple[TrainState, float | None]:
+    def evaluate_and_sample(self, step: int, state: TrainState) -> tuple[TrainState, float | None]:
         """Evaluates and samples where that is due: (the state, as validation changes it; the score, if any)."""
         settings, last, score = self.run.config.training, self.run.config.training.num_steps, None
         if self._valid is not None and due(step, settings.evaluate_every, last):
@@ -151,7 +151,7 @@ class Training:
                 self.log.record(one)
             if due(step, settings.evaluate_every):  # a longer run does not evaluate at this last step
                 state = self.update_plateau(state, score)
-                self.metrics.hear(score)
+                self.metrics.add_score(score)
             self.record(record, state, final=step == last or self.metrics.exhausted)
         if settings.sampled_every is not None and due(step, settings.sampled_every, last):
             self.sample(step, state)
@@ -200,7 +200,7 @@ class Training:
         return distributed.put(self.run.mesh, distributed.BY_STREAM, self.metrics.next_of(windows))
 
     def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        """One update; it is compiled, which is no step, for each length of a window that it meets."""
+        """One update.  It is compiled once for each window length, with the watchdog paused."""
         length = batch.inputs.shape[1]
         with contextlib.nullcontext() if length in self._lengths else self.services.pause("compiling"):
             self._lengths.add(length)
@@ -233,7 +233,7 @@ class Training:
         return records
 
     def sample(self, step: int, state: TrainState) -> None:
-        """Keeps a text that the model writes; it touches nothing that training goes on with."""
+        """Writes a sample of the model to samples.jsonl and the log; training is not affected."""
         self.metrics.settle()
         began, run = time.monotonic(), self.run
 
@@ -266,7 +266,7 @@ class Training:
                 self.checkpoints.save(state, identity, score, self.metrics.sums())
             except replicas.CopiesDiffer as found:
                 raise _drifted(int(state.step), str(found)) from None
-            failed = self.checkpoints.failed_saves  # of this save only what failed at once; it goes on behind
+            failed = self.checkpoints.failed_saves  # this save, still being written, counts only if it failed at once
             self.gave_up = bool(most) and distributed.any_process(failed >= most)
         self.metrics.pause(time.monotonic() - began)
 
@@ -277,7 +277,7 @@ class Training:
             raise _drifted(int(state.step), differing)
 
     def roll_back(self, diverged: Diverged) -> TrainState:
-        """The state that a run which diverged goes on from, saved.  Raises `diverged` where it is not to go on."""
+        """Restores and saves the state that a diverged run continues from.  Raises `diverged` if it must stop."""
         training = self.run.config.training
         if training.on_divergence != "rollback":
             raise diverged

@@ -169,7 +169,7 @@ class MetricAggregator:
         self.records[split] = self._record(step, split, score) | figures
         return self.records[split]
 
-    def hear(self, score: float) -> None:
+    def add_score(self, score: float) -> None:
         """Takes a validation score into account, bits per symbol: whether it is a gain."""
         if self._best is None or score < self._best:
             self._best, self.without_gain = score, 0

@@ -16,6 +16,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.atomic_files import sync
+
 SEAL = "checkpoint.json"
 FORMAT = 4
 _STEP = re.compile(r"0|[1-9][0-9]*")
@@ -53,7 +55,7 @@ def seal(directory: Path, meta: dict[str, Any]) -> None:
         os.fsync(file.fileno())
     os.replace(beside, directory / SEAL)
     for folder in [directory, *(path for path in directory.rglob("*") if path.is_dir())]:
-        _fsync_directory(folder)
+        sync(folder)
 
 
 def forget_cached(directory: Path) -> None:
@@ -101,8 +103,8 @@ def verify(directory: Path, items: Collection[str] | None = None) -> dict[str, A
 class StepDirectory:
     """A directory with a subdirectory a step, named by the step alone; any other name means something else.
 
-    `<step>.saving...` is not finished, `<step>.removed-*` is on its way out; a word of the caller's after the dot means
-    that the step was set aside and is kept for a human to look at.
+    `<step>.saving...` is not finished, `<step>.removed-*` is being deleted.  Any other word after the dot says why the
+    step was set aside; it is kept for inspection.
     """
 
     def __init__(self, path: Path) -> None:
@@ -127,7 +129,7 @@ class StepDirectory:
         return sorted(int(name) for name in names if _STEP.fullmatch(name))
 
     def candidates(self, wanted: int | str | None) -> list[int]:
-        """The steps of which the first whole one is to be taken: `wanted` alone, from the "best" on, or the newest on.
+        """The steps to try, in order: `wanted` alone; with "best", the best first; with None, the newest first.
 
         Raises:
           ValueError: there is none, or not that one.
@@ -185,12 +187,12 @@ class StepDirectory:
         A process that went by its own finding would go on alone, or from other arrays than the rest.
 
         Args:
-          gather: what each process says, in their order; the same list on every process.
+          gather: all-gathers one string per process, in process order.
 
         Raises:
-          Damaged: on one process it is, or is not what it is on the others.
-          OtherFormat: on all processes it is.
-          OSError, ValueError: a process cannot read it, which proves nothing of the step; OSError on that process.
+          Damaged: the step is damaged on a process, or differs between processes.
+          OtherFormat: all processes find another format.
+          OSError, ValueError: a process cannot read the step, which may be whole; OSError on that process.
         """
         try:
             meta, error = self.read(step, items), None
@@ -219,7 +221,7 @@ class StepDirectory:
         if self.step(step).exists():
             os.rename(self.step(step), replaced)
         os.rename(sealed, self.step(step))
-        _fsync_directory(self.path)
+        sync(self.path)
         shutil.rmtree(replaced, ignore_errors=True)
 
     def quarantine(self, step: int, why: str) -> str:
@@ -284,7 +286,7 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _encode(meta: dict[str, Any], files: dict[str, Any]) -> bytes:
-    """The one encoding of this content, its own sha256 in it: no byte can change and still be this."""
+    """The canonical encoding of the content, with its sha256: a change of any byte is detected."""
     content = {"meta": meta, "files": files}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
     text = json.dumps({**content, "sha256": digest}, sort_keys=True, allow_nan=False, indent=1)
@@ -295,12 +297,3 @@ def _as_damage(error: OSError, name: str) -> Exception:
     if error.errno in _PROOF_OF_DAMAGE:
         return Damaged(f"{name} cannot be read ({error.strerror})")
     return error
-
-
-def _fsync_directory(directory: Path) -> None:
-    """Makes the entries of `directory` (a rename, a new file) survive a power cut."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -2,7 +2,8 @@
 
 An update is accepted if the loss, the gradient norm and the new parameters are finite and the loss is no spike: at most
 `spike_factor` times its moving average.  All of it is computed on the device from replicated numbers, so every process
-decides alike, and a resumed run decides as before.
+decides alike, and a resumed run decides as before.  Where it is not to be skipped, a rejected
+update raises `Diverged` in run/metrics.py once its numbers are read, and run/loop.py stops or rolls back.
 """
 
 from typing import Any

@@ -1,4 +1,7 @@
-"""Cross-entropy of the next symbol, in nats, and penalties of activations: sums over symbols; the step divides once."""
+"""Cross-entropy of the next symbol, in nats, and penalties of activations: sums over symbols; the step divides once.
+
+Every symbol of a training window counts; in evaluation, inference/evaluate.py masks those that are not to be scored.
+"""
 
 import math
 

@@ -73,8 +73,8 @@ def make(config: OptimizerConfig) -> Optimizer:
         return rule.update(jax.tree.map(with_l2, grads, params), state, params, learning_rate)
 
     def with_l2(g, p):
-        # The choices change no value: a NaN still gives a NaN.  They keep XLA from contracting the addition with the
-        # multiplication before it, which it would do in the program of one number of devices and not of another.
+        # The `where`s change no value: NaN stays NaN.  They keep XLA from fusing the multiplication and the addition
+        # into one FMA, which it would do for some numbers of devices and not for others.
         return jnp.where(jnp.isnan(p), 0, g) + jnp.where(jnp.isnan(g), 0, config.l2 * p)
 
     return Optimizer(rule.init, update)

@@ -1,9 +1,9 @@
 """The sum of all shards' gradients: exact (the same bits on any number of devices) or fast (one all-reduce).
 
-The M logical shards are the leaves of one fixed binary tree: at each level neighbours are added pairwise, and an odd
+The M logical shards are the leaves of one fixed binary tree: at each level neighbors are added pairwise, and an odd
 one out at the end goes up as it is. Floating-point addition is commutative but not associative, so the tree fixes the
 order of summation: whatever computes its nodes, and wherever, the root has the same bits. A device holds k = M/n
-neighbouring leaves, k = 2^j r with r odd, and sums r whole subtrees of 2^j leaves by itself (12 leaves: 3 subtrees of
+neighboring leaves, k = 2^j r with r odd, and sums r whole subtrees of 2^j leaves by itself (12 leaves: 3 subtrees of
 4). The r partial sums of every device are exchanged (all-to-all), the upper tree is summed by pieces, and the pieces
 are gathered (all-gather): the traffic of a ring all-reduce, when M/n is a power of two.
 """
@@ -22,7 +22,7 @@ def local_tree(shards: int) -> tuple[int, int]:
 
 
 def subtree_sums(gradient_of: Callable[[Any], tuple[jax.Array, Any]], shards: Any, count: int) -> tuple[jax.Array, Any]:
-    """Gradients of `count` neighbouring shards, computed one after the other, summed as far as the tree allows.
+    """Gradients of `count` neighboring shards, computed one after the other, summed as far as the tree allows.
 
     Args:
       gradient_of: one shard's (gradient [P], outputs).

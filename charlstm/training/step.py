@@ -83,8 +83,8 @@ def make(config: Config, vocabulary_size: int, mesh: Mesh, steps_per_epoch: int)
             mesh=mesh,
             in_specs=(state_specs(), distributed.BY_STREAM),
             out_specs=(state_specs(), metrics_specs()),
-            # Gradients of replicated parameters must not be summed behind our back (with check_vma they arrive already
-            # reduced, by one all-reduce a parameter), and the type system does not know that an all-gather replicates.
+            # With check_vma, JAX would itself sum the gradients of replicated parameters, by one all-reduce for each.
+            # Nor does its type check know that the result of an all-gather is replicated.
             check_vma=False,
         ),
         donate_argnums=0,
@@ -142,7 +142,7 @@ def _shard_gradient(config: Config, streams: int) -> Callable[..., tuple[jax.Arr
 
         gradient, (nats_b, new_carry) = jax.grad(loss, has_aux=True)(params)
         finite_b = divergence.finite_rows(new_carry, nats_b)
-        # The penalties are in the gradient and not in what is reported.
+        # The gradient includes the penalties; the reported loss does not.
         sums = jnp.stack([nats_b.sum(), (~finite_b).sum(dtype=nats_b.dtype)])
         return jnp.concatenate([ravel_pytree(gradient)[0], sums]), (nats_b, finite_b, new_carry)
 

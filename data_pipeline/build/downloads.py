@@ -8,7 +8,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from data_pipeline.atomic_files import atomic_write, locked, sync_directory
+from data_pipeline.atomic_files import atomic_write, locked, sync
 from data_pipeline.build.sources import CHUNK, hash_file
 from data_pipeline.progress import Progress
 
@@ -83,7 +83,7 @@ def _download(item: Download, target: Path, report: Progress) -> None:
     with part.open("rb") as file:
         os.fsync(file.fileno())
     part.replace(target)
-    sync_directory(target.parent)
+    sync(target.parent)
 
 
 def _continue(item: Download, part: Path, have: int, report: Progress) -> None:

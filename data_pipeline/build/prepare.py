@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data_pipeline.atomic_files import atomic_write, expand_user, locked, sync_directory
+from data_pipeline.atomic_files import atomic_write, expand_user, locked, sync
 from data_pipeline.build.encode import SMALL, parallel_map, plan, write_splits
 from data_pipeline.build.inputs import find_texts
 from data_pipeline.build.sources import Text, hash_files
@@ -184,4 +184,4 @@ def _publish(partial: Path, output: Path, manifest: Manifest) -> None:
         if not _is_done(output, manifest.key):
             raise
         shutil.rmtree(partial)
-    sync_directory(output.parent)
+    sync(output.parent)

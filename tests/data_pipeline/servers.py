@@ -24,7 +24,7 @@ KEY, SECRET = "testkey", "testsecret"
 
 
 def free_ports(count: int) -> list[int]:
-    """Free ports whose neighbours 10,000 above are free as well: SeaweedFS has its second ones there."""
+    """Free ports whose neighbors 10,000 above are free as well: SeaweedFS has its second ones there."""
     found: list[int] = []
     with contextlib.ExitStack() as held:
         while len(found) < count:

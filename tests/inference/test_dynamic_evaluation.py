@@ -1,4 +1,4 @@
-"""Dynamic evaluation against its slow twin and against the static score, and the soft-max temperature."""
+"""Dynamic evaluation against its slow twin and against the static score, and the softmax temperature."""
 
 import math
 from functools import partial
@@ -179,7 +179,7 @@ def test_a_setting_that_cannot_be_is_refused(changes, sentence):
     assert str(caught.value) == sentence
 
 
-# The soft-max temperature.
+# The softmax temperature.
 
 
 def test_a_score_at_a_temperature_is_that_of_logits_divided_by_it_whatever_the_devices():
@@ -196,7 +196,7 @@ def test_a_score_at_a_temperature_is_that_of_logits_divided_by_it_whatever_the_d
 
 @pytest.mark.parametrize("power", [-20, 0, 33])
 def test_logits_that_are_too_large_by_a_factor_are_best_divided_by_it(power):
-    # A constant soft-max is best where its logits are the logarithms of the frequencies: the score is the entropy.
+    # A constant softmax is best where its logits are the logarithms of the frequencies: the score is the entropy.
     frequencies, factor = np.array([1 / 2, 1 / 4, 1 / 8, 1 / 8], np.float32), 2.0 ** (power / 64)
     text = Given([0] + [0] * 32 + [1] * 16 + [2] * 8 + [3] * 8)  # the first is not predicted
     p, grid = params(make(**ONE)), distributed.make(jax.devices()[:1])

@@ -264,7 +264,7 @@ def test_a_split_that_the_corpus_has_not_is_refused_with_those_that_it_has(tmp_p
         evaluate.main(["evaluate", f"--run_dir={run_dir}", "--search_temperature"])
 
 
-# Dynamic evaluation, and the soft-max temperature.
+# Dynamic evaluation, and the softmax temperature.
 
 DYNAMIC = ("--dynamic", "--dynamic_batches=1")
 

@@ -180,7 +180,7 @@ NORMALISED = "--cell=layer_norm_lstm --hidden_size=768 --embedding_size=256 --wi
 @pytest.mark.parametrize(
     "model",
     [TIED, pytest.param(f"{NORMALISED} --num_steps=1", marks=pytest.mark.long)],
-    ids=["tied", "normalised"],
+    ids=["tied", "normalized"],
 )
 def test_a_run_has_the_same_bits_on_any_number_of_cores_and_devices(tmp_path, model):
     text, allowed = tmp_path / "text.txt", sorted(os.sched_getaffinity(0))

@@ -82,7 +82,7 @@ PUBLISHED = {
     "enwik8_mlstm46m": (256, 46, 1),
     "ptb_awd": (50, 13.8, 0.1),
     "ptb_mogrifier24m": (50, 24, 1),
-    "amazon_mlstm4096": (256, 86.3, 0.1),  # 85 without embedding and soft-max
+    "amazon_mlstm4096": (256, 86.3, 0.1),  # 85 without embedding and softmax
 }
 RECIPES = pytest.mark.parametrize("name", sorted(PUBLISHED))
 

@@ -283,7 +283,7 @@ def counted(config, vocabulary_size):
 
 
 def test_parameters_are_counted_as_the_published_models_have_them():
-    # AWD-LSTM on enwik8: layers of 400-1840-1840-400, the soft-max tied to the embedding.
+    # AWD-LSTM on enwik8: layers of 400-1840-1840-400, the softmax tied to the embedding.
     awd = ModelConfig(num_layers=3, hidden_size=1840, last_hidden_size=400, embedding_size=400, tie_embeddings=True)
     lstms = sum(4 * h * (d + h + 2) for d, h in ((400, 1840), (1840, 1840), (1840, 400)))
     assert parameters(awd) == lstms + 205 * 400 + 205 == 47_270_045

@@ -330,7 +330,7 @@ def test_evaluations_without_gain_are_counted_and_the_count_is_kept(clock):
     m = meter(stop_after=2)
     counts = []
     for score in (2.0, 1.5, 1.5, 1.4, 1.6, 1.5):
-        m.hear(score)
+        m.add_score(score)
         counts.append((m.without_gain, m.exhausted))
         kept = json.loads(json.dumps(m.sums()))
         m = meter(stop_after=2)

@@ -11,7 +11,7 @@ from charlstm.training import reduction
 
 
 def slow_tree(leaves):
-    """Pairs of neighbours level by level; the odd one out goes up."""
+    """Pairs of neighbors level by level; the odd one out goes up."""
     while len(leaves) > 1:
         pairs = [leaves[i] + leaves[i + 1] for i in range(0, len(leaves) - 1, 2)]
         leaves = pairs + leaves[len(pairs) * 2 :]

@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 
 from charlstm.model import initializers
-from charlstm.model.ops.scan import Kept, Matmul, WindowSums
+from charlstm.model.ops.scan import Matmul, SavedStates, WindowSums
 from charlstm.types import CellParams, CellState
 
 GATES = 3  # r u n
@@ -92,12 +92,12 @@ def forward(
 
 
 def backward(
-    matmul: Matmul, dh: jax.Array, dc: Any, kept: Kept, saved: tuple[jax.Array, ...], variant: str
+    matmul: Matmul, dh: jax.Array, dc: Any, states: SavedStates, saved: tuple[jax.Array, ...], variant: str
 ) -> tuple[jax.Array, jax.Array, None, tuple[jax.Array, jax.Array]]:
     """Gradients: ds, and dh u, of h⁻; and dq and dz_n.  See `ops.scan.Cell`."""
     r, u, n, q_n = saved
     dz_n = dh * (1 - u) * (1 - n * n)
-    dz_u = dh * (kept.h_prev - n) * u * (1 - u)
+    dz_u = dh * (states.h_prev - n) * u * (1 - u)
     dz_r = dz_n * q_n * r * (1 - r)
     dq = jnp.concatenate([dz_r, dz_u, dz_n * r], axis=1)
     return matmul(dq), dh * u, None, (dq, dz_n)

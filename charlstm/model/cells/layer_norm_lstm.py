@@ -1,4 +1,4 @@
-"""The LSTM with layer normalisation.  It has no hand-derived backward pass: ops/autodiff_scan.py runs its step.
+"""The LSTM with layer normalization.  It has no hand-derived backward pass: ops/autodiff_scan.py runs its step.
 
 Source: Ba, Kiros and Hinton, Layer Normalization, 2016 (arXiv:1607.06450), equations 20 to 22 of the supplement.  h⁻
 and c⁻ are the state before the symbol, σ the logistic function, products of vectors are elementwise; the gates
@@ -13,7 +13,7 @@ lie along G = 4H in the order i f g o:
     LN(v; α) = α (v - mean(v)) / sqrt(var(v) + ε)
 
 As in the paper, mean and variance are those of all 4H sums of a matmul together (some programs take those of each gate
-by itself).  b_x and b_h are the shifts of the two normalisations; the paper's b would only be added to them.
+by itself).  b_x and b_h are the shifts of the two normalizations; the paper's b would only be added to them.
 """
 
 import jax
@@ -50,5 +50,5 @@ def step_projected(
 
 
 def _normalised(v_BN: jax.Array, gain_N: jax.Array) -> jax.Array:
-    centred = v_BN - v_BN.mean(1, keepdims=True)
-    return gain_N[None] * centred * jax.lax.rsqrt((centred * centred).mean(1, keepdims=True) + EPSILON)
+    centered = v_BN - v_BN.mean(1, keepdims=True)
+    return gain_N[None] * centered * jax.lax.rsqrt((centered * centered).mean(1, keepdims=True) + EPSILON)

@@ -45,7 +45,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from charlstm.model import initializers
-from charlstm.model.ops.scan import Kept, Matmul, WindowSums
+from charlstm.model.ops.scan import Matmul, SavedStates, WindowSums
 from charlstm.types import CellParams, CellState
 
 GATES = 4  # i f g o
@@ -126,10 +126,10 @@ def _fused_gates(a_BG: jax.Array) -> jax.Array:
 
 
 def backward(
-    matmul: Matmul, dh: jax.Array, dc: Any, kept: Kept, saved: Sequence[jax.Array], variant: str
+    matmul: Matmul, dh: jax.Array, dc: Any, states: SavedStates, saved: Sequence[jax.Array], variant: str
 ) -> tuple[jax.Array, None, jax.Array, jax.Array]:
     """Returns (ds, None, dc⁻, da): h⁻ has no gradient but through s.  See `ops.scan.Cell`."""
-    das, dc_prev = gate_gradients(saved, kept.c_prev, dh, dc, variant)
+    das, dc_prev = gate_gradients(saved, states.c_prev, dh, dc, variant)
     da = jnp.concatenate(das, axis=1)
     return matmul(da), None, dc_prev, da
 

@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 
 from charlstm.model.cells import lstm
-from charlstm.model.ops.scan import Kept, Matmul, WindowSums
+from charlstm.model.ops.scan import Matmul, SavedStates, WindowSums
 from charlstm.types import CellParams, CellState
 
 GATES = lstm.GATES  # i f g o
@@ -74,11 +74,11 @@ def forward(
 
 
 def backward(
-    matmul: Matmul, dh: jax.Array, dc: Any, kept: Kept, saved: tuple[jax.Array, ...], variant: str
+    matmul: Matmul, dh: jax.Array, dc: Any, states: SavedStates, saved: tuple[jax.Array, ...], variant: str
 ) -> tuple[jax.Array, None, jax.Array, tuple[jax.Array, ...]]:
     """Gradients: ds, no other of h⁻, dc⁻; and dz, dq, and m.  See `ops.scan.Cell`."""
     *gates, q, z_m = saved
-    das, dc_prev = lstm.gate_gradients(gates, kept.c_prev, dh, dc, variant)
+    das, dc_prev = lstm.gate_gradients(gates, states.c_prev, dh, dc, variant)
     da = jnp.concatenate(das, axis=1)
     dm = matmul(da, HM)
     dq = dm * z_m

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from charlstm.model import initializers
-from charlstm.model.ops.scan import Kept, Matmul, WindowSums
+from charlstm.model.ops.scan import Matmul, SavedStates, WindowSums
 from charlstm.types import CellParams, CellState
 
 GATES = 1
@@ -73,10 +73,10 @@ def forward(
 
 
 def backward(
-    matmul: Matmul, dh: jax.Array, dc: Any, kept: Kept, saved: None, variant: str
+    matmul: Matmul, dh: jax.Array, dc: Any, states: SavedStates, saved: None, variant: str
 ) -> tuple[jax.Array, None, None, jax.Array]:
     """Gradients: ds, no other of h⁻; and da.  See `ops.scan.Cell`."""
-    da = jnp.where(kept.h > 0, dh, 0) if variant == "relu" else dh * (1 - kept.h * kept.h)
+    da = jnp.where(states.h > 0, dh, 0) if variant == "relu" else dh * (1 - states.h * states.h)
     return matmul(da), None, None, da
 
 

@@ -21,7 +21,7 @@ from charlstm.model.cells.lstm import GATES
 from charlstm.model.ops.scan import WindowSums, zero_where
 from charlstm.types import CellState
 
-WIDEST = 4  # neighbouring units of a thread, at most
+WIDEST = 4  # neighboring units of a thread, at most
 BLOCKS = 128  # about as many as a GPU runs at once: threads get fewer units each if there would be fewer blocks
 UNROLL = 8  # symbols per iteration of the loop, which costs a launch or two itself
 

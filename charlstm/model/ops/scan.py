@@ -11,11 +11,11 @@ import numpy as np
 from charlstm.model.ops.matmul import bias_gradient, recurrent_matmul, recurrent_weight_gradient, weight_gradient
 from charlstm.types import CellState
 
-Matmul = Callable[..., jax.Array]  # x, number of the matrix (0) -> x W of that matrix, or in the backward pass x Wᵀ
+Matmul = Callable[..., jax.Array]  # (x, index of W, default 0) -> x W; in the backward pass x Wᵀ
 
 
-class Kept(NamedTuple):
-    """The states around a symbol that the loop keeps: c⁻ if the cell has a c, else h⁻ and h.  The others are None."""
+class SavedStates(NamedTuple):
+    """States that `backward` gets for one symbol: c⁻ if the cell has a c, else h⁻ and h.  The others are None."""
 
     h_prev: Any  # [B, H] each
     h: Any
@@ -64,7 +64,7 @@ class Cell(Protocol):
         """
 
     def backward(
-        self, matmul: Matmul, dh: jax.Array, dc: Any, kept: Kept, saved: Any, variant: str
+        self, matmul: Matmul, dh: jax.Array, dc: Any, states: SavedStates, saved: Any, variant: str
     ) -> tuple[jax.Array, jax.Array | None, jax.Array | None, Any]:
         """Returns the gradients of h_masked, of prev.h by other paths (None: there are none), of prev.c, and a tree for
         `parameter_gradients`.
@@ -94,7 +94,7 @@ def recurrence(
 
     Args:
       cell: static.
-      w_h, b: the master parameters `[H, .]`, and the cell's `bias` of them; the gradients come in their own dtypes.
+      w_h, b: the parameters `[H, .]`, and the cell's `bias(params)`; both gradients have the dtype of w_h.
       state: before the window, `[B, H]` each; its dtype is that of the elementwise arithmetic and of matmuls' sums.
       z_TBG: x W_x.
       reset_TB: bool; where True, the stream's state is zero before the symbol is read.
@@ -128,7 +128,7 @@ def _forward(cell, w_h, b, state, z_TBG, reset_TB, compute_dtype, variant, mask_
     start, z = ((state, z_TBG.astype(dtype)), None) if cell.SAVED_OVER_Z else ((state, None), z_TBG)
     (final, over_z), (h_TBH, c_prev_TBH, saved) = scan(step, start, (jnp.arange(len(z_TBG)), z, reset_TB))
     saved = over_z if cell.SAVED_OVER_Z else saved
-    # Of z only the dtype is needed later; an empty slice carries it, so that z itself need not be kept.
+    # Of z only the dtype is needed later; an empty slice carries it, so that z itself need not be states.
     residuals = w_h, state.h, h_TBH, c_prev_TBH, saved, reset_TB, z_TBG[:0], mask_BH
     return (final, h_TBH.astype(compute_dtype)), residuals
 
@@ -138,21 +138,21 @@ def _backward(cell, compute_dtype, variant, residuals, cotangents):
     dfinal, dh_TBH = cotangents
     dtype, T = h_first.dtype, len(reset_TB)
     matmul = _matmuls(cell, w_h, compute_dtype, dtype, transpose=True)
-    kept = Kept(None, None, c_prev_TBH)
+    states = SavedStates(None, None, c_prev_TBH)
     if c_prev_TBH is None:
         h_prev_TBH = jnp.where(reset_TB[:, :, None], 0, jnp.concatenate([h_first[None], h_TBH[:-1]]))
-        kept = Kept(h_prev_TBH, h_TBH, None)
+        states = SavedStates(h_prev_TBH, h_TBH, None)
 
     def step(dstate, symbol):
-        dh_above, kept, saved, reset_B = symbol
+        dh_above, states, saved, reset_B = symbol
         dh = dh_above.astype(dtype) + dstate.h
         saved = blocks_at(saved_TB, saved, cell.GATES) if cell.SAVED_OVER_Z else saved
-        dh_masked, dh_direct, dc_prev, gradients = cell.backward(matmul, dh, dstate.c, kept, saved, variant)
+        dh_masked, dh_direct, dc_prev, gradients = cell.backward(matmul, dh, dstate.c, states, saved, variant)
         dh_prev = dh_masked if mask_BH is None else dh_masked * mask_BH
         dprev = CellState(dh_prev if dh_direct is None else dh_direct + dh_prev, dc_prev)
         return zero_where(reset_B, dprev), jax.tree.map(lambda d: d.astype(z_like.dtype), gradients)
 
-    symbols = dh_TBH, kept, jnp.arange(T) if cell.SAVED_OVER_Z else saved_TB, reset_TB
+    symbols = dh_TBH, states, jnp.arange(T) if cell.SAVED_OVER_Z else saved_TB, reset_TB
     dfirst, gradients = scan(step, dfinal, symbols, reverse=True)
     sums = WindowSums(h_first, h_TBH, reset_TB, mask_BH, compute_dtype)
     dw_h, db, dz_TBG = cell.parameter_gradients(sums, gradients)
@@ -163,7 +163,7 @@ recurrence.defvjp(_forward, _backward)
 
 
 def zero_where(reset_B: jax.Array, state: CellState) -> CellState:
-    """Zeroes the rows of streams that are reset.  By selection: a product with 0 would let a NaN survive."""
+    """Zeroes the rows of streams that are reset.  Uses `where`, since 0 times NaN is NaN."""
     return jax.tree.map(lambda s_BH: jnp.where(reset_B[:, None], 0, s_BH), state)
 
 
@@ -197,8 +197,8 @@ def scan(
 def blocks_at(array_TBG: jax.Array, t: jax.Array, count: int) -> list[jax.Array]:
     """Returns the `count` blocks side by side at symbol t of a window, `[B, G / count]` each.
 
-    Each is a slice of its own: for slices of one slice read in one loop, XLA:CPU computes anew for every number where
-    they begin, and does not vectorize.
+    Each block is sliced from `array_TBG` directly.  Slices of one common slice are slow in a loop on XLA:CPU: it
+    recomputes their offsets for every element, and does not vectorize.
     """
     _, B, G = array_TBG.shape
     H = G // count

@@ -118,7 +118,7 @@ TEXTS = {
     "in Windows-1251": "\u044f\u0442\u044c \u0438 \u044e\u0441\n".encode("cp1251") * 20,  # it begins with FF F2
     "in EUC-JP": "\u65e5\u672c\u8a9e\u306e\u6587\u7ae0\n".encode("euc-jp") * 20,
     "with a NUL after each name": b"emma\0olivia\0ava\0mia\0" * 20,
-    "with the colours of a terminal": b"\x1b[31mred\x1b[0m and plain\n" * 20,
+    "with the colors of a terminal": b"\x1b[31mred\x1b[0m and plain\n" * 20,
     "of old DOS": b"10 PRINT\r\n20 GOTO 10\r\n\x1a",
     "with a doubled carriage return": b"1\r\r\n2\r\r\n",
     "about pictures": b"GIF89a is a format of pictures, PAR1 one of tables.\n",
