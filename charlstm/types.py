@@ -40,7 +40,7 @@ class CellParams(NamedTuple):
     w_h: jax.Array  # [H, G] previous hidden state to gates
     b_x: jax.Array  # [G]
     b_h: jax.Array  # [G] added on the recurrent side, as in PyTorch and char-rnn
-    gain: jax.Array | None = None  # [G] lengths of w_h's columns, of which w_h gives the directions: weight norm
+    gain: jax.Array | None = None  # [G] weight norm: norms of w_h's columns; w_h itself gives only directions
     first: CellState | None = None  # h [H] and c [H] before anything was read, where they are trained
     rounds: tuple[MogrifierRound, ...] | None = None
     norms: LayerNorms | None = None
@@ -76,7 +76,7 @@ class PlateauState(NamedTuple):
     best: jax.Array  # float32 []: the lowest of them, bits per symbol; inf before the first
     patience_count: jax.Array  # int32 []: scores since the lowest
     dropped: jax.Array  # bool []: --schedule=plateau has lowered the rate
-    averaged: jax.Array  # int32 []: parameters that the average is of; 0 until it begins (training/averaging.py)
+    averaged: jax.Array  # int32 []: how many values of the parameters are averaged; 0 before (training/averaging.py)
 
 
 class TrainState(NamedTuple):

@@ -41,7 +41,7 @@ class Turn(NamedTuple):
 
 
 class Cycle:
-    """The order in which C members take slots: at no moment has one had a whole slot more or less than its share.
+    """The order in which C members take slots: each is always less than one slot away from its exact share.
 
     Tijdeman 1980, "The chairman assignment problem": slot n goes to the member that would fall too far behind
     first, among those that it does not put too far ahead.  No count is ever off by more than 1 - 1 / (2 C - 2), the
@@ -77,8 +77,9 @@ class Cycle:
 def permuted(index: int, size: int, key: str) -> int:
     """Returns the place of `index` in a permutation of range(size) that is drawn by `key`, without a table.
 
-    A Feistel network (Luby and Rackoff 1988) permutes the numbers of 2h bits, of which fewer than 4 `size` are walked
-    until one is less than `size` (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    A Feistel network (Luby and Rackoff 1988) permutes the numbers of 2h bits, at most 4 `size` of them.  It is applied
+    until the result is less than `size`: cycle walking (Black and Rogaway 2002, "Ciphers with arbitrary finite
+    domains").
     """
     half = max(1, (size - 1).bit_length() + 1 >> 1)
     while True:
@@ -114,8 +115,8 @@ class SegmentPlan(StreamPlan):
     A turn has W windows, as many as fit in L symbols at their longest.  Stream b begins its turns at steps
     k W + ceil((b + 1) W / B), so that the states are not all reset at once, except at step 0 (first turns are shorter).
 
-    Each pass over a member cuts it into segments from another seeded offset on, with `rotate`; what is left of the
-    circle after S segments is left out of the pass.  With segment 0 turns are as long as can be: stream b always reads
+    With `rotate`, each pass cuts a member into segments from a new seeded offset.  What remains of the circle after S
+    segments is skipped in that pass.  With segment 0 turns are as long as can be: stream b always reads
     the member that has slot b, whose streams are evenly spaced on it, and begins anew when it has read its part.
 
     Raises:

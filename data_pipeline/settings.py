@@ -168,9 +168,9 @@ class StreamSettings:
     )
     segment: int = setting(
         -1,
-        "Symbols that a stream reads with carried state before it goes on elsewhere, in a segment drawn at random, of "
-        "a corpus whose turn it is.  0: streams stay in one corpus and read on to its end, in the order of the text.  "
-        "-1: 0 for one corpus, and in a mixture 1048576, halved until each corpus has a segment for every stream.",
+        "Symbols of a segment.  A stream reads one segment with carried state, then another of the corpus that has the "
+        "next turn.  0: a stream stays in one corpus and reads it in the order of the text.  -1: 0 for one corpus; for "
+        "a mixture 1048576, halved until each corpus has a segment for each stream that reads it at a time.",
     )
     shuffle_segments: bool = setting(True, "Segments come in an order drawn for each pass, not that of the text.")
     rotate_streams: bool = setting(

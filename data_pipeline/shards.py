@@ -47,7 +47,7 @@ class Split:
         return self._blocks.store.is_remote
 
     def keep_blocks(self, count: int) -> None:
-        """Keeps the `count` blocks used last in memory: at least one for each place that is read in turn."""
+        """Keeps the `count` most recently used blocks in memory: give at least one per place that is read in turn."""
         assert count >= 1
         self._blocks.keep(count)
 
@@ -145,7 +145,7 @@ class Corpus:
         return self.store.waiting()
 
     def require_cache(self, places: int) -> None:
-        """Raises ValueError if the cache of what object stores gave has no room for the `places` that are read."""
+        """Raises ValueError if the block cache is too small for the number of `places` that are read."""
         if self.cache is not None:
             self.cache.require(places)
 

@@ -38,11 +38,11 @@ class StreamPlan:
 
         s(w) = w T - (T - T // 2) floor(w q + u) + k D,        q = short_probability, D = deviation
 
-    u is uniform in [0, 1) in each epoch, so that windows of half the length come at equal distances, with frequency q.
-    k is the number of heads in two coin tosses, minus 1, at each border between windows (0 at the ends of an epoch).  A
-    window's length is thus T or T // 2, and D times a binomial number of mean 0 and variance 1 more: the normal lengths
-    of Merity et al. 2018 (arXiv:1708.02182, section 4.1) in few enough values that a program can be compiled for each,
-    with borders that are found without adding lengths up.
+    u is drawn from [0, 1) once per epoch, so half-length windows come at equal distances, with frequency q.  k is drawn
+    at each border between windows: -1, 0 or 1 with probabilities 1/4, 1/2, 1/4 (0 at the ends of an epoch).  A window's
+    length is thus T or T // 2, plus D times the difference of the k at its two borders, a centered binomial of variance
+    1.  This approximates the normal lengths of Merity et al. 2018 (arXiv:1708.02182, section 4.1).  The lengths are few
+    enough to compile a program for each, and no border requires a sum over the windows before it.
 
     W is the largest number of windows that fits whatever u is: s(W) <= N // B, so no input is read twice in an epoch.
     Some inputs are left out (fewer than B T if all windows are equal); with `rotate`, other ones in each epoch.

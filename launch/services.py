@@ -50,7 +50,7 @@ class ProgramServices(Services):
 
     @contextlib.contextmanager
     def watching(self, training: Training) -> Iterator[None]:
-        """Answers signals: the first lets the step finish and be saved; a second Ctrl-C does not.
+        """Handles signals.  After the first, the run saves and ends; Ctrl-C after that ends it at once, unsaved.
 
         In a job of several processes, JAX catches SIGTERM and tells the others; so Ctrl-C is turned into SIGTERM.
         """

@@ -1,4 +1,4 @@
-"""Trains a character-level recurrent language model; the same command again continues it, and so does its directory.
+"""Trains a character-level recurrent language model.  The same command, or its --run_dir alone, resumes the run.
 
 python -m launch.train --flagfile=configs/large.flags --corpus=my_texts/ --run_dir=runs/mine
 python -m launch.train --run_dir=runs/mine --num_steps=20000
@@ -54,10 +54,10 @@ SETTINGS = TrainFlags(), Config(), JobFlags(), WatchdogFlags(), MonitorFlags(), 
 def parse(
     argv: Sequence[str], otherwise: Config | None = None
 ) -> tuple[TrainFlags, JobFlags, ProgramServices, Config, list[str]]:
-    """The settings in `argv`, and the flags given, without those that say how the process came to be one of a job.
+    """Returns the settings in `argv`, and the flags given, without those of the job (`JobFlags`).
 
     Args:
-      otherwise: the settings that are not given; by default, those of the help.
+      otherwise: values of the settings that are not given; None: the defaults that --help shows.
     """
     groups = [otherwise if otherwise and isinstance(group, Config) else group for group in SETTINGS]
     (chosen, config, job, watchdog, monitor, tensorboard), given = flags.parse(argv, __doc__ or "", *groups)
@@ -69,9 +69,10 @@ def parse(
 def of_the_run(
     run_dir: Path, argv: Sequence[str], given: Sequence[str], config: Config, initial: str
 ) -> tuple[Config, str]:
-    """(settings, --initial_checkpoint) of the run in `run_dir`, with those given instead of its own; else as they are.
+    """Returns (settings, --initial_checkpoint): those of the run in `run_dir`, overridden by those given.
 
-    A run without a checkpoint gives way to the settings given, if any of them may not change in a run.
+    Only those given count if there is no run, or if it has no checkpoint yet and --initial_checkpoint or a setting that
+    may not change is given.
     """
     try:
         own, _ = run_directory.read(run_dir)

@@ -13,9 +13,9 @@ from charlstm.config.model import ModelConfig
 from charlstm.config.training import EvaluationConfig, OptimizerConfig, TrainingConfig
 from data_pipeline.settings import CorpusSettings, StreamSettings, check_numbers
 
-# Settings that say when the validation split is scored, and to which figure, to the last bit.
+# Settings that determine when the validation split is scored, and the exact bits of the score.
 EVALUATION_SETTINGS = ("evaluate_every", "evaluate_symbols", "eval_chunk", "burn_in", "evaluation_batch_size")
-# Values by which a setting is left to the run, which fixes it when it starts.
+# Values that mean automatic: the run chooses the setting when it starts.
 AUTOMATIC = {"logical_shards": 0, "decay_steps": 0, "decay_rate": 0, "lstm_backend": "auto", "segment": -1}
 VERSION = 2  # of config.json: 1 had other names of settings
 
@@ -170,7 +170,8 @@ def from_json(text: str, source: str) -> Config:
 def diff(run: Config, now: Config) -> tuple[list[str], list[str]]:
     """Lists what `now` would change of a run made with `run`: (forbidden, mutable), each a list of "name: old -> new".
 
-    What is AUTOMATIC is no difference.  Where a run goes by validation, what makes the scores is not free.
+    A setting of `now` that is AUTOMATIC is no difference.  If validation drives the learning rate or the average, a
+    change of EVALUATION_SETTINGS is forbidden.
     """
     held = EVALUATION_SETTINGS if run.optimizer.validation_driven_by else ()
     forbidden: list[str] = []

@@ -4,7 +4,7 @@ import dataclasses
 
 from data_pipeline.settings import check_at_least, check_choices, check_numbers, setting
 
-FUSED_UNITS = 128  # a layer that is read fused has a multiple of them: its kernels' blocks are of so many threads
+FUSED_UNITS = 128  # lstm_backend=fused needs widths that are multiples of it: the threads in a block of its kernels
 MOST_LAYERS, MOST_ROUNDS = 256, 64  # each is traced and compiled by itself
 
 
@@ -60,15 +60,15 @@ class ModelConfig:
     )
     lstm_backend: str = setting(
         "scan",
-        "How an LSTM reads a window: scan, as XLA compiles the loop, on any device; fused, by kernels of our own, on "
-        "NVIDIA's GPUs from Hopper on; auto: the faster one, timed as the run begins.",
+        "How an LSTM computes a window: scan (a loop compiled by XLA, on any device), fused (this project's "
+        "kernels, on NVIDIA GPUs from Hopper on) or auto (the faster one, timed when the run starts).",
         choices=("scan", "fused", "auto"),
         mutable=True,  # the equations are the same; bits are not
     )
     remat: bool = setting(
         False,
-        "Keep the state at some symbols of a window only, and compute the rest again in the backward pass: less "
-        "memory, more time.",
+        "Gradient checkpointing: keep the state at only some symbols of a window, and recompute the rest in the "
+        "backward pass.  Less memory, more time.",
     )
 
     def __post_init__(self) -> None:
@@ -145,7 +145,7 @@ class ModelConfig:
         return "capped" if self.cap_input_gate else "plain"
 
     def unsupported_by(self, recurrence: str) -> str:
-        """The first setting that this way of reading a window does not know; "" where it computes this model."""
+        """The first setting that `recurrence` does not support, as name=value; "" if it supports this model."""
         if recurrence != "fused":
             return ""
         others = ["cell"] if self.cell != "lstm" else []

@@ -22,10 +22,10 @@ class OptimizerConfig:
         "Coupled L2: this times the parameter is added to its gradient, once that is clipped (PyTorch's weight_decay).",
     )
     activation_penalty: float = setting(
-        0.0, "AR, of AWD-LSTM: this times the mean square of what the softmax sees, dropped, is added to the loss."
+        0.0, "AR of AWD-LSTM: this times the mean square of the softmax input, after dropout, is added to the loss."
     )
     activation_change_penalty: float = setting(
-        0.0, "TAR, of AWD-LSTM: the same of its change from one symbol to the next, before it is dropped."
+        0.0, "TAR of AWD-LSTM: the same for its change from one symbol to the next, before dropout."
     )
     schedule: str = setting(
         "constant",
@@ -88,7 +88,7 @@ class OptimizerConfig:
 
     @property
     def validation_driven_by(self) -> str:
-        """The flag for which scores of the validation split enter the mathematics; "" where they do not."""
+        """The flag that ties the learning rate or the average to validation scores, as name=value; "" if none."""
         if self.schedule == "plateau":
             return "schedule=plateau"
         return "average=asgd" if self.average == "asgd" and self.average_patience else ""
@@ -132,7 +132,7 @@ class TrainingConfig:
     )
     spike_factor: float = setting(
         0.0,
-        "A loss of more than this many times the usual one, of some 50 updates, is a spike; 0: none is.",
+        "A loss above this times its moving average (over about 50 updates) is a spike; 0: no loss is.",
         mutable=True,
     )
     max_skips: int = setting(10, "skip: updates skipped one after the other before the run stops.", mutable=True)
@@ -154,12 +154,12 @@ class TrainingConfig:
         mutable=True,
     )
     stop_after: int = setting(
-        0, "Evaluations without gain, one after the other, that end the run; 0: none do.", mutable=True
+        0, "Early stopping: evaluations in a row without improvement that end the run; 0: off.", mutable=True
     )
     checkpoint_every: int = setting(1000, "Steps between checkpoints; 0: only at the end.", mutable=True)
     max_failed_saves: int = setting(
         0,
-        "Checkpoints that may fail to be saved, one after the other, before the run stops; 0: any number.",
+        "Stop the run when this many saves in a row have failed; 0: never.",
         mutable=True,
     )
     sample_every: int = setting(

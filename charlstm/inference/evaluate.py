@@ -36,7 +36,7 @@ class Split(Protocol):
     def read(self, start: int, stop: int, /) -> np.ndarray: ...
 
 
-Doing = Callable[[int, int], None]  # told how many windows of how many are done
+Doing = Callable[[int, int], None]  # called with (windows done, windows in all)
 
 
 def make_evaluator(
@@ -100,7 +100,7 @@ def plan_of(config: Config, split: Split, mesh: Mesh, shards: int = 1, most: int
 def scores(nats_K: np.ndarray, vocabulary_size: int, split: Split, scored: int = 0) -> list[Score]:
     """Scores from sums over symbols 1 .. N-1 of `split`, or over `scored` of its symbols.
 
-    Characters and bytes of a part are taken to be in the proportion of the whole split.
+    For a part, the counts of characters, bytes and unknown symbols are estimated in proportion from the whole split.
     """
     bits_K = nats_K / NATS_PER_BIT + math.log2(vocabulary_size)
     scored = scored or len(split)

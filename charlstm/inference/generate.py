@@ -28,10 +28,10 @@ from data_pipeline.batch import Separator, ends_separator, looks_back
 from data_pipeline.settings import setting
 
 CHUNK = 64  # symbols of one call of the device
-MOST_NOISE = 1 << 26  # random numbers of one call, where a symbol of each row takes no more
+MOST_NOISE = 1 << 26  # random numbers per call, unless a single symbol of every row needs more
 WINDOW = 128  # symbols of the prompt read by one call
-# One row would be a product of a vector and a matrix, which is added up in another order than that of two matrices:
-# with two rows at least on each device, the only row has the very bits of the first of a few.
+# XLA sums a vector-matrix product in another order than a matrix-matrix product.  With two rows or more on each device,
+# a row sampled alone has the same bits as the first of several.
 LEAST_ROWS = 2
 WHOLE, ROWS, COLUMNS = distributed.REPLICATED, distributed.BY_STREAM, PartitionSpec(None, distributed.AXIS)
 
@@ -88,8 +88,8 @@ def generate(
       length: symbols made of each.
       seed: 0 to 2**32 - 1; the same seed makes the same text.
       unknown_id: a symbol that is never drawn.
-      separator: what ends a document, for a model that was trained with documents apart.  Its last symbol is read from
-        the first state, in the prompt as well as in what is made.
+      separator: ids that end a document, for a model trained with --reset_state=document.  Its last symbol is read from
+        the initial state, both in the prompt and in the sampled text.
       chunk: symbols made by one call of the device, fewer where the rows are very many; does not change the text.
       window: symbols of the prompt read by one call; does not change the text.
 
@@ -147,8 +147,8 @@ def _after(
 ) -> RecurrentState:
     """The state [1, H] of each layer after reading `ids` from the first state, whole windows at a time.
 
-    What is missing to whole windows is put before the text, and the state reset where the text begins: every window
-    has one shape, and the program is compiled once.
+    The text is padded in front to whole windows, and the state is reset at its first symbol.  So every window has the
+    same shape, and the program is compiled once.
     """
     state = language_model.reset_state(params, language_model.zero_state(config, 1, params.b_out.dtype))
     missing = -len(ids) % window

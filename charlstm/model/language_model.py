@@ -75,7 +75,7 @@ def apply(
     reset_BT: jax.Array,
     dropout_key: DropoutKey | None = None,
 ) -> tuple[RecurrentState, jax.Array]:
-    """Runs a window through the model, for scoring and sampling: by the `scan` backend, whichever trained it.
+    """Runs a window through the model, for scoring and sampling.  Always uses the `scan` backend, whichever trained it.
 
     Args:
       state: carried from the window before.
@@ -132,7 +132,8 @@ def _with_dropped_weights(config: ModelConfig, params: ModelParams, dropout_key:
 def fold_embedding(config: ModelConfig, params: ModelParams) -> ModelParams:
     """Folds the embedding into the first layer's input weights (E W_x), so each symbol is projected once.
 
-    Skipped if V > 2E: the gradient is one matmul with V rows, in place of two with E.  Skipped for raw input, too.
+    Skipped if V > 2E: in the backward pass, one matmul with V rows would cost more than the two with E rows.
+    Skipped for raw input, too.
     """
     table_VE, p = params.embedding, params.cells[0]
     if table_VE is None or config.takes_raw_input or len(table_VE) > 2 * table_VE.shape[1]:

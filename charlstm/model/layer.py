@@ -8,7 +8,7 @@
     h <- renewed h' + (1 - renewed) h, c likewise    zoneout, renewed 0 or 1 for each unit, stream and symbol
 
 Zoneout is that of Krueger et al., Zoneout: Regularizing RNNs by Randomly Preserving Hidden Activations, ICLR 2017
-(arXiv:1606.01305), section 3.2; without dropout, in evaluation and sampling, renewed is its mean.  The autodiff path
+(arXiv:1606.01305), section 3.2.  Evaluation and sampling use the mean of renewed in its place.  The autodiff path
 (ops/autodiff_scan.py) serves zoneout, the mogrifier, a trained initial state and the layer-normalized LSTM.
 """
 
@@ -108,7 +108,7 @@ def _step(config: ModelConfig) -> autodiff_scan.Step:
     def step(params: Any, mask_BH: Any, state: CellState, symbol: Any) -> tuple[CellState, jax.Array]:
         x_BX, reset_B, (renewed_h, renewed_c) = symbol
         first = jax.tree.map(lambda s_BH: jnp.zeros_like(s_BH[0]), state) if params.first is None else params.first
-        # By selection: a product with 0 would let a NaN in the state of a stream that is reset survive.
+        # `where`, not a product with 0: 0 times NaN is NaN, so a NaN would survive the reset.
         state = jax.tree.map(lambda f_H, s_BH: jnp.where(reset_B[:, None], f_H[None], s_BH), first, state)
         x_BX = x_BX.astype(state.h.dtype)
         if params.rounds is None:

@@ -1,6 +1,7 @@
 """The training loop: a run from its newest checkpoint to its end.
 
-Get a batch, update, and once in a while compare the devices, log, evaluate and save; roll back where it diverges.
+Each step reads a batch and updates the parameters.  At set intervals the loop compares the devices, logs, evaluates
+and saves.  A run that diverges stops or rolls back.
 """
 
 import contextlib
@@ -136,7 +137,7 @@ class Training:
         return state
 
     def evaluate_and_sample(self, step: int, state: TrainState) -> tuple[TrainState, float | None]:
-        """Evaluates and samples where that is due: (the state, as validation changes it; the score, if any)."""
+        """Evaluates and samples if due.  Returns the state (validation may change it), and the score or None."""
         settings, last, score = self.run.config.training, self.run.config.training.num_steps, None
         if self._valid is not None and due(step, settings.evaluate_every, last):
             self.metrics.settle()
@@ -162,7 +163,7 @@ class Training:
         self.log.record(record | ({"state_digest": digest.state_digest(state)} if final else {}))
 
     def restore(self) -> tuple[TrainState, float | None, dict[str, Any] | None]:
-        """The newest whole checkpoint: state, validation score, sums of the metrics; else the state before step 1."""
+        """Returns (state, validation score, metric sums): of the newest whole checkpoint, or of a new run."""
         run, V = self.run, self.run.corpus.vocabulary.size
         if distributed.any_process(bool(self.checkpoints.steps())):
             state, meta = self.checkpoints.restore(train_state.abstract(run.config, V, run.mesh))
@@ -209,9 +210,9 @@ class Training:
         return state, metrics
 
     def evaluate(self, step: int, state: TrainState) -> list[dict[str, Any]]:
-        """Scores the validation split: a line of metrics.jsonl; of a mixture, one for each corpus before it.
+        """Scores the validation split.  Returns its record for metrics.jsonl; for a mixture, first one per corpus.
 
-        Raises Interrupted where the run is to stop.
+        Raises Interrupted if the run must stop.
         """
         assert self._valid is not None
         began = time.monotonic()
@@ -246,7 +247,7 @@ class Training:
         self.metrics.pause(time.monotonic() - began)
 
     def update_plateau(self, state: TrainState, score: float) -> TrainState:
-        """`state` with a validation score taken into account, where the run is driven by these; says what changes."""
+        """Updates the plateau state with a validation score, if the run depends on scores; logs what changes."""
         optimizer, before = self.run.config.optimizer, state.plateau
         if not optimizer.validation_driven_by:
             return state
@@ -271,7 +272,7 @@ class Training:
         self.metrics.pause(time.monotonic() - began)
 
     def check_replicas(self, state: TrainState) -> None:
-        """Raises Diverged where a device's copy of what every device holds whole differs from the others'."""
+        """Raises Diverged if a device's copy of the replicated state differs from the others'."""
         differing = replicas.compare(state._replace(recurrent_state=())._asdict(), self.run.mesh).differing
         if differing:
             raise _drifted(int(state.step), differing)
@@ -299,7 +300,7 @@ class Training:
         return state
 
     def status(self) -> str:
-        """The live line; that nothing can be saved stands first, where a narrow terminal does not cut it off."""
+        """The status line.  Failed saves come first, so that a narrow terminal does not cut them off."""
         line, failed = self.metrics.status(), self.checkpoints.failed_saves
         return f"NOT SAVED, {failed} times  {line}" if line and failed else line
 

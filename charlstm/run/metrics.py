@@ -18,7 +18,7 @@ class Diverged(Exception):
 
     Attributes:
       step: after so many updates.
-      windows_at_fault: the text may have led to it, and not only the device.
+      windows_at_fault: whether the text may be the cause; if False, only a device can be.
     """
 
     def __init__(self, step: int, message: str, windows_at_fault: bool = True) -> None:
@@ -31,8 +31,8 @@ class MetricAggregator:
 
     Attributes:
       records: the latest record of each split.
-      skipped: updates skipped by this process's life.
-      state_resets: non-finite rows of recurrent state that were zeroed in it.
+      skipped: updates skipped since this process started.
+      state_resets: non-finite rows of recurrent state that were reset since then.
       without_gain: evaluations since the one with the lowest score.
       evaluation_due: the evaluation of this step was interrupted, and is made up for when the run goes on.
     """
@@ -63,11 +63,11 @@ class MetricAggregator:
         self.restart(None, 0)
 
     def restart(self, sums: dict[str, Any] | None, left_out: int) -> None:
-        """Goes on from a checkpoint: nothing that was added since then is in the next record, nor its time.
+        """Resumes from a checkpoint: the next record, and its speed, leave out what was added since then.
 
         Args:
           sums: those of the steps between the last record and the checkpoint; None where there are none.
-          left_out: windows that the run has passed over so far, which count as read in the epoch.
+          left_out: windows that rollbacks have skipped so far; the epoch counts them as read.
         """
         self._pending, self._left_out = None, left_out
         self._latest: dict[str, Any] = {}  # what the last step looked at has reported
@@ -76,7 +76,7 @@ class MetricAggregator:
         self._nats, self._symbols, self._steps = sums["nats"], sums["symbols"], sums["steps"]
         self._best, self.without_gain = sums.get("best"), sums.get("without_gain", 0)
         self.evaluation_due = sums.get("evaluation_due", False)
-        if not self._begun:  # else the seconds since that checkpoint are in those of this process
+        if not self._begun:  # else the seconds until that checkpoint are counted already
             self._earlier = sums.get("seconds", 0.0)
 
     def sums(self) -> dict[str, Any]:
@@ -111,8 +111,8 @@ class MetricAggregator:
         """Looks at the metrics not yet looked at.
 
         Raises:
-          Diverged: that step was not accepted, or left a non-finite row of recurrent state, and is not skipped, or not
-            any more.
+          Diverged: that step was rejected, or left a non-finite row of recurrent state, and cannot be skipped:
+            on_divergence is not skip, a parameter is not finite, or max_skips is used up.
         """
         if self._pending is None:
             return
@@ -183,7 +183,7 @@ class MetricAggregator:
 
     def status(self) -> str:
         """The live line, of the steps since the last record."""
-        # Once: the watchdog's thread asks, too.
+        # Read once: the watchdog's thread calls this, too.
         steps, nats, symbols, latest = self._steps, self._nats, self._symbols, self._latest
         if not (steps and symbols and latest):
             return ""

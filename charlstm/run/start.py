@@ -1,4 +1,4 @@
-"""A run as it starts: new, or resumed.  All that can be refused is refused here, before anything is written."""
+"""Starts a run, new or resumed.  Refuses here, before the run writes anything, all that can be refused."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,8 +37,8 @@ class Run(NamedTuple):
     mesh: Mesh
     train_step: jax.stages.Wrapped
     resumed: bool
-    params: ModelParams | None  # of another run, from which this one starts; None: from what is drawn
-    initial: Initial | None  # which these are
+    params: ModelParams | None  # initial parameters taken from another run; None: drawn at random, or restored
+    initial: Initial | None  # record of where `params` come from
     remarks: list[str]  # what the log is to say first
 
     @property
@@ -48,13 +48,13 @@ class Run(NamedTuple):
 
 
 def open_corpus(config: Config, given: Sequence[str], run_dir: Path | None, mesh: Mesh) -> tuple[Corpus, Config]:
-    """The corpus that `config` names, prepared where it is not yet, and `config` with the vocabulary that it has.
+    """Opens the corpus that `config` names, prepared first if need be.  Returns it, and `config` with its vocabulary.
 
     Args:
       given: the flags that were given, as lines of a flagfile: a corpus that was prepared otherwise is refused.
 
     Raises:
-      ValueError: there is no such corpus, or it goes with neither these settings nor these devices.
+      ValueError: there is no such corpus, or it does not fit the flags given, or the settings do not fit the devices.
     """
     # Before a text is prepared, which may take hours.
     placement.shards_per_device(config_lib.fill_automatic(config, mesh.size), mesh.size)
@@ -67,7 +67,7 @@ def check(config: Config, corpus: Corpus, mesh: Mesh, dry: bool = False) -> Stre
     """Checks settings against text, devices and machine; returns the plan of the training split.
 
     Args:
-      dry: nothing is to be made, so memory that only other machines have is not refused.
+      dry: only an estimate is wanted, so only memory that no machine has is refused.
 
     Raises:
       ValueError: the settings do not go with this text, these devices or this machine.
@@ -134,7 +134,7 @@ def _settings(
 ) -> tuple[bool, Config, list[str]]:
     """Returns (resumed, settings, remarks) of the run that is there, or of a new one.
 
-    A run that is there without a checkpoint, as its first try has failed, does not stand in the way of other settings.
+    A run without a checkpoint, because its first try failed, is begun anew if other settings are given.
     """
     remarks: list[str] = []
     if distributed.any_process(run_directory.exists(run_dir)):

@@ -1,8 +1,7 @@
 """The update rules, as pairs of pure functions, and the clipping that goes before them.
 
-In all of them p is the parameter, g its clipped gradient plus l2 p, r the learning rate, e `epsilon`; every operation
-is element by element, and made alike on every device, so that the parameters stay equal everywhere without being
-exchanged.
+In all of them p is the parameter, g its clipped gradient plus l2 p, r the learning rate, e `epsilon`.  Every operation
+is elementwise and the same on every device, so the replicated parameters stay equal without communication.
 
     sgd       v = momentum v + g                            p = p - r v                      Polyak 1964
     adagrad   s = s + g^2                                   p = p - r g / (sqrt(s) + e)      Duchi et al. 2011, fig. 1
@@ -112,8 +111,9 @@ def clip(grads: Tree, norm: jax.Array, config: OptimizerConfig) -> Tree:
       norm: `global_norm(grads)`.  (Asked for because the training step reports it as well.)
       config: has clip_norm and clip_value.
 
-    A tree within the limits comes back with the same bits.  A norm that is not finite is not repaired: with
-    clip_norm, inf and nan elements become nan, and finite ones beside an inf norm 0.  Look at the norm first.
+    A tree within the limits comes back with the same bits.  A norm that is not finite is not
+    repaired.  With clip_norm, inf and nan elements become nan; finite elements become 0 if the norm is inf, and nan
+    if it is nan.  Check the norm first.
     """
     if config.clip_norm > 0:
         scale = config.clip_norm / jnp.maximum(norm, config.clip_norm)

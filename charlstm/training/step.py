@@ -140,6 +140,7 @@ def _shard_gradient(config: Config, streams: int) -> Callable[..., tuple[jax.Arr
             penalties = activation_penalties(config.optimizer, features_TbH, dropped_TbH, reset_bT.T)
             return nats_b.sum() + penalties, (nats_b, new_carry)
 
+        # Truncated BPTT: `carry` comes from the window before and is a constant in `loss`, so no gradient reaches back.
         gradient, (nats_b, new_carry) = jax.grad(loss, has_aux=True)(params)
         finite_b = divergence.finite_rows(new_carry, nats_b)
         # The gradient includes the penalties; the reported loss does not.

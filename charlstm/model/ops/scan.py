@@ -128,7 +128,7 @@ def _forward(cell, w_h, b, state, z_TBG, reset_TB, compute_dtype, variant, mask_
     start, z = ((state, z_TBG.astype(dtype)), None) if cell.SAVED_OVER_Z else ((state, None), z_TBG)
     (final, over_z), (h_TBH, c_prev_TBH, saved) = scan(step, start, (jnp.arange(len(z_TBG)), z, reset_TB))
     saved = over_z if cell.SAVED_OVER_Z else saved
-    # Of z only the dtype is needed later; an empty slice carries it, so that z itself need not be states.
+    # The backward pass needs only the dtype of z.  An empty slice carries it, so z itself need not be saved.
     residuals = w_h, state.h, h_TBH, c_prev_TBH, saved, reset_TB, z_TBG[:0], mask_BH
     return (final, h_TBH.astype(compute_dtype)), residuals
 
