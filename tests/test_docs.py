@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from charlstm import api
+from data_pipeline.build.datasets import NAMES
+from data_pipeline.settings import CorpusSettings
 from launch.flags import Help
 from tests.jobs import ROOT
 
@@ -127,6 +130,13 @@ def test_every_target_of_make_that_is_named_is_one(path):
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), flags=re.M))
     before = r"^make |^ +make |`make |run: make |=1 make "
     assert set(re.findall(rf"(?:{before})([a-z]+)", path.read_text("utf-8"), flags=re.M)) <= targets
+
+
+def test_every_corpus_with_a_name_is_told_of_where_corpora_are_explained():
+    help_text = CorpusSettings.__dataclass_fields__["corpus"].metadata["help"]
+    places = {"settings.py": help_text, "api.load_corpus": api.load_corpus.__doc__}
+    places["docs/training.md"] = (ROOT / "docs" / "training.md").read_text("utf-8")
+    assert not {place: missing for place, text in places.items() if (missing := [n for n in NAMES if n not in text])}
 
 
 def test_the_tables_of_settings_are_those_of_the_code():

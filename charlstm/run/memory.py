@@ -19,13 +19,13 @@ from charlstm import distributed
 from charlstm.config import Config
 from charlstm.model import layer
 from charlstm.training import train_state
+from charlstm.training.optimizers import RULES
 from data_pipeline.batch import Batch
 
 BEYOND_ALL = 10**15  # bytes; no machine has them, and the sizes of arrays come near to the largest integers
 CLOSE = 0.9  # of what there is
 LOOK_EVERY = 0.5  # seconds
 CGROUPS = "/sys/fs/cgroup"
-COPIES = {"sgd": 2, "rmsprop": 2, "adagrad": 2, "adam": 3, "adamw": 3}  # of the parameters, with the optimizer's
 LESS = "lower hidden_size, num_layers or embedding_size"
 
 
@@ -61,7 +61,7 @@ def state_bytes(config: Config, vocabulary_size: int) -> int:
     inputs = [E or V, *settings.widths[:-1]]
     weights = sum(gates * H * (X + H) for X, H in zip(inputs, settings.widths, strict=True))
     weights += V * E + (0 if settings.tie_embeddings else settings.widths[-1] * V)
-    copies = COPIES[config.optimizer.optimizer] + (config.optimizer.eval_params_field == "average")
+    copies = 1 + RULES[config.optimizer.optimizer].moments + (config.optimizer.eval_params_field == "average")
     return 4 * copies * weights
 
 

@@ -37,6 +37,13 @@ class Optimizer(NamedTuple):
     update: Callable[[Tree, Any, Tree, jax.Array], tuple[Tree, Any]]  # (g, opt_state, p, r []) -> (new p, new state)
 
 
+class Rule(NamedTuple):
+    """How the optimizer of a name is made, and the size of its state."""
+
+    make: Callable[[OptimizerConfig], Optimizer]
+    moments: int  # arrays in the state for each one of the parameters
+
+
 class SgdState(NamedTuple):
     velocity: Tree  # v, shaped like the parameters, as are all below
 
@@ -61,10 +68,8 @@ def make(config: OptimizerConfig) -> Optimizer:
     State and new parameters have the dtype of the parameters (float32 in training); gradients and the learning rate,
     a scalar array, must come in that dtype too.
 
-    Raises:
-      ValueError: epsilon is not positive: a parameter that never had a gradient would become 0 / 0.
     """
-    rule = _rule(config)
+    rule = RULES[config.optimizer].make(config)
     if not config.l2:
         return rule
 
@@ -77,21 +82,6 @@ def make(config: OptimizerConfig) -> Optimizer:
         return jnp.where(jnp.isnan(p), 0, g) + jnp.where(jnp.isnan(g), 0, config.l2 * p)
 
     return Optimizer(rule.init, update)
-
-
-def _rule(config: OptimizerConfig) -> Optimizer:
-    if config.optimizer == "sgd":
-        return _sgd(config.momentum)
-    if not config.epsilon > 0:
-        raise ValueError(f"epsilon={config.epsilon} must be more than 0 for optimizer={config.optimizer}: use 1e-8")
-    if config.optimizer == "adagrad":
-        return _adagrad(config.epsilon)
-    if config.optimizer == "rmsprop":
-        return _rmsprop(config.rms_decay, config.epsilon)
-    if config.optimizer == "adam":
-        return _adam(config.beta1, config.beta2, config.epsilon, weight_decay=0.0)
-    assert config.optimizer == "adamw", f"optimizer={config.optimizer!r} is a choice of OptimizerConfig without a rule"
-    return _adam(config.beta1, config.beta2, config.epsilon, config.weight_decay)
 
 
 def global_norm(tree: Tree) -> jax.Array:
@@ -182,3 +172,13 @@ def _adam(beta1: float, beta2: float, epsilon: float, weight_decay: float) -> Op
 def bias_correction(beta: float, n: jax.Array) -> jax.Array:
     """1 - beta^n.  Subtracted as written, float32 would keep only three or four digits of it at beta = .9999."""
     return -jnp.expm1(n * math.log(beta)) if beta else jnp.ones_like(n)
+
+
+# By the names that `OptimizerConfig.optimizer` has to choose from.
+RULES = {
+    "sgd": Rule(lambda c: _sgd(c.momentum), moments=1),
+    "adagrad": Rule(lambda c: _adagrad(c.epsilon), moments=1),
+    "rmsprop": Rule(lambda c: _rmsprop(c.rms_decay, c.epsilon), moments=1),
+    "adam": Rule(lambda c: _adam(c.beta1, c.beta2, c.epsilon, weight_decay=0.0), moments=2),
+    "adamw": Rule(lambda c: _adam(c.beta1, c.beta2, c.epsilon, c.weight_decay), moments=2),
+}

@@ -11,7 +11,7 @@ from charlstm import config as config_lib
 from charlstm import distributed
 from charlstm.config import Config
 from charlstm.inference import evaluate
-from charlstm.model import language_model
+from charlstm.model import language_model, layer
 from charlstm.training.loss import cross_entropy
 
 V = 20
@@ -76,12 +76,12 @@ def test_the_figure_does_not_depend_on_batch_size_devices_or_window():
         assert score(make(**changes), devices).bits_per_symbol == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [{"cell": cell} for cell in ("lstm", "gru", "rnn", "mlstm")]
-    + [{"cell": "layer_norm_lstm", "zoneout": 0.1, "train_initial_state": True}],
-    ids=["lstm", "gru", "rnn", "mlstm", "general"],
-)
+KINDS = {name: {"cell": name} for name in layer.CELLS} | {
+    "layer_norm_lstm": {"cell": "layer_norm_lstm", "zoneout": 0.1, "train_initial_state": True},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_one_piece_is_the_plain_forward_pass_over_the_whole_split(kind):
     config, text = make(eval_chunk=10**6, **kind), Text()
     ids = text.ids.astype(np.int32)[None]

@@ -12,7 +12,7 @@ from charlstm import distributed
 from charlstm.config.model import ModelConfig
 from charlstm.inference import generate as generate_lib
 from charlstm.inference.generate import Sampling, choose, generate
-from charlstm.model import language_model
+from charlstm.model import language_model, layer
 
 V = 11
 CONFIG = ModelConfig(hidden_size=12, initializer="normal", init_scale=0.7)
@@ -79,7 +79,7 @@ def test_greedy_text_is_the_argmax_of_a_full_pass_over_it():
 
 
 @pytest.mark.parametrize("separator", [(), (5,), (8, 5)], ids=["", "documents", "separators of two"])
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn", "mlstm", "layer_norm_lstm"])
+@pytest.mark.parametrize("cell", layer.CELLS)
 def test_log_probabilities_are_the_models_own_by_a_full_pass(cell, separator):
     config = dataclasses.replace(CONFIG, cell=cell)
     sampling = Sampling(temperature=1.7, top_k=8, top_p=0.95)

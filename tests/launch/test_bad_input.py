@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from charlstm.model.layer import CELLS
 from charlstm.run import run_directory, step_directory
 from data_pipeline.build.prepare import prepare
 from data_pipeline.settings import CorpusSettings
@@ -262,8 +263,8 @@ def test_where_no_checkpoint_is_whole_the_run_neither_goes_on_nor_starts_anew(co
         ("--num_stepss=5", "unknown flag --num_stepss; did you mean num_steps?"),
         ("--norotate_stream", "unknown flag --norotate_stream; did you mean rotate_streams?"),
         ("--zebra=1", "unknown flag --zebra"),
-        ("--cell=lstn", "--cell=lstn: use one of lstm, gru, rnn, mlstm, layer_norm_lstm; did you mean lstm?"),
-        ("--cell=transformer", "--cell=transformer: use one of lstm, gru, rnn, mlstm, layer_norm_lstm"),
+        ("--cell=lstn", f"--cell=lstn: use one of {', '.join(CELLS)}; did you mean lstm?"),
+        ("--cell=transformer", f"--cell=transformer: use one of {', '.join(CELLS)}"),
         ("--num_steps=abc", "--num_steps=abc: not a whole number"),
         ("--num_steps=1e3", "--num_steps=1e3: not a whole number"),
         ("--num_steps=-1", "num_steps=-1 must be at least 1"),

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from charlstm import config as config_lib
 from charlstm.config import Config
 from charlstm.distributed import make as make_mesh
+from charlstm.model.layer import CELLS
 from charlstm.run import run_directory
 from charlstm.run.checkpoint import Checkpoints
 from charlstm.training import train_state
@@ -209,7 +210,7 @@ def test_help_has_every_flag_once_in_sections_with_its_default(module, flag):
             title = (type(getattr(Config(), section.name)).__doc__ or "").splitlines()[0]
             assert text.count(f"\n\n{title}\n\n") == 1
         assert "--learning_rate=0.002 " in text and "--rotate_streams=true " in text
-        assert "One of lstm, gru, rnn, mlstm, layer_norm_lstm." in text
+        assert f"One of {', '.join(CELLS)}." in text
 
 
 def test_the_program_prints_its_help_and_exits_with_0():
@@ -291,7 +292,7 @@ def test_config_json_is_read_as_it_was_written():
         (lambda tree: tree | {"model": {"skip": 1}}, "model.skip=1 is not a bool"),
         (
             lambda tree: tree | {"model": {"cell": "lstn"}},
-            "cell='lstn' is not one of lstm, gru, rnn, mlstm, layer_norm_lstm",
+            f"cell='lstn' is not one of {', '.join(CELLS)}",
         ),
         (lambda tree: tree | {"optimizer": {"learning_rate": float("nan")}}, "learning_rate=nan is not a finite"),
         (lambda tree: tree | {"training": {"num_steps": 10**400}}, "must be at most 2147483647"),

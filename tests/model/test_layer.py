@@ -13,7 +13,7 @@ from charlstm.inference.generate import Sampling, generate
 from charlstm.model import language_model, layer
 from charlstm.model.dropout import DropoutKey
 from charlstm.model.ops import autodiff_scan
-from tests.model.cells.test_cells import equations
+from tests.model.cells.test_cells import DERIVED, equations
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
 
@@ -87,7 +87,12 @@ def test_the_general_path_equals_plain_autodiff_in_value_and_every_gradient(chan
         assert_close(got, expected)
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn", "mlstm"])
+def test_every_choice_of_a_cell_is_one_and_has_a_hand_derived_backward_pass_if_it_is_sent_there():
+    assert ModelConfig.__dataclass_fields__["cell"].metadata["choices"] == tuple(layer.CELLS), "one order"
+    assert [name for name in layer.CELLS if ModelConfig(cell=name).has_custom_vjp] == list(DERIVED)
+
+
+@pytest.mark.parametrize("cell", DERIVED)
 def test_the_general_path_equals_the_reverse_pass_by_hand(cell, monkeypatch):
     config = make(num_layers=1, cell=cell, state_dropout=0.3)
     with jax.enable_x64(True):

@@ -17,16 +17,14 @@ import numpy as np
 import pytest
 
 from charlstm import distributed
+from charlstm.model import layer
 from charlstm.run.checkpoint import Checkpoints
 from charlstm.training import train_state
 from tests.training import test_step
 
 V = test_step.V
 TABLE = Path(__file__).with_name("golden.json")
-CELLS = {
-    "lstm": {"cell": "lstm"},
-    "gru": {"cell": "gru"},
-    "rnn": {"cell": "rnn"},
+CELLS = {name: {"cell": name} for name in layer.CELLS} | {
     "mlstm": {"cell": "mlstm", "weight_norm": True},
     "layer_norm_lstm": test_step.GENERAL,
 }
@@ -115,7 +113,11 @@ def expect(name: str, found: str) -> None:
     if "CHARLSTM_WRITE_GOLDEN" in os.environ:
         tables.setdefault(this_machine(), {})[name] = found
         TABLE.write_text(json.dumps(tables, indent=1, sort_keys=True) + "\n")
-    assert found == tables[this_machine()][name]
+    table = tables[this_machine()]
+    assert name in table, (
+        f"{TABLE.name} has no {name!r} yet: write it, and no other, with -k and CHARLSTM_WRITE_GOLDEN=1"
+    )
+    assert found == table[name]
 
 
 @pytest.fixture(autouse=True)

@@ -38,7 +38,7 @@ CASES = {
     "adam, l2": (dict(optimizer="adam", l2=0.1), lambda r: optax.chain(optax.add_decayed_weights(0.1), optax.adam(r))),
     "sgd, l2": (dict(optimizer="sgd", l2=0.1), lambda r: optax.chain(optax.add_decayed_weights(0.1), optax.sgd(r))),
 }
-NAMES = ("sgd", "adagrad", "rmsprop", "adam", "adamw")
+NAMES = tuple(optimizers.RULES)
 
 
 def tree(rng: np.random.Generator, dtype=np.float32, scale: float = 1.0) -> ModelParams:
@@ -57,6 +57,11 @@ def assert_same_bits(left, right) -> None:
     for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_every_choice_has_a_rule_and_every_rule_an_oracle():
+    assert OptimizerConfig.__dataclass_fields__["optimizer"].metadata["choices"] == NAMES, "one order"
+    assert {settings["optimizer"] for settings, _ in CASES.values()} == set(NAMES), "a case in CASES for each"
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(np.float32, 1e-6), (np.float64, 1e-12)], ids=["float32", "float64"])
@@ -156,7 +161,7 @@ def test_the_state_keeps_its_structure_and_is_float32(name):
         assert jax.tree.structure(old) == jax.tree.structure(new)
         assert [a.dtype for a in jax.tree.leaves(old)] == [a.dtype for a in jax.tree.leaves(new)]
     moments = [leaf for leaf in jax.tree.leaves(after) if leaf.ndim]
-    assert len(moments) % len(jax.tree.leaves(params)) == 0
+    assert len(moments) == optimizers.RULES[name].moments * len(jax.tree.leaves(params))
     assert all(leaf.dtype == jnp.float32 for leaf in moments)
     assert all(leaf.dtype == jnp.int32 for leaf in jax.tree.leaves(after) if not leaf.ndim)
 

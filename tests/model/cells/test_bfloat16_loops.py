@@ -6,15 +6,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from charlstm.model.cells import gru, lstm, mlstm, rnn
+from charlstm.model.cells import rnn
 from charlstm.model.ops.scan import recurrence
+from tests.model.cells.test_cells import CELLS
 
 pytestmark = pytest.mark.usefixtures("unoptimized")
 
 T, B, D, H = 12, 2, 3, 8
 
 
-@pytest.mark.parametrize("cell", [lstm, gru, rnn, mlstm], ids=lambda cell: cell.__name__.rpartition(".")[2])
+@CELLS
 def test_one_symbol_is_written_without_converting_the_whole_window(cell):
     params = cell.init(jax.random.key(0), D, H, "pytorch", 0.1, 1.0)
     state, z_TBG = cell.zero_state(B, H), jnp.zeros((T, B, params.w_x.shape[1]), jnp.bfloat16)

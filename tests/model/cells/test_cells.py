@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from benchmarks.peers import textbook
+from charlstm.model import layer
 from charlstm.model.cells import gru, lstm, mlstm, rnn
 from charlstm.model.ops import matmul
 from charlstm.model.ops.scan import recurrence
@@ -37,18 +38,13 @@ def masked(cell: ModuleType) -> ModuleType:
     return chosen
 
 
-CELLS = pytest.mark.parametrize("cell", [lstm, gru, rnn, mlstm], ids=["lstm", "gru", "rnn", "mlstm"])
-EQUATIONS = pytest.mark.parametrize(
-    "cell",
-    [
-        *(lstm, gru, rnn, mlstm, variant(rnn, "relu"), variant(lstm, "capped"), variant(mlstm, "capped")),
-        *(masked(cell) for cell in (lstm, gru, rnn, mlstm)),
-    ],
-    ids=[
-        *("lstm", "gru", "rnn", "mlstm", "rnn relu", "lstm capped", "mlstm capped"),
-        *("lstm masked", "gru masked", "rnn masked", "mlstm masked"),
-    ],
-)
+DERIVED = {name: cell for name, cell in layer.CELLS.items() if hasattr(cell, "backward")}  # by hand
+VARIANTS = {
+    "rnn relu": variant(rnn, "relu"), "lstm capped": variant(lstm, "capped"), "mlstm capped": variant(mlstm, "capped"),
+}  # fmt: skip
+ALL = DERIVED | VARIANTS | {f"{name} masked": masked(cell) for name, cell in DERIVED.items()}
+CELLS = pytest.mark.parametrize("cell", DERIVED.values(), ids=DERIVED)
+EQUATIONS = pytest.mark.parametrize("cell", ALL.values(), ids=ALL)
 RESETS = pytest.mark.parametrize("resets", [False, True], ids=["no_resets", "random_resets"])
 
 
@@ -242,7 +238,7 @@ def equations(jaxpr, in_scan=False):
 def weight_shaped(window, cell, p):
     """Of the program of all the gradients: (products shaped like w_h outside scans, inside, scan carries so shaped)."""
     width = cell.GATES * H
-    shapes = {(H, width), (width, H), p.params.w_h.shape} | ({(H, H)} if cell is mlstm else set())
+    shapes = {(H, width), (width, H), p.params.w_h.shape} | {(H, n * H) for n in cell.MATRICES}
     outside = inside = carried = 0
     for equation, in_scan in equations(jax.make_jaxpr(lambda p: run(window, cell, p))(p).jaxpr):
         if equation.primitive.name == "dot_general" and equation.outvars[0].aval.shape in shapes:
@@ -255,7 +251,7 @@ def weight_shaped(window, cell, p):
 @CELLS
 def test_the_gradient_of_the_recurrent_weights_is_one_product_after_the_loop(cell):
     p = problem(cell)
-    matrices = 2 if cell is mlstm else 1
+    matrices = len(cell.MATRICES)
     assert weight_shaped(fast, cell, p) == (matrices, 0, 0)
     assert weight_shaped(textbook.unroll, cell, p)[1:] == (matrices, 1), "autodiff does it in the loop"
 
