@@ -4,15 +4,16 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.atomic_files import atomic_write
 from data_pipeline.vocabulary import Vocabulary, canonical_json
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 IDS_VERSION = 1  # part of the fingerprint that runs are checked against: the ids are those of format 1
-NAME = "manifest.json"
+NAME, SOURCES = "manifest.json", "sources.jsonl"
 SPLITS = ("train", "valid", "test")
 BLOCK_BYTES = 16 * 1024  # of shard data per checksum
 SHARD_BYTES = 256 * 1024 * 1024
@@ -50,7 +51,19 @@ class Source:
 
     name: str  # relative to the input; never an absolute path
     bytes: int
-    sha256: str
+    sha256: str | None  # in hex; None if the file was in an object store
+    etag: str | None = None  # of an object of a store
+    documents: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceSummary:
+    """What `sources.jsonl` has: a line for each file that the corpus was made from."""
+
+    files: int
+    bytes: int
+    documents: int
+    sha256: str  # of `sources.jsonl`, in hex
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +72,12 @@ class Manifest:
 
     vocabulary: Vocabulary
     splits: dict[str, SplitRecord]
-    sources: tuple[Source, ...] = ()
+    sources: SourceSummary = SourceSummary(0, 0, 0, hashlib.sha256(b"").hexdigest())
     key: str = ""  # digest of the sources' content and of the settings
     block_bytes: int = BLOCK_BYTES
+    split: str = "contiguous"  # as the setting; "files" if each split is a text of its own
+    document_separator: str = ""  # as the setting; "" if documents are not separated
+    bad_documents: int = 0  # left out
 
     @property
     def fingerprint(self) -> str:
@@ -79,7 +95,10 @@ class Manifest:
             "dtype": self.vocabulary.dtype.name,
             "block_bytes": self.block_bytes,
             "splits": {name: dataclasses.asdict(split) for name, split in self.splits.items()},
-            "sources": [dataclasses.asdict(source) for source in self.sources],
+            "sources": dataclasses.asdict(self.sources),
+            "split": self.split,
+            "document_separator": self.document_separator,
+            "bad_documents": self.bad_documents,
             "key": self.key,
             "fingerprint": self.fingerprint,
         }
@@ -90,6 +109,33 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Writes `manifest.json`, which makes `directory` a prepared corpus: the shards must be on disk already."""
     with atomic_write(directory / NAME) as file:
         file.write(json.dumps(manifest.to_json(), indent=1).encode("ascii") + b"\n")
+
+
+def write_sources(directory: Path, sources: Sequence[Source]) -> None:
+    """Writes `sources.jsonl`, a line for each source."""
+    with atomic_write(directory / SOURCES) as file:
+        file.write(_lines_of(sources))
+
+
+def summary(sources: Sequence[Source]) -> SourceSummary:
+    """Returns what the manifest has of the sources."""
+    size, documents = (sum(getattr(source, name) for source in sources) for name in ("bytes", "documents"))
+    return SourceSummary(len(sources), size, documents, hashlib.sha256(_lines_of(sources)).hexdigest())
+
+
+def _lines_of(sources: Sequence[Source]) -> bytes:
+    return b"".join(canonical_json(vars(source)) + b"\n" for source in sources)
+
+
+def parse_sources(data: bytes, summary: SourceSummary, path: str) -> list[Source]:
+    """Returns the sources that `data`, the content of `sources.jsonl`, has.
+
+    Raises:
+      ValueError: it is not what the manifest says; the message has `path`.
+    """
+    if hashlib.sha256(data).hexdigest() != summary.sha256:
+        raise ValueError(f"{path} is damaged or of another corpus: delete the corpus and prepare it again")
+    return [Source(**json.loads(line)) for line in data.splitlines()]
 
 
 def is_prepared(directory: Path) -> bool:
@@ -133,16 +179,22 @@ def parse_manifest(data: bytes, path: str) -> Manifest:
 def _manifest(tree: dict[str, Any]) -> Manifest:
     if tree.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"format version {tree.get('format_version')!r}, and this program reads {FORMAT_VERSION}")
-    splits = _field(tree, "splits", dict)
+    splits, sources, counts = (
+        _field(tree, "splits", dict),
+        _field(tree, "sources", dict),
+        ("files", "bytes", "documents"),
+    )
     manifest = Manifest(
         vocabulary=Vocabulary.from_json(_field(tree, "vocabulary", dict)),
         splits={name: _split(name, _field(splits, name, dict)) for name in splits},
-        sources=tuple(
-            Source(_field(s, "name", str), _field(s, "bytes", int), _digest(s, "sha256"))
-            for s in _field(tree, "sources", list)
+        sources=SourceSummary(
+            **{name: _field(sources, name, int) for name in counts}, sha256=_digest(sources, "sha256")
         ),
         key=_field(tree, "key", str),
         block_bytes=_field(tree, "block_bytes", int),
+        split=_field(tree, "split", str),
+        document_separator=_field(tree, "document_separator", str),
+        bad_documents=_field(tree, "bad_documents", int),
     )
     dtype, width = _field(tree, "dtype", str), manifest.vocabulary.dtype
     if dtype != width.name:

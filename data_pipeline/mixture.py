@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_pipeline.manifest import SourceSummary
 from data_pipeline.segments import Member
 from data_pipeline.shards import Corpus, Split
 from data_pipeline.symbols import Places
@@ -201,13 +202,21 @@ def _mixture(parts: Sequence[Part], corpora: Mapping[str, Corpus], weights: tupl
     for name in ("train", "valid", "test"):
         if having := [corpus.splits[name] for corpus in found if name in corpus.splits]:
             splits[name] = Joined(having)
+    separators = {corpus.document_separator for corpus in found}
     identity = [[corpus.fingerprint, p] for corpus, p in zip(found, weights, strict=True)]
     return Mixture(
         directory=found[0].directory,
         vocabulary=found[0].vocabulary,
         splits=splits,
         fingerprint=hashlib.sha256(canonical_json(["mixture", *identity])).hexdigest(),
-        sources=tuple(source for corpus in found for source in corpus.sources),
+        sources=SourceSummary(
+            files=sum(corpus.sources.files for corpus in found),
+            bytes=sum(corpus.sources.bytes for corpus in found),
+            documents=sum(corpus.sources.documents for corpus in found),
+            sha256="",  # each has a file of its own
+        ),
+        document_separator=separators.pop() if len(separators) == 1 else "",
+        split="",  # each has its own
         store=found[0].store,
         cache=None,  # each has its own
         corpora=dict(corpora),

@@ -79,8 +79,30 @@ class CorpusSettings:
     split: str = setting(
         "contiguous",
         "contiguous: train, validation, test in the order of the text; or columns:BxT, char-rnn's split: the text is B "
-        "equal columns of whole windows of T symbols and the last windows of each column are held out.",
+        "equal columns of whole windows of T symbols and the last windows of each column are held out; or hash: each "
+        "document (a plain file is one) is in the split that its content says, so that equal ones are in one.",
     )
+    input_kind: str = setting(
+        "auto",
+        "How files are read: auto (by the endings of their names), or all as text, jsonl, csv, parquet, arrow or xml "
+        "(a dump of MediaWiki).  Those that end with .gz, .zst, .xz or .bz2 are decompressed in any case.",
+        choices=("auto", "text", "jsonl", "csv", "parquet", "arrow", "xml"),
+    )
+    text_field: str = setting("text", "jsonl, csv, parquet, arrow: the field or column that has the text.")
+    document_separator: str = setting(
+        r"\x00",
+        r"End of a document, one symbol or several (\n\n, \0, <|endoftext|>): put after each document of jsonl, csv, "
+        r"parquet, arrow and xml, and where --reset_state=document resets; a prepared corpus knows its own.  Escapes "
+        r"are \n \r \t \f \v \0 \\ \xHH \uHHHH \UHHHHHHHH; in a vocabulary of bytes \xHH is a byte.",
+    )
+    bad_documents: str = setting(
+        "refuse",
+        "Documents that cannot be used (no JSON, no text in the field, the separator within): refuse the text, or drop "
+        "them, up to 1 in 1,000.",
+        choices=("refuse", "drop"),
+    )
+    include: str = setting("", "Globs of the names of files to take, with commas: *.txt,*.md.  Empty: all.")
+    exclude: str = setting("", "Globs of the names of files to leave out, with commas.")
     file_separator: str = setting(
         r"\n",
         r"Ending of a file that another one follows: its missing part is added; escapes are allowed (\n, \0, "
@@ -127,16 +149,30 @@ class CorpusSettings:
             )
         if (self.valid or self.test) and not self.train:
             raise ValueError("--valid and --test name explicit files and need --train beside them")
-        if self.split != "contiguous":
+        if self.split not in ("contiguous", "hash"):
             parse_columns(self.split)
         self.file_separator_bytes()
 
     def file_separator_bytes(self) -> bytes:
         """Returns the file separator in UTF-8, with its escapes replaced.  Raises ValueError if they are malformed."""
+        return self._separator_bytes("file_separator")
+
+    def document_separator_bytes(self) -> bytes:
+        """Returns the document separator as `file_separator_bytes` does."""
+        return self._separator_bytes("document_separator")
+
+    def _separator_bytes(self, name: str) -> bytes:
         try:
-            return Vocabulary("bytes").encode_escaped(self.file_separator).tobytes()
+            separator = Vocabulary("bytes").encode_escaped(getattr(self, name)).tobytes()
+            if self.vocabulary == "characters":
+                separator.decode()
+        except UnicodeDecodeError:
+            raise ValueError(
+                f"{name}={getattr(self, name)!r} is not UTF-8: with vocabulary=characters write \\u00HH for \\xHH"
+            ) from None
         except ValueError as error:
-            raise ValueError(f"file_separator={self.file_separator!r}: {error}") from None
+            raise ValueError(f"{name}={getattr(self, name)!r}: {error}") from None
+        return separator
 
 
 def parse_columns(split: str) -> tuple[int, int]:
@@ -144,7 +180,7 @@ def parse_columns(split: str) -> tuple[int, int]:
     head, _, sizes = split.partition(":")
     columns, _, window = sizes.partition("x")
     if head != "columns" or not (columns.isdecimal() and window.isdecimal() and int(columns) and int(window)):
-        raise ValueError(f"split={split!r} is neither contiguous nor columns:BxT, such as columns:50x50")
+        raise ValueError(f"split={split!r} is neither contiguous, hash nor columns:BxT, such as columns:50x50")
     return int(columns), int(window)
 
 
@@ -181,11 +217,6 @@ class StreamSettings:
         "When recurrent state is reset: stream (where a stream begins anew) or document (there, and at each "
         "--document_separator).",
         choices=("stream", "document"),
-    )
-    document_separator: str = setting(
-        r"\x00",
-        r"End of a document for --reset_state=document, one symbol or several: \n\n, \0, <|endoftext|>.  Escapes "
-        r"are \n \r \t \f \v \0 \\ \xHH \uHHHH \UHHHHHHHH; in a vocabulary of bytes \xHH is a byte.",
     )
     reset_probability: float = setting(
         0.01,

@@ -14,7 +14,18 @@ from data_pipeline.atomic_files import atomic_write
 from data_pipeline.block_cache import BlockCache
 from data_pipeline.blocks import REMEDY, Blocks
 from data_pipeline.directory import Directory
-from data_pipeline.manifest import NAME, Manifest, Shard, Source, SplitRecord, parse_manifest, read_manifest
+from data_pipeline.manifest import (
+    NAME,
+    SOURCES,
+    Manifest,
+    Shard,
+    Source,
+    SourceSummary,
+    SplitRecord,
+    parse_manifest,
+    parse_sources,
+    read_manifest,
+)
 from data_pipeline.progress import Progress
 from data_pipeline.stores import PATIENCE, Store, open_store
 from data_pipeline.symbols import Places
@@ -131,7 +142,9 @@ class Corpus:
     vocabulary: Vocabulary
     splits: dict[str, Split]  # train, valid, test: those that have any symbols
     fingerprint: str  # in hex; equal for equal ids
-    sources: tuple[Source, ...]
+    sources: SourceSummary  # of the files that it was made from
+    document_separator: str  # that stands between its documents, as the setting; "" if they are not separated
+    split: str  # how it was divided, as the setting; "files" if each split is a text of its own
     store: Store
     cache: BlockCache | None
 
@@ -139,6 +152,12 @@ class Corpus:
     def name(self) -> str:
         """Short name, for people."""
         return str(self.directory).rpartition("/")[2]
+
+    def read_sources(self) -> list[Source]:
+        """Returns the files that the corpus was made from.  Raises ValueError if their list is damaged."""
+        if not self.sources.files:
+            return []
+        return parse_sources(bytes(self.store.read(SOURCES)), self.sources, self.store.path(SOURCES))
 
     def waiting(self) -> str:
         """Describes what is waited for, if an object store does not answer; else ""."""
@@ -210,7 +229,17 @@ def open_corpus(
         name: Split(record, dtype, Blocks(store, record.shards, dtype.itemsize, block_bytes, kept))
         for name, record in manifest.splits.items()
     }
-    return Corpus(directory, manifest.vocabulary, splits, manifest.fingerprint, manifest.sources, store, kept)
+    return Corpus(
+        directory=directory,
+        vocabulary=manifest.vocabulary,
+        splits=splits,
+        fingerprint=manifest.fingerprint,
+        sources=manifest.sources,
+        document_separator=manifest.document_separator,
+        split=manifest.split,
+        store=store,
+        cache=kept,
+    )
 
 
 def _read_manifest(directory: Path | str, store: Store) -> Manifest:
@@ -223,6 +252,7 @@ def _read_manifest(directory: Path | str, store: Store) -> Manifest:
 def verify_corpus(directory: Path | str, progress: Progress | None = None) -> None:
     """Reads all of the prepared corpus in `directory`.  Raises ValueError, naming the shard, if it is damaged."""
     corpus, done = open_corpus(directory), 0
+    corpus.read_sources()
     manifest = _read_manifest(corpus.directory, corpus.store)
     total = sum(len(split) for split in corpus.splits.values())
     step = max(1, (1 << 20) // corpus.vocabulary.dtype.itemsize)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from data_pipeline.atomic_files import expand_user
 from data_pipeline.directory import Directory
@@ -116,11 +116,17 @@ class Remote:
     def __reduce__(self) -> tuple:
         return Remote, (self._url, self._patience)
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> memoryview:
+    def read(self, name: str, start: int = 0, stop: int | None = None, etag: str = "") -> memoryview:
+        """Returns bytes of an object as `Store.read`; with its ETag, refuses another version of it."""
+
         def get() -> memoryview:
             if stop is None:
                 return memoryview(self._obstore.get(self._store, name).bytes())
-            data = memoryview(self._obstore.get_range(self._store, name, start=start, end=stop))
+            if etag:
+                options = {"range": (start, stop), "if_match": etag}
+                data = memoryview(self._obstore.get(self._store, name, options=options).bytes())
+            else:
+                data = memoryview(self._obstore.get_range(self._store, name, start=start, end=stop))
             if len(data) != stop - start:
                 raise ValueError(
                     f"{self.path(name)} ends at byte {start + len(data)} of {stop}: upload the corpus again"
@@ -130,7 +136,18 @@ class Remote:
         return self._with_retries(name, get)
 
     def size(self, name: str) -> int:
-        return self._with_retries(name, lambda: int(self._obstore.head(self._store, name)["size"]))
+        return self.stat(name).size
+
+    def stat(self, name: str) -> "Listed":
+        """Returns the size and the ETag of an object.  Raises as `read`."""
+        return self._with_retries(name, lambda: _listed(self._obstore.head(self._store, name), name))
+
+    def objects(self) -> list["Listed"]:
+        """Returns all objects below the directory, by their names relative to it.  Raises as `read`."""
+        found = self._obstore.list
+        return self._with_retries(
+            "", lambda: [_listed(one, one["path"]) for some in found(self._store) for one in some]
+        )
 
     def create(self, name: str, data: bytes) -> bool:
         """Writes an object unless there is one of that name; returns whether it was written.  Raises as `read`."""
@@ -224,6 +241,18 @@ class Remote:
                 return
             self._traffic.told = now
         _log.warning("%s", words)
+
+
+class Listed(NamedTuple):
+    """An object of a store."""
+
+    name: str
+    size: int
+    etag: str  # of this version of it; "" if the store gives none
+
+
+def _listed(found: Any, name: str) -> Listed:
+    return Listed(name, int(found["size"]), found["e_tag"] or "")
 
 
 class _Traffic:

@@ -14,8 +14,8 @@ def beginning(run: Run, step: int) -> list[str]:
     """Says on what the run trains, from `step` on, and what is evaluated."""
     training, optimizer, model, plan = run.config.training, run.config.optimizer, run.config.model, run.plan
     epochs, corpus = training.num_steps / plan.steps_per_epoch, run.corpus
-    size, vocabulary = sum(source.bytes for source in corpus.sources), corpus.vocabulary
-    count = len(corpus.sources)
+    size, vocabulary = corpus.sources.bytes, corpus.vocabulary
+    count = corpus.sources.files
     lines = [
         f"text: {corpus.name}, {count:,} file{'s' if count != 1 else ''} of {memory.format_bytes(size)}: "
         f"{plan.symbols:,} symbols to train on, of {vocabulary.size:,} {vocabulary.kind}",

@@ -54,6 +54,8 @@ def open_for(config: Config, given: Sequence[str]) -> tuple[Corpus, Config]:
     if mixed:
         parts = [part._replace(corpus=_absolute(part.corpus)) for part in mixture.parse(mixed)]
         where |= {"corpus": "", "mixture": ",".join(map(str, parts))}
+    if corpus.document_separator and "document_separator" not in names:
+        where["document_separator"] = corpus.document_separator
     return corpus, config_lib.replace(config, vocabulary=corpus.vocabulary.kind, **where)
 
 
@@ -80,7 +82,12 @@ def _check_prepared(settings: CorpusSettings, corpus: Corpus, names: set[str]) -
             f"--vocabulary={kind}, or the text itself as --corpus"
         )
     sizes = {name: len(split) for name, split in corpus.splits.items()}
-    if not settings.train and names & {"split", "valid_fraction", "test_fraction"}:
+    if not settings.train and "split" in names and settings.split != corpus.split:
+        raise ValueError(
+            f"--split={settings.split} was given and {corpus.directory} is prepared with {corpus.split}: leave it out, "
+            "or give the text itself as --corpus"
+        )
+    if not settings.train and settings.split != "hash" and names & {"split", "valid_fraction", "test_fraction"}:
         wanted = {name: sum(b - a for a, b in spans) for name, spans in cut(sum(sizes.values()), settings).items()}
         if wanted != sizes:
             raise ValueError(
@@ -158,7 +165,7 @@ def remarks_on_separator(config: Config, corpus: Corpus, separator: Separator) -
         return []
     where = "" if len(split) <= SEARCHED else f"the first {SEARCHED:,} symbols of "
     return [
-        f"document_separator={config.streams.document_separator!r} does not occur in {where}the training split, where "
+        f"document_separator={config.corpus.document_separator!r} does not occur in {where}the training split, where "
         "no state will be zeroed for it (--file_separator puts one between files)"
     ]
 

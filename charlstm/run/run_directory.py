@@ -260,7 +260,7 @@ def separator(config: Config, vocabulary: Vocabulary) -> Separator:
     """
     if config.streams.reset_state != "document":
         return ()
-    text = config.streams.document_separator
+    text = config.corpus.document_separator
     try:
         ids = vocabulary.encode_escaped(text)
     except ValueError as error:

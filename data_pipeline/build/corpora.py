@@ -5,6 +5,7 @@ from pathlib import Path
 
 from data_pipeline.atomic_files import expand_user
 from data_pipeline.build.prepare import prepare
+from data_pipeline.build.remote_inputs import names_text
 from data_pipeline.manifest import is_prepared
 from data_pipeline.progress import Progress
 from data_pipeline.settings import CorpusSettings
@@ -39,7 +40,7 @@ def resolve(
 ) -> Path | str:
     """Returns the prepared directory of the corpus that `settings` name; prepares a text into the cache if needed.
 
-    A URL is that of a prepared directory, and is returned as it is.
+    A URL is that of a prepared directory, and is returned as it is, unless it is a glob or ends as a file of text does.
 
     A prepared directory is used as it is: then only `corpus` of the settings has an effect.  Safe to call in several
     processes at a time: one prepares, the others wait for it.
@@ -47,7 +48,7 @@ def resolve(
     Raises:
       ValueError: there is no such corpus, or it cannot be prepared.
     """
-    if not settings.train and is_remote(settings.corpus):
+    if not settings.train and is_remote(settings.corpus) and not names_text(settings.corpus):
         return settings.corpus
     directory = expand_user(settings.corpus)
     if not settings.train and is_prepared(directory):

@@ -1,50 +1,98 @@
-"""Finds the texts that settings name, inspects their files and joins them."""
+"""Finds the texts that settings name, chooses among their files and inspects them."""
 
+import dataclasses
 import difflib
+import fnmatch
 from pathlib import Path
 
 from data_pipeline.build.datasets import NAMES, named_text
-from data_pipeline.build.inspection import joined, look_at, refuse_binary, remarks
+from data_pipeline.build.documents import kind_of_name
+from data_pipeline.build.inspection import look_at, refuse_binary, remarks
+from data_pipeline.build.remote_inputs import find_remote
 from data_pipeline.build.sources import Text, TextFile, find_text
 from data_pipeline.progress import Progress
 from data_pipeline.settings import CorpusSettings
+from data_pipeline.stores import is_remote
+
+# What Hugging Face's datasets have beside their tables.
+BESIDE_TABLES = ("readme.md", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 def find_texts(
     settings: CorpusSettings, cache: Path, workers: int, progress: Progress | None
 ) -> tuple[dict[str, Text], str]:
-    """Returns the texts ready to be read, and a description of them in one line.
+    """Returns the texts ready to be decoded, and a description of them in one line.
 
     The texts are split -> its text, for explicit files; else "" -> the text to be cut into splits.
 
     Raises:
       ValueError: a text does not exist, is in two splits, or has a binary file that is not allowed.
     """
-    texts = _named_or_found(settings, cache, progress)
+    texts = {split: _chosen(text, settings) for split, text in _named_or_found(settings, cache, progress).items()}
     _refuse_shared(texts)
-    separator = settings.file_separator_bytes()
-    files = [file for text in texts.values() for file in text.files]
-    found = look_at(files, separator, cache / "memo", workers)
+    plain = [file for text in texts.values() for file in text.files if file.kind.is_plain and not file.is_remote]
+    looks = look_at(plain, settings.file_separator_bytes(), cache / "memo", workers)
     if settings.binary == "refuse":
-        refuse_binary(files, found)
-    rest = iter(found)
-    looks = {split: [next(rest) for _ in text.files] for split, text in texts.items()}
-    texts = {split: joined(text, looks[split], separator) for split, text in texts.items()}
-    words = (f"{split or settings.corpus}: {remarks(text, looks[split])}" for split, text in texts.items())
-    return texts, "; ".join(words)
+        refuse_binary(plain, looks)
+    by_file = dict(zip((file.identity for file in plain), looks, strict=True))
+    words, found = [], {}
+    for split, text in texts.items():
+        files, odd = [], []
+        for file in text.files:
+            if look := by_file.get(file.identity):
+                file = dataclasses.replace(file, start=look.start, separated=look.separated)
+                odd += [file.name] if look.kind or look.looks_binary else []
+            files.append(file)
+        found[split] = dataclasses.replace(text, files=tuple(files))
+        words.append(f"{split or settings.corpus}: {remarks(text, odd)}")
+    return found, "; ".join(words)
+
+
+def _chosen(text: Text, settings: CorpusSettings) -> Text:
+    """Returns the text with the kinds of its files, and without those that the settings exclude."""
+    include, exclude = (_patterns(spec) for spec in (settings.include, settings.exclude))
+    files, left_out = [], list(text.left_out)
+    for file in text.files:
+        if (include and not _match(file.name, include)) or _match(file.name, exclude):
+            left_out.append(f"{file.name}, by --{'exclude' if _match(file.name, exclude) else 'include'}")
+        else:
+            kind = kind_of_name(file.name, settings.input_kind) if not file.ending else file.kind
+            files.append(dataclasses.replace(file, kind=kind))
+    if not include and any(file.kind.form in ("parquet", "arrow", "jsonl") for file in files):
+        beside = {file.identity for file in files if file.name.rpartition("/")[2].lower() in BESIDE_TABLES}
+        left_out += [f"{file.name}, beside tables" for file in files if file.identity in beside]
+        files = [file for file in files if file.identity not in beside]
+    if not files:
+        raise ValueError(
+            f"{text.name} has no files left of {len(left_out)} with include={settings.include!r} and "
+            f"exclude={settings.exclude!r}: change these"
+        )
+    return dataclasses.replace(text, files=tuple(files), left_out=tuple(left_out))
+
+
+def _patterns(spec: str) -> list[str]:
+    return [pattern.strip() for pattern in spec.split(",") if pattern.strip()]
+
+
+def _match(name: str, patterns: list[str]) -> bool:
+    """Returns whether a file's name, or its last part, matches one of the globs."""
+    return any(fnmatch.fnmatchcase(part, one) for one in patterns for part in (name, name.rpartition("/")[2]))
 
 
 def _named_or_found(settings: CorpusSettings, cache: Path, progress: Progress | None) -> dict[str, Text]:
+    def find(spec: str) -> Text:
+        return find_remote(spec, settings.remote_patience) if is_remote(spec) else find_text(spec)
+
     if settings.train:
         if settings.split != "contiguous":
             raise ValueError(f"split={settings.split} cuts one text: it cannot be used with explicit --train files")
         specs = {"train": settings.train, "valid": settings.valid, "test": settings.test}
-        return {split: find_text(spec) for split, spec in specs.items() if spec}
+        return {split: find(spec) for split, spec in specs.items() if spec}
     if settings.corpus in NAMES:
         return {"": named_text(settings.corpus, cache, progress)}
     near = difflib.get_close_matches(settings.corpus, NAMES, 1)
     try:
-        return {"": find_text(settings.corpus)}
+        return {"": find(settings.corpus)}
     except ValueError as error:
         raise ValueError(f"{error}" + (f" (or did you mean the corpus named {near[0]}?)" if near else "")) from None
 
@@ -57,5 +105,5 @@ def _refuse_shared(texts: dict[str, Text]) -> None:
             first, other = of.setdefault(file.identity, (split, file))
             if first != split:
                 raise ValueError(
-                    f"{file.path} of --{split} is {other.path} of --{first} as well: name it in one of them only"
+                    f"{file.shown} of --{split} is {other.shown} of --{first} as well: name it in one of them only"
                 )

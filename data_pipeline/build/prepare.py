@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data_pipeline.atomic_files import atomic_write, expand_user, locked, sync
+from data_pipeline.build.decode import Decoding, decode
 from data_pipeline.build.encode import SMALL, parallel_map, plan, write_splits
 from data_pipeline.build.inputs import find_texts
-from data_pipeline.build.sources import Text, hash_files
+from data_pipeline.build.inspection import joined
+from data_pipeline.build.sources import Text, TextFile, hash_files
+from data_pipeline.build.splits import HashSplit
 from data_pipeline.manifest import (
     BLOCK_BYTES,
     FORMAT_VERSION,
@@ -20,7 +23,9 @@ from data_pipeline.manifest import (
     Source,
     is_prepared,
     read_manifest,
+    summary,
     write_manifest,
+    write_sources,
 )
 from data_pipeline.progress import Progress
 from data_pipeline.settings import CorpusSettings
@@ -59,34 +64,63 @@ def prepare(
     texts, described = find_texts(settings, cache, workers, progress)
     processes = sum(text.bytes for text in texts.values()) > SMALL
     files = [file for text in texts.values() for file in text.files]
-    digests = hash_files(files, cache / "memo", workers, progress)
+    local = iter(hash_files([file for file in files if not file.is_remote], cache / "memo", workers, progress))
+    digests = [_identity(file) if file.is_remote else next(local) for file in files]
     key = _key(texts, digests, settings, of_other, [shard_bytes, block_bytes])
     output = expand_user(output or cache / "corpora" / f"{_label(texts)}-{key[:16]}").absolute()
     if _is_done(output, key):
         return output
-    for text in texts.values():
-        inside = text.folders.intersection(map(str, output.resolve().parents))
-        if inside:
-            # The corpus would be part of the next text.
-            raise ValueError(f"{output} lies inside of the input {min(inside)}: name an output outside of it")
+    _refuse_inside(texts, output)
     output.parent.mkdir(parents=True, exist_ok=True)
     report = progress or (lambda doing, done, total: None)
     waiting = f"waiting for another preparation of {output}"
     with locked(output.with_name(f".{output.name}.lock"), lambda: report(waiting, 0, 0)):
         if _is_done(output, key):
             return output
-        if say:
-            say(f"preparing {described}")
+        say = say or (lambda line: None)
+        say(f"preparing {described}")
         # The workers end before the partial directory is left.
         with contextlib.ExitStack() as writing, parallel_map(workers, processes, progress) as parallel:
-            vocabulary, plans = plan(texts, settings, shard_bytes, parallel, of_other)
             partial = writing.enter_context(_partial_directory(output, key))
+            plain, documents, bad, first_bad = decode(
+                texts, digests, _decoding(settings), partial, parallel("decoding")
+            )
+            if bad:
+                say(f"left out {bad:,} bad documents, the first: {first_bad}")
+            plain = {split: joined(text, settings.file_separator_bytes()) for split, text in plain.items()}
+            vocabulary, plans = plan(plain, settings, shard_bytes, parallel, of_other)
             splits = write_splits(partial, vocabulary, plans, block_bytes, parallel("writing"))
             for text in texts.values():
                 text.check_unchanged()
-        sources = (Source(file.name, file.bytes, digest) for file, digest in zip(files, digests, strict=True))
-        _publish(partial, output, Manifest(vocabulary, splits, tuple(sources), key, block_bytes))
+            sources = _sources(files, digests, documents)
+            separated = any(file.kind.form != "text" for file in files)
+            manifest = Manifest(
+                vocabulary=vocabulary,
+                splits=splits,
+                sources=summary(sources),
+                key=key,
+                block_bytes=block_bytes,
+                split=settings.split if "" in texts else "files",
+                document_separator=settings.document_separator if separated else "",
+                bad_documents=bad,
+            )
+            _publish(partial, output, manifest, sources)
     return output
+
+
+def _refuse_inside(texts: dict[str, Text], output: Path) -> None:
+    """Raises ValueError if the corpus would be part of the next text."""
+    for text in texts.values():
+        inside = text.folders.intersection(map(str, output.resolve().parents))
+        if inside:
+            raise ValueError(f"{output} lies inside of the input {min(inside)}: name an output outside of it")
+
+
+def _sources(files: list[TextFile], digests: list[str], documents: list[int]) -> list[Source]:
+    return [
+        Source(file.name, file.bytes, None if file.is_remote else digest, file.etag, count)
+        for file, digest, count in zip(files, digests, documents, strict=True)
+    ]
 
 
 def _key(
@@ -99,14 +133,37 @@ def _key(
     """Returns a digest, in hex, of everything that determines the files."""
     rest = iter(digests)
     content = {
-        split: [[next(rest), file.start, file.ending.hex()] for file in text.files] for split, text in texts.items()
+        split: [[next(rest), file.start, file.ending.hex(), *file.kind] for file in text.files]
+        for split, text in texts.items()
     }
     how: list[object] = [settings.vocabulary]
     if settings.vocabulary == "characters":
         how.append(vocabulary.digest if vocabulary else settings.min_count)
     if "" in texts:
         how += [settings.split, settings.valid_fraction, settings.test_fraction]
+    if any(len(text.files) > 1 for text in texts.values()):
+        how.append(settings.file_separator_bytes().hex())
+    if any(file.kind.form != "text" for text in texts.values() for file in text.files):
+        how += [settings.text_field, settings.document_separator_bytes().hex(), settings.bad_documents]
     return hashlib.sha256(canonical_json([FORMAT_VERSION, content, how, sizes])).hexdigest()
+
+
+def _identity(file: TextFile) -> str:
+    """Returns a digest of what is known of an object of a store without reading it."""
+    return hashlib.sha256(canonical_json([file.name, file.bytes, file.etag])).hexdigest()
+
+
+def _decoding(settings: CorpusSettings) -> Decoding:
+    return Decoding(
+        text_field=settings.text_field,
+        document_separator=settings.document_separator_bytes(),
+        file_separator=settings.file_separator_bytes(),
+        drop_bad=settings.bad_documents == "drop",
+        allow_binary=settings.binary == "allow",
+        utf8=settings.vocabulary == "characters",
+        split=HashSplit.of(settings) if settings.split == "hash" else None,
+        patience=settings.remote_patience,
+    )
 
 
 def _vocabulary_of(settings: CorpusSettings) -> Vocabulary | None:
@@ -170,13 +227,14 @@ def _partial_directory(output: Path, key: str) -> Iterator[Path]:
         raise
 
 
-def _publish(partial: Path, output: Path, manifest: Manifest) -> None:
+def _publish(partial: Path, output: Path, manifest: Manifest, sources: list[Source]) -> None:
     """Makes the complete corpus appear at `output`, by renaming its directory."""
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     kept = {shard.file for shard in shards} | {shard.checksums for shard in shards}
     for path in partial.iterdir():
         if path.name not in kept:
             path.unlink()
+    write_sources(partial, sources)
     write_manifest(partial, manifest)
     try:
         os.replace(partial, output)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from data_pipeline.atomic_files import atomic_write, expand_user, named_in_errors, sealed, unsealed
+from data_pipeline.build.documents import PLAIN, Kind
 from data_pipeline.manifest import has_shards, is_prepared
 from data_pipeline.progress import Progress
 from data_pipeline.vocabulary import canonical_json
@@ -32,12 +33,24 @@ class TextFile:
     """A file of a text, with its size and times when it was found."""
 
     name: str  # relative to the input
-    path: Path
+    path: Path  # of an object of a store only its name
     stamp: tuple[int, ...]  # size, modification and change time in ns, inode: changes when the content does
-    real: str  # its path without links
+    real: str  # its path without links, or the URL of an object of a store
     identity: tuple[object, ...]  # the same for all names of a file, links and hard links
     start: int = 0  # leading bytes that are not text: a byte-order mark
     ending: bytes = b""  # added after it
+    separated: int = 0  # leading bytes of the separator of files with which it ends
+    kind: Kind = PLAIN
+    etag: str | None = None  # of an object of a store
+
+    @property
+    def is_remote(self) -> bool:
+        return self.etag is not None
+
+    @property
+    def shown(self) -> str:
+        """Returns its name for messages."""
+        return self.real if self.is_remote else str(self.path)
 
     @property
     def bytes(self) -> int:
@@ -87,6 +100,7 @@ class Text:
     files: tuple[TextFile, ...]
     folders: frozenset[str] = frozenset()  # real paths of the folders searched
     repeated: tuple[tuple[str, str], ...] = ()  # names left out, with the name under which the same file is included
+    left_out: tuple[str, ...] = ()  # other names left out: broken links, what was not chosen
 
     @functools.cached_property
     def starts(self) -> list[int]:
@@ -101,7 +115,8 @@ class Text:
         """Returns bytes `start` to `stop` of the text, as extents of its files."""
         found = []
         first = bisect.bisect_right(self.starts, start) - 1
-        for file, offset in zip(self.files[first:], self.starts[first:], strict=False):
+        for number in range(first, len(self.files)):
+            file, offset = self.files[number], self.starts[number]
             if offset >= stop:
                 break
             low, high = max(start - offset, 0), min(stop - offset, file.text_bytes)
@@ -112,7 +127,7 @@ class Text:
     def check_unchanged(self) -> None:
         """Raises ValueError if a file has changed since the text was found."""
         for file in self.files:
-            if _stamp(_stat(file.path)) != file.stamp:
+            if not file.is_remote and _stamp(_stat(file.path)) != file.stamp:
                 raise ValueError(f"{file.path} was changed while it was prepared: start again when it is complete")
 
 
@@ -129,8 +144,9 @@ def find_text(spec: str) -> Text:
     path = expand_user(spec)
     repeated: dict[Path, Path] = {}
     folders: dict[str, Path] = {}
+    broken: list[Path] = []
     if path.is_dir():
-        base, paths = path, list(_walk(path, folders, repeated))
+        base, paths = path, list(_walk(path, folders, repeated, broken))
     elif path.exists():
         base, paths = path.parent, [(path, os.path.realpath(path))]
     elif glob.has_magic(spec):
@@ -154,7 +170,8 @@ def find_text(spec: str) -> Text:
     left_out = (
         (one.relative_to(base).as_posix(), first.relative_to(base).as_posix()) for one, first in repeated.items()
     )
-    text = Text(name, tuple(files.values()), frozenset(folders), tuple(left_out))
+    lost = tuple(f"{one.relative_to(base).as_posix()}, a link to nothing" for one in broken)
+    text = Text(name, tuple(files.values()), frozenset(folders), tuple(left_out), lost)
     if not text.bytes:
         raise ValueError(f"{spec} is empty: there is no text to prepare")
     return text
@@ -163,13 +180,15 @@ def find_text(spec: str) -> Text:
 def sorted_files(base: Path, paths: Iterable[tuple[Path, str]]) -> list[TextFile]:
     """Returns the files of `paths`, each with its real path, sorted by their names relative to `base`."""
     named = sorted((path.relative_to(base).as_posix(), path, real) for path, real in paths)
-    files = []
-    for relative, path, real in named:
-        found = _stat(path)
-        # The inode alone is not reliable: some file systems give several files the same one.
-        identity = (found.st_dev, found.st_ino) if found.st_nlink > 1 else (real,)
-        files.append(TextFile(relative, path, _stamp(found), real, identity))
-    return files
+    return [found_file(relative, path, real) for relative, path, real in named]
+
+
+def found_file(name: str, path: Path, real: str) -> TextFile:
+    """Returns the file at `path`, which is `real` without links, by its name relative to the input."""
+    found = _stat(path)
+    # The inode alone is not reliable: some file systems give several files the same one.
+    identity = (found.st_dev, found.st_ino) if found.st_nlink > 1 else (real,)
+    return TextFile(name, path, _stamp(found), real, identity)
 
 
 def hash_files(files: list[TextFile], memo: Path, workers: int, progress: Progress | None) -> list[str]:
@@ -225,11 +244,13 @@ def refuse_unreadable(error: OSError) -> NoReturn:
     raise ValueError(f"{error.filename} cannot be read ({error.strerror}): make it readable or move it away") from None
 
 
-def _walk(directory: Path, folders: dict[str, Path], repeated: dict[Path, Path]) -> Iterator[tuple[Path, str]]:
+def _walk(
+    directory: Path, folders: dict[str, Path], repeated: dict[Path, Path], broken: list[Path]
+) -> Iterator[tuple[Path, str]]:
     """Yields every regular file below `directory`, and its real path.
 
     Links are followed.  A real folder is entered once, and added to `folders` with the name by which it was entered;
-    its other names are added to `repeated`.  So circular links end.
+    its other names are added to `repeated`.  So circular links end.  Links to nothing are added to `broken`.
     """
     waiting = collections.deque([(directory, os.path.realpath(directory))])
     while waiting:
@@ -250,6 +271,8 @@ def _walk(directory: Path, folders: dict[str, Path], repeated: dict[Path, Path])
                     waiting.append((path, where))
                 elif _is_file(path):
                     yield path, where
+                elif entry.is_symlink() and not path.exists():
+                    broken.append(path)
         except OSError as error:
             refuse_unreadable(error)
 

@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from typing import NamedTuple
 
 from data_pipeline.settings import CorpusSettings, parse_columns
 
@@ -33,6 +34,23 @@ def cut(symbols: int, settings: CorpusSettings) -> dict[str, list[Span]]:
             splits[name] = [(start, start + part * window) for start in starts]
         first += part
     return splits
+
+
+class HashSplit(NamedTuple):
+    """A split by documents: equal documents are in one split, wherever they are and whatever else there is."""
+
+    valid: int  # of the 2^64 hashes, those below are of the validation split
+    test: int  # and below that, of the test split
+
+    @classmethod
+    def of(cls, settings: CorpusSettings) -> "HashSplit":
+        valid, test = Fraction(repr(settings.valid_fraction)), Fraction(repr(settings.test_fraction))
+        return cls(math.floor(valid * 2**64), math.floor((valid + test) * 2**64))
+
+    def split_of(self, digest: bytes) -> str:
+        """Returns the split of the document with this sha256."""
+        position = int.from_bytes(digest[:8], "big")
+        return "valid" if position < self.valid else "test" if position < self.test else "train"
 
 
 def _divide(total: int, valid: float, test: float) -> tuple[int, int, int]:

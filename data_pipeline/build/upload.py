@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from data_pipeline.manifest import NAME, Manifest, parse_manifest, read_manifest
+from data_pipeline.manifest import NAME, SOURCES, Manifest, parse_manifest, read_manifest
 from data_pipeline.progress import Progress
 from data_pipeline.stores import PATIENCE, Missing, Remote
 
@@ -21,7 +21,9 @@ def upload(directory: Path, url: str, patience: float = PATIENCE, progress: Prog
     if _is_there(store, manifest):
         return False
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
-    names = [name for shard in shards for name in (shard.file, shard.checksums)]
+    names = [name for shard in shards for name in (shard.file, shard.checksums)] + [SOURCES] * bool(
+        manifest.sources.files
+    )
     for done, name in enumerate(names):
         store.upload(name, directory / name)
         if progress:

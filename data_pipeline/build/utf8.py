@@ -123,6 +123,27 @@ def _decoded(decoder: codecs.IncrementalDecoder, chunk: bytes, final: bool, path
         ) from None
 
 
+class Utf8Check:
+    """Checks that a stream of bytes is UTF-8.  Raises ValueError, with `name` and the byte, where it is not."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._position = name, 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+
+    def add(self, chunk: bytes, final: bool = False) -> None:
+        """Checks the next bytes; `final`: the stream ends with them."""
+        held_back = len(self._decoder.getstate()[0])
+        try:
+            self._decoder.decode(chunk, final)
+        except UnicodeDecodeError as error:
+            position = self._position - held_back + error.start
+            raise ValueError(
+                f"{self._name} is not UTF-8 text: bad sequence at byte {position} of the text in it; convert it "
+                "(`iconv`), or use --vocabulary=bytes for it"
+            ) from None
+        self._position += len(chunk)
+
+
 class StartCount:
     """Counts the characters that start in ranges of a text, which may be cut anywhere, even within a character.
 

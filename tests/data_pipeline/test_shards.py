@@ -17,11 +17,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.manifest import Manifest, Shard, Source, SplitRecord, read_manifest, write_manifest
+from data_pipeline.manifest import (
+    Manifest,
+    Shard,
+    Source,
+    SplitRecord,
+    read_manifest,
+    summary,
+    write_manifest,
+    write_sources,
+)
 from data_pipeline.shards import Split, open_corpus, verify_corpus, write_shard
 from data_pipeline.vocabulary import Vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
+SOURCES = [Source("a.txt", 3, "0" * 64, documents=1), Source("b.txt", 5, None, "an etag", documents=7)]
 WIDE = Vocabulary("characters", "".join(map(chr, range(0x4E00, 0x4E00 + 1000))))  # uint16
 
 
@@ -33,7 +43,8 @@ def make(directory: Path, ids: np.ndarray, shard_symbols: int, vocabulary: Vocab
         # In pieces that are no multiple of a block.
         shards.append(write_shard(directory, f"train-{number:05d}.ids", np.array_split(part, 3), block_bytes))
     record = SplitRecord(len(ids), 3 * len(ids), None, 0, tuple(shards))
-    manifest = Manifest(vocabulary, {"train": record}, (Source("a.txt", 3, "0" * 64),), "key", block_bytes)
+    manifest = Manifest(vocabulary, {"train": record}, summary(SOURCES), "key", block_bytes)
+    write_sources(directory, SOURCES)
     write_manifest(directory, manifest)
     return directory
 
@@ -63,7 +74,8 @@ def test_any_range_is_read_across_blocks_and_shards(split, one, other, keep):
 def test_what_is_known_of_a_corpus_is_known_without_reading_it(corpus):
     opened = open_corpus(corpus)
     assert opened.vocabulary == WIDE and list(opened.splits) == ["train"]
-    assert opened.sources == (Source("a.txt", 3, "0" * 64),)
+    assert opened.read_sources() == SOURCES
+    assert (opened.sources.files, opened.sources.bytes, opened.sources.documents) == (2, 8, 8)
     train = opened.splits["train"]
     assert (len(train), train.bytes, train.dtype) == (1000, 3000, np.dtype("<u2"))
     assert len(opened.fingerprint) == 64
@@ -226,7 +238,7 @@ def test_reading_all_of_a_large_split_does_not_make_the_process_larger(tmp_path)
     "change, complaint",
     [
         ({"format": "other"}, "not the manifest of a prepared corpus"),
-        ({"format_version": 2}, "format version 2, and this program reads 3"),
+        ({"format_version": 2}, "format version 2, and this program reads 4"),
         ({"dtype": "uint8"}, "dtype 'uint8', where 1001 symbols need uint16"),
         ({"block_bytes": 63}, "block_bytes=63 is not a positive multiple of 2"),
         ({"block_bytes": "64"}, "field 'block_bytes' is missing or not a json int"),

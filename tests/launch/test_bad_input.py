@@ -280,7 +280,7 @@ def test_where_no_checkpoint_is_whole_the_run_neither_goes_on_nor_starts_anew(co
         ("--epsilon=0", "epsilon=0.0 must be more than 0 for optimizer=adam"),
         ("--skip=maybe", "--skip=maybe: use true or false"),
         ("--tie_embeddings", "tie_embeddings needs embedding_size=4 to equal hidden_size=8"),
-        ("--split=columns:0x3", "split='columns:0x3' is neither contiguous nor columns:BxT"),
+        ("--split=columns:0x3", "split='columns:0x3' is neither contiguous, hash nor columns:BxT"),
         ("num_steps=5", "unexpected argument 'num_steps=5': every setting is a flag, --name=value"),
         ("--flagfile=no.flags", "flagfile=no.flags cannot be read: No such file"),
         ("--flagfile=/", "flagfile=/ cannot be read: Is a directory"),

@@ -92,7 +92,10 @@ def test_the_program_prepares_verifies_and_does_nothing_twice(tmp_path):
             "use one of bytes, characters; did you mean bytes?",
         ),
         (["--input=x", "--output=y", "--vocabulary=chars"], "use one of bytes, characters; did you mean characters?"),
-        (["--input=x", "--output=y", "--split=columns:3"], "split='columns:3' is neither contiguous nor columns:BxT"),
+        (
+            ["--input=x", "--output=y", "--split=columns:3"],
+            "split='columns:3' is neither contiguous, hash nor columns:BxT",
+        ),
         (["--input=x", "--output=y", "--valid_fraction=1.5"], "valid_fraction=1.5 must be at least 0 and less than 1"),
     ],
 )

@@ -206,7 +206,7 @@ def test_tinyshakespeare_put_there_by_hand_is_the_known_one(corpora, tmp_path):
 
 def test_python_is_the_source_of_the_standard_library_with_a_nul_after_each_file(tmp_path):
     corpus = open_corpus(resolve(CorpusSettings(corpus="python", cache_dir=str(tmp_path))))
-    names = [source.name for source in corpus.sources]
+    names = [source.name for source in corpus.read_sources()]
     assert {"os.py", "json/decoder.py"} <= set(names)
     assert names == sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
     folders = {part for name in names for part in Path(name).parts[:-1]}
@@ -216,7 +216,7 @@ def test_python_is_the_source_of_the_standard_library_with_a_nul_after_each_file
     first = Path(sysconfig.get_path("stdlib"), names[0]).read_bytes()
     assert data.startswith(first + b"\0")
     assert data.count(b"\0") == len(names) and data.endswith(b"\0")
-    assert 8e6 < len(data) < 30e6 and len(data) == sum(s.bytes for s in corpus.sources) + len(names)
+    assert 8e6 < len(data) < 30e6 and len(data) == corpus.sources.bytes + len(names)
 
 
 def test_the_nul_after_each_file_is_a_character_too(tmp_path):
@@ -267,7 +267,10 @@ def test_where_a_text_lies_is_free_as_equal_texts_have_one_fingerprint(tmp_path)
         "corpus",
         "binary",
         *splits,
+        "vocabulary_of",
         "cache_dir",
+        "cache_bytes",
+        "remote_patience",
     }
 
 
@@ -276,7 +279,7 @@ def test_a_name_wins_over_a_file_of_that_name_unless_it_is_written_as_a_path(tmp
     Path("python").write_text("spam" * 100)
     named_so = open_corpus(resolve(CorpusSettings(corpus="python", cache_dir="cache")))
     path = open_corpus(resolve(CorpusSettings(corpus="./python", cache_dir="cache")))
-    assert len(named_so.sources) > 100 and [source.name for source in path.sources] == ["python"]
+    assert named_so.sources.files > 100 and [source.name for source in path.read_sources()] == ["python"]
 
 
 def test_a_near_name_is_named():

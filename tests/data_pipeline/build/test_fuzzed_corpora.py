@@ -15,12 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.build import sources, utf8
-from data_pipeline.build.prepare import main, prepare
+from data_pipeline.build.prepare import prepare
 from data_pipeline.build.splits import cut
 from data_pipeline.manifest import NAME, Manifest, read_manifest
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import open_corpus, verify_corpus
 from data_pipeline.vocabulary import UNKNOWN
+from launch import cli
+from launch.prepare import main
 from tests.fuzzing import TOO_DEEP, damaged, fuzzed, replaced, sentence, spoiled, standing
 
 # A prepared corpus.
@@ -63,10 +65,10 @@ def test_a_manifest_is_read_as_it_was_written_or_refused(corpus, data):
         ("", "1" * 5000),
         ('"bytes": 1', '"bytes": 2'),  # bits per byte would be another figure
         ('"key": "', '"key": "0'),
-        ("text.txt", "next.txt"),
+        ('"documents": 1', '"documents": 2'),
         ('"block_bytes": 8', '"block_bytes": 1000000'),
         ("train-00000.ids", "train-00001.ids"),  # of the same size: another text
-        ('"format_version": 3', '"format_version": "a\\nb"'),
+        ('"format_version": 4', '"format_version": "a\\nb"'),
         ('"dtype": "', '"dtype": "\\n'),
         ('"kind"', '"a\\nb"'),
     ],
@@ -226,11 +228,12 @@ def test_a_text_is_prepared_as_it_is_or_refused_naming_file_and_byte(files, kind
     assert shown == parts
 
 
-def test_a_file_whose_name_has_a_line_break_is_refused_in_one_line(tmp_path, capfd):
+def test_a_file_whose_name_has_a_line_break_is_refused_in_one_line(tmp_path, capfd, monkeypatch):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a\nb").write_bytes(b"\xff")
     options = f"--input={tmp_path}/in", f"--output={tmp_path}/out", f"--cache_dir={tmp_path}", "--vocabulary=characters"
+    monkeypatch.setattr("sys.argv", ["launch.prepare", *options])
     with pytest.raises(SystemExit) as left:
-        main([*options])
+        cli.run("launch.prepare", main)
     said = capfd.readouterr().err
     assert left.value.code == 2 and said.count("\n") == 2 and "a b is not UTF-8 text: bad sequence at byte 0" in said

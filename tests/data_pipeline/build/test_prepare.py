@@ -45,7 +45,8 @@ def test_the_example_of_the_documentation_is_what_is_written(tmp_path, setting):
         for name, row in re.findall(r"\n    (\S+\.(?:ids|crc)) +((?:[0-9a-f]{2} ?)+)(?=\n)", page)
     }
     said["manifest.json"] = re.search(r"```json\n(.*?)```", page, re.DOTALL)[1].encode()
-    assert len(said) == 9 and files == said
+    said["sources.jsonl"] = re.search(r"\n    (\{\"bytes.*\}\n)", page)[1].encode()
+    assert len(said) == 10 and files == said
     ids = {
         "train-00000.ids": [3, 4, 1, 2],
         "train-00001.ids": [3, 1],
@@ -215,7 +216,7 @@ def test_directories_and_globs_are_their_files_sorted_one_after_the_other(tmp_pa
 
     def made_from(spec: Path) -> tuple[bytes, list[str]]:
         corpus = open_corpus(prepare(setting(spec, valid_fraction=0, test_fraction=0)))
-        return text_of(corpus, "train"), [source.name for source in corpus.sources]
+        return text_of(corpus, "train"), [source.name for source in corpus.read_sources()]
 
     assert made_from(tmp_path / "in") == (b"one\ntwo\nthree", ["a/z.txt", "b.txt", "c.md", "d"])
     assert made_from(tmp_path / "in" / "*.txt") == (b"two", ["b.txt"])
@@ -331,8 +332,8 @@ def test_an_output_that_holds_something_else_is_left_alone(tmp_path, setting):
 def test_the_manifest_says_what_the_corpus_was_made_from_and_not_where_it_lay(tmp_path, setting):
     out = prepare(setting(POEM), tmp_path / "out")
     manifest = json.loads((out / "manifest.json").read_text())
-    assert [source["name"] for source in manifest["sources"]] == ["text.txt"]
-    assert str(tmp_path) not in (out / "manifest.json").read_text()
+    assert manifest["sources"]["files"] == 1 and [one.name for one in open_corpus(out).read_sources()] == ["text.txt"]
+    assert str(tmp_path) not in (out / "manifest.json").read_text() + (out / "sources.jsonl").read_text()
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path, setting):

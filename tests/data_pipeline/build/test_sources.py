@@ -28,7 +28,7 @@ def test_a_corpus_that_has_lost_its_manifest_is_not_taken_for_text(tmp_path):
         find_text(str(out))
     for checksums in out.glob("*.crc"):
         checksums.rename(checksums.with_stem(f"not-{checksums.stem}"))
-    assert len(find_text(str(out)).files) == 6  # somebody's text after all
+    assert len(find_text(str(out)).files) == 7  # somebody's text after all
 
 
 @contextlib.contextmanager
@@ -117,7 +117,7 @@ def test_a_file_that_has_several_names_is_read_once_under_the_first_and_this_is_
     os.link(tmp_path / "in" / "c.txt", tmp_path / "in" / "d.txt")
     said: list[str] = []
     how = setting(tmp_path / "in", valid_fraction=0, test_fraction=0)
-    sources = open_corpus(prepare(how, say=said.append)).sources
+    sources = open_corpus(prepare(how, say=said.append)).read_sources()
     assert [source.name for source in sources] == ["a.txt", "c.txt"]
     assert said == [
         f"preparing {tmp_path}/in: 2 files, 220 bytes; read once: b.txt, which is a.txt too, and 1 more such name"
@@ -231,7 +231,7 @@ def test_the_line_of_a_preparation_has_its_files_and_bytes_and_names_what_looks_
         prepare(setting(tmp_path / "in"), say=said.append)
     prepare(setting(train=f"{tmp_path}/in/*.txt", test=f"{tmp_path}/t.txt"), say=said.append)
     assert said == [
-        f"preparing {tmp_path}/in: 3 files, 1,815 bytes; c.mid looks binary",
+        f"preparing {tmp_path}/in: 3 files (2 .txt, 1 .mid), 1,814 bytes; c.mid looks binary",
         "preparing train: 2 files, 1,500 bytes; test: 1 file, 50 bytes",
     ]
 
@@ -239,10 +239,10 @@ def test_the_line_of_a_preparation_has_its_files_and_bytes_and_names_what_looks_
 def test_all_files_that_are_no_text_are_counted(tmp_path, setting):
     made(tmp_path, {"in/a.txt": "one\n"})
     for number in range(3):
-        (tmp_path / "in" / f"b {number}.gz").write_bytes(b"\x1f\x8b\x08\0\0")
+        (tmp_path / "in" / f"b {number}.bin").write_bytes(b"\x1f\x8b\x08\0\0")
     with pytest.raises(ValueError) as caught:
         prepare(setting(tmp_path / "in"))
     assert str(caught.value) == (
-        f"{tmp_path}/in/b 0.gz is no text but gzip-compressed data (nor are 2 more of 4 files): decompress it "
-        f"(`gzip -d '{tmp_path}/in/b 0.gz'`), or give --binary=allow to learn bytes as they are"
+        f"{tmp_path}/in/b 0.bin is no text but gzip-compressed data (nor are 2 more of 4 files): decompress it "
+        f"(`gzip -d '{tmp_path}/in/b 0.bin'`), or give --binary=allow to learn bytes as they are"
     )

@@ -1,0 +1,120 @@
+"""Reads documents from tables, Parquet and Arrow; the only file that knows pyarrow.  And all readers, by form."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+from data_pipeline.build.documents import (
+    CHUNK,
+    DOCUMENT_BYTES,
+    BadDocuments,
+    Documents,
+    read_csv,
+    read_lines,
+    read_mediawiki,
+)
+
+ROWS = 1024  # of a table, read at a time
+
+
+def read_parquet(file: BinaryIO, name: str, field: str, bad: BadDocuments) -> Documents:
+    """Yields the column `field` of each row of a Parquet table; reads no other column."""
+    pyarrow = _pyarrow(name)
+    from pyarrow import parquet
+
+    def batches() -> Iterator[Any]:
+        table = parquet.ParquetFile(file, buffer_size=CHUNK, page_checksum_verification=True)
+        _require_column(table.schema_arrow, field, name)
+        for batch in table.iter_batches(ROWS, columns=[field], use_threads=False):
+            yield batch.column(0)
+
+    yield from _rows(pyarrow, batches, name, bad)
+
+
+def read_arrow(file: BinaryIO, name: str, field: str, bad: BadDocuments) -> Documents:
+    """Yields the column `field` of each row of an Arrow file or stream, which Hugging Face's datasets are on disk."""
+    pyarrow = _pyarrow(name)
+
+    def batches() -> Iterator[Any]:
+        is_file = file.read(6) == b"ARROW1"
+        file.seek(0)
+        reader = (pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream)(file)
+        place = _require_column(reader.schema, field, name)
+        for number in range(reader.num_record_batches) if is_file else iter(int, 1):
+            try:
+                batch = reader.get_batch(number) if is_file else reader.read_next_batch()
+            except StopIteration:
+                return
+            column = batch.column(place)
+            column.validate(full=True)  # otherwise wrong offsets in a damaged file would be followed
+            yield column
+
+    yield from _rows(pyarrow, batches, name, bad)
+
+
+def _pyarrow(name: str) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.ipc
+    except ImportError:
+        raise ValueError(f"{name} needs pyarrow: pip install 'charlstm[inputs]'") from None
+    return pyarrow
+
+
+def _require_column(schema: Any, field: str, name: str) -> int:
+    """Returns the number of the column `field`.  Raises ValueError if it is absent or has no strings."""
+    import pyarrow.types as types
+
+    places = schema.get_all_field_indices(field)
+    if len(places) != 1:
+        names = ", ".join(map(repr, schema.names[:8])) or "none"
+        kind = "two columns" if places else "no column"
+        raise ValueError(f"{name} has {kind} {field!r}; its columns are {names}: name one with --text_field")
+    found = schema.field(places[0]).type
+    kind = found.value_type if types.is_dictionary(found) else found
+    texts = (types.is_string, types.is_large_string, types.is_string_view)
+    if not any(is_text(kind) for is_text in (*texts, types.is_binary, types.is_large_binary, types.is_binary_view)):
+        raise ValueError(f"{name}: column {field!r} has {found}, no strings: name another with --text_field")
+    return places[0]
+
+
+def _rows(pyarrow: Any, batches: Callable[[], Iterator[Any]], name: str, bad: BadDocuments) -> Documents:
+    number = 0
+    found = batches()
+    while True:
+        try:
+            column = next(found, None)
+            if column is None:
+                return
+            if isinstance(column, pyarrow.DictionaryArray):
+                column = column.dictionary_decode()
+            values = column.cast(pyarrow.large_binary()).to_pylist()
+        except (pyarrow.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
+            if isinstance(error, OSError) and error.errno:
+                raise  # of the disk or the store
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ValueError(f"{name} is damaged or no such table ({reason}): copy it again") from None
+        for value in values:
+            number += 1
+            if value is None:
+                bad.add(number, "no value (null)")
+            elif len(value) > DOCUMENT_BYTES:
+                bad.add(number, f"a document of more than {DOCUMENT_BYTES:,} bytes", value[:400])
+            else:
+                yield number, value
+
+
+class Reader(NamedTuple):
+    """A reader of one form of file."""
+
+    read: Callable[[BinaryIO, str, str, BadDocuments], Documents]  # (file, its name for messages, field, bad)
+    unit: str  # that documents are counted in
+    seeks: bool = False  # whether it needs more than a stream
+
+
+READERS = {
+    "jsonl": Reader(read_lines, "line"),
+    "csv": Reader(read_csv, "line"),
+    "parquet": Reader(read_parquet, "row", seeks=True),
+    "arrow": Reader(read_arrow, "row", seeks=True),
+    "xml": Reader(read_mediawiki, "page"),
+}
