@@ -117,7 +117,9 @@ def trace(
     Args:
       held: units whose state is replaced after each symbol, before anything reads it.
     """
-    inside: Any = params._replace(gain=None, w_x=params.w_x if config.mogrifier_rounds else None)
+    inside: Any = params._replace(gain=None)
+    if not config.mogrifier_rounds:
+        inside = inside._replace(w_x=None)  # applied before
     inputs = inputs_TBX, reset_TB, (None, None)
     state, (states, gates) = autodiff_scan.trace(_step(config, held), inside, state, inputs, compute_dtype)
     return state, {name: a for name, a in states._asdict().items() if a is not None} | gates
@@ -127,7 +129,7 @@ def _step(config: ModelConfig, held: Held = ()) -> autodiff_scan.Step:
     """Returns the step of one symbol, straight from the equations."""
     cell = CELLS[config.cell]
 
-    def hold(array: jax.Array, name: str) -> jax.Array:
+    def hold(array: Any, name: str) -> Any:
         for which, unit, value in held:
             array = array.at[:, unit].set(value) if which == name else array
         return array
