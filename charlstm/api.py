@@ -200,8 +200,8 @@ class Model:
         """What the model computes at each symbol: "logits" of the next one `[symbols, V]`, states and gates.
 
         Args:
-          names: such as "1.c", c of the first layer, `[symbols, H]`: h, c if any, and the gates of the cell's equations;
-            all by default.  `charlstm.inspect.chunks` gives those of a long text or a split, a window at a time.
+          names: such as "1.c", c of the first layer, `[symbols, H]`: h, c if any, and the gates of the cell's
+            equations; all by default.  `charlstm.inspect.chunks` gives those of a long text or a split, a window at a time.
 
         Raises:
           ValueError: there is no array of a name.

@@ -1,6 +1,7 @@
 """A text with a value of each character as its background: in a terminal, and as SVG.
 
-The palette diverges from blue (low) through the background to orange (high): it can be told apart without red and green.
+The palette diverges from blue (low) through the background to orange (high): eyes that confuse red and green can tell
+them apart.
 """
 
 import html
@@ -12,6 +13,7 @@ from charlstm.inspect.patterns import visible
 
 LOW, HIGH = (107, 174, 214), (253, 141, 60)
 STEPS = 8  # on either side of 0
+MARK = "<!-- charlstm inspect -->"  # by which a picture of ours is known
 WIDTH = 80
 CELL_WIDTH, LINE_HEIGHT, FONT = 9, 20, 15  # of SVG
 
@@ -19,6 +21,11 @@ CELL_WIDTH, LINE_HEIGHT, FONT = 9, 20, 15  # of SVG
 def classes(values: np.ndarray, largest: float = 1.0) -> np.ndarray:
     """Returns the step of the palette of each value, int, -STEPS (low) to STEPS (high); `largest` has the last one."""
     return np.clip(np.round(values / (largest or 1) * STEPS), -STEPS, STEPS).astype(int)
+
+
+def own_scale(values: np.ndarray) -> float:
+    """Returns the size that 99 % of the values do not exceed."""
+    return float(np.quantile(np.abs(values), 0.99)) or 1.0
 
 
 def color(step: int, ground: tuple[int, int, int] = (255, 255, 255)) -> tuple[int, int, int]:
@@ -51,8 +58,8 @@ def in_terminal(text: str, values: np.ndarray, colors: int, width: int = WIDTH, 
 
     Args:
       values: `[characters]`.
-      colors: that the terminal has: 1 << 24, 256, or 0 for a line of digits under each line of text, 1 to 8 for the size
-        of a value, with a - under it where it is negative.
+      colors: that the terminal has: 1 << 24, 256, or 0 for a line of digits under each line of text, 1 to 8 for the
+        size of a value, with a - under it where it is negative.
     """
     step, lines = classes(values, largest), []
     for line in wrapped(text, width):
@@ -114,17 +121,16 @@ def svg(text: str, values: np.ndarray, title: str, width: int = WIDTH, largest: 
         parts.append(f'<text x="10" y="{y:g}" {spread} xml:space="preserve">{html.escape(shown)}</text>')
     whole_width, height = 20 + width * CELL_WIDTH, 2.4 * LINE_HEIGHT + len(lines) * LINE_HEIGHT + 10
     scale = [_rectangle(46 + n * 2, 2, 8, s) for n, s in enumerate(range(-STEPS, STEPS + 1)) if s]
-    numbers = (
-        f'<text x="380" y="24" font-size="12">{-largest:.2g}</text><text x="738" y="24" font-size="12">{largest:.2g}'
-    )
+    low, high = (f'<text x="{x}" y="24" font-size="12">{n:.2g}</text>' for x, n in ((380, -largest), (738, largest)))
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{max(whole_width, 780)}" height="{height:g}" '
             f'font-family="ui-monospace, Menlo, Consolas, monospace" font-size="{FONT}">',
+            MARK,
             '<rect width="100%" height="100%" fill="#fff"/>',
             f'<text x="10" y="24" font-family="sans-serif" font-weight="bold">{html.escape(title)}</text>',
             *scale,
-            numbers + "</text>",
+            low + high,
             *parts,
             "</svg>\n",
         ]

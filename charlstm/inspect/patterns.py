@@ -29,7 +29,7 @@ def visible(character: str) -> str:
     """Returns what is drawn for a character: itself, or a sign for one that cannot be seen or that changes others."""
     code = ord(character)
     if character in "\n\t" or code < 0x20:
-        return {"\n": "␊", "\t": "␉"}.get(character, chr(0x2400 + code))
+        return {"\n": "↵", "\t": "→"}.get(character, chr(0x2400 + code))
     if 0xDC80 <= code <= 0xDCFF:
         return f"⟦{code - 0xDC00:02X}⟧"
     category = unicodedata.category(character)

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from charlstm.inference.evaluate import Split
-from charlstm.inspect.trace import first_state
+from charlstm.inspect import trace
+from charlstm.inspect.units import main_array
 from charlstm.model import language_model
 from charlstm.model.ops import compiler
 from charlstm.training.loss import cross_entropy
+from charlstm.types import CellState
 from data_pipeline.batch import ends_separator, looks_back
 
 if TYPE_CHECKING:
@@ -28,25 +30,29 @@ ROWS = 64  # targets side by side
 def saliency(model: "Model", split: Split, lookback: int) -> np.ndarray:
     """The absolute derivatives of each symbol's log-probability by its predecessors, float32 `[symbols, lookback]`.
 
-    Column k is that of the symbol k + 1 places before; 0 before the text begins, and before the document does.  What is
-    farther than twice the lookback is left out of the state, too.
+    Column k is that of the symbol k + 1 places before; 0 before the text begins, and before the document does.
     """
     config, count, back = model.config.model, len(split), looks_back(model.separator)
-    ids = np.concatenate([np.full(2 * lookback + back, -1, np.int32), split.read(0, count).astype(np.int32)])
+    ids = np.concatenate([np.full(lookback + back, -1, np.int32), split.read(0, count).astype(np.int32)])
     reset = ends_separator(ids, model.separator)
     ids = ids[back:]
-    reset[2 * lookback : 2 * lookback + 1] = True
-    state = first_state(config, model.params, ROWS)
+    reset[lookback : lookback + 1] = True
+    parts = ("h", "c") if main_array(config) == "c" else ("h",)
+    layers = range(1, len(config.widths) + 1)
+    states = trace.whole(model, split, [f"{n}.{part}" for n in layers for part in parts])
     found = np.zeros((count, lookback), np.float32)
     for first in range(0, count, ROWS):
         target = np.minimum(np.arange(first, first + ROWS), count - 1)
-        place = target[:, None] + np.arange(2 * lookback)[None]  # what is before the target, the last one beside it
-        derivative = _derivative(
-            model.params, state, np.maximum(ids[place], 0), reset[place], ids[target + 2 * lookback], config
+        place = target[:, None] + np.arange(lookback)[None]  # of what is before the target, the last one beside it
+        before = np.maximum(target - lookback - 1, 0)  # where that is before the text, the state is reset
+        state = tuple(
+            CellState(states[f"{n}.h"][before], states.get(f"{n}.c", states[f"{n}.h"])[before]) for n in layers
         )
-        exists = ids[place] >= 0
-        part = np.where(exists, np.abs(np.asarray(derivative)), 0)[:, ::-1][:, :lookback]
-        found[first : first + ROWS] = part[: count - first]
+        if parts == ("h",):
+            state = tuple(layer._replace(c=None) for layer in state)
+        args = np.maximum(ids[place], 0), reset[place], ids[target + lookback]
+        derivative = np.abs(np.asarray(_derivative(model.params, state, *args, config)))
+        found[first : first + ROWS] = np.where(ids[place] >= 0, derivative, 0)[: count - first, ::-1]
     return found
 
 
