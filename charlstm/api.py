@@ -201,7 +201,7 @@ class Model:
 
         Args:
           names: such as "1.c", c of the first layer, `[symbols, H]`: h, c if any, and the gates of the cell's
-            equations; all by default.  `charlstm.inspect.chunks` gives those of a long text or a split, a window at a time.
+            equations; all by default.  `charlstm.inspect.chunks` gives those of a long text or a split, by windows.
 
         Raises:
           ValueError: there is no array of a name.

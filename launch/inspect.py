@@ -7,8 +7,8 @@
 
 A unit is LAYER:UNIT, layers from 1 and units from 0: its cell state c as tanh(c), or h where the cell has no c; or
 LAYER.ARRAY:UNIT, such as 1.h:317 or 1.f:317, with ARRAY h or a gate.  The page is one file, which needs neither a
-server nor the network.  --find ranks all units by how well each alone tells whether a symbol is inside a match: blocks of even
-number choose, those of odd number give the figures.  AUC is 0.5 by chance and 1 if it never errs.
+server nor the network.  --find ranks all units by how well each alone tells whether a symbol is inside a
+match: blocks of even number choose, those of odd number give the figures.  AUC is 0.5 by chance and 1 if it never errs.
 """
 
 if __name__ == "__main__":  # before what takes seconds to import

@@ -52,9 +52,8 @@ class Page:
     def open(self, path: Path) -> None:
         """Opens a file from disk and waits until the page says that it is ready."""
         self.do("Page.navigate", url=f"file://{path}")
-        self.run(
-            "new Promise(done => { const ask = () => document.body?.dataset.ready ? done() : setTimeout(ask, 20); ask() })"
-        )
+        ask = "const ask = () => document.body?.dataset.ready ? done() : setTimeout(ask, 20); ask()"
+        self.run(f"new Promise(done => {{ {ask} }})")
 
     def run(self, expression: str) -> Any:
         """Returns the value of an expression in the page, awaited."""
@@ -68,7 +67,8 @@ class Page:
 
     def drag(self, first: str, last: str) -> None:
         """Presses the mouse on the first element and releases it on the last, both given as expressions; or clicks."""
-        box = "(node => { node.scrollIntoView({block: 'nearest'}); const r = node.getBoundingClientRect(); return [r.x, r.y, r.width, r.height] })"
+        box = "(node => { node.scrollIntoView({block: 'nearest'}); const r = node.getBoundingClientRect();"
+        box += " return [r.x, r.y, r.width, r.height] })"
         (x, y, _, height), (to_x, to_y, to_width, _) = (self.run(f"{box}({node})") for node in (first, last))
         begin, end = (x + 1, y + height / 2), (to_x + (to_width - 1 if first != last else 1), to_y + height / 2)
         how = {"button": "left", "clickCount": 1}

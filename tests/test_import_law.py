@@ -121,6 +121,7 @@ def test_every_file_of_the_library_lies_in_a_folder_of_the_law():
     ("library", "licensed"),
     [
         ("orbax", {"charlstm.run.array_files"}),
+        ("sklearn", {"charlstm.inspect.probe"}),
         ("grain", {"data_pipeline.loader", "benchmarks.sparse_corpus"}),
         ("obstore", {"data_pipeline.stores"}),
         ("optuna", {"launch.tune"}),
@@ -202,6 +203,7 @@ def test_a_program_answers_ctrl_c_before_it_imports_anything():
         "launch/local",
         "launch/prepare",
         "launch/compare",
+        "launch/inspect",
     )
     programs = [ROOT / f"{stem}.py" for stem in stems]
     run = [path for path in files() if "\n    cli.run(" in path.read_text("utf-8")]

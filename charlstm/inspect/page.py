@@ -33,8 +33,8 @@ SKELETON = """
 <label>values <select class="array"></select></label>
 <label>color <select class="what"><option value="unit">the unit</option><option value="bits">surprise</option>
 <option value="influence">influence on the clicked</option></select></label>
-<label>scale <select class="scale"><option value="own">99 % of the unit's own</option><option value="fixed">-1 to 1</option>
-</select></label>
+<label>scale <select class="scale"><option value="own">99 % of the unit's own</option>
+<option value="fixed">-1 to 1</option></select></label>
 <label><input type="checkbox" class="with-rows"> guesses under the text</label></div>
 <div class="legend"></div>
 <div class="columns"><div class="text" tabindex="0" aria-label="the text"></div><aside>
@@ -64,8 +64,8 @@ def render(inspections: Sequence[Inspection]) -> str:
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">{MARK}',
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
         f"<title>{names}</title><style>{style}</style></head><body><h1>Inside {names}</h1>",
-        "<p>Arrow keys show the next unit. With the text in focus, Shift and an arrow key go through its characters, and "
-        'Enter clicks.</p><div class="runs">',
+        "<p>Arrow keys show the next unit. With the text in focus, Shift and an arrow key go through its characters, "
+        'and Enter clicks.</p><div class="runs">',
     ]
     for number, inspection in enumerate(inspections):
         head, levels = _packed(json.dumps(_head(inspection)).encode()), _packed(_levels(inspection))
