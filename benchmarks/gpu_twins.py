@@ -68,7 +68,8 @@ def textbook_window(variant: str) -> Any:
         def read(state: CellState, symbol: tuple[jax.Array, jax.Array]) -> tuple[CellState, jax.Array]:
             z_BG, reset_B = symbol
             state = jax.tree.map(lambda s: jnp.where(reset_B[:, None], 0, s), state)
-            return lstm.step_projected(params, state, z_BG, variant, mask)
+            state, _ = lstm.step_projected(params, state, z_BG, variant, mask)
+            return state, state.h
 
         params = CellParams(w_x=z[0, :0], w_h=w_h, b_x=b, b_h=jnp.zeros_like(b))
         return jax.lax.scan(read, state, (z, reset))

@@ -33,7 +33,7 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first asked for: a program sets JAX up before the library imports it."""
-    if name in ("distributed", "model", "training"):  # the functional level
+    if name in ("distributed", "inspect", "model", "training"):  # the functional level, and looking inside
         return importlib.import_module(f"charlstm.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)

@@ -7,8 +7,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from charlstm.inference import evaluate as evaluate_lib
 from charlstm.inference.generate import Sampling, generate
 from charlstm.inference.score import Score
 from charlstm.inference.text import Sample, encode_prompt, grow, unknown_id, unseen_before
+from charlstm.inspect import trace, units
 from charlstm.model import language_model
 from charlstm.model.ops import compiler
 from charlstm.run import corpus as corpus_lib
@@ -34,15 +36,13 @@ from charlstm.training.placement import choose_mesh
 from charlstm.types import CellState, ModelParams, RecurrentState
 from data_pipeline import mixture
 from data_pipeline.atomic_files import expand_user
-from data_pipeline.batch import Separator, ends_separator, looks_back
+from data_pipeline.batch import Separator
 from data_pipeline.build import corpora
 from data_pipeline.mixture import Mixture
 from data_pipeline.progress import bar, say_on_stderr
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import ArraySplit, Corpus
 from data_pipeline.vocabulary import Vocabulary
-
-WINDOW = 256  # symbols that one call of the device reads
 
 _log = logging.getLogger("charlstm")
 
@@ -183,22 +183,30 @@ class Model:
 
     def bits(self, text: str | bytes) -> np.ndarray:
         """Bits of each symbol given all before it, float32 [symbols]; the first has log2(V), as nothing precedes it."""
-        ids = self._encode(text)
-        state, found = self._start(1), [np.full(min(1, len(ids)), np.log2(self.vocabulary.size), np.float32)]
-        for read, following, reset in self._windows(ids):
+        split = ArraySplit(text, self.vocabulary)
+        state, found = self._start(1), [np.full(min(1, len(split)), np.log2(self.vocabulary.size), np.float32)]
+        for read, following, reset in trace.windows(split, self.separator, 1):
             state, nats = _nats(self.params, state, read, following, reset, self.config.model)
             found.append(np.asarray(nats, np.float32) / NATS_PER_BIT)
-        return np.concatenate(found)[: len(ids)].astype(np.float32)
+        return np.concatenate(found)[: len(split)].astype(np.float32)
 
     def states(self, text: str | bytes) -> tuple[CellState, ...]:
         """The state of every layer after each symbol: hidden states h, and cell states c if any, `[symbols, H]`."""
-        ids = self._encode(text)
-        state, found = self._start(1), []
-        for read, _, reset in self._windows(ids, following=0):
-            state, window = _states(self.params, state, read, reset, self.config.model)
-            found.append(jax.tree.map(np.asarray, window))
-        empty = jax.tree.map(lambda a: np.zeros((0, a.shape[1]), a.dtype), self._start(1))
-        return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(ids)], empty, *found)
+        layers, cells = range(1, len(self.config.model.widths) + 1), self.config.model.cell.endswith("lstm")
+        found: dict[str, Any] = self.trace(text, [f"{n}.{name}" for n in layers for name in ("hc" if cells else "h")])
+        return tuple(CellState(found[f"{n}.h"], found.get(f"{n}.c")) for n in layers)
+
+    def trace(self, text: str | bytes, names: Sequence[str] = ()) -> dict[str, np.ndarray]:
+        """What the model computes at each symbol: "logits" of the next one `[symbols, V]`, states and gates.
+
+        Args:
+          names: such as "1.c", c of the first layer, `[symbols, H]`: h, c if any, and the gates of the cell's
+            equations; all by default.  `charlstm.inspect.chunks` gives those of a long text or a split, by windows.
+
+        Raises:
+          ValueError: there is no array of a name.
+        """
+        return trace.whole(self, ArraySplit(text, self.vocabulary), names)
 
     def __call__(self, ids: Any, state: RecurrentState | None = None) -> tuple[jax.Array, RecurrentState]:
         """(logits of the symbol after each one, the state after them).
@@ -233,6 +241,7 @@ class Model:
           seed: 0 to 2**32 - 1; the same seed makes the same text.
           stop: the text ends before this string; by default, where the run tells documents apart, before their
             separator.
+          clamp: unit -> value of its state, such as {"1:317": 1.0}: held from the end of the prompt on.
 
         Raises:
           ValueError: a symbol of the prompt or of `stop` is not in the vocabulary, or a number is out of range.
@@ -254,6 +263,7 @@ class Model:
         top_p: float = 1.0,
         seed: int = 0,
         stop: str | None = None,
+        clamp: Mapping[str | units.Unit, float] = MappingProxyType({}),
     ) -> tuple[list[Sample], Iterator[None]]:
         if length < 0 or count < 1 or not 0 <= seed < 1 << 32:
             raise ValueError(f"length={length}, num_samples={count} or seed={seed} is out of range")
@@ -269,29 +279,14 @@ class Model:
             seed=seed,
             unknown_id=unknown_id(self.vocabulary),
             separator=separator,
+            held=units.held(clamp, self.config.model),
         )
         before_stop = ids if tuple(ends.tolist()) == separator else None
         samples = [Sample(self.vocabulary, ids, ends, before_stop) for _ in range(count)]
         return samples, grow(samples, chunks)
 
-    def _encode(self, text: str | bytes) -> np.ndarray:
-        split = ArraySplit(text, self.vocabulary)
-        return split.read(0, len(split)).astype(np.int32)
-
     def _start(self, rows: int) -> RecurrentState:
-        zeros = language_model.zero_state(self.config.model, rows, self.params.b_out.dtype)
-        return language_model.reset_state(self.params, zeros)
-
-    def _windows(self, ids: np.ndarray, following: int = 1) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yields windows of one length: symbols, those that follow, and where the state is reset, `[1, WINDOW]`."""
-        back = looks_back(self.separator)
-        before = np.concatenate([np.full(back, -1, np.int32), ids])
-        reset = ends_separator(before, self.separator)
-        count = len(ids) - following
-        for first in range(0, count, WINDOW):
-            missing = max(0, first + WINDOW + 1 - len(ids))
-            part = np.pad(ids[first : first + WINDOW + 1], (0, missing))
-            yield part[None, :-1], part[None, 1:], np.pad(reset[first : first + WINDOW], (0, max(0, missing - 1)))[None]
+        return trace.first_state(self.config.model, self.params, rows)
 
 
 @partial(compiler.jit, static_argnames="config")
@@ -304,13 +299,3 @@ def _logits(params, state, ids_BT, config):
 def _nats(params, state, ids_BT, following_BT, reset_BT, config):
     state, logits_TBV = language_model.apply(config, params, state, ids_BT, reset_BT)
     return state, cross_entropy(logits_TBV, following_BT.T)[:, 0]
-
-
-@partial(compiler.jit, static_argnames="config")
-def _states(params, state, ids_BT, reset_BT, config):
-    def read(state, symbol):
-        id_, reset = symbol
-        state, _ = language_model.apply(config, params, state, id_[None, None], reset[None, None])
-        return state, jax.tree.map(lambda a: a[0], state)
-
-    return jax.lax.scan(read, state, (ids_BT[0], reset_BT[0]))

@@ -33,6 +33,9 @@ class LayerNorms(NamedTuple):
     b_c: jax.Array  # [H]
 
 
+Gates = dict[str, jax.Array]  # name, such as "i" -> [B, H], after its nonlinearity
+
+
 class CellParams(NamedTuple):
     """Parameters of one recurrent layer.  The gates lie side by side along G, in the order the cell's file gives."""
 

@@ -3,6 +3,8 @@
     python -m launch.evaluate --run_dir=runs/mine --split=test
 
 With --dynamic the model goes on learning from the text that it is scored on, after each score (dynamic evaluation).
+With --text a text of one's own is scored, as one stream; --format=jsonl prints an object a line for each symbol: symbol
+(a character, or the value of a byte), bits, entropy (the bits expected there) and rank (1: none was more probable).
 With --search_temperature there is a second score, at the softmax temperature that is best on the validation split.
 Neither changes the run.
 """
@@ -34,7 +36,9 @@ from data_pipeline.atomic_files import expand_user
 from data_pipeline.progress import bar, say_on_stderr
 from data_pipeline.settings import check_choices, setting
 from data_pipeline.shards import Corpus
-from launch import cli, flags, jax_setup
+from launch import cli, flags, jax_setup, score_text
+
+FORMATS = ("text", "json", "jsonl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +51,7 @@ class EvaluateFlags:
     corpus: str = setting(
         "", "The run's own text, where it has moved, or its mixture, as --mixture takes it; checked by its fingerprint."
     )
+    text: str = setting("", "A file of text to score instead of a split, - for stdin.")
     dynamic: bool = setting(
         False,
         "Dynamic evaluation, on one device: the split is one stream, so that --eval_chunk, --burn_in and "
@@ -55,10 +60,16 @@ class EvaluateFlags:
     search_temperature: bool = setting(
         False, "Score at the best softmax temperature of the validation split as well, from 1/2 to 2, to 1 %."
     )
-    format: str = setting("text", "How the result is printed.", choices=("text", "json"))
+    format: str = setting("text", "How the result is printed; jsonl, of --text: each symbol.", choices=FORMATS)
 
     def __post_init__(self) -> None:
         check_choices(self)
+        if self.text and (self.dynamic or self.search_temperature or self.corpus):
+            raise ValueError(
+                f"text={self.text} is scored as it is: leave --dynamic, --search_temperature and --corpus out"
+            )
+        if self.format == "jsonl" and not self.text:
+            raise ValueError("format=jsonl prints each symbol of a text: give --text as well")
 
 
 GROUPS = (EvaluateFlags(), dynamic.DynamicEvaluationConfig())
@@ -79,6 +90,9 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"{given} has no part in a dynamic score, of one stream: leave it out")
     if not chosen.dynamic and (given := _differences(adaptation, dynamic.DynamicEvaluationConfig())):
         raise ValueError(f"{given} has no part in a static score: give --dynamic as well")
+    if chosen.text:
+        jax_setup.keep_compiled()
+        return score_text.main(run_dir, chosen.checkpoint, chosen.text, chosen.format)
     text = config
     if chosen.corpus:
         where = {"mixture" if config.streams.mixture else "corpus": chosen.corpus}

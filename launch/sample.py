@@ -7,6 +7,8 @@ made and the others follow it, each after an empty line and a line "--- sample 2
 file or a pipe gets the very bytes; a terminal gets valid text, with U+FFFD for bytes that are not UTF-8.  An unknown
 symbol is never written.  All else goes to stderr.
 
+The same command with --clamp and without it draws with the same noise: what differs in the texts is what the unit does.
+
 Where the run resets state at documents, each sample is one document: the separator is read before the prompt, as before
 every document in training, and the sample ends before the next one; neither is shown.  Elsewhere the text begins with
 the prompt; without one, as after a newline; where the vocabulary has no newline, after a symbol drawn at random.
@@ -36,6 +38,7 @@ import numpy as np
 from charlstm.inference import generate as generate_lib
 from charlstm.inference.generate import Chunk, Sampling
 from charlstm.inference.text import Sample, encode_prompt, grow, remark_on_escapes, unknown_id, unseen_before
+from charlstm.inspect import units
 from charlstm.run import run_directory
 from charlstm.training.loss import NATS_PER_BIT
 from data_pipeline import signals
@@ -61,6 +64,11 @@ class SampleFlags:
     length: int = setting(2000, "Symbols to write after the prompt.")
     num_samples: int = setting(1, "Continuations written, side by side in one batch on the device.")
     seed: int = setting(0, "Same seed, same text.")
+    clamp: str = setting(
+        "",
+        "Hold states of units while the text is written, LAYER:UNIT:VALUE, several with commas: 1:317:+1 holds c, or h "
+        "where the cell has no c; 1.h:317:-1 holds h.",
+    )
     stop: str = setting(
         "",
         "A sample ends before this string, which is not shown; escapes as for --document_separator.  Where the run "
@@ -105,6 +113,7 @@ def main(argv: Sequence[str]) -> int:
     separator = run_directory.separator(config, vocabulary)
     if remark := remark_on_escapes("prompt", chosen.prompt):
         signals.say(remark)
+    held = units.held(units.parse_clamp(chosen.clamp), config.model)
     prompt, stop = _prompt(chosen, vocabulary), _stop(chosen.stop, vocabulary)
     if not any(flag.startswith("--stop=") for flag in given):
         stop = np.array(separator, np.int32)
@@ -123,6 +132,7 @@ def main(argv: Sequence[str]) -> int:
         seed=chosen.seed,
         unknown_id=unknown_id(vocabulary),
         separator=separator,
+        held=held,
     )
     errors = "surrogateescape" if chosen.format == "text" and _gets_bytes(sys.stdout, vocabulary) else "replace"
     # A document ends with its separator, wherever that begins; another stop string begins in the continuation.

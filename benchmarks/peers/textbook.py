@@ -25,6 +25,7 @@ def unroll(
     def read(state, symbol):
         x_BD, reset_B = symbol
         state = jax.tree.map(lambda s_BH: jnp.where(reset_B[:, None], 0, s_BH), state)
-        return cell.step_projected(params, state, x_BD @ params.w_x)
+        state, _ = cell.step_projected(params, state, x_BD @ params.w_x)
+        return state, state.h
 
     return jax.lax.scan(read, state, (x_TBD, reset_TB))

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 from charlstm import distributed, rng
 from charlstm.config.model import ModelConfig
 from charlstm.model import language_model
+from charlstm.model.layer import Held
 from charlstm.model.ops import compiler
 from charlstm.types import ModelParams, RecurrentState
 from data_pipeline.batch import Separator, ends_separator, looks_back
@@ -75,6 +76,7 @@ def generate(
     seed: int,
     unknown_id: int | None = None,
     separator: Separator = (),
+    held: tuple[Held, ...] = (),
     chunk: int = CHUNK,
     window: int = WINDOW,
 ) -> Iterator[Chunk]:
@@ -90,6 +92,7 @@ def generate(
       unknown_id: a symbol that is never drawn.
       separator: ids that end a document, for a model trained with --reset_state=document.  Its last symbol is read from
         the initial state, both in the prompt and in the sampled text.
+      held: as of `language_model.trace`: units whose state is held from the prompt's last symbol on.
       chunk: symbols made by one call of the device, fewer where the rows are very many; does not change the text.
       window: symbols of the prompt read by one call; does not change the text.
 
@@ -117,7 +120,7 @@ def generate(
         if sampling.temperature:
             gumbel_TRV = _noise(row_keys, np.int32(start), mesh, chunk, V, params.b_out.dtype)
         state, last_RK, made = _make_chunk(
-            params, state, last_RK, gumbel_TRV, mesh, config, sampling, unknown_id, separator, chunk
+            params, state, last_RK, gumbel_TRV, mesh, config, sampling, unknown_id, separator, chunk, held
         )
         if previous is not None:
             yield _fetch(previous, rows, chunk)
@@ -187,10 +190,12 @@ def _noise(row_keys, start, mesh: Mesh, symbols, vocabulary_size, dtype):
 
 @partial(
     compiler.jit,
-    static_argnames=("mesh", "config", "sampling", "unknown_id", "separator", "symbols"),
+    static_argnames=("mesh", "config", "sampling", "unknown_id", "separator", "symbols", "held"),
     donate_argnames="state",
 )
-def _make_chunk(params, state, last_RK, gumbel_TRV, mesh: Mesh, config, sampling, unknown_id, separator, symbols):
+def _make_chunk(
+    params, state, last_RK, gumbel_TRV, mesh: Mesh, config, sampling, unknown_id, separator, symbols, held=()
+):
     """The next `symbols` of every row: (state, last symbols, (ids, log-probabilities) [T, R]).
 
     `last_RK` are the K symbols before, as many as the separator has, and at least one.
@@ -198,9 +203,11 @@ def _make_chunk(params, state, last_RK, gumbel_TRV, mesh: Mesh, config, sampling
 
     def make_one(params, carry, gumbel_RV):
         state, last_RK = carry
-        state, logits_TRV = language_model.apply(
-            config, params, state, last_RK[:, -1:], ends_separator(last_RK, separator)
-        )
+        window = last_RK[:, -1:], ends_separator(last_RK, separator)
+        if held:
+            state, logits_TRV, _ = language_model.trace(config, params, state, *window, held)
+        else:
+            state, logits_TRV = language_model.apply(config, params, state, *window)
         logits_RV = logits_TRV[0]
         next_R = choose(_without(logits_RV, unknown_id), gumbel_RV, sampling)
         log_probability_R1 = jnp.take_along_axis(jax.nn.log_softmax(logits_RV, axis=1), next_R[:, None], axis=1)

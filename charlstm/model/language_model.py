@@ -11,6 +11,7 @@ embedding (Merity et al. 2018). The masks are in dropout.py.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -117,6 +118,40 @@ def features(
     return state, rest if first is None else jnp.concatenate([first, rest])
 
 
+def trace(
+    config: ModelConfig,
+    params: ModelParams,
+    state: RecurrentState,
+    inputs_BT: jax.Array,
+    reset_BT: jax.Array,
+    held: tuple[layer_lib.Held, ...] = (),
+    scale_BT: jax.Array | None = None,
+) -> tuple[RecurrentState, jax.Array, dict[str, jax.Array]]:
+    """Runs a window as `apply` without dropout, by the textbook step, and keeps what it computes.
+
+    Args:
+      held: of each layer, units whose state is replaced after each symbol, before anything reads it.
+      scale_BT: factors of the first layer's inputs: a derivative with respect to them is input times gradient.
+
+    Returns:
+      The state after the window, the logits `[T, B, V]`, and all states and gates: "1.h" is h of the first layer,
+      `[T, B, H]`; every layer has h, and c, i, f, g, o, m (of the mLSTM), r, u, n, as its cell's equations have them.
+    """
+    found: dict[str, jax.Array] = {}
+
+    def run(config, p, layer_state, inputs_TBX, reset_TB, dropout_key, number, dtype):
+        if scale_BT is not None and number == 0:
+            inputs_TBX = inputs_TBX * scale_BT.T[:, :, None].astype(inputs_TBX.dtype)
+        of_layer = held[number] if held else ()
+        layer_state, named = layer_lib.trace(config, p, layer_state, inputs_TBX, reset_TB, dtype, of_layer)
+        found.update({f"{number + 1}.{name}": array for name, array in named.items()})
+        return layer_state, named["h"].astype(dtype)
+
+    params = _with_dropped_weights(config, params, None)
+    state, features_TBH = _apply_layers(config, params, None, state, inputs_BT.T, reset_BT.T, run)
+    return state, logits(config, params, features_TBH), found
+
+
 def _with_dropped_weights(config: ModelConfig, params: ModelParams, dropout_key: DropoutKey | None) -> ModelParams:
     """Applies weight norm and the dropout of embedding rows and recurrent weights."""
     table_VE = params.embedding
@@ -150,6 +185,7 @@ def _apply_layers(
     state: RecurrentState,
     inputs_TB: jax.Array,
     reset_TB: jax.Array,
+    run: Callable[..., tuple[CellState, jax.Array]] = layer_lib.apply,
 ) -> tuple[RecurrentState, jax.Array]:
     dtype, each_symbol = _compute_dtype(config, params), config.dropout_mask == "symbol"
     x_TBD = None if params.embedding is None else lookup(params.embedding, inputs_TB, dtype).astype(dtype)
@@ -165,9 +201,7 @@ def _apply_layers(
             inputs_TBX = drop(x_TBD, *drawn_for)
             if not config.takes_raw_input:
                 inputs_TBX = dense(inputs_TBX, p.w_x, None, dtype)
-        layer_state, x_TBD = layer_lib.apply(
-            config, p, layer_state, inputs_TBX.astype(dtype), reset_TB, dropout_key, layer, dtype
-        )
+        layer_state, x_TBD = run(config, p, layer_state, inputs_TBX.astype(dtype), reset_TB, dropout_key, layer, dtype)
         new_state.append(layer_state)
         outputs.append(x_TBD)
     return tuple(new_state), sum(outputs[1:], outputs[0]) if config.skip else outputs[-1]

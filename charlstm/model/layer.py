@@ -23,7 +23,9 @@ from charlstm.config.model import ModelConfig
 from charlstm.model.cells import gru, layer_norm_lstm, lstm, mlstm, mogrifier, rnn
 from charlstm.model.dropout import DropoutKey, keep_mask, row_mask
 from charlstm.model.ops import autodiff_scan, scan
-from charlstm.types import CellParams, CellState
+from charlstm.types import CellParams, CellState, Gates
+
+Held = tuple[tuple[str, int, float], ...]  # (h or c, unit, its value)
 
 CELLS: dict[str, Any] = {
     "lstm": lstm,
@@ -101,25 +103,56 @@ def apply(
     return autodiff_scan.recurrence(_step(config), inside, mask_BH, state, (inputs_TBX, reset_TB, masks), compute_dtype)
 
 
-def _step(config: ModelConfig) -> autodiff_scan.Step:
+def trace(
+    config: ModelConfig,
+    params: CellParams,
+    state: CellState,
+    inputs_TBX: jax.Array,
+    reset_TB: jax.Array,
+    compute_dtype: jax.typing.DTypeLike,
+    held: Held = (),
+) -> tuple[CellState, Gates]:
+    """Runs a window as `apply` without dropout: (the state after it, "h", "c" if any, and gates by name, `[T, B, H]`).
+
+    Args:
+      held: units whose state is replaced after each symbol, before anything reads it.
+    """
+    inside: Any = params._replace(gain=None)
+    if not config.mogrifier_rounds:
+        inside = inside._replace(w_x=None)  # applied before
+    inputs = inputs_TBX, reset_TB, (None, None)
+    state, (states, gates) = autodiff_scan.trace(_step(config, held), inside, state, inputs, compute_dtype)
+    return state, {name: a for name, a in states._asdict().items() if a is not None} | gates
+
+
+def _step(config: ModelConfig, held: Held = ()) -> autodiff_scan.Step:
     """Returns the step of one symbol, straight from the equations."""
     cell = CELLS[config.cell]
 
-    def step(params: Any, mask_BH: Any, state: CellState, symbol: Any) -> tuple[CellState, jax.Array]:
+    def hold(array: Any, name: str) -> Any:
+        for which, unit, value in held:
+            array = array.at[:, unit].set(value) if which == name else array
+        return array
+
+    def step(params: Any, mask_BH: Any, state: CellState, symbol: Any) -> tuple[CellState, Gates]:
         x_BX, reset_B, (renewed_h, renewed_c) = symbol
         first = jax.tree.map(lambda s_BH: jnp.zeros_like(s_BH[0]), state) if params.first is None else params.first
         # `where`, not a product with 0: 0 times NaN is NaN, so a NaN would survive the reset.
         state = jax.tree.map(lambda f_H, s_BH: jnp.where(reset_B[:, None], f_H[None], s_BH), first, state)
         x_BX = x_BX.astype(state.h.dtype)
         if params.rounds is None:
-            new, _ = cell.step_projected(params, state, x_BX, config.variant, mask_BH)
+            new, gates = cell.step_projected(params, state, x_BX, config.variant, mask_BH)
         else:
             h_masked = state.h if mask_BH is None else state.h * mask_BH
             x_BX, h_masked = mogrifier.gate(params.rounds, x_BX, h_masked)
-            new, _ = cell.step_projected(params, state._replace(h=h_masked), x_BX @ params.w_x, config.variant)
+            masked = state._replace(h=h_masked)
+            new, gates = cell.step_projected(params, masked, x_BX @ params.w_x, config.variant)
+        if any(name == "c" for name, _, _ in held):
+            c = hold(new.c, "c")
+            new = CellState(cell.output(params, gates["o"], c), c)
         h = _zoned_out(new.h, state.h, config.zoneout, renewed_h)
         c = None if new.c is None else _zoned_out(new.c, state.c, config.zoneout_cell, renewed_c)
-        return CellState(h, c), h
+        return CellState(hold(h, "h"), None if c is None else hold(c, "c")), gates
 
     return step
 

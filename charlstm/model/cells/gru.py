@@ -36,7 +36,7 @@ import jax.numpy as jnp
 
 from charlstm.model import initializers
 from charlstm.model.ops.scan import Matmul, SavedStates, WindowSums
-from charlstm.types import CellParams, CellState
+from charlstm.types import CellParams, CellState, Gates
 
 GATES = 3  # r u n
 MATRICES = (GATES,)
@@ -67,8 +67,8 @@ def bias(params: CellParams) -> jax.Array:
 
 def step_projected(
     params: CellParams, state: CellState, z_BG: jax.Array, variant: str = "", mask_BH: jax.Array | None = None
-) -> tuple[CellState, jax.Array]:
-    """One symbol of every stream, straight from the equations, given its projection: (the new state, h_BH)."""
+) -> tuple[CellState, Gates]:
+    """One symbol of every stream, straight from the equations, given its projection: (the new state, its gates)."""
     h_masked = state.h if mask_BH is None else state.h * mask_BH
     z_r, z_u, z_n = jnp.split(z_BG, GATES, axis=1)
     b_q, b_n = jnp.split(bias(params)[None], [z_BG.shape[1]], axis=1)
@@ -76,7 +76,7 @@ def step_projected(
     r, u = jax.nn.sigmoid(z_r + q_r), jax.nn.sigmoid(z_u + q_u)
     n = jnp.tanh(z_n + b_n + r * q_n)
     h = (1 - u) * n + u * state.h
-    return CellState(h, None), h
+    return CellState(h, None), {"r": r, "u": u, "n": n}
 
 
 def forward(

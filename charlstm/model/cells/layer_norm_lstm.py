@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from charlstm.model.cells import lstm
-from charlstm.types import CellParams, CellState, LayerNorms
+from charlstm.types import CellParams, CellState, Gates, LayerNorms
 
 GATES = lstm.GATES  # i f g o
 EPSILON = 1e-5
@@ -38,15 +38,20 @@ def init(
 
 def step_projected(
     params: CellParams, state: CellState, z_BG: jax.Array, variant: str = "plain", mask_BH: jax.Array | None = None
-) -> tuple[CellState, jax.Array]:
-    """One symbol of every stream, straight from the equations, given its projection: (the new state, h_BH)."""
+) -> tuple[CellState, Gates]:
+    """One symbol of every stream, straight from the equations, given its projection: (the new state, its gates)."""
     norms, h_masked = params.norms, state.h if mask_BH is None else state.h * mask_BH
     assert norms is not None
     a_BG = _normalised(z_BG, norms.gain_x) + _normalised(h_masked @ params.w_h, norms.gain_h)
     i, f, g, o = lstm.gates(a_BG + lstm.bias(params)[None])
     c = lstm.next_cell(i, f, g, state.c, variant)
-    h = o * jnp.tanh(_normalised(c, norms.gain_c) + norms.b_c[None])
-    return CellState(h, c), h
+    return CellState(output(params, o, c), c), {"i": i, "f": f, "g": g, "o": o}
+
+
+def output(params: CellParams, o: jax.Array, c: jax.Array) -> jax.Array:
+    """h, given the output gate and c."""
+    assert params.norms is not None
+    return o * jnp.tanh(_normalised(c, params.norms.gain_c) + params.norms.b_c[None])
 
 
 def _normalised(v_BN: jax.Array, gain_N: jax.Array) -> jax.Array:

@@ -46,7 +46,7 @@ import numpy as np
 
 from charlstm.model import initializers
 from charlstm.model.ops.scan import Matmul, SavedStates, WindowSums
-from charlstm.types import CellParams, CellState
+from charlstm.types import CellParams, CellState, Gates
 
 GATES = 4  # i f g o
 MATRICES = (GATES,)
@@ -83,18 +83,22 @@ def bias(params: CellParams) -> jax.Array:
 
 def step_projected(
     params: CellParams, state: CellState, z_BG: jax.Array, variant: str = "plain", mask_BH: jax.Array | None = None
-) -> tuple[CellState, jax.Array]:
-    """One symbol of every stream, straight from the equations, given its projection: (the new state, h_BH)."""
+) -> tuple[CellState, Gates]:
+    """One symbol of every stream, straight from the equations, given its projection: (the new state, its gates)."""
     h_masked = state.h if mask_BH is None else state.h * mask_BH
     return from_preactivations(z_BG + h_masked @ params.w_h + bias(params)[None], state, variant)
 
 
-def from_preactivations(a_BG: jax.Array, state: CellState, variant: str) -> tuple[CellState, jax.Array]:
-    """(The new state, h_BH), given the gates' preactivations a."""
+def from_preactivations(a_BG: jax.Array, state: CellState, variant: str) -> tuple[CellState, Gates]:
+    """(The new state, the gates), given the gates' preactivations a."""
     i, f, g, o = gates(a_BG)
     c = next_cell(i, f, g, state.c, variant)
-    h = o * jnp.tanh(c)
-    return CellState(h, c), h
+    return CellState(o * jnp.tanh(c), c), {"i": i, "f": f, "g": g, "o": o}
+
+
+def output(params: CellParams, o: jax.Array, c: jax.Array) -> jax.Array:
+    """h, given the output gate and c."""
+    return o * jnp.tanh(c)
 
 
 def gates(a_BG: jax.Array) -> tuple[jax.Array, ...]:

@@ -36,13 +36,13 @@ import jax.numpy as jnp
 
 from charlstm.model.cells import lstm
 from charlstm.model.ops.scan import Matmul, SavedStates, WindowSums
-from charlstm.types import CellParams, CellState
+from charlstm.types import CellParams, CellState, Gates
 
 GATES = lstm.GATES  # i f g o
 MATRICES = (GATES, 1)
 HM, MH = 0, 1  # which of them
 SAVED_OVER_Z = False
-zero_state, bias = lstm.zero_state, lstm.bias
+zero_state, bias, output = lstm.zero_state, lstm.bias, lstm.output
 
 
 def init(
@@ -55,11 +55,13 @@ def init(
 
 def step_projected(
     params: CellParams, state: CellState, z_BG: jax.Array, variant: str = "plain", mask_BH: jax.Array | None = None
-) -> tuple[CellState, jax.Array]:
-    """One symbol of every stream, straight from the equations, given its projection: (the new state, h_BH)."""
+) -> tuple[CellState, Gates]:
+    """One symbol of every stream, straight from the equations, given its projection: (the new state, its gates)."""
     h_masked, G = state.h if mask_BH is None else state.h * mask_BH, params.b_h.shape[0]
     m_BH = z_BG[:, G:] * (h_masked @ params.w_h[:, G:])
-    return lstm.from_preactivations(z_BG[:, :G] + m_BH @ params.w_h[:, :G] + bias(params)[None], state, variant)
+    a_BG = z_BG[:, :G] + m_BH @ params.w_h[:, :G] + bias(params)[None]
+    new, gates = lstm.from_preactivations(a_BG, state, variant)
+    return new, gates | {"m": m_BH}
 
 
 def forward(

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from charlstm.model import initializers
 from charlstm.model.ops.scan import Matmul, SavedStates, WindowSums
-from charlstm.types import CellParams, CellState
+from charlstm.types import CellParams, CellState, Gates
 
 GATES = 1
 MATRICES = (GATES,)
@@ -56,12 +56,12 @@ def bias(params: CellParams) -> jax.Array:
 
 def step_projected(
     params: CellParams, state: CellState, z_BH: jax.Array, variant: str = "tanh", mask_BH: jax.Array | None = None
-) -> tuple[CellState, jax.Array]:
-    """One symbol of every stream, straight from the equations, given its projection: (the new state, h_BH)."""
+) -> tuple[CellState, Gates]:
+    """One symbol of every stream, straight from the equations, given its projection: (the new state, no gates)."""
     h_masked = state.h if mask_BH is None else state.h * mask_BH
     a_BH = z_BH + h_masked @ params.w_h + bias(params)[None]
     h = jax.nn.relu(a_BH) if variant == "relu" else jnp.tanh(a_BH)
-    return CellState(h, None), h
+    return CellState(h, None), {}
 
 
 def forward(

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 
 from charlstm.model.ops.matmul import weight_gradient
-from charlstm.types import CellState
+from charlstm.types import CellState, Gates
 
-# (parameters, constants of the window, the state before, the symbol's inputs) -> (the state after, h_BH)
-Step = Callable[[Any, Any, CellState, Any], tuple[CellState, jax.Array]]
+# (parameters, constants of the window, the state before, the symbol's inputs) -> (the state after, its gates)
+Step = Callable[[Any, Any, CellState, Any], tuple[CellState, Gates]]
 Columns = tuple[int, int, int]  # the number of a matrix, its first column, the one after the last
 
 
@@ -51,6 +51,24 @@ def recurrence(
         return step(joined, constants, state, inputs)
 
     return _recurrence(with_matmuls, compute_dtype, matrices, vectors, constants, state, inputs)
+
+
+def trace(
+    step: Step, params: Any, state: CellState, inputs: Any, compute_dtype: jax.typing.DTypeLike
+) -> tuple[CellState, tuple[CellState, Gates]]:
+    """Runs a window with all that a step computes: (the state after it, (states, gates) `[T, B, H]`).
+
+    Arguments as of `recurrence`, whose values it has; its gradients are those of plain autodiff.
+    """
+    leaves, tree = jax.tree.flatten(params)
+
+    def forward(state: CellState, symbol: Any) -> tuple[CellState, tuple[CellState, Gates]]:
+        matrices = iter(_Matmuls([leaf for leaf in leaves if leaf.ndim == 2], compute_dtype, {}).matrices)
+        seen = [next(matrices) if leaf.ndim == 2 else leaf for leaf in leaves]
+        state, gates = step(jax.tree.unflatten(tree, seen), None, state, symbol)
+        return state, (state, gates)
+
+    return jax.lax.scan(forward, state, inputs)
 
 
 class _Matrix:
@@ -96,8 +114,8 @@ def _scan(step, dtype, matrices, vectors, constants, state, inputs, zeros):
     def forward(state, symbol):
         inputs, zeros = symbol
         matmuls = _Matmuls(matrices, dtype, zeros)
-        state, h_BH = step(matmuls.matrices, vectors, constants, state, inputs)
-        return state, (h_BH.astype(dtype), matmuls.operands)
+        state, _ = step(matmuls.matrices, vectors, constants, state, inputs)
+        return state, (state.h.astype(dtype), matmuls.operands)
 
     final, (h_TBH, operands) = jax.lax.scan(forward, state, (inputs, zeros))
     return (final, h_TBH), operands

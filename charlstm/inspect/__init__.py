@@ -1,0 +1,7 @@
+"""Looks inside a trained model: states and gates at every symbol, what units know, and pictures of them."""
+
+from charlstm.inspect.ranking import Ranked, Ranking, units_for
+from charlstm.inspect.trace import chunks
+from charlstm.inspect.units import Unit
+
+__all__ = ["Ranked", "Ranking", "Unit", "chunks", "units_for"]

@@ -1,0 +1,91 @@
+"""Which symbols of a text are inside of what: a regular expression, or one of the patterns with a name."""
+
+import re
+import unicodedata
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from data_pipeline.vocabulary import Vocabulary
+
+Pattern = Callable[[str], np.ndarray]  # text -> bool [characters]
+
+
+def symbols_of(vocabulary: Vocabulary, ids: np.ndarray) -> tuple[str, np.ndarray]:
+    """Decodes symbols: the text, and how many symbols each of its characters is, `[characters]`.
+
+    A byte that is not UTF-8 is a character of its own, a lone surrogate; an unknown character is U+FFFD.
+    """
+    if vocabulary.kind != "bytes":
+        text = vocabulary.decode(ids)
+        return text, np.ones(len(text), int)
+    text = vocabulary.decode_bytes(ids).decode("utf-8", "surrogateescape")
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+    is_escaped = (codes >= 0xDC80) & (codes <= 0xDCFF)
+    return text, np.where(is_escaped, 1, 1 + (codes >= 0x80) + (codes >= 0x800).astype(int) + (codes >= 0x10000))
+
+
+def visible(character: str) -> str:
+    """Returns what is drawn for a character: itself, or a sign for one that cannot be seen or that changes others."""
+    code = ord(character)
+    if character in "\n\t" or code < 0x20:
+        return {"\n": "↵", "\t": "→"}.get(character, chr(0x2400 + code))
+    if 0xDC80 <= code <= 0xDCFF:
+        return f"⟦{code - 0xDC00:02X}⟧"
+    category = unicodedata.category(character)
+    if category[0] == "M":
+        return "◌" + character
+    return character if category[0] != "C" and category not in ("Zl", "Zp") else f"⟦{code:04X}⟧"
+
+
+def expression(pattern: str) -> Pattern:
+    """Returns the pattern of a regular expression: True inside its matches.
+
+    Raises:
+      ValueError: it is no regular expression.
+    """
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+
+    def label(text: str) -> np.ndarray:
+        found = np.zeros(len(text), bool)
+        for match in compiled.finditer(text):
+            found[match.start() : match.end()] = True
+        return found
+
+    return label
+
+
+def deeper_than(depth: int) -> Pattern:
+    """Returns the pattern of being inside more than `depth` brackets, ( [ or {; an empty line closes all."""
+
+    def label(text: str) -> np.ndarray:
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+        steps = np.isin(codes, [ord(c) for c in "([{"]).astype(int) - np.isin(codes, [ord(c) for c in ")]}"])
+        found = np.zeros(len(text), bool)
+        start = 0
+        for end in [*(match.end() for match in re.finditer(r"\n[ \t]*\n", text)), len(text)]:
+            total = np.cumsum(steps[start:end])
+            # What closes without having been opened does not count.
+            found[start:end] = total - np.minimum(np.minimum.accumulate(total), 0) > depth
+            start = end
+        return found
+
+    return label
+
+
+NAMED: Mapping[str, Pattern] = {
+    "inside quotes": expression(r'"[^"\n]*"|“[^”]*”|' + r"(?<!\w)'[^'\n]*'(?!\w)"),
+    "inside brackets": deeper_than(0),
+    "inside two brackets": deeper_than(1),
+    "inside a comment": expression(r"#[^\n]*|//[^\n]*|/\*(?s:.*?)\*/"),
+    "indentation": expression(r"(?m)^[ \t]+"),
+    "first of a line": expression(r"(?m)^[^\n]"),
+    "past column 20": expression(r"(?m)(?<=^.{20}).+"),
+    "past column 40": expression(r"(?m)(?<=^.{40}).+"),
+    "upper case": expression(r"[A-ZÀ-ÖØ-Þ]"),
+    "digit": expression(r"\d"),
+    "space": expression(r" "),
+}

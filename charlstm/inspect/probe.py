@@ -1,0 +1,71 @@
+"""A linear probe: what all units together know of a pattern, by logistic regression with an L1 penalty (scikit-learn).
+
+Radford, Jozefowicz and Sutskever found the sentiment neuron so (arXiv:1704.01444).  The text is split by blocks, as
+neighboring characters are nearly the same example: one third is learned from, one chooses the strength of the penalty,
+one gives the figures.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from charlstm.inspect import trace
+from charlstm.inspect.patterns import Pattern, symbols_of
+from charlstm.inspect.ranking import pattern_of
+from charlstm.inspect.survey import BLOCK
+from charlstm.inspect.units import Unit, all_units, shown
+from data_pipeline.shards import ArraySplit
+
+if TYPE_CHECKING:
+    from charlstm.api import Model
+
+STRENGTHS = tuple(2.0**k for k in range(-10, 1, 2))  # C of scikit-learn: the inverse of the penalty's strength
+MOST_SYMBOLS = 30_000
+MISSING = "a probe needs scikit-learn, which is not installed: pip install 'charlstm[inspect]'"
+
+
+class Probe(NamedTuple):
+    """A sparse linear detector of a pattern."""
+
+    pattern: str
+    auc: float  # on blocks that neither the weights nor the penalty have seen
+    strength: float  # C, as chosen
+    weights: tuple[tuple[Unit, float], ...]  # those that are not 0, by size, for values as they are shown
+    offset: float
+
+
+def probe(model: "Model", text: str | bytes, pattern: str | Pattern) -> Probe:
+    """Fits a probe on the main array of all layers; of a text, the first 30,000 symbols.
+
+    Raises:
+      ValueError: scikit-learn is not installed, or a third of the text is all inside the pattern or all outside.
+    """
+    try:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.metrics import roc_auc_score
+    except ImportError:
+        raise ValueError(MISSING) from None
+    split = ArraySplit(text, model.vocabulary)
+    split = ArraySplit(model.vocabulary.decode_bytes(split.read(0, min(len(split), MOST_SYMBOLS))), model.vocabulary)
+    decoded, lengths = symbols_of(model.vocabulary, split.read(0, len(split)))
+    inside = np.repeat(pattern_of(pattern)(decoded), lengths)
+    config, units = model.config.model, all_units(model.config.model)
+    found = trace.whole(model, split, list(dict.fromkeys(unit.name for unit in units)))
+    inputs = np.concatenate([np.asarray(shown(config, name.partition(".")[2], a)) for name, a in found.items()], axis=1)
+    third = np.arange(len(inside)) // min(BLOCK, max(1, len(inside) // 12)) % 3
+    if any(inside[third == part].all() or not inside[third == part].any() for part in range(3)):
+        raise ValueError("the pattern is inside or outside throughout a third of the text: give a longer text")
+    best, best_auc = None, -1.0
+    for strength in STRENGTHS:
+        fitted = LogisticRegression(l1_ratio=1, C=strength, solver="liblinear", random_state=0)
+        fitted.fit(inputs[third == 0], inside[third == 0])
+        auc = roc_auc_score(inside[third == 1], fitted.decision_function(inputs[third == 1]))
+        if auc > best_auc + 1e-4:  # of nearly equal ones that with fewer weights
+            best, best_auc = fitted, auc
+    assert best is not None
+    auc = roc_auc_score(inside[third == 2], best.decision_function(inputs[third == 2]))
+    (weights,) = best.coef_
+    order = [place for place in np.argsort(-np.abs(weights), kind="stable").tolist() if weights[place]]
+    name = pattern if isinstance(pattern, str) else getattr(pattern, "__name__", "pattern")
+    chosen = tuple((units[place], float(weights[place])) for place in order)
+    return Probe(name, float(auc), best.C, chosen, float(best.intercept_[0]))

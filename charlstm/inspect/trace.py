@@ -1,0 +1,87 @@
+"""Reads a text with all that the model computes, a window at a time: memory does not grow with the text."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from charlstm.config.model import ModelConfig
+from charlstm.inference.evaluate import Split
+from charlstm.inspect.units import arrays_of
+from charlstm.model import language_model
+from charlstm.model.ops import compiler
+from charlstm.types import ModelParams, RecurrentState
+from data_pipeline.batch import Separator, ends_separator, looks_back
+
+if TYPE_CHECKING:
+    from charlstm.api import Model
+
+WINDOW = 256  # symbols that one call of the device reads
+
+
+def windows(split: Split, separator: Separator, following: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yields windows of one length: symbols, those that follow, and where the state is reset, `[1, WINDOW]`.
+
+    Args:
+      following: symbols at the end that are only read as those that follow.  What is beyond the end is padding.
+    """
+    back = looks_back(separator)
+    for first in range(0, len(split) - following, WINDOW):
+        start = max(0, first - back)
+        ids = split.read(start, min(len(split), first + WINDOW + 1)).astype(np.int32)
+        ids = np.pad(ids, (back - (first - start), 0), constant_values=-1)
+        ids = np.pad(ids, (0, back + WINDOW + 1 - len(ids)))
+        reset = ends_separator(ids, separator)[:WINDOW]
+        yield ids[None, back:-1], ids[None, back + 1 :], reset[None]
+
+
+def first_state(config: ModelConfig, params: ModelParams, rows: int) -> RecurrentState:
+    """The state before anything was read."""
+    return language_model.reset_state(params, language_model.zero_state(config, rows, params.b_out.dtype))
+
+
+def names_of(config: ModelConfig) -> tuple[str, ...]:
+    """Names of all arrays: "logits", and of each layer its states and gates, such as "1.c"."""
+    return ("logits", *(f"{n + 1}.{array}" for n in range(len(config.widths)) for array in arrays_of(config)))
+
+
+def chunks(model: "Model", split: Split, names: Sequence[str] = ()) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the named arrays of each window of a text, `[symbols, .]`, after each symbol; by default all.
+
+    Raises:
+      ValueError: there is no array of a name.
+    """
+    config = model.config.model
+    known = names_of(config)
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"there is no array {unknown[0]!r}: use {', '.join(known)}")
+    state, wanted, left = first_state(config, model.params, 1), tuple(names or known), len(split)
+    for read, _, reset in windows(split, model.separator, 0):
+        state, found = _trace(model.params, state, read, reset, config, wanted)
+        yield {name: np.asarray(found[name])[:left, 0] for name in wanted}
+        left -= WINDOW
+
+
+def whole(model: "Model", split: Split, names: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """The chunks of a text, joined."""
+    config = model.config.model
+    found: dict[str, list[np.ndarray]] = {name: [] for name in names or names_of(config)}
+    for chunk in chunks(model, split, names):
+        for name, array in chunk.items():
+            found[name].append(array)
+    if len(split) == 0:
+        return {name: np.zeros((0, _width(config, name, model.vocabulary.size)), np.float32) for name in found}
+    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def _width(config: ModelConfig, name: str, vocabulary_size: int) -> int:
+    return vocabulary_size if name == "logits" else config.widths[int(name.partition(".")[0]) - 1]
+
+
+@partial(compiler.jit, static_argnames=("config", "names"))
+def _trace(params, state, ids_BT, reset_BT, config, names) -> tuple[RecurrentState, dict[str, Any]]:
+    state, logits_TBV, found = language_model.trace(config, params, state, jnp.asarray(ids_BT), reset_BT)
+    found["logits"] = logits_TBV
+    return state, {name: found[name] for name in names}

@@ -1,0 +1,202 @@
+"""Shows what the units of a run do, symbol by symbol: in the terminal, as a picture, or as a page.
+
+    python -m launch.inspect --run_dir=runs/mine --text=file.txt --output=inside.html
+    python -m launch.inspect --run_dir=runs/mine --text=file.txt --unit=1:317
+    python -m launch.inspect --run_dir=runs/mine --text=file.txt --unit=1:317 --output=unit.svg
+    python -m launch.inspect --run_dir=runs/mine --find='"[^"\\n]*"'
+
+A unit is LAYER:UNIT, layers from 1 and units from 0: its cell state c as tanh(c), or h where the cell has no c; or
+LAYER.ARRAY:UNIT, such as 1.h:317 or 1.f:317, with ARRAY h or a gate.  The page is one file, which needs neither a
+server nor the network.  --find ranks all units by how well each alone tells whether a symbol is inside a
+match: blocks of even number choose, those of odd number give the figures.  AUC is 0.5 by chance and 1 if it never errs.
+"""
+
+if __name__ == "__main__":  # before what takes seconds to import
+    from data_pipeline import startup
+
+    startup.attach("launch.inspect")
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from charlstm import api
+from charlstm.api import Model
+from charlstm.inference.evaluate import Split
+from charlstm.inspect import heatmap, inspection, page, patterns, probe, ranking, units
+from charlstm.run import corpus as corpus_lib
+from charlstm.run import run_directory
+from data_pipeline import signals
+from data_pipeline.atomic_files import atomic_write, expand_user
+from data_pipeline.settings import check_choices, setting
+from launch import cli, flags, jax_setup
+
+MOST_SHOWN = 20_000  # characters of a page
+MOST_SURVEYED = 200_000  # symbols of a split that a page is made of
+COLORS = {"24bit": 1 << 24, "256": 256, "none": 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectFlags:
+    """The run, the text, and what is shown."""
+
+    run_dir: str = setting("", "The run to look into.  Required.")
+    checkpoint: str = setting("best", "best (on validation; the newest where none was validated), latest, or a step.")
+    other: str = setting("", "Another run, or RUN_DIR@CHECKPOINT, that reads the same text beside it on the page.")
+    text: str = setting("", "A file of text to read; without it, the validation split of the run's own corpus.")
+    unit: str = setting("", "The unit to show: LAYER:UNIT or LAYER.ARRAY:UNIT.")
+    find: str = setting(
+        "", f"Rank the units by a regular expression, or by one of these patterns: {', '.join(patterns.NAMED)}."
+    )
+    output: str = setting("", "Write this file: .html, the page; with --unit .svg, the heat-map.")
+    overwrite: bool = setting(False, "Replace an --output that launch.inspect has not written.")
+    length: int = setting(4000, f"Characters that are shown, at most {MOST_SHOWN}; of a text, the first.")
+    arrays: str = setting("", "Other arrays that the page has beside c or h, such as h,f; all: all gates, too.")
+    saliency: int = setting(
+        24, "Characters before each one whose influence on it the page has; 0: none, which is fast."
+    )
+    probe: str = setting(
+        "", "Patterns, separated by |, of which the page has a linear probe on all units (extra inspect)."
+    )
+    scale: str = setting(
+        "own",
+        "What the strongest color means: own, that 99 % of the unit's values are smaller, or fixed, 1 and -1.",
+        choices=("own", "fixed"),
+    )
+    colors: str = setting(
+        "auto", "Colors of the terminal: 24bit, 256, none, or auto, as it says of itself.", choices=("auto", *COLORS)
+    )
+    format: str = setting("text", "How --find prints the units: a table or one json object.", choices=("text", "json"))
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if not 1 <= self.length <= MOST_SHOWN:
+            raise ValueError(f"length={self.length} must be from 1 to {MOST_SHOWN}: a page shows no more")
+        if not 0 <= self.saliency <= 200:
+            raise ValueError(f"saliency={self.saliency} must be from 0 to 200")
+        if self.output and Path(self.output).suffix not in (".html", ".svg"):
+            raise ValueError(f"output={self.output} is neither .html nor .svg")
+        if self.output.endswith(".svg") and not self.unit:
+            raise ValueError(f"output={self.output} is the heat-map of one unit: give --unit as well")
+
+
+def main(argv: Sequence[str]) -> int:
+    (chosen,), _ = flags.parse(argv, __doc__ or "", InspectFlags())
+    if not chosen.run_dir:
+        raise ValueError("--run_dir is required: name the run to look into")
+    if not (chosen.unit or chosen.find or chosen.output):
+        raise ValueError("nothing to show: give --unit, --find or --output=inside.html")
+    if chosen.output:
+        _check_output(expand_user(chosen.output), chosen.overwrite)
+    if chosen.find:
+        ranking.pattern_of(chosen.find)
+    if chosen.unit:
+        units.parse(chosen.unit, run_directory.read(run_directory.named("run_dir", chosen.run_dir))[0].model)
+    jax_setup.keep_compiled()
+    model = api.load(chosen.run_dir, chosen.checkpoint)
+    split = None if chosen.text else _own_split(model)
+    text = Path(expand_user(chosen.text)).read_bytes() if split is None else b""
+    if chosen.find:
+        _print_ranking(ranking.units_for(model, text if split is None else split, chosen.find), chosen.format)
+    if not (chosen.unit or chosen.output):
+        return cli.DONE
+    if split is not None:
+        text = model.vocabulary.decode_bytes(split.read(0, min(len(split), MOST_SURVEYED)))
+    if chosen.output.endswith(".html"):
+        _write(chosen.output, page.render(_inspections(chosen, model, text)))
+    if chosen.unit and not chosen.output.endswith(".html"):
+        _show_unit(chosen, model, text)
+    return cli.DONE
+
+
+def _check_output(path: Path, overwrite: bool) -> None:
+    """Refuses to replace a file that is not of this program."""
+    if path.is_dir():
+        raise ValueError(f"output={path} is a directory: name a file")
+    if path.exists() and not overwrite:
+        with path.open("rb") as file:
+            begin = file.read(4096)
+        if page.MARK.encode() not in begin and heatmap.MARK.encode() not in begin:
+            raise ValueError(f"output={path} is there, and launch.inspect has not written it: add --overwrite")
+
+
+def _own_split(model: Model) -> Split:
+    corpus = corpus_lib.load(model.config)
+    return corpus.splits.get("valid") or corpus.splits["train"]
+
+
+def _inspections(chosen: InspectFlags, model: Model, text: bytes) -> list[inspection.Inspection]:
+    models = {Path(chosen.run_dir).name: model}
+    if chosen.other:
+        run_dir, _, checkpoint = chosen.other.partition("@")
+        other = api.load(run_dir, checkpoint or "best")
+        name = Path(chosen.other).name
+        models[chosen.other if name in models else name] = other
+    found = []
+    for name, each in models.items():
+        known = units.arrays_of(each.config.model)
+        arrays = known if chosen.arrays == "all" else tuple(filter(None, chosen.arrays.split(",")))
+        if unknown := [array for array in arrays if array not in known]:
+            raise ValueError(f"arrays={chosen.arrays}: {unknown[0]!r} is none of {', '.join(known)}")
+        signals.say(f"reading the text with {name}, step {each.step}")
+        read = inspection.inspect(each, text, name, length=chosen.length, arrays=arrays, lookback=chosen.saliency)
+        probed = [probe.probe(each, text, pattern) for pattern in filter(None, chosen.probe.split("|"))]
+        found.append(dataclasses.replace(read, probes=probed))
+        if read.left_out:
+            signals.say(f"{len(read.text):,} of {len(read.text) + read.left_out:,} characters are shown (--length)")
+    return found
+
+
+def _show_unit(chosen: InspectFlags, model: Model, text: bytes) -> None:
+    unit = units.parse(chosen.unit, model.config.model)
+    shown = text.decode("utf-8", "surrogateescape")[: chosen.length]
+    if not shown:
+        raise ValueError(f"{chosen.text} is empty: give a text that has characters")
+    values = inspection.values(model, shown, unit)
+    largest = 1.0 if chosen.scale == "fixed" else heatmap.own_scale(values)
+    name = f"tanh({unit})" if unit.array == "c" else str(unit)
+    if chosen.output:
+        _write(chosen.output, heatmap.svg(shown, values, name, largest=largest))
+        return
+    colors = _colors() if chosen.colors == "auto" else COLORS[chosen.colors]
+    width = min(100, os.get_terminal_size().columns) if sys.stdout.isatty() else heatmap.WIDTH
+    print(f"{name} of step {model.step}: {heatmap.legend(colors, largest)}")
+    sys.stdout.buffer.write(heatmap.in_terminal(shown, values, colors, width, largest).encode("utf-8", "replace"))
+    print(flush=True)
+
+
+def _colors() -> int:
+    """The colors of stdout: 0 where it is no terminal, or says that it has none."""
+    term = os.environ.get("TERM", "dumb")
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR") or term in ("dumb", "linux", "vt100"):
+        return 0
+    return 1 << 24 if os.environ.get("COLORTERM") in ("truecolor", "24bit") else 256
+
+
+def _print_ranking(found: ranking.Ranking, how: str) -> None:
+    if how == "json":
+        fields: dict[str, Any] = {"pattern": found.pattern, "inside": found.inside, "symbols": found.symbols}
+        print(json.dumps(fields | {"units": [u._asdict() | {"unit": str(u.unit)} for u in found.units]}))
+        return
+    share = 100 * found.inside / found.symbols
+    print(f"{found.pattern}: {found.inside:,} of {found.symbols:,} symbols are inside ({share:.2g} %)")
+    print(f"{'unit':>10}  {'AUC':>6}  {'F1':>6}  {'inside':>8}  {'AUC that chose':>14}")
+    for u in found.units:
+        side = f"{'<' if u.is_low else '>'} {u.threshold:.2f}"
+        print(f"{u.unit!s:>10}  {u.auc:6.3f}  {u.f1:6.3f}  {side:>8}  {u.auc_chosen:14.3f}")
+
+
+def _write(path: str, content: str) -> None:
+    with atomic_write(expand_user(path)) as file:
+        file.write(content.encode("utf-8", "replace"))
+    signals.say(f"{path}: {np.ceil(len(content) / 1024):,.0f} KB")
+
+
+if __name__ == "__main__":
+    cli.run("launch.inspect", main)

@@ -1,0 +1,183 @@
+"""Heat-maps and the page, opened from disk in a real browser without a network and driven as a person would."""
+
+import dataclasses
+import re
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+
+from charlstm.inspect import heatmap, inspection, page, patterns
+from data_pipeline.vocabulary import Vocabulary
+from tests.browser import chromium
+from tests.inspect.conftest import PLANTED, WIDTH, drawn, text_of
+
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
+# What would do something in a page, or to a text, if it were more than data.
+HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">\0\u202e{}é€\n"
+PATTERNS = {"inside “quotes”": patterns.expression("“[^”]*"), "digit": patterns.NAMED["digit"]}
+
+
+@pytest.fixture(scope="module")
+def found(model):
+    return inspection.inspect(
+        model, text_of(1500), "planted", length=600, arrays=["h", "f"], lookback=6, patterns=PATTERNS
+    )
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with chromium(tmp_path_factory.mktemp("chromium")) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def opened(found, browser, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "inside.html"
+    path.write_text(page.render([found]), "utf-8")
+    browser.open(path)
+    return browser
+
+
+def test_a_heat_map_in_a_terminal_is_the_text_on_the_colors_of_its_values():
+    text, values = "ab\ncd", np.array([-1.0, 0.0, 0.26, 1.0, 0.5])
+    shown = heatmap.in_terminal(text, values, 1 << 24)
+    assert re.sub("\x1b\\[[0-9;]*m", "", shown) == "ab↵\ncd"
+    low, high = ("48;2;{};{};{}m".format(*end) for end in (heatmap.LOW, heatmap.HIGH))
+    assert f"{low}a" in shown and f"{high}c" in shown and "\x1b[0mb" in shown
+    assert heatmap.in_terminal(text, values, 0).splitlines()[:3] == ["ab↵", "8 2", "-"]
+    assert "48;5;" in heatmap.in_terminal(text, values, 256)
+    cut = heatmap.in_terminal("x" * 25, np.zeros(25), 0, width=10).splitlines()
+    assert [line for line in cut if line] == ["x" * 10, "x" * 10, "x" * 5]
+    assert heatmap.own_scale(np.linspace(-0.5, 0.5, 999)) == pytest.approx(0.495, abs=0.01)
+
+
+def test_the_svg_is_the_text_and_its_colors_and_nothing_that_is_run():
+    values = np.linspace(-1, 1, len(HOSTILE))
+    tree = ElementTree.fromstring(heatmap.svg(HOSTILE, values, "<unit>"))
+    texts = "".join(node.text or "" for node in tree.iter() if node.tag.endswith("text"))
+    assert (
+        "<img src=x" in texts
+        and "<unit>" in texts
+        and {node.tag.rpartition("}")[2] for node in tree} <= {"rect", "text"}
+    )
+    fills = {node.get("fill") for node in tree.iter() if node.tag.endswith("rect")}
+    assert {"#{:02x}{:02x}{:02x}".format(*color) for color in (heatmap.LOW, heatmap.HIGH)} <= fills
+
+
+def test_the_page_fetches_nothing_and_is_the_same_each_time(found):
+    content = page.render([found])
+    assert content == page.render([found])
+    assert not re.search(r"(src|href)=|@import|https?://", content.replace("http://www.w3.org/2000/svg", ""))
+
+
+def test_it_opens_and_shows_the_values_as_colors(opened, found):
+    assert not opened.errors and [address[:7] for address in opened.requested] == ["file://"]
+    text = opened.run("document.querySelector('.text').textContent")
+    assert text.replace("↵\n", "\n") == found.text
+    assert opened.run("document.querySelector('.unit').value") == f"1:{PLANTED}", "the best of the first pattern"
+    colors = opened.run("runs[0].spans.map(span => getComputedStyle(span).backgroundColor)")
+    inside = patterns.expression("“[^”]*")(found.text)
+    expected = [heatmap.color(step) for step in heatmap.classes(found.arrays["c"][:, PLANTED] / 127.0 - 1, 97 / 127)]
+    assert colors == ["rgb({}, {}, {})".format(*color) for color in expected]
+    assert len({color for color, is_inside in zip(colors, inside, strict=True) if is_inside}) == 1
+
+
+def test_arrow_keys_flip_through_the_units_and_a_name_chooses_one(opened):
+    opened.run("runs[0].show(0)")
+    opened.press("ArrowRight")
+    assert opened.run("document.querySelector('.unit').value") == "1:1"
+    opened.press("ArrowLeft")
+    opened.press("ArrowLeft")
+    assert opened.run("document.querySelector('.unit').value") == f"2:{WIDTH - 1}"
+    choose = (
+        "(name => {const u = document.querySelector('.unit'); u.value = name; u.dispatchEvent(new Event('change'))})"
+    )
+    opened.run(f"{choose}('2:3')")
+    assert opened.run("runs[0].place") == WIDTH + 3
+    opened.run(f"{choose}('9:3')")
+    assert opened.run("runs[0].place") == WIDTH + 3 and opened.run("!!document.querySelector('.unit.bad')")
+
+
+def test_units_are_found_and_ordered(opened):
+    shown = "[...document.querySelectorAll('.list button')].map(button => button.textContent)"
+    change = "(name, value) => {const node = document.querySelector(name); node.value = value;"
+    change += " for (const kind of ['input', 'change']) node.dispatchEvent(new Event(kind))}"
+    opened.run(f"({change})('.search', '2:')")
+    assert opened.run(shown) == [f"2:{n}" for n in range(WIDTH)]
+    opened.run(f"({change})('.search', '')")
+    opened.run(f"({change})('.sort', 'for inside “quotes”')")
+    assert opened.run(shown)[0] == f"1:{PLANTED} 1.000"
+    opened.run(f"({change})('.sort', 'memory')")
+    memory = [float(text.split()[1]) for text in opened.run(shown)]
+    assert memory == sorted(memory, reverse=True) and len(memory) == 2 * WIDTH
+
+
+def test_pointing_tells_what_was_expected_and_clicking_what_it_depends_on(opened, found):
+    opened.drag("runs[0].spans[20]", "runs[0].spans[20]")
+    told = opened.run("document.querySelector('.at').innerText")
+    assert f"{found.expected.bits[20]:.2f} bits, rank {found.expected.rank[20]}" in told
+    assert opened.run("document.querySelectorAll('.at tr').length") == 5
+    classes = opened.run("runs[0].spans.slice(13, 21).map(span => span.className.split(' ')[1])")
+    levels = np.round(np.round(found.saliency[20] / found.saliency[20].max() * 255) / 255 * heatmap.STEPS).astype(int)
+    assert classes == ["s0", *(f"s{level}" for level in levels[::-1]), "s0"]
+    assert opened.run("document.querySelectorAll('.decay path').length") == 1
+    opened.run("runs[0].spans[20].closest('.text').focus()")
+    opened.run("runs[0].move(30)")
+    opened.press("ArrowRight", shift=True)
+    opened.press("Enter")
+    assert opened.run("runs[0].target") == 31
+    opened.run("document.querySelector('.what').value = 'unit'")
+
+
+def test_a_selected_span_finds_the_units_that_are_on_in_it_and_its_like(opened, found):
+    first = found.text.index("“", 5)
+    last = found.text.index("”", first) - 1
+    opened.run("document.querySelector('.threshold').value = 0.7")
+    opened.drag(f"runs[0].spans[{first}]", f"runs[0].spans[{last}]")
+    assert opened.run("runs[0].span") == [first, last]
+    assert f"1:{PLANTED}" in opened.run("[...document.querySelectorAll('.span button')].map(b => b.textContent)")
+    matches = opened.run("runs[0].found")
+    assert matches and all(not first <= match <= last for match in matches)
+    assert any(found.text[match] == "“" for match in matches)
+
+
+def test_guesses_are_drawn_under_the_text(opened, found):
+    opened.run("document.querySelector('.with-rows').click()")
+    under = opened.run("[...runs[0].spans[4].querySelectorAll('small')].map(node => node.textContent)")
+    symbols = found.model.vocabulary.decode(found.expected.guesses[5])
+    assert under == [{" ": "·", "\n": "↵"}.get(symbol, symbol) for symbol in symbols]
+    opened.run("document.querySelector('.with-rows').click()")
+
+
+def test_both_themes_are_drawn_and_legible(opened, tmp_path):
+    grounds = set()
+    for theme in ("light", "dark"):
+        opened.screenshot(tmp_path / f"{theme}.png", theme)
+        assert (tmp_path / f"{theme}.png").stat().st_size > 20_000
+        ink, ground = opened.run(
+            "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+        )
+        light = [sum(map(int, re.findall(r"\d+", color)[:3])) for color in (ink, ground)]
+        assert abs(light[0] - light[1]) > 550
+        grounds.add(ground)
+    assert len(grounds) == 2
+    opened.screenshot(tmp_path / "light.png", "light")
+
+
+def test_a_hostile_text_of_bytes_and_two_runs_side_by_side_do_nothing_but_show(browser, tmp_path):
+    models = [drawn(Vocabulary("bytes"), num_layers=1), drawn(Vocabulary("bytes"), cell="gru", hidden_size=4)]
+    text = (HOSTILE * 6).encode() + b"\xff"
+    found = [inspection.inspect(m, text, f"<b>{m.config.model.cell}", lookback=3) for m in models]
+    (tmp_path / "two.html").write_text(page.render(found), "utf-8")
+    before = len(browser.errors), len(browser.requested)
+    browser.open(tmp_path / "two.html")
+    assert (len(browser.errors), len(browser.requested) - 1) == before
+    assert browser.run("document.title") == "<b>lstm, <b>gru" and browser.run("document.images.length") == 0
+    shown = browser.run("runs.map(run => run.spans.map(span => span.textContent))")
+    assert shown[0] == shown[1] == [patterns.visible(c) for c in text.decode("utf-8", "surrogateescape")]
+    assert "⟦202E⟧" in shown[0] and "⟦FF⟧" in shown[0] and "€" in shown[0] and "␀" in shown[0]
+    browser.press("ArrowRight")
+    assert browser.run("runs.map(run => run.place)") == [1, 1] or browser.run("runs.length") == 2
+    assert dataclasses.replace(found[0], name="x").name == "x"

@@ -1,0 +1,108 @@
+"""launch.inspect, launch.evaluate --text and launch.sample --clamp on a run: what they print, write and refuse."""
+
+import json
+
+import numpy as np
+import pytest
+
+import charlstm as cl
+from launch import cli, evaluate, inspect, sample
+from tests.launch.conftest import refusal
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes("".join("abc (def) gh\n" for _ in range(40)).encode() + "é€".encode() + b"\xff")
+    return path
+
+
+def ran(main, capsys, *arguments) -> str:
+    assert main(["program", *map(str, arguments)]) == cli.DONE
+    return capsys.readouterr().out
+
+
+def test_a_unit_is_shown_in_the_terminal_and_as_a_picture(trained, text, tmp_path, capsys):
+    run = f"--run_dir={trained}"
+    plain = ran(inspect.main, capsys, run, f"--text={text}", "--unit=1:3", "--length=26")
+    assert plain.startswith("tanh(1.c:3) of step ") and plain.count("abc (def) gh↵") == 2 and "\x1b" not in plain
+    colored = ran(inspect.main, capsys, run, f"--text={text}", "--unit=1.f:3", "--colors=24bit", "--scale=fixed")
+    assert "48;2;" in colored and colored.startswith("1.f:3 of step ") and "⟦FF⟧" in colored
+    svg = tmp_path / "unit.svg"
+    ran(inspect.main, capsys, run, f"--text={text}", "--unit=1:3", f"--output={svg}")
+    assert svg.read_text().startswith("<svg")
+
+
+def test_find_ranks_the_units_on_a_text_or_the_runs_own(trained, text, capsys):
+    found = json.loads(
+        ran(inspect.main, capsys, f"--run_dir={trained}", f"--text={text}", r"--find=\([^)]*", "--format=json")
+    )
+    assert found["inside"] == 40 * 4 and found["units"][0]["unit"].startswith("1.c:")
+    table = ran(inspect.main, capsys, f"--run_dir={trained}", "--find=[ab]")
+    assert "symbols are inside" in table and len(table.splitlines()) == 2 + 8
+
+
+def test_a_page_is_written_beside_nothing_and_over_nothing_but_its_own(trained, text, tmp_path, capsys):
+    output, flags = tmp_path / "a.html", (f"--run_dir={trained}", f"--text={text}", "--saliency=0")
+    ran(inspect.main, capsys, *flags, f"--output={output}", "--length=100")
+    first = output.read_bytes()
+    ran(inspect.main, capsys, *flags, f"--output={output}", f"--other={trained}@20")
+    assert output.read_bytes() != first and output.read_bytes().count(b'<section class="run"') == 2
+    output.write_text("mine")
+    assert "add --overwrite" in refusal(inspect.main, *flags, f"--output={output}")
+    assert output.read_text() == "mine"
+    ran(inspect.main, capsys, *flags, f"--output={output}", "--overwrite")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.html", "text.txt"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--unit=1:8"], "the 8 units of layer 1 are 0 to 7"),
+        (["--find=("], "is no regular expression"),
+        (["--find=zzz"], "matches nothing"),
+        ([], "nothing to show"),
+        (["--output=a.pdf"], "neither .html nor .svg"),
+        (["--output=a.svg"], "give --unit as well"),
+        (["--output=a.html", "--arrays=r"], "'r' is none of c, h, i, f, g, o"),
+        (["--unit=1:0", "--length=30000"], "must be from 1 to 20000"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_shown_is_refused(flags, sentence, trained, text):
+    assert sentence in refusal(inspect.main, f"--run_dir={trained}", f"--text={text}", *flags)
+    assert "--run_dir is required" in refusal(inspect.main, "--unit=1:0")
+
+
+def test_a_text_is_scored_symbol_by_symbol(trained, text, capsys):
+    flags = (f"--run_dir={trained}", f"--text={text}")
+    lines = [json.loads(line) for line in ran(evaluate.main, capsys, *flags, "--format=jsonl").splitlines()]
+    assert bytes(line["symbol"] for line in lines) == text.read_bytes()
+    model = cl.load(trained)
+    np.testing.assert_allclose([line["bits"] for line in lines], model.bits(text.read_bytes()), atol=1e-4)
+    assert lines[0]["rank"] == 1 + text.read_bytes()[0] and all(1 <= line["rank"] <= 256 for line in lines)
+    whole = json.loads(ran(evaluate.main, capsys, *flags, "--format=json"))
+    assert whole["bits_per_byte"] == pytest.approx(np.mean([line["bits"] for line in lines]), rel=1e-5)
+    assert f"{whole['bits_per_byte']:.4f} bits per byte" in ran(evaluate.main, capsys, *flags)
+    assert "give --text as well" in refusal(evaluate.main, f"--run_dir={trained}", "--format=jsonl")
+    assert "leave --dynamic" in refusal(evaluate.main, *flags, "--dynamic")
+    (text.parent / "empty").touch()
+    assert "is empty" in refusal(evaluate.main, flags[0], f"--text={text.parent / 'empty'}")
+
+
+def test_a_held_unit_writes_what_the_library_does(trained, capsys):
+    flags = (f"--run_dir={trained}", "--prompt=ab", "--length=30")
+    held = ran(sample.main, capsys, *flags, "--clamp=1:3:+4,1.h:2:-1")
+    assert (
+        held
+        == cl.load(trained).sample("ab", 30, clamp={"1:3": 4, "1.h:2": -1}) + "\n"
+        != ran(sample.main, capsys, *flags)
+    )
+    assert "there is no unit 1:9" in refusal(sample.main, *flags, "--clamp=1:9:1")
+    assert "has no value" in refusal(sample.main, *flags, "--clamp=1:3")
+
+
+def test_without_the_extra_a_probe_says_what_to_install(trained, text, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "sklearn.linear_model", None)
+    flags = (f"--run_dir={trained}", f"--text={text}", f"--output={tmp_path / 'a.html'}", "--saliency=0")
+    assert refusal(inspect.main, *flags, "--probe=digit").endswith("pip install 'charlstm[inspect]'")
