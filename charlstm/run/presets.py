@@ -55,7 +55,7 @@ def steps_for(preset: Config, symbols: int) -> int:
 
 
 def seconds_per_step(config: Config, vocabulary_size: int, devices: int) -> float:
-    """Returns about how long an update takes here, by timing recurrent matmuls of its size for a fraction of a second."""
+    """Returns about how long an update takes here, by timing a few recurrent matmuls of its size."""
     rows, units = -(-config.streams.batch_size // devices), config.model.hidden_size
     width = 4 * units
 
