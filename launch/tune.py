@@ -201,6 +201,8 @@ class Study:
         if seconds := self._chosen.seconds_per_trial:
             steps = num_steps_within(seconds, arguments, directory.with_suffix(".txt"))
         arguments += [f"--num_steps={steps}", f"--evaluate_every={steps // PARTS}", f"--run_dir={directory}"]
+        if not any(flag.startswith("--sample_every=") for flag in arguments):
+            arguments.append("--sample_every=0")
         parameters = estimate.count_parameters(config, self._vocabulary_size)
         facts = {"values": values, "parameters": parameters, "num_steps": steps, "arguments": arguments}
         for name, fact in facts.items():

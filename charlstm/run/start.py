@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from charlstm import config as config_lib
 from charlstm import distributed
 from charlstm.config import Config
-from charlstm.run import backend, estimate, initial_checkpoint, memory, run_directory, samples
+from charlstm.run import backend, estimate, initial_checkpoint, memory, presets, run_directory, samples
 from charlstm.run import corpus as corpus_lib
 from charlstm.run.memory import End
 from charlstm.run.run_directory import Identity, Initial
@@ -113,6 +113,8 @@ def start(
     placement.shards_per_device(config, mesh.size, fixed=resumed)
     config, remark = backend.chosen(config, corpus, plan, mesh, end)
     remarks += [remark] if remark else []
+    suggested = "" if resumed else presets.suggestion(config, plan.symbols, corpus.vocabulary.size, mesh)
+    remarks += [suggested] if suggested else []
     separator = run_directory.separator(config, corpus.vocabulary)
     remarks += corpus_lib.description(plan, config.training.num_steps)
     remarks += corpus_lib.remarks_on_separator(config, corpus, separator)

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from charlstm.run import run_directory
+from charlstm.run import presets, run_directory
 from launch import cli, evaluate, prepare, sample, train
 from tests.conftest import ROOT
 from tests.launch.conftest import refusal, steps
@@ -51,6 +51,16 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_goes_on_by_its_direct
     assert train.main(["train", f"--run_dir={tmp_path / 'run'}"]) == cli.DONE
     log = (tmp_path / "run" / "log.txt").read_text()
     assert f"starting again from the parameters of step 40 of {copied}" in log and "finished: 2 steps" in log
+
+
+def test_a_new_run_without_a_preset_is_told_of_one_and_a_resumed_one_is_not(arguments, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(presets, "suggestion", lambda *about: asked.append(about) or "take the small one")
+    for last in (1, 2):
+        assert train.main(["train", *arguments, f"--run_dir={tmp_path / 'run'}", f"--num_steps={last}"]) == cli.DONE
+    ((config, symbols, vocabulary_size, _),) = asked
+    assert (config.model.hidden_size, symbols, vocabulary_size) == (8, 6930, 256)
+    assert (tmp_path / "run" / "log.txt").read_text().count(" take the small one\n") == 1
 
 
 @pytest.mark.parametrize(
