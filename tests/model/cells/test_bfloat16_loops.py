@@ -9,7 +9,7 @@ import pytest
 from charlstm.model.cells import gru, lstm, mlstm, rnn
 from charlstm.model.ops.scan import recurrence
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
+pytestmark = pytest.mark.usefixtures("optimized")
 
 T, B, D, H = 12, 2, 3, 8
 
