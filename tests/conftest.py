@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests import compiling
+
 if "CHARLSTM_TEST_ON_GPU" not in os.environ:  # for those marked gpu, on a machine that has one
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    compiling.compile_quickly(devices=8)
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 # The tests, and the programs that they start, share what they compile, with each other and with no one else; with a
@@ -30,24 +31,22 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from hypothesis import settings  # noqa: E402
+
+from tests import fuzzing  # noqa: E402, F401
 from tests.jobs import STEPS, last_line  # noqa: E402
+
+settings.load_profile("tests")
 
 
 @pytest.fixture(scope="module")
-def unoptimized():
-    """Has XLA leave most of its optimizations out, here and in the programs that are started.
+def optimized():
+    """Has XLA compile as it does for users, here and in the programs that are started, from here to the module's end.
 
-    For tests of what is neither about bits that depend on them nor about what is compiled.
+    For tests of bits that depend on it, and of what is compiled.
     """
-    import jax
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
-        jax.clear_caches()
-        jax.config.update("jax_disable_most_optimizations", True)
+    with compiling.optimized():
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
-        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +73,7 @@ def job_flags(tmp_path_factory) -> tuple[str, ...]:
 def undisturbed(job_flags, tmp_path_factory) -> dict:
     """The last line of the metrics of a run of one process with eight devices."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = os.environ | {"XLA_FLAGS": compiling.xla_flags(8)}
     command = [sys.executable, "-m", "launch.train", *job_flags, f"--run_dir={run_dir}"]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
     return last_line(run_dir)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from charlstm.run.step_directory import StepDirectory
+from tests.compiling import xla_flags
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -20,7 +21,7 @@ STEPS = 240
 def job(own: tuple[str, ...], *flags: str, python_path: Path | str = ROOT) -> Iterator[subprocess.Popen]:
     """launch.local, started; killed at the end if it has not ended."""
     command = [sys.executable, "-m", "launch.local", *own, "--", *flags]
-    environment = os.environ | {"PYTHONPATH": str(python_path), "XLA_FLAGS": ""}
+    environment = os.environ | {"PYTHONPATH": str(python_path), "XLA_FLAGS": xla_flags()}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as started:
         try:
             yield started

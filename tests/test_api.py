@@ -18,6 +18,7 @@ import charlstm as cl
 from charlstm.config import Config
 from charlstm.model import language_model
 from launch import cli, sample, train
+from tests.compiling import xla_flags
 from tests.conftest import ROOT
 
 TEXT = "".join(f"line {n * n} of a text\n" for n in range(700))
@@ -65,7 +66,7 @@ def digest(run_dir: Path) -> str:
 
 def test_the_ten_lines_in_a_plain_interpreter_have_the_bits_of_the_program(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(), "PYTHONPATH": str(ROOT)}
     arguments = [str(tmp_path / name) for name in ("text.txt", "cache", "run")]
     how = {"env": environment, "capture_output": True, "text": True, "timeout": 300, "cwd": tmp_path}
     done = subprocess.run([sys.executable, "-c", TEN_LINES, *arguments], **how)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from charlstm.run.step_directory import StepDirectory
+from tests.compiling import xla_flags
 from tests.jobs import ROOT
 
 _SLOW_READER = """
@@ -61,7 +62,7 @@ def processes(
             command = [*(inside or {}).get(process, []), sys.executable, "-m", "launch.train", *flags, *joined, *own]
             path = f"{(python_path or {}).get(process, ROOT)}:{ROOT}"
             out = started.enter_context(open(said / f"{process}.txt", "w"))
-            environment = os.environ | {"PYTHONPATH": path, "XLA_FLAGS": ""}
+            environment = os.environ | {"PYTHONPATH": path, "XLA_FLAGS": xla_flags()}
             running.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out))
             started.callback(running[-1].wait)
             started.callback(running[-1].kill)

@@ -22,6 +22,7 @@ import numpy as np
 
 from charlstm.run.step_directory import StepDirectory
 from launch import cli
+from tests.compiling import xla_flags
 from tests.faults import disturbances
 from tests.jobs import ROOT, last_line
 
@@ -58,7 +59,7 @@ def flags(folder: Path, num_steps: int) -> tuple[str, ...]:
 def undisturbed(folder: Path, of_the_run: tuple[str, ...]) -> str:
     """The sha256 of the last state of a run of one process with eight devices."""
     run_dir = folder / "undisturbed"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(8), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "launch.train", *of_the_run, f"--run_dir={run_dir}"]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     return last_line(run_dir)["state_digest"]
@@ -68,7 +69,7 @@ def disturbed(run_dir: Path, of_the_run: tuple[str, ...], seed: int, most_starts
     """Runs the job under the disturbances of `seed` to its end."""
     random = np.random.default_rng(seed)
     starts, done = [], []
-    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(), "PYTHONPATH": str(ROOT)}
     while len(starts) < most_starts:
         processes, devices = SHAPES[random.integers(len(SHAPES))]
         starts.append(f"{processes}x{devices}")

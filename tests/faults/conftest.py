@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.compiling import xla_flags
 from tests.jobs import ROOT
 
 
@@ -47,7 +48,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def half_done(job_flags, tmp_path_factory) -> Path:
     """A run of 160 of 240 steps, with checkpoints of 80 and 160.  To be copied, not changed."""
     run_dir = tmp_path_factory.mktemp("half_done") / "run"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(8)}
     command = [sys.executable, "-m", "launch.train", *job_flags, "--num_steps=160", f"--run_dir={run_dir}"]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
     return run_dir

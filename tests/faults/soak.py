@@ -30,6 +30,7 @@ import numpy as np
 
 from charlstm.run.step_directory import StepDirectory
 from launch import cli
+from tests.compiling import xla_flags
 from tests.faults import disturbances
 from tests.faults.by_hand import slow_reader
 from tests.jobs import ROOT
@@ -135,7 +136,7 @@ def _soak(folder: Path, chosen: argparse.Namespace) -> int:
     watched = ["--step_timeout_factor=20", "--step_timeout_least=1.5", "--heartbeat_timeout=10"]
     own = [f"--processes={chosen.processes}", "--devices_per_process=1", "--restarts=100000", "--grace=2"]
     command = [sys.executable, "-m", "launch.local", *own, "--", *flags, *watched, f"--run_dir={run_dir}"]
-    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": f"{slowed}:{ROOT}"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(), "PYTHONPATH": f"{slowed}:{ROOT}"}
     random = np.random.default_rng(chosen.seed)
     job = Job(command, environment)
     atexit.register(job.kill)
@@ -177,7 +178,7 @@ def _is_as_undisturbed(run_dir: Path, undisturbed: Path, flags: list[str]) -> bo
     checkpoints = run_dir / "checkpoints"
     last = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal())
     cadence = [f"--num_steps={last}", "--log_every=10000", "--checkpoint_every=0", f"--run_dir={undisturbed}"]
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "launch.train", *flags, *cadence]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, stderr=subprocess.DEVNULL)
     held = [StepDirectory(folder).read(last)["arrays"] for folder in (checkpoints, undisturbed / "checkpoints")]

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from launch import cli
+from tests.compiling import xla_flags
 from tests.faults.conftest import Seen
 from tests.jobs import ROOT
 
@@ -42,7 +43,7 @@ def flags(tmp_path):
 
 HOW = {
     "cwd": ROOT,
-    "env": os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(ROOT)},
+    "env": os.environ | {"XLA_FLAGS": xla_flags(2), "PYTHONPATH": str(ROOT)},
     "stdout": subprocess.DEVNULL,
     "stderr": subprocess.PIPE,
     "text": True,

@@ -12,6 +12,7 @@ import pytest
 
 from charlstm.run import step_directory
 from launch import cli
+from tests.compiling import xla_flags
 from tests.faults import restorers
 from tests.faults.by_hand import free_port, needs_mounts, processes, seeing, statuses, whole_steps
 from tests.faults.conftest import Seen
@@ -27,7 +28,7 @@ def restored(tmp_path_factory) -> list[tuple[dict, dict]]:
     folder = tmp_path_factory.mktemp("restored")
     restorers.save(folder / "0")
     shutil.copytree(folder / "0", folder / "1")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags()}
     coordinator = f"localhost:{free_port()}"
     outputs = [folder / "0.said", folder / "1.said"]
     running = []

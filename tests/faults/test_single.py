@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from launch import cli
+from tests.compiling import xla_flags
 from tests.faults.conftest import Seen
 from tests.faults.test_processes import lost
 from tests.jobs import ROOT, last_line
@@ -26,7 +27,7 @@ def command(job_flags):
 
 
 def test_killed_at_random_moments_it_comes_up_by_itself_and_ends_with_the_same_bits(command, table, tmp_path):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(1)}
     straight, killed, random = tmp_path / "straight", tmp_path / "killed", np.random.default_rng(0)
     how = {"cwd": ROOT, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     done = subprocess.run([*command, f"--run_dir={straight}"], timeout=600, check=False, **how)

@@ -11,12 +11,13 @@ import time
 import pytest
 
 from launch import cli
+from tests.compiling import xla_flags
 from tests.faults.conftest import Seen
 from tests.faults.test_processes import lost
 from tests.jobs import ROOT, children, has_saved, last_line, wait_for
 from tests.launch.test_ctrl_c import interrupted
 
-ONE_DEVICE = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+ONE_DEVICE = {"XLA_FLAGS": xla_flags(1)}
 
 
 @pytest.mark.parametrize("gone", ["2>&1 | head -3", "2>/dev/full"])
@@ -28,7 +29,9 @@ def test_a_job_whose_terminal_is_gone_starts_a_killed_process_again_and_ends_wit
     flags = (*own, "--", *job_flags, "--log_every=1", "--checkpoint_every=80", f"--run_dir={run_dir}")
     script = f'"$@" {gone}; exit ${{PIPESTATUS[0]}}'
     command = ["bash", "-c", script, "bash", sys.executable, "-m", "launch.local", *flags]
-    with subprocess.Popen(command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, stdout=subprocess.DEVNULL) as running:
+    with subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"XLA_FLAGS": xla_flags()}, stdout=subprocess.DEVNULL
+    ) as running:
         try:
             wait_for(has_saved(run_dir, 80))
             (job,) = (pid for pid in children(running.pid) if "launch.local" in command_line(pid))
@@ -86,7 +89,7 @@ def test_a_run_that_is_stopped_for_longer_than_its_timeout_goes_on(job_flags, un
     run_dir = tmp_path / "run"
     watched = ("--step_timeout_factor=3", "--step_timeout_least=5", "--pause_timeout=60", f"--run_dir={run_dir}")
     command = [sys.executable, "-m", "launch.train", *job_flags, *watched]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(8)}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as running:
         try:
             wait_for(has_saved(run_dir, 80))

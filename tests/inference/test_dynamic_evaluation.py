@@ -15,8 +15,6 @@ from charlstm.model import language_model
 from launch.evaluate import search
 from tests.inference.test_evaluate import Text, V, make, params
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 SETTINGS = DynamicEvaluationConfig(
     dynamic_learning_rate=0.01, dynamic_decay=0.05, dynamic_epsilon=0.003, dynamic_batches=2
 )

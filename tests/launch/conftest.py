@@ -10,10 +10,16 @@ import pytest
 
 from charlstm.run import step_directory
 from launch import cli, train
+from tests.compiling import xla_flags
 from tests.conftest import ROOT
 
 TINY = f"--flagfile={ROOT / 'configs' / 'tiny.flags'}"
-SMALL = ("--num_layers=1", "--hidden_size=8", "--embedding_size=4", "--num_steps=40", "--evaluate_every=0")
+# With one mask and nothing else that takes long to trace; all of them together are in test_resume.py.
+SMALL = (
+    "--num_layers=1", "--hidden_size=8", "--embedding_size=4", "--num_steps=40", "--evaluate_every=0",
+    *(f"--{name}=0" for name in ("input_dropout", "layer_dropout", "embedding_dropout", "weight_drop", "l2")),
+    "--activation_penalty=0", "--activation_change_penalty=0",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +33,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def arguments(folder, unoptimized) -> tuple[str, ...]:
+def arguments(folder) -> tuple[str, ...]:
     return (TINY, *SMALL, f"--corpus={folder / 'text.txt'}", f"--cache_dir={folder / 'cache'}")
 
 
@@ -59,7 +65,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def process(*command: str, **options) -> subprocess.CompletedProcess:
     """A program in a process of its own, on one device."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(1), "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False, **options
     )

@@ -22,8 +22,6 @@ from launch.watchdog import WatchdogFlags
 from tests.jobs import last_line
 from tests.launch.conftest import SMALL, TINY, flip, process, refusal, steps, tree
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 # The corpus.
 
 

@@ -12,8 +12,6 @@ from launch import cli, evaluate, sample, train, tune
 from tests.jobs import last_line
 from tests.launch.conftest import flip, refusal, steps, tree
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 
 class Killed(Exception):
     """Stands for kill -9."""

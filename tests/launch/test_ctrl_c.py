@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch import cli
+from tests.compiling import xla_flags
 from tests.conftest import ROOT
 from tests.jobs import wait_for
 from tests.launch.conftest import steps
@@ -29,7 +30,7 @@ def interrupted(arguments: tuple[str, ...], run_dir: Path, moment: float | None)
     """A run of many steps, interrupted `moment` seconds after its first line; None: when it has saved."""
     endless = (*arguments, "--num_steps=1000000", "--checkpoint_every=10", f"--run_dir={run_dir}")
     command = [sys.executable, "-m", "launch.train", *endless]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(1)}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as running:
         try:
             if moment is None:

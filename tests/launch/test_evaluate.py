@@ -27,9 +27,8 @@ from charlstm.training.loss import cross_entropy
 from data_pipeline.build.corpora import resolve
 from data_pipeline.shards import open_corpus
 from launch import evaluate
+from tests.compiling import xla_flags
 from tests.conftest import ROOT
-
-pytestmark = pytest.mark.usefixtures("unoptimized")
 
 KEYS = {
     "split", "step", "bits_per_symbol", "bits_per_character", "bits_per_byte", "symbols", "characters", "bytes",
@@ -354,7 +353,7 @@ def test_the_time_left_is_told_from_when_all_is_compiled_once_a_minute(monkeypat
 
 
 def test_stdout_has_the_result_alone_and_another_number_of_devices_gives_the_same_figure(json_of, characters_run):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(1)}
     command = [
         sys.executable,
         "-m",

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from charlstm import config as config_lib
@@ -29,10 +29,9 @@ from launch.prometheus import MonitorFlags
 from launch.train import TrainFlags
 from launch.watchdog import WatchdogFlags
 from tests.conftest import ROOT
+from tests.fuzzing import fuzzed
 from tests.jobs import last_line
 from tests.launch.conftest import SMALL, TINY, process, refusal, steps, tree
-
-pytestmark = pytest.mark.usefixtures("unoptimized")
 
 CONFIGS = sorted((ROOT / "configs").glob("*.flags"))
 
@@ -256,7 +255,7 @@ def test_there_are_config_files():
     assert {"large.flags", "tiny.flags", "tinyshakespeare.flags"} <= {path.name for path in CONFIGS}
 
 
-@settings(max_examples=200, deadline=None)
+@fuzzed()
 @given(st.text(st.characters(exclude_characters="\0"), max_size=8), st.floats(1e-300, 1e38))
 def test_what_was_given_is_a_flagfile_that_gives_it_again(tmp_path_factory, text, number):
     _, config, given_ = parse(f"--corpus={text}", f"--learning_rate={number!r}", "--noskip", "--document_separator= ")

@@ -21,11 +21,8 @@ from launch import jax_setup
 from launch.cluster import JobFlags
 from tests.jobs import ROOT, last_line
 
-
-@pytest.fixture(scope="module")
-def unoptimized():
-    """Leaves XLA as users have it: sizes and bits of programs are what is looked at here."""
-
+# Sizes and bits of programs are what is looked at here.
+pytestmark = pytest.mark.usefixtures("optimized")
 
 # The compilation cache.
 

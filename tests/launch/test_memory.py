@@ -19,6 +19,7 @@ from charlstm.run import memory
 from charlstm.run.memory import Limit
 from charlstm.training import train_state
 from launch import cli, train
+from tests.compiling import xla_flags
 from tests.conftest import ROOT
 from tests.launch.conftest import refusal
 
@@ -53,7 +54,7 @@ cli.run("launch.train", main)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the address space is limited")
 def test_a_device_that_has_no_memory_ends_the_process_in_one_line_while_the_other_waits():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(2), "PYTHONPATH": str(ROOT)}
     how = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 300}
     done = subprocess.run([sys.executable, "-c", ONE_FAILS], **how)
     assert done.returncode == cli.MISTAKE and done.stdout == "", done.stderr

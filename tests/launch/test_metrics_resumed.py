@@ -13,8 +13,6 @@ from charlstm.run.metrics import FIGURES, MetricAggregator
 from charlstm.training import step as step_lib
 from launch import cli, evaluate, train
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 # Checkpoints of 10, 20, 30 and 40 between lines of 7, 14, 21, 28, 35 and 40; evaluations, saved too, of 12, 24 and 36.
 FLAGS = (
     "--log_every=7", "--evaluate_every=12", "--keep_checkpoints=40", "--logical_shards=2", "--eval_chunk=24",

@@ -15,6 +15,7 @@ import charlstm as cl
 from charlstm import config as config_lib
 from charlstm.run import run_directory
 from launch import cli, evaluate, train
+from tests.compiling import xla_flags
 from tests.conftest import ROOT
 from tests.launch.conftest import SMALL, TINY, refusal
 from tests.launch.test_resume import KILLED_AT_27, assert_same_end, last_line
@@ -30,7 +31,7 @@ def texts(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def flags(texts, unoptimized) -> tuple[str, ...]:
+def flags(texts) -> tuple[str, ...]:
     spec = f"{texts / 'a.txt'}:.7,small={texts / 'b.txt'}:.3"
     more = ("--logical_shards=8", "--checkpoint_every=20", "--evaluate_every=20", "--reset_probability=.05")
     return (TINY, *SMALL, *more, f"--mixture={spec}", f"--cache_dir={texts / 'cache'}")
@@ -44,7 +45,7 @@ def straight(texts, flags) -> Path:
 
 
 def test_a_run_killed_on_2_devices_and_resumed_on_8_ends_with_the_bits_of_one_on_8(flags, straight, tmp_path):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(2), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", KILLED_AT_27, f"--run_dir={tmp_path / 'killed'}", *flags]
     died = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert died.returncode == -signal.SIGKILL, died.stderr
@@ -53,13 +54,14 @@ def test_a_run_killed_on_2_devices_and_resumed_on_8_ends_with_the_bits_of_one_on
     assert_same_end(straight, tmp_path / "killed")
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.long
 @pytest.mark.parametrize("segment", ["0", "100", "1500"])
 def test_so_does_one_that_moves_between_devices_and_mixes_otherwise(segment, flags, tmp_path):
     ends = []
     for name, moves in (("stayed", ((4, 40),)), ("moved", ((2, 7), (8, 20), (1, 33), (4, 40)))):
         for devices, until in moves:
-            environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+            environment = os.environ | {"XLA_FLAGS": xla_flags(devices)}
             how = [f"--run_dir={tmp_path / name}", *flags, f"--segment={segment}", f"--num_steps={until}"]
             command = [sys.executable, "-m", "launch.train", *how, "--window_deviation=2"]
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

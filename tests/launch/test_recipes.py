@@ -23,10 +23,9 @@ from data_pipeline.build.corpora import resolve
 from data_pipeline.shards import open_corpus
 from data_pipeline.streams import StreamPlan
 from launch import flags
+from tests.compiling import xla_flags
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-
-pytestmark = pytest.mark.usefixtures("unoptimized")
 
 
 def test_the_tinyshakespeare_recipe_is_char_rnns_to_the_letter(corpora: Path, tmp_path):
@@ -64,7 +63,7 @@ def test_the_large_flagfile_with_sizes_turned_down_trains_on_8_devices(tmp_path)
     command = [sys.executable, "-m", "launch.train", "--flagfile=configs/large.flags", f"--corpus={text}"]
     command += [f"--cache_dir={tmp_path}", f"--run_dir={tmp_path}/run", "--batch_size=16", "--window=16"]
     command += ["--hidden_size=32", "--embedding_size=16", "--num_steps=4", "--log_every=2", "--eval_chunk=512"]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(8)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "8 x cpu" in done.stderr

@@ -15,6 +15,7 @@ from charlstm import distributed
 from charlstm.run import run_directory
 from charlstm.run.checkpoint import Checkpoints
 from charlstm.training import train_state
+from tests.compiling import xla_flags
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -47,7 +48,7 @@ def text(tmp_path_factory) -> Path:
 
 
 def train(run_dir: Path, text: Path, *flags: str, devices: int = 1, program: tuple[str, ...] = ("-m", "launch.train")):
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(devices)}
     command = [sys.executable, *program, f"--run_dir={run_dir}", "--flagfile=configs/tiny.flags", f"--corpus={text}"]
     command += [f"--cache_dir={text.parent / 'cache'}", "--checkpoint_every=20", "--evaluate_every=0", *flags]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
@@ -120,6 +121,7 @@ def test_20_steps_and_kill_9_and_40_resumed_are_60_to_the_bit(flags, text, tmp_p
     assert steps == [json.loads(line)["step"] for line in (straight / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.long
 def test_a_run_started_on_8_devices_goes_on_4_2_1_and_8_with_the_bits_of_the_run_that_stayed_on_8(text, tmp_path):
     stayed, moved = tmp_path / "stayed", tmp_path / "moved"
@@ -133,6 +135,7 @@ def test_a_run_started_on_8_devices_goes_on_4_2_1_and_8_with_the_bits_of_the_run
     assert_same_end(stayed, moved)
 
 
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.long
 def test_with_the_fast_reduction_another_number_of_devices_is_within_1e_5(text, tmp_path):
     stayed, moved = tmp_path / "stayed", tmp_path / "moved"

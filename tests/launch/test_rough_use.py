@@ -12,15 +12,14 @@ import pytest
 
 from charlstm.run import run_directory, step_directory
 from launch import cli, evaluate, train
+from tests.compiling import xla_flags
 from tests.conftest import ROOT
 from tests.jobs import last_line
 from tests.launch.conftest import process, refusal, tree
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 
 def test_a_run_goes_on_when_the_terminal_it_was_started_in_goes_away(trained, arguments, tmp_path):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(1)}
     command = [sys.executable, "-m", "launch.train", *arguments, "--logical_shards=8", f"--run_dir={tmp_path / 'run'}"]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as running:
         assert any("training on" in line for line in running.stderr)

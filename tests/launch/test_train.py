@@ -25,6 +25,7 @@ from charlstm.run.checkpoint import Checkpoints
 from charlstm.training import train_state
 from data_pipeline.streams import StreamPlan
 from launch import cli, flags, train
+from tests.compiling import xla_flags
 from tests.conftest import ROOT
 
 COLUMNS = 100
@@ -48,13 +49,13 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def arguments(folder, unoptimized) -> tuple[str, ...]:
+def arguments(folder) -> tuple[str, ...]:
     return (*SETTINGS, f"--corpus={folder / 'text.txt'}", f"--cache_dir={folder / 'cache'}")
 
 
 def on_terminal(*command: str) -> tuple[int, str]:
     """The exit status of a program on one device whose stdin, stdout and stderr are a terminal, and what it wrote."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "TERM": "xterm"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(1), "TERM": "xterm"}
     environment.pop("COLUMNS", None)
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
@@ -240,7 +241,7 @@ def test_a_terminal_shows_one_live_line_under_the_plain_ones_and_leaves_the_plai
 def test_the_same_command_after_the_end_says_finished_and_changes_nothing_but_the_log(trained, arguments):
     before, log = tree(trained), (trained / "log.txt").read_text()
     command = (sys.executable, "-m", "launch.train", *arguments, f"--run_dir={trained}")
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(1)}
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert (again.returncode, again.stdout) == (cli.DONE, "")
     said = [line for line in again.stderr.splitlines() if not line.startswith("compiling")]

@@ -21,8 +21,6 @@ from tests.conftest import ROOT
 from tests.jobs import alive, children, wait_for
 from tests.launch.conftest import SMALL, TINY, refusal
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 STAND_IN = ROOT / "tests" / "launch" / "stand_in.py"
 SPACE = """
 [learning_rate]

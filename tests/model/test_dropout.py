@@ -20,8 +20,6 @@ V, B, T, H = 9, 4, 5, 6
 RATES = {"input_dropout": 0.2, "layer_dropout": 0.3, "output_dropout": 0.4, "weight_drop": 0.25}
 ROWS = dropout.DropoutKey(jax.random.key(5), jnp.arange(B, dtype=jnp.int32))
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 
 def make(**changes) -> ModelConfig:
     return ModelConfig(**({"num_layers": 2, "hidden_size": H} | changes))

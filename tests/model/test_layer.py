@@ -15,8 +15,6 @@ from charlstm.model.dropout import DropoutKey
 from charlstm.model.ops import autodiff_scan
 from tests.model.cells.test_cells import DERIVED, equations
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 V, B, T, H, E = 9, 4, 6, 6, 5
 OPTIONS = {"state_dropout": 0.2, "zoneout": 0.2, "zoneout_cell": 0.4, "mogrifier_rounds": 3, "mogrifier_rank": 2}
 EVERYTHING = OPTIONS | {"cell": "lstm", "weight_norm": True, "train_initial_state": True}
@@ -29,6 +27,16 @@ GENERAL = pytest.mark.parametrize(
         {"cell": "layer_norm_lstm", "state_dropout": 0.3},
     ],
     ids=["lstm with everything", "mlstm", "gru", "layer_norm_lstm"],
+)
+
+# What is around a cell is the same code for all: every option with one cell, and the cell that is on this path alone.
+ONE_EACH = pytest.mark.parametrize(
+    "changes",
+    [
+        each if id in ("lstm with everything", "layer_norm_lstm") else pytest.param(each, marks=pytest.mark.long)
+        for each, id in zip(GENERAL.args[1], GENERAL.kwargs["ids"], strict=True)
+    ],
+    ids=GENERAL.kwargs["ids"],
 )
 
 
@@ -80,7 +88,7 @@ def plain_scan(step, params, constants, state, inputs, compute_dtype):
     return jax.lax.scan(read, state, inputs)
 
 
-@GENERAL
+@ONE_EACH
 def test_the_general_path_equals_plain_autodiff_in_value_and_every_gradient(changes, monkeypatch):
     config = make(num_layers=1, **changes)
     with jax.enable_x64(True):
@@ -97,7 +105,7 @@ def test_every_choice_of_a_cell_is_one_and_has_a_hand_derived_backward_pass_if_i
     assert [name for name in layer.CELLS if ModelConfig(cell=name).has_custom_vjp] == list(DERIVED)
 
 
-@pytest.mark.parametrize("cell", DERIVED)
+@pytest.mark.parametrize("cell", [pytest.param(c, marks=() if c == "lstm" else pytest.mark.long) for c in DERIVED])
 def test_the_general_path_equals_the_reverse_pass_by_hand(cell, monkeypatch):
     config = make(num_layers=1, cell=cell, state_dropout=0.3)
     with jax.enable_x64(True):

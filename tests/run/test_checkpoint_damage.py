@@ -32,8 +32,6 @@ from tests.run.test_checkpoint import (
     save_all,
 )
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:

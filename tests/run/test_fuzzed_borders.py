@@ -226,7 +226,7 @@ def line_by_line(document: bytes) -> dict[str, str | None]:
 @example(b"--flagfile=~no-such-user/x", [])
 @example(b'--noskip="a\\nb"', [])
 @example("--a\u2028b=1".encode(), [])
-@fuzzed(300)
+@fuzzed(80)
 @given(spoiled_flags(), st.sampled_from([[], ["--log_every=77"]]))
 def test_a_flagfile_means_what_its_lines_say_each_by_itself_or_is_refused(tmp_path_factory, document, after):
     path, again = (tmp_path_factory.getbasetemp() / name for name in ("spoiled.flags", "again.flags"))
@@ -272,7 +272,7 @@ VOCABULARIES = st.one_of(
 )
 
 
-@fuzzed(300)
+@fuzzed(80)
 @given(VOCABULARIES, ANY_TEXT, st.sampled_from(["refuse", "map"]))
 def test_a_prompt_is_the_ids_that_decode_to_it_or_refused(vocabulary, text, unknown):
     (chosen,), _ = flags.parse(["sample", f"--prompt={text}", f"--unknown={unknown}"], "", SampleFlags())

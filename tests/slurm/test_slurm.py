@@ -12,6 +12,7 @@ import pytest
 
 from charlstm.run.step_directory import StepDirectory
 from launch import cli
+from tests.compiling import xla_flags
 from tests.conftest import ROOT
 from tests.jobs import last_line
 
@@ -41,7 +42,7 @@ class Cluster:
 
     def submit(self, log: Path, *flags: str, options: tuple[str, ...] = (), **environment: str) -> str:
         """Submits the recipe; the number of the job."""
-        own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHON": sys.executable} | environment
+        own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags(), "PYTHON": sys.executable} | environment
         recipe = ROOT / "launch" / "slurm" / "train.sbatch"
         return self.run("sbatch", "--parsable", f"--output={log}", *NODES, *options, str(recipe), *flags, **own).strip()
 
@@ -100,7 +101,7 @@ def test_a_job_that_is_pre_empted_requeues_itself_and_ends_with_the_bits_of_an_u
     wait_for(lambda: int(cluster.of_job(job)["Restarts"]) == 1, log)
 
     undisturbed = tmp_path / "undisturbed"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(2)}
     command = [sys.executable, "-m", "launch.train", *flags, f"--run_dir={undisturbed}"]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
 

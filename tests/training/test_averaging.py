@@ -6,11 +6,12 @@ import numpy as np
 import optax
 import pytest
 
+from charlstm import config as config_lib
 from charlstm.config.training import OptimizerConfig
 from charlstm.training import averaging, plateau, train_state
 from charlstm.types import ModelParams
 from tests.training.test_divergence import SKIP, advance, beyond
-from tests.training.test_step import QUIET, V, assert_equal_bits, make_config
+from tests.training.test_step import V, assert_equal_bits, make_config
 
 TURN = 4  # the update after which averaging begins, where it waits
 
@@ -77,8 +78,7 @@ def test_asgd_is_the_parameters_until_it_begins_and_then_the_mean_of_those_evalu
 
 
 EMA, ASGD = (
-    make_config(**QUIET, on_divergence="skip", embedding_size=5, average=average, average_patience=0, ema_decay=0.9)
-    for average in ("ema", "asgd")
+    config_lib.replace(SKIP, average=average, average_patience=0, ema_decay=0.9) for average in ("ema", "asgd")
 )
 
 

@@ -55,7 +55,7 @@ def flipped(array, odd):
     return jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
 
 
-SKIP = make_config(**QUIET, on_divergence="skip", embedding_size=5)
+SKIP = make_config(**QUIET, on_divergence="skip", embedding_size=5, num_layers=1)
 SPIKE = config_lib.replace(SKIP, spike_factor=1.5)
 
 

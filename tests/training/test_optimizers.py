@@ -10,8 +10,6 @@ from charlstm.config.training import OptimizerConfig
 from charlstm.training import optimizers
 from charlstm.types import CellParams, ModelParams
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 NUM_UPDATES = 100
 RATES = 0.02 * (0.5 + np.random.default_rng(7).random(NUM_UPDATES))  # a learning rate that changes at every update
 

@@ -9,6 +9,8 @@ import pytest
 
 from charlstm.training import reduction
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 def slow_tree(leaves):
     """Pairs of neighbors level by level; the odd one out goes up."""

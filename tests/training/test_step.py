@@ -17,6 +17,8 @@ from charlstm.training.loss import cross_entropy
 from charlstm.types import Metrics
 from data_pipeline.batch import Batch
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 V = 11
 QUIET = dict.fromkeys(("input_dropout", "layer_dropout", "output_dropout", "weight_drop"), 0.0)
 LSTM = {"cell": "lstm", "cap_input_gate": True}

@@ -82,7 +82,7 @@ def test_a_manifest_of_these_is_refused(corpus, old, new):
     assert str(path) in said and (said.endswith("prepare it again") or "not the manifest" in said)
 
 
-@fuzzed(80)
+@fuzzed(20)
 @given(st.data())
 def test_shards_and_their_checksums_are_read_as_they_were_written_or_refused(corpus, data):
     path = data.draw(st.sampled_from(sorted(set(corpus.iterdir()) - {corpus / NAME})))
@@ -113,7 +113,7 @@ def stopped(tmp_path_factory) -> tuple[CorpusSettings, Path, dict[Path, bytes], 
     return chosen, folder, left, straight
 
 
-@fuzzed(80)
+@fuzzed(20)
 @given(st.data())
 def test_what_a_stopped_preparation_has_left_is_used_as_it_was_written_or_made_again(stopped, data):
     chosen, folder, left, straight = stopped

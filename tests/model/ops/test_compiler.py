@@ -19,6 +19,8 @@ from charlstm.training import step, train_state
 from data_pipeline.batch import Batch
 from tests.jobs import ROOT, last_line
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 DIVIDED = '"outer_dimension_partitions":["'  # how an operation that XLA divides among threads is marked
 
 

@@ -70,7 +70,21 @@ def run_by_blocks(monkeypatch):
     monkeypatch.setattr(jax.lax, "axis_index", lambda name: place[name])
 
 
-@pytest.fixture(params=["by blocks", "interpreted", "on a GPU"])
+def on_machines(short: dict[str, list]):
+    """Parametrizes by machine and case: `short` has the cases of each machine that are not long."""
+    cases = list(dict.fromkeys(case for of_machine in short.values() for case in of_machine))
+    return pytest.mark.parametrize(
+        ("machine", "case"),
+        [
+            pytest.param(machine, case, marks=() if case in of_machine else pytest.mark.long, id=f"{machine}, {case}")
+            for machine, of_machine in short.items()
+            for case in cases
+        ],
+        indirect=["machine"],
+    )
+
+
+@pytest.fixture
 def machine(request, monkeypatch):
     """Has the kernels run without a GPU, or with one."""
     monkeypatch.setattr(lstm_pallas, "UNROLL", 2)  # a turn of the loop, and a symbol more
@@ -111,9 +125,9 @@ def value_and_gradients(recurrence, variant, compute_dtype, masked, z_dtype="flo
         return jax.jit(jax.value_and_grad(value, (0, 1, 2, 3), has_aux=True))(w_h, b, state, z_TBG)
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_a_window_and_its_gradients_are_those_of_the_loop(machine, settings):
-    got, expected = (value_and_gradients(way, *settings) for way in (lstm_pallas.recurrence, by_loop))
+@on_machines({"by blocks": ["capped, masked, bfloat16"], "interpreted": ["plain"], "on a GPU": [*SETTINGS]})
+def test_a_window_and_its_gradients_are_those_of_the_loop(machine, case):
+    got, expected = (value_and_gradients(way, *SETTINGS[case]) for way in (lstm_pallas.recurrence, by_loop))
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     for (path, a), b in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype, path
@@ -122,8 +136,9 @@ def test_a_window_and_its_gradients_are_those_of_the_loop(machine, settings):
 
 
 # Near the cap, where i = 1 - f, either gradient is right, and rounding chooses: so not "capped" with a bias of 1.
-@pytest.mark.parametrize(("variant", "forget_bias"), [("plain", 1), ("capped", 7)])
-def test_no_gate_loses_its_gradient_where_forget_gates_would_round_to_1_in_bfloat16(machine, variant, forget_bias):
+@on_machines({"by blocks": [("capped", 7)], "interpreted": [("plain", 1)], "on a GPU": [("plain", 1), ("capped", 7)]})
+def test_no_gate_loses_its_gradient_where_forget_gates_would_round_to_1_in_bfloat16(machine, case):
+    variant, forget_bias = case
     settings = variant, "bfloat16", False, "bfloat16", forget_bias
     (_, got), (_, expected) = (value_and_gradients(way, *settings) for way in (lstm_pallas.recurrence, by_loop))
     for leaf in (1, 3):  # by b and by z
@@ -133,7 +148,8 @@ def test_no_gate_loses_its_gradient_where_forget_gates_would_round_to_1_in_bfloa
             assert np.linalg.norm(a - b) <= 0.01 * np.linalg.norm(b), (leaf, gate)
 
 
-def test_a_model_of_layers_that_are_read_fused_is_the_same_model(machine):
+@on_machines({"by blocks": ["masked"], "interpreted": [], "on a GPU": ["masked"]})
+def test_a_model_of_layers_that_are_read_fused_is_the_same_model(machine, case):
     remat = machine != "interpreted"  # the interpreter has effects, which jax.checkpoint does not take
 
     def value(backend):
