@@ -8,8 +8,9 @@ estimator.  A trial is scored ten times on the validation split, its best score 
 worse than the median of the others.  The same command in another terminal is another worker of the same study; the same
 command again continues it, with the trials that were interrupted.
 
-    study_dir/journal.log       settings and scores, by Optuna; written by all workers
+    study_dir/journal.log       settings and scores, by Optuna; written by all workers, read by optuna-dashboard
     study_dir/trials/0007/      an ordinary run directory
+    study_dir/repeats/0007-2/   the best trial's settings with another seed, with --repeat_best
 """
 
 if __name__ == "__main__":  # before what takes seconds to import
@@ -21,35 +22,31 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
-import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 
 from charlstm import config as config_lib
 from charlstm.config import Config
+from charlstm.report import study as report_lib
+from charlstm.report.study import StudyResult, TrialResult
 from charlstm.run import corpus as corpus_lib
 from charlstm.run import estimate, run_directory, search_space
 from data_pipeline import signals
-from data_pipeline.atomic_files import expand_user, locked
+from data_pipeline.atomic_files import atomic_write, expand_user, locked
 from data_pipeline.progress import bar
-from data_pipeline.settings import setting
-from launch import cli, flags
-from launch.local import TRAIN, ChildProcesses
+from data_pipeline.settings import check_choices, setting
+from launch import cli, flags, trials
+from launch.trials import PARTS
 
 with contextlib.suppress(ImportError):  # an extra, which main asks for
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
     from optuna.trial import TrialState
-
-PARTS = 10  # evaluations of a trial, at equal distances; trials are compared after equally many
-LOOK_EVERY = 0.5  # seconds between two looks at a trial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,59 +59,25 @@ class TuneFlags:
     seconds_per_trial: float = setting(
         0.0, "Every trial makes as many updates as take so many seconds here, by a few timed ones; 0: --num_steps."
     )
+    pruner: str = setting(
+        "median",
+        "Trials stopped early: those worse than the median of the others (median, after four whole trials), those not "
+        "among the best third of those that came as far (asha, for many trials), or none.",
+        choices=("median", "asha", "none"),
+    )
+    repeat_best: int = setting(0, "At the end the best settings are trained so many times again, with other seeds.")
+    report: str = setting("", "Write this .html file at the end: scores by trial, setting and evaluation.")
+    device: str = setting("", "Number of the NVIDIA GPU that this worker's trials use; if empty, all.")
 
     def __post_init__(self) -> None:
-        for name in ("trials", "seconds_per_trial"):
+        check_choices(self)
+        if self.report and not self.report.endswith(".html"):
+            raise ValueError(f"report={self.report} is not a .html file")
+        if self.device and not self.device.isdecimal():
+            raise ValueError(f"device={self.device!r} is not the number of a GPU, such as 0")
+        for name in ("trials", "seconds_per_trial", "repeat_best"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
-
-
-class Ended(NamedTuple):
-    """End of launch.train: `status` as in cli.py, or -N for signal N; `last_words`, the last line it wrote."""
-
-    status: int
-    told_to_stop: bool  # by a signal to this program
-    pruned: bool  # by this program
-    last_words: str
-
-
-def run_child(
-    arguments: Sequence[str], log: Path, stdout: Any = None, hopeless: Callable[[], bool] = lambda: False
-) -> Ended:
-    """Runs launch.train as a child process, and stops it once `hopeless()`; adds its output to `log`, or `stdout`."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    children, pruned = ChildProcesses(), False
-    with log.open("ab") as file, children.signals_passed_on():
-        child = children.start([*TRAIN, *arguments], stdin=subprocess.DEVNULL, stdout=stdout or file, stderr=file)
-        while child.poll() is None:
-            time.sleep(LOOK_EVERY)
-            if not pruned and not children.told_to_stop and hopeless():
-                pruned = True
-                children.send(signal.SIGTERM)
-    if children.killed:
-        signals.leave(signal.SIGINT)
-    lines = log.read_text("utf-8", "replace").splitlines()
-    return Ended(child.returncode, children.told_to_stop, pruned, lines[-1] if lines else "stopped")
-
-
-def num_steps_within(seconds: float, arguments: Sequence[str], log: Path) -> int:
-    """Returns how many updates take `seconds` here, by a dry run: a multiple of PARTS.
-
-    Raises KeyboardInterrupt if this program is told to stop, ValueError if launch.train refuses the arguments.
-    """
-    answer = log.with_suffix(".json")
-    answer.parent.mkdir(parents=True, exist_ok=True)
-    with answer.open("wb") as file:
-        ended = run_child([*arguments, "--dry_run", "--dry_run_format=json"], log, file)
-    if ended.told_to_stop:
-        raise KeyboardInterrupt
-    if ended.status != cli.DONE:
-        raise ValueError(f"launch.train refuses the trial: {ended.last_words}")
-    per_step = json.loads(answer.read_text("utf-8"))["seconds_per_step"]
-    answer.unlink()
-    if per_step is None:
-        raise ValueError("the trial does not fit in memory: search smaller models or batches")
-    return max(1, round(seconds / per_step / PARTS)) * PARTS
 
 
 def run_dir(study_dir: Path, number: int) -> Path:
@@ -143,7 +106,8 @@ class Study:
             raise ValueError(f"{corpus.name} has no validation split to score trials on: give a --valid_fraction")
         self._given, self._chosen, self._vocabulary_size = given, chosen, corpus.vocabulary.size
         self.directory = expand_user(chosen.study_dir)
-        self.optuna = open_study(self.directory)
+        self.optuna = open_study(self.directory, chosen.pruner)
+        self._environment = {"CUDA_VISIBLE_DEVICES": chosen.device} if chosen.device else {}
         terms = {"flags": given, "space": self._space._asdict(), "seconds_per_trial": chosen.seconds_per_trial}
         with locked(self.directory / ".taking.lock", lambda: None):
             if "terms" not in self.optuna.user_attrs:
@@ -161,7 +125,7 @@ class Study:
 
         None if --trials have begun and other workers have the unfinished ones.
         """
-        trials = partial(self.optuna.get_trials, deepcopy=False)
+        begun_trials = partial(self.optuna.get_trials, deepcopy=False)
         trial: optuna.Trial | None = None
         with contextlib.ExitStack() as held:
 
@@ -172,14 +136,16 @@ class Study:
                 return False
 
             def unfinished(number: int) -> bool:
-                return trials()[number].state == TrialState.RUNNING
+                return begun_trials()[number].state == TrialState.RUNNING
 
             with locked(self.directory / ".taking.lock", lambda: None):
-                begun = sum(trial.state != TrialState.WAITING for trial in trials())
+                begun = sum(trial.state != TrialState.WAITING for trial in begun_trials())
                 # Asked again once its lock is ours: its worker may have finished it before.
                 left = (n for n in range(begun) if unfinished(n) and take(n) and unfinished(n))
                 if (number := next(left, None)) is not None:
-                    trial = optuna.Trial(self.optuna, trials()[number]._trial_id)  # there is no public way to resume
+                    trial = optuna.Trial(
+                        self.optuna, begun_trials()[number]._trial_id
+                    )  # there is no public way to resume
                 elif begun < self._chosen.trials and take(begun):
                     trial = self.optuna.ask()
             yield trial
@@ -199,7 +165,7 @@ class Study:
         arguments = self._given + [f"--{name}={value}" for name, value in values.items()]
         steps = max(1, config.training.num_steps // PARTS) * PARTS
         if seconds := self._chosen.seconds_per_trial:
-            steps = num_steps_within(seconds, arguments, directory.with_suffix(".txt"))
+            steps = trials.num_steps_within(seconds, arguments, directory.with_suffix(".txt"), self._environment)
         arguments += [f"--num_steps={steps}", f"--evaluate_every={steps // PARTS}", f"--run_dir={directory}"]
         if not any(flag.startswith("--sample_every=") for flag in arguments):
             arguments.append("--sample_every=0")
@@ -235,7 +201,8 @@ class Study:
 
         signals.say(f"trial {number}: {trial.user_attrs['values']}, {num_steps} updates")
         began = time.monotonic()
-        ended = run_child(arguments, directory.with_suffix(".txt"), hopeless=hopeless)
+        log = directory.with_suffix(".txt")
+        ended = trials.run_child(arguments, log, hopeless=hopeless, environment=self._environment)
         hopeless()  # reports the last scores
         trial.set_user_attr("seconds", trial.user_attrs.get("seconds", 0.0) + round(time.monotonic() - began, 1))
         scores = list(evaluations(directory).values())
@@ -256,47 +223,67 @@ class Study:
         signals.say(f"trial {number}: {outcome}")
         return cli.DONE
 
+    def repeat_best(self) -> int:
+        """Trains the best settings again with other seeds, once no trial is left; returns an exit status, as `run`."""
+        found = self.optuna.get_trials(deepcopy=False)
+        whole = [trial for trial in found if trial.state == TrialState.COMPLETE]
+        if not whole or any(trial.state == TrialState.RUNNING for trial in found):
+            return cli.DONE
+        best = min(whole, key=lambda trial: (trial.value, trial.number))
+        with contextlib.suppress(BlockingIOError), locked(self.directory / ".repeating.lock", _refuse):
+            for repeat in range(1, self._chosen.repeat_best + 1):
+                directory = self.directory / "repeats" / f"{best.number:04d}-{repeat}"
+                if len(evaluations(directory)) == PARTS:
+                    continue
+                seed = self._config.training.seed + repeat
+                signals.say(f"trial {best.number} again, with seed {seed}")
+                arguments = [*best.user_attrs["arguments"], f"--seed={seed}", f"--run_dir={directory}"]
+                log = directory.with_suffix(".txt")
+                ended = trials.run_child(arguments, log, environment=self._environment)
+                if ended.status != cli.DONE:
+                    signals.say(f"{directory}: {ended.last_words}")
+                    return cli.STOPPED if ended.told_to_stop else ended.status
+        return cli.DONE
 
-def open_study(directory: Path) -> "optuna.Study":
-    """Opens the Optuna study in `directory`, made if absent."""
+
+def open_study(directory: Path, pruner: str = "median") -> "optuna.Study":
+    """Opens the Optuna study in `directory`, made if absent; it has the directory's name."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     directory.mkdir(parents=True, exist_ok=True)
-    return optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(directory / "journal.log"))),
-        study_name="study",
+    storage = JournalStorage(JournalFileBackend(str(directory / "journal.log")))
+    there = optuna.get_all_study_names(storage)  # it keeps its name where the directory was renamed
+    pruners = {
         # After 4 whole trials, and not before a trial's second score.
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=2),
-        load_if_exists=True,
-    )
+        "median": optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=2),
+        "asha": optuna.pruners.SuccessiveHalvingPruner(reduction_factor=3),
+        "none": optuna.pruners.NopPruner(),
+    }
+    name = there[0] if there else directory.resolve().name
+    return optuna.create_study(storage=storage, study_name=name, pruner=pruners[pruner], load_if_exists=True)
 
 
-def report(study: "optuna.Study", study_dir: Path) -> str:
-    """Returns a report on a study: its best trials, how much each setting matters, the command of the best one."""
+def result(study: "optuna.Study", study_dir: Path) -> StudyResult:
+    """Returns what is known of a study."""
     names = {
         TrialState.COMPLETE: "finished", TrialState.PRUNED: "stopped early",
         TrialState.FAIL: "failed", TrialState.RUNNING: "unfinished",
     }  # fmt: skip
-    trials = study.get_trials(deepcopy=False, states=tuple(names))
-    counts = [f"{sum(trial.state == state for trial in trials)} {name}" for state, name in names.items()]
-    lines = [f"{study_dir}: {len(trials)} trials: {', '.join(counts)}"]
-    best_first = sorted((min(t.intermediate_values.values()), t.number, t) for t in trials if t.intermediate_values)
-    finished = [number for _, number, trial in best_first if trial.state == TrialState.COMPLETE]
-    if not finished:
-        return lines[0]
-    lines.append("trial  bits per symbol  parameters  updates  seconds  settings")
-    for score, number, trial in best_first[:10]:
-        updates, facts = max(evaluations(run_dir(study_dir, number))), trial.user_attrs
-        values = "  ".join(f"{name}={value}" for name, value in facts["values"].items())
-        measured = f"{facts['parameters']:10,}  {updates:7,}  {facts.get('seconds', 0):7.0f}"
-        end = "" if trial.state == TrialState.COMPLETE else f"  ({names[trial.state]})"
-        lines.append(f"{number:5}  {score:15.4f}  {measured}  {values}{end}")
+    found = []
+    for trial in study.get_trials(deepcopy=False, states=tuple(names)):
+        facts, updates = trial.user_attrs, max(evaluations(run_dir(study_dir, trial.number)), default=0)
+        measured = facts.get("parameters", 0), updates, facts.get("seconds", 0.0)
+        values = facts.get("values", {})
+        found.append(TrialResult(trial.number, names[trial.state], values, trial.intermediate_values, *measured))
+    finished = [trial for trial in found if trial.state == "finished"]
     # PED-ANOVA (Watanabe et al. 2023, arXiv:2304.10255): how much a setting decides whether a trial is among the best.
     shares = optuna.importance.get_param_importances(study) if len(finished) >= 4 else {}
-    shown = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-    lines.append(f"importance: {shown or f'not computed from {len(finished)} finished trials'}")
-    lines.append(f"the best is trial {finished[0]}, an ordinary run; to repeat it:")
-    flagfile = run_dir(study_dir, finished[0]) / "flags.txt"
-    return "\n".join([*lines, f"    python -m launch.train --flagfile={flagfile} --run_dir=runs/best"])
+    if not finished:
+        return StudyResult(str(study_dir), found, {}, [], "")
+    best = min(finished, key=lambda trial: (trial.best, trial.number)).number
+    command = f"python -m launch.train --flagfile={run_dir(study_dir, best) / 'flags.txt'} --run_dir=runs/best"
+    others = sorted((study_dir / "repeats").glob(f"{best:04d}-*/"))
+    whole = [scores for scores in map(evaluations, others) if len(scores) == PARTS]
+    return StudyResult(str(study_dir), found, shares, [min(scores.values()) for scores in whole], command)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -309,12 +296,23 @@ def main(argv: Sequence[str]) -> int:
     given = [flag for flag in given if flag[2:].partition("=")[0] not in dataclasses.asdict(chosen)]
     jax.config.update("jax_platforms", "cpu")  # models are only counted here; the devices are for the trials
     study, status = Study(chosen, config, given), cli.DONE
+    signals.say(
+        f"study {study.optuna.study_name}: optuna-dashboard {study.directory / 'journal.log'} shows it meanwhile"
+    )
     while status == cli.DONE:
         with study.next_trial() as trial:
             if trial is None:
-                print(report(study.optuna, study.directory))
                 break
             status = study.run(trial)
+    if status == cli.DONE:
+        status = study.repeat_best()
+    if status == cli.DONE:
+        found = result(study.optuna, study.directory)
+        print(report_lib.lines(found))
+        if chosen.report:
+            content = report_lib.page(found).encode("utf-8")
+            with atomic_write(expand_user(chosen.report)) as file:
+                file.write(content)
     return status
 
 

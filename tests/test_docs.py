@@ -102,7 +102,9 @@ PROGRAMS = [
     f"launch.{name}" for name in ("train", "evaluate", "sample", "prepare", "tune", "local", "compare", "inspect")
 ]
 PROGRAMS += ["tests.faults.chaos", "tests.faults.soak", "benchmarks.cost_model"]
-PROGRAMS += [f"benchmarks.{name}" for name in ("train_step", "sampling", "end_to_end", "input", "scaling", "gpu")]
+PROGRAMS += [
+    f"benchmarks.{name}" for name in ("train_step", "sampling", "end_to_end", "input", "scaling", "gpu", "equal_time")
+]
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, *CONFIGS], ids=name_of)

@@ -134,7 +134,7 @@ def test_every_file_of_the_library_lies_in_a_folder_of_the_law():
         ("absl", {"launch.flags"}),
         ("flax", {"benchmarks.peers.autodiff"}),
         ("optax", {"benchmarks.peers.autodiff"}),
-        ("torch", {"benchmarks.peers.pytorch", "benchmarks.peers.pytorch_train"}),
+        ("torch", {"benchmarks.peers.equal_time", "benchmarks.peers.pytorch", "benchmarks.peers.pytorch_train"}),
         ("haiku", {"benchmarks.peers.autodiff"}),
     ],
 )

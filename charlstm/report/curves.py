@@ -1,10 +1,13 @@
 """Curves of runs, drawn by matplotlib or, in a terminal, by uniplot; both are imported where they are used."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from charlstm.report.history import BY, History
+
+PANELS, FEW = 3, 8  # side by side; different values that are drawn as categories if they are not floats
+Points = tuple[list[float], list[float]]  # xs, ys
 
 # Okabe and Ito, Color Universal Design, 2008: they stay apart in print and for color-blind eyes.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
@@ -17,29 +20,71 @@ def figure(runs: Sequence[History], value: str, by: str = "steps") -> Any:
     Raises:
       ValueError: matplotlib is not installed.
     """
+    valid = {run.name: run.curve("valid", value, by) for run in runs}
+    train = {run.name: run.curve("train", value, by) for run in runs}
+    return _drawn(valid, train, BY[by], value.replace("_", " "))
+
+
+def svg(runs: Sequence[History], value: str, by: str = "steps") -> str:
+    """The figure as SVG, the same text for the same runs."""
+    return _as_svg(figure(runs, value, by))
+
+
+def lines_svg(lines: Mapping[str, Points], x_name: str, y_name: str) -> str:
+    """Lines with points that no run has measured, by their names in the legend, as SVG.  Raises as `figure`."""
+    return _as_svg(_drawn(lines, {}, x_name, y_name))
+
+
+def slices_svg(slices: Mapping[str, tuple[list[Any], list[float]]], y_name: str) -> str:
+    """Points of scores by the values of a setting, a panel for each, as SVG.  Raises as `figure`."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError(MISSING.format("a plot", "matplotlib")) from None
+    rows = max(1, -(-len(slices) // PANELS))
+    drawn = Figure(figsize=(9, 3 * rows), layout="constrained")
+    panels = drawn.subplots(rows, PANELS, sharey=True, squeeze=False)
+    for axes in panels.flat[len(slices) :]:
+        axes.set_visible(False)
+    for axes, (name, (values, scores)) in zip(panels.flat, slices.items(), strict=False):
+        points = sorted(zip(values, scores, strict=True))  # categories are drawn in the order in which they come
+        xs, ys = [x for x, _ in points], [y for _, y in points]
+        few = len(set(xs)) <= FEW and not any(isinstance(x, float) for x in xs)
+        numbers = not few and all(isinstance(x, int | float) for x in xs)
+        axes.scatter(xs if numbers else list(map(str, xs)), ys, color=COLORS[0], s=16)
+        if numbers and xs[0] > 0 and xs[-1] >= 10 * xs[0]:
+            axes.set_xscale("log")
+        axes.set_xlabel(name)
+        axes.grid(alpha=0.3)
+    for axes in panels[:, 0]:
+        axes.set_ylabel(y_name)
+    return _as_svg(drawn)
+
+
+def _drawn(lines: Mapping[str, Points], behind: Mapping[str, Points], x_name: str, y_name: str) -> Any:
+    """A matplotlib figure of `lines`, with points, and thin ones `behind` them by the same names."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import EngFormatter
     except ImportError:
         raise ValueError(MISSING.format("a plot", "matplotlib")) from None
     drawn = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = drawn.subplots()
-    shown = []
-    for number, run in enumerate(runs):
+    axes, shown = drawn.subplots(), list[float]()
+    for number, (name, (xs, ys)) in enumerate(lines.items()):
         color, style = COLORS[number % len(COLORS)], "-" if number < len(COLORS) else "--"
-        (thin,) = axes.plot(*run.curve("train", value, by), color=color, linestyle=style, lw=0.8, alpha=0.45)
-        xs, ys = run.curve("valid", value, by)
-        (thick,) = axes.plot(xs, ys, color=color, linestyle=style, lw=1.8, marker="o", ms=3.5, label=run.name)
+        thin_xs, thin_ys = behind.get(name, ([], []))
+        (thin,) = axes.plot(thin_xs, thin_ys, color=color, linestyle=style, lw=0.8, alpha=0.45)
+        (thick,) = axes.plot(xs, ys, color=color, linestyle=style, lw=1.8, marker="o", ms=3.5, label=name)
         thin.set_gid(f"train-{number}")
         thick.set_gid(f"curve-{number}")
-        shown += ys or run.curve("train", value, by)[1]
+        shown += ys or thin_ys
     if shown:  # the first steps, of a model that knows nothing, would make all the rest flat
         ordered = sorted(shown)
         least, most = ordered[0], ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
         margin = max(0.05 * (most - least), 0.02)
         axes.set_ylim(least - 2 * margin, most + 2 * margin)
-    axes.set_xlabel(BY[by])
-    axes.set_ylabel(value.replace("_", " "))
+    axes.set_xlabel(x_name)
+    axes.set_ylabel(y_name)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
@@ -47,11 +92,10 @@ def figure(runs: Sequence[History], value: str, by: str = "steps") -> Any:
     return drawn
 
 
-def svg(runs: Sequence[History], value: str, by: str = "steps") -> str:
-    """The figure as SVG, the same text for the same runs."""
-    drawn, out = figure(runs, value, by), io.StringIO()
+def _as_svg(drawn: Any) -> str:
     import matplotlib
 
+    out = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "charlstm", "svg.fonttype": "none"}):
         drawn.savefig(out, format="svg", metadata={"Date": None})
     return out.getvalue()

@@ -57,7 +57,7 @@ def render(runs: Sequence[History], value: str, by: str = "steps", reload: float
     return "\n".join(
         [
             f'<!doctype html><html lang="en"><head><meta charset="utf-8">{again}',
-            f"<title>{_text(', '.join(run.name for run in runs))}</title><style>{STYLE}</style></head><body>",
+            f"<title>{text(', '.join(run.name for run in runs))}</title><style>{STYLE}</style></head><body>",
             f"<h1>{len(runs)} run{'s' if len(runs) != 1 else ''}, {value.replace('_', ' ')}</h1>",
             _table(runs, value),
             "<p>Click a run to hide it or to show it again.</p>",
@@ -94,7 +94,7 @@ def _table(runs: Sequence[History], value: str) -> str:
     lines = []
     for number, row in enumerate(rows):
         mark = f'<i style="background:{curves.COLORS[number % len(curves.COLORS)]}"></i>'
-        first, *others = map(_text, row.values())
+        first, *others = map(text, row.values())
         columns = f"<td>{mark}{first}</td>" + "".join(f"<td>{cell}</td>" for cell in others)
         lines.append(f'<tr data-run="{number}">{columns}</tr>')
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
@@ -103,9 +103,9 @@ def _table(runs: Sequence[History], value: str) -> str:
 def _settings(runs: Sequence[History]) -> str:
     if not (differing := differing_settings(runs)):
         return ""
-    head = "".join(f'<th class="of-{n}">{_text(run.name)}</th>' for n, run in enumerate(runs))
+    head = "".join(f'<th class="of-{n}">{text(run.name)}</th>' for n, run in enumerate(runs))
     lines = [
-        f"<tr><td>{name}</td>" + "".join(f'<td class="of-{n}">{_text(v)}</td>' for n, v in enumerate(values)) + "</tr>"
+        f"<tr><td>{name}</td>" + "".join(f'<td class="of-{n}">{text(v)}</td>' for n, v in enumerate(values)) + "</tr>"
         for name, values in differing.items()
     ]
     return f"<h2>Settings that differ</h2><table><tr><th></th>{head}</tr>{''.join(lines)}</table>"
@@ -120,13 +120,14 @@ def _samples(runs: Sequence[History]) -> str:
     parts = ["<h2>Samples</h2>"] if by_step else []
     for position, step in enumerate(sorted(by_step, reverse=True)):
         columns = "".join(
-            f'<div class="of-{n}"><b>{_text(runs[n].name)}</b><pre>{_text(text)}</pre></div>'
-            for n, text in sorted(by_step[step].items())
+            f'<div class="of-{n}"><b>{text(runs[n].name)}</b><pre>{text(written)}</pre></div>'
+            for n, written in sorted(by_step[step].items())
         )
         is_open = "" if position else " open"
         parts.append(f'<details{is_open}><summary>step {step:,}</summary><div class="texts">{columns}</div></details>')
     return "".join(parts)
 
 
-def _text(value: object) -> str:
+def text(value: object) -> str:
+    """Returns `value` as text of a page, its special characters escaped."""
     return html.escape(str(value))

@@ -61,6 +61,14 @@ def test_launch_train_is_timed_beside_a_script(peers):
     assert [row["contestant"] for row in stall] == ["ours", "PyTorch"] and all(r["seconds_held_up"] >= 0 for r in stall)
 
 
+def test_models_are_compared_after_equal_seconds(peers):
+    found = quick("equal_time")
+    assert [row["contestant"].split()[-1] for row in found] == ["configs/small.flags", "nn.LSTM", "transformer"]
+    assert all(2 < row["bits_per_byte"] < 8.5 and row["best"] <= row["bits_per_byte"] for row in found)
+    seconds = [row["seconds"] for row in found]
+    assert all(seconds[0] <= other < seconds[0] + 30 for other in seconds[1:])
+
+
 def test_the_pipeline_is_timed_beside_training_and_corpora_are_opened(peers):
     feed, *opened = quick("input")
     assert feed["windows_per_second"] > 0 and feed["faster_than_eaten_by"] > 0

@@ -21,6 +21,7 @@ def main(arguments: list[str]) -> int:
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / "starts.txt").open("a") as file:
         file.write(f"{os.getpid()} {' '.join(arguments)}\n")
+    (run_dir / "device.txt").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
     if rate > 0.9:
         print("a mistake", file=sys.stderr)
         return 2

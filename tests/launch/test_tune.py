@@ -16,7 +16,7 @@ import pytest
 from charlstm import config as config_lib
 from charlstm.config import Config
 from charlstm.run import estimate, run_directory, search_space
-from launch import cli, evaluate, tune
+from launch import cli, evaluate, trials, tune
 from tests.conftest import ROOT
 from tests.jobs import alive, children, wait_for
 from tests.launch.conftest import SMALL, TINY, refusal
@@ -50,16 +50,16 @@ def command(tmp_path, folder) -> list[str]:
 
 @pytest.fixture
 def stand_in(monkeypatch) -> None:
-    monkeypatch.setattr(tune, "TRAIN", (sys.executable, str(STAND_IN)))
-    monkeypatch.setattr(tune, "LOOK_EVERY", 0.01)
+    monkeypatch.setattr(trials, "TRAIN", (sys.executable, str(STAND_IN)))
+    monkeypatch.setattr(trials, "LOOK_EVERY", 0.01)
 
 
 @contextlib.contextmanager
 def worker(command: list[str], **environment: str) -> Iterator[subprocess.Popen]:
     """A worker in a process of its own, whose trials are of the stand-in."""
     program_text = (
-        "from launch import cli, tune\n"
-        f"tune.TRAIN, tune.LOOK_EVERY = ({sys.executable!r}, {str(STAND_IN)!r}), 0.05\n"
+        "from launch import cli, trials, tune\n"
+        f"trials.TRAIN, trials.LOOK_EVERY = ({sys.executable!r}, {str(STAND_IN)!r}), 0.05\n"
         "cli.run('launch.tune', tune.main)\n"
     )
     with subprocess.Popen(
@@ -182,6 +182,71 @@ def test_a_trial_that_diverges_counts_as_bad_and_one_that_is_refused_ends_the_wo
     write(tmp_path / "space.toml", SPACE.replace("1e-4", "0.95").replace("0.4", "0.99"))
     other = [*command[1:], f"--study_dir={tmp_path / 'other'}"]
     assert refusal(tune.main, *other) == "launch.train refuses trial 0: a mistake"
+
+
+# The end of a study.
+
+
+def test_the_best_settings_are_trained_again_with_other_seeds_and_the_page_has_it_all(
+    command, tmp_path, stand_in, capsys
+):
+    pytest.importorskip("matplotlib", reason="extra compare is not installed")
+    report = tmp_path / "study.html"
+    assert tune.main([*command, "--trials=5", "--repeat_best=3", f"--report={report}"]) == cli.DONE
+    best = min((t for t in study_of(tmp_path) if t.state.name == "COMPLETE"), key=lambda trial: trial.value)
+    repeats = sorted((tmp_path / "study" / "repeats").glob("*/starts.txt"))
+    assert [path.parent.name for path in repeats] == [f"{best.number:04d}-{seed}" for seed in (1, 2, 3)]
+    of_best = starts(tmp_path, best.number)[0].split()[1:]
+    for seed, path in enumerate(repeats, 1):
+        assert path.read_text().split()[1:] == [*of_best, f"--seed={seed}", f"--run_dir={path.parent}"]
+    said = (
+        f"the best settings with 3 other seeds: {best.value:.4f} bits per symbol ({best.value:.4f} to {best.value:.4f})"
+    )
+    assert capsys.readouterr().out.splitlines()[-1] == said
+    page = report.read_text()
+    assert said in page and page.count("<svg") == 3 and page.count("<tr>") == 6 and ">learning_rate<" in page
+    assert not re.search(r"(src|href)=\"(?!#)", page)
+    assert tune.main([*command, "--trials=5", "--repeat_best=3"]) == cli.DONE
+    assert [len(path.read_text().splitlines()) for path in repeats] == [1, 1, 1], "a whole one was run again"
+
+
+def test_the_best_is_not_repeated_while_another_worker_has_a_trial(command, tmp_path, stand_in, monkeypatch):
+    with worker([*command, "--trials=2"], STAND_IN_PAUSE="0.5"):
+        wait_for(lambda: starts(tmp_path, 0))
+        assert tune.main([*command, "--trials=2", "--repeat_best=1"]) == cli.DONE
+        assert states(tmp_path) == ["RUNNING", "COMPLETE"]
+    assert not (tmp_path / "study" / "repeats").exists()
+
+
+@pytest.mark.parametrize(
+    ("pruner", "kind"), [("median", "MedianPruner"), ("asha", "SuccessiveHalvingPruner"), ("none", "NopPruner")]
+)
+def test_who_stops_trials_early_is_a_choice(pruner, kind, command, tmp_path, stand_in, monkeypatch):
+    opened, open_study = [], tune.open_study
+    monkeypatch.setattr(tune, "open_study", lambda *about: opened.append(open_study(*about)) or opened[-1])
+    assert tune.main([*command, "--trials=1", f"--pruner={pruner}"]) == cli.DONE
+    assert [type(study.pruner).__name__ for study in opened] == [kind]
+
+
+def test_a_study_is_called_as_its_directory_and_one_from_before_keeps_its_name(tmp_path):
+    assert tune.open_study(tmp_path / "mine").study_name == "mine"
+    (tmp_path / "mine").rename(tmp_path / "yours")
+    assert tune.open_study(tmp_path / "yours").study_name == "mine"
+
+
+def test_a_worker_has_a_gpu_of_its_own(command, tmp_path, stand_in, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for trials_so_far, flags in ((1, ()), (2, ("--device=3",))):
+        assert tune.main([*command, f"--trials={trials_so_far}", *flags]) == cli.DONE
+    given = [(tune.run_dir(tmp_path / "study", number) / "device.txt").read_text() for number in (0, 1)]
+    assert given == ["all", "3"]
+    assert "is not the number of a GPU" in refusal(tune.main, *command[1:], "--device=gpu")
+    assert "is not a .html file" in refusal(tune.main, *command[1:], "--report=study.pdf")
+
+
+def test_samples_are_not_drawn_in_trials_unless_asked_for(command, tmp_path, stand_in):
+    assert tune.main([*command, "--trials=1"]) == cli.DONE
+    assert "--sample_every=0" in starts(tmp_path, 0)[0]
 
 
 # Workers.

@@ -1,0 +1,139 @@
+"""Two PyTorch scripts that train for given seconds: `python -m benchmarks.peers.equal_time KIND TRAIN VALID SETTINGS`.
+
+KIND is lstm (`torch.nn.LSTM` of the sizes and the settings of configs/small.flags) or transformer (nanoGPT's published
+settings for a CPU: 4 layers, 4 heads, 128 wide, blocks of 64, batch 12, no dropout).  Both print a line of JSON at each
+of a few evaluations, at equal distances in time since `began`; learning rates fall as a cosine over the seconds.
+"""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+BLOCK, WIDTH, HEADS, LAYERS, BATCH = 64, 128, 4, 4, 12
+COLUMNS, LEAD = 16, 1024  # of the LSTM's evaluation: columns side by side, each after so many symbols that only warm up
+LONG = 256  # symbols of a window there
+PARTS = 8  # evaluations
+
+
+class Lstm(nn.Module):
+    """Embedding, dropout, stack, dropout, logits of time-major ids [T, B]; the state is carried by the caller."""
+
+    def __init__(self, embedding: int, hidden: int, layers: int, dropout: float) -> None:
+        super().__init__()
+        self.embedding, self.dropout = nn.Embedding(256, embedding), nn.Dropout(dropout)
+        self.stack = nn.LSTM(embedding, hidden, layers, dropout=dropout if layers > 1 else 0.0)
+        self.out = nn.Linear(hidden, 256)
+
+    def forward(self, ids_TB: Tensor, state):
+        h_TBH, state = self.stack(self.embedding(ids_TB), state)
+        return self.out(self.dropout(h_TBH)), state
+
+
+class Transformer(nn.Module):
+    """Logits [B, T, 256] of ids [B, T]: pre-norm blocks with causal attention, learned positions, tied embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.symbols, self.positions = nn.Embedding(256, WIDTH), nn.Embedding(BLOCK, WIDTH)
+        block = nn.TransformerEncoderLayer(
+            WIDTH, HEADS, 4 * WIDTH, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.blocks = nn.TransformerEncoder(block, LAYERS, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
+        for weight in (p for p in self.parameters() if p.dim() > 1):
+            nn.init.normal_(weight, std=0.02)
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        T = ids_BT.shape[1]
+        mask = nn.Transformer.generate_square_subsequent_mask(T)
+        h_BTE = self.symbols(ids_BT) + self.positions.weight[:T]
+        return self.blocks(h_BTE, mask=mask, is_causal=True) @ self.symbols.weight.T
+
+
+def lstm(train: np.ndarray, valid: np.ndarray, settings: dict) -> tuple[nn.Module, Callable, Callable, dict]:
+    """Returns the model, loss() of its next window, bits() of the validation text, and its rates."""
+    B, T = settings["batch_size"], settings["window"]
+    model = Lstm(settings["embedding_size"], settings["hidden_size"], settings["num_layers"], settings["dropout"])
+    stream = (len(train) - 1) // B
+    columns_BN = torch.from_numpy(train[: stream * B].reshape(B, stream).astype(np.int64))
+    state, start = None, 0
+
+    def loss() -> Tensor:
+        nonlocal state, start
+        ids_TB = columns_BN[:, start : start + T + 1].T
+        logits, after = model(ids_TB[:-1], state)
+        state, start = tuple(s.detach() for s in after), (start + T) % (stream - T - 1)
+        return nn.functional.cross_entropy(logits.flatten(0, 1), ids_TB[1:].flatten())
+
+    def bits() -> float:
+        height = (len(valid) - LEAD - 1) // COLUMNS
+        rows = [valid[n * height : (n + 1) * height + LEAD + 1] for n in range(COLUMNS)]
+        ids_NC, total, carried = torch.from_numpy(np.stack(rows, 1).astype(np.int64)), 0.0, None
+        for at in range(0, len(ids_NC) - 1, LONG):
+            window = ids_NC[at : at + LONG + 1]
+            logits, carried = model(window[:-1], carried)
+            nats = nn.functional.cross_entropy(logits.flatten(0, 1), window[1:].flatten(), reduction="none")
+            total += nats.view(len(window) - 1, COLUMNS)[max(0, LEAD - at) :].sum().item()
+        return total / (height * COLUMNS) / math.log(2)
+
+    return model, loss, bits, {"rate": settings["learning_rate"], "last": 0.0, "betas": (0.9, 0.999), "decay": 0.0}
+
+
+def transformer(train: np.ndarray, valid: np.ndarray, settings: dict) -> tuple[nn.Module, Callable, Callable, dict]:
+    """As `lstm`.  A symbol of the validation text is scored after at least half a block."""
+    model, random = Transformer(), np.random.default_rng(settings["seed"])
+
+    def loss() -> Tensor:
+        starts = random.integers(0, len(train) - BLOCK, BATCH)
+        ids = torch.from_numpy(np.stack([train[s : s + BLOCK + 1] for s in starts]).astype(np.int64))
+        return nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+
+    def bits() -> float:
+        half, total, count = BLOCK // 2, 0.0, 0
+        windows = np.lib.stride_tricks.sliding_window_view(valid, BLOCK + 1)[::half].astype(np.int64)
+        for at in range(0, len(windows), 256):
+            ids = torch.from_numpy(windows[at : at + 256])
+            logits = model(ids[:, :-1])[:, half:]
+            total += nn.functional.cross_entropy(
+                logits.flatten(0, 1), ids[:, half + 1 :].flatten(), reduction="sum"
+            ).item()
+            count += ids.shape[0] * half
+        return total / count / math.log(2)
+
+    return model, loss, bits, {"rate": 1e-3, "last": 0.1, "betas": (0.9, 0.99), "decay": 0.1}
+
+
+def main(kind: str, train: str, valid: str, settings: dict) -> None:
+    torch.manual_seed(settings["seed"])
+    texts = [np.fromfile(Path(path), np.uint8) for path in (train, valid)]
+    make = lstm if kind == "lstm" else transformer
+    model, loss, bits, how = make(texts[0], texts[1], settings)
+    optimizer = torch.optim.AdamW(model.parameters(), how["rate"], how["betas"], weight_decay=how["decay"])
+    step, evaluated, seconds, parameters = 0, 0, settings["seconds"], sum(p.numel() for p in model.parameters())
+    while evaluated < PARTS:
+        done = (time.time() - settings["began"]) / seconds
+        step += 1
+        fraction = how["last"] + (1 - how["last"]) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+        optimizer.param_groups[0]["lr"] = how["rate"] * fraction * min(1.0, step / 100)
+        optimizer.zero_grad()
+        loss().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (time.time() - settings["began"]) / seconds >= (evaluated + 1) / PARTS:
+            evaluated += 1
+            model.eval()
+            with torch.inference_mode():
+                score = bits()
+            model.train()
+            fields = {"step": step, "seconds": time.time() - settings["began"], "bits": score, "parameters": parameters}
+            print(json.dumps(fields), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4]))
