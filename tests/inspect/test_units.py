@@ -23,7 +23,7 @@ def test_a_trace_has_the_models_logits_and_comes_in_chunks_that_join(model):
     text = text_of(2 * trace.WINDOW + 20)
     found = model.trace(text)
     logits, _ = model(CHARACTERS.encode(text))
-    np.testing.assert_allclose(found["logits"], logits, atol=2e-5)
+    np.testing.assert_allclose(found["logits"], logits, atol=2e-4)
     assert set(found) == {"logits", *(f"{layer}.{name}" for layer in (1, 2) for name in "chifgo")}
     parts = list(cl.inspect.chunks(model, ArraySplit(text, CHARACTERS), ["2.h"]))
     assert [len(part["2.h"]) for part in parts] == [trace.WINDOW, trace.WINDOW, 20]
@@ -82,7 +82,7 @@ def test_named_patterns_label_what_they_say():
     assert inside["inside quotes"] == '"is"' and inside["inside a comment"] == '# it "is"'
     assert inside["inside brackets"] == "(a, [1]" and inside["inside two brackets"] == "[1"
     assert inside["indentation"] == "    " and inside["digit"] == "12" and inside["first of a line"] == "x "
-    assert "".join(np.where(patterns.NAMED["past column 20"](text), list(text), "")) == 'is"'
+    assert "".join(np.where(patterns.NAMED["past column 20"](text), list(text), "")) == '"is"'
     assert not patterns.deeper_than(0)(")) a\n\n(b")[:5].any() and not patterns.deeper_than(0)("(a\n\nb")[4:].any()
 
 

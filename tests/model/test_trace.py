@@ -24,24 +24,29 @@ CASES = {
     "layer_norm_lstm": {"cell": "layer_norm_lstm"},
 }
 EVERY_CASE = pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
+SOME = {name: CASES[name] for name in ("lstm", "lstm, everything", "gru", "layer_norm_lstm")}
+SOME_CASES = pytest.mark.parametrize("changes", SOME.values(), ids=SOME)
+IN_TYPES = [("float64", name) for name in CASES] + [("float32", "lstm"), ("bfloat16", "lstm"), ("bfloat16", "mlstm")]
+
+traced = jax.jit(language_model.trace, static_argnums=(0, 5))
+applied = jax.jit(language_model.apply, static_argnums=0)
 
 
-@EVERY_CASE
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
-def test_its_logits_and_last_state_are_the_models(changes, dtype):
-    config = make(**changes, compute_dtype="bfloat16" if dtype == "bfloat16" else "float32")
+@pytest.mark.parametrize(("dtype", "name"), IN_TYPES)
+def test_its_logits_and_last_state_are_the_models(dtype, name):
+    config = make(**CASES[name], compute_dtype="bfloat16" if dtype == "bfloat16" else "float32")
     tolerance = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 0.02}[dtype]
     with jax.enable_x64(dtype == "float64"):
         params, state = drawn(config, np.float64 if dtype == "float64" else np.float32)
-        expected_state, expected = language_model.apply(config, params, state, *window())
-        got_state, got, named = language_model.trace(config, params, state, *window())
+        expected_state, expected = applied(config, params, state, *window())
+        got_state, got, named = traced(config, params, state, *window())
     np.testing.assert_allclose(got, expected, rtol=tolerance, atol=tolerance)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), got_state, expected_state
     )
     for number, layer in enumerate(got_state, 1):
-        for name, last in layer._asdict().items():
-            assert last is None or np.array_equal(named[f"{number}.{name}"][-1], last)
+        for array, last in layer._asdict().items():
+            assert last is None or np.array_equal(named[f"{number}.{array}"][-1], last)
 
 
 @EVERY_CASE
@@ -52,7 +57,7 @@ def test_its_gates_reproduce_the_states(changes):
     with jax.enable_x64(True):
         params, state = drawn(config, np.float64)
         inputs_BT, reset_BT = window()
-        _, _, named = language_model.trace(config, params, state, inputs_BT, np.zeros_like(reset_BT))
+        _, _, named = traced(config, params, state, inputs_BT, np.zeros_like(reset_BT))
     for number, before in enumerate(state, 1):
         of = {name.partition(".")[2]: np.asarray(a) for name, a in named.items() if name.startswith(f"{number}.")}
         assert all(a.shape == (T, *before.h.shape) for a in of.values())
@@ -68,29 +73,30 @@ def test_its_gates_reproduce_the_states(changes):
         assert ("m" in of) == (config.cell == "mlstm")
 
 
-@EVERY_CASE
+@SOME_CASES
 def test_a_held_unit_has_its_value_after_every_symbol_and_the_layers_above_and_the_logits_see_it(changes):
     config = make(**changes)
     params, state = drawn(config)
     array = "h" if config.cell in ("gru", "rnn") else "c"
     held = (((array, 2, 0.75),), ())
-    _, free, _ = language_model.trace(config, params, state, *window())
-    _, logits, named = language_model.trace(config, params, state, *window(), held)
+    _, free, _ = traced(config, params, state, *window())
+    _, logits, named = traced(config, params, state, *window(), held)
     assert (np.asarray(named[f"1.{array}"])[:, :, 2] == 0.75).all()
     assert np.abs(np.asarray(logits - free)[0]).max() > 1e-6, "the first symbol's logits, too"
     if array == "c" and config.cell in ("lstm", "mlstm") and not config.zoneout:
         np.testing.assert_allclose(named["1.h"][:, :, 2], named["1.o"][:, :, 2] * np.tanh(0.75), rtol=1e-5)
-    _, by_h, named = language_model.trace(config, params, state, *window(), ((), (("h", 1, -0.5),)))
+    _, by_h, named = traced(config, params, state, *window(), ((), (("h", 1, -0.5),)))
     assert (np.asarray(named["2.h"])[:, :, 1] == -0.5).all() and np.abs(np.asarray(by_h - free)).max() > 1e-6
 
 
-@EVERY_CASE
+@SOME_CASES
 def test_the_derivative_by_the_scale_of_an_input_is_input_times_gradient(changes):
     config = make(**changes)
     with jax.enable_x64(True):
         params, state = drawn(config, np.float64)
         inputs_BT, reset_BT = window()
 
+        @jax.jit
         def value(scale_BT):
             return language_model.trace(config, params, state, inputs_BT, reset_BT, (), scale_BT)[1].sum()
 
