@@ -1,6 +1,7 @@
 """Arrows point down, licences are by file, and importing does nothing."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,7 @@ MODEL_MAY_IMPORT = {
 }
 
 
+@functools.cache
 def files() -> list[Path]:
     return sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
@@ -45,6 +47,7 @@ MODULES = [module_name(path) for path in files()]
 OURS = [name for name in MODULES if not name.startswith("benchmarks.peers.")]
 
 
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Full names of the modules that a file imports, wherever in it."""
     found: set[str] = set()
@@ -67,6 +70,7 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+@functools.cache
 def attributes(path: Path) -> set[str]:
     """Dotted names that a file uses."""
     tree = ast.parse(path.read_text("utf-8"))

@@ -78,8 +78,11 @@ def test_the_figure_does_not_depend_on_batch_size_devices_or_window():
 
 @pytest.mark.parametrize(
     "kind",
-    [{"cell": cell} for cell in ("lstm", "gru", "rnn", "mlstm")]
-    + [{"cell": "layer_norm_lstm", "zoneout": 0.1, "train_initial_state": True}],
+    [
+        {"cell": "lstm"},
+        *(pytest.param({"cell": cell}, marks=pytest.mark.long) for cell in ("gru", "rnn", "mlstm")),
+        {"cell": "layer_norm_lstm", "zoneout": 0.1, "train_initial_state": True},
+    ],
     ids=["lstm", "gru", "rnn", "mlstm", "general"],
 )
 def test_one_piece_is_the_plain_forward_pass_over_the_whole_split(kind):
@@ -120,7 +123,9 @@ def test_burn_in_comes_close_to_carried_state():
     assert abs(warm - sequential) < abs(cold - sequential) / 10
 
 
-@pytest.mark.parametrize("separator", [(3,), (3, 4), (4, 4, 5)], ids=str)
+@pytest.mark.parametrize(
+    "separator", [(3, 4), *(pytest.param(each, marks=pytest.mark.long) for each in ((3,), (4, 4, 5)))], ids=str
+)
 def test_a_separator_resets_the_state_in_evaluation_too_the_same_whatever_the_windows(separator):
     whole = {"eval_chunk": 10**6}
     text = Text().ids.astype(np.int32)
