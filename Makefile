@@ -1,6 +1,6 @@
 # make train   environment, dependencies, then the main job on the embedded corpus: trains, evaluates, prints a sample
 # make test    environment, dependencies, the test suite
-# make long    what takes longest of it: more cells, kinds of processors and restarts, for the same equalities
+# make long    what takes longest of it: more cells, kinds of processors and restarts, for the same equalities; more damage
 # make faults  processes killed, stopped and stuck, a job on Slurm, for half an hour; prints a table of what was seen
 # make chaos   100 jobs disturbed at random, of other processes and devices at every start; an hour or so
 # make soak    a job for two hours with a fault every minute; prints its goodput
@@ -40,6 +40,7 @@ test: $(VENV)/installed
 
 long: $(VENV)/installed
 	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
+	CHARLSTM_FUZZ=8 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/data_pipeline tests/run/test_fuzzed_borders.py
 
 faults: $(VENV)/installed
 	$(BIN)/python -m pytest -m faults $(FAULTS_ARGS)

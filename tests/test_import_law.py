@@ -1,6 +1,7 @@
 """Arrows point down, licences are by file, and importing does nothing."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ MODEL_MAY_IMPORT = {
 }
 
 
+@functools.cache
 def files() -> list[Path]:
     return sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
@@ -46,6 +48,7 @@ MODULES = [module_name(path) for path in files()]
 OURS = [name for name in MODULES if not name.startswith("benchmarks.peers.")]
 
 
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Full names of the modules that a file imports, wherever in it."""
     found: set[str] = set()
@@ -68,6 +71,7 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+@functools.cache
 def attributes(path: Path) -> set[str]:
     """Dotted names that a file uses."""
     tree = ast.parse(path.read_text("utf-8"))

@@ -81,7 +81,14 @@ KINDS = {name: {"cell": name} for name in layer.CELLS} | {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+SHORT = ("lstm", "layer_norm_lstm")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=() if name in SHORT else pytest.mark.long) for name, kind in KINDS.items()],
+    ids=KINDS,
+)
 def test_one_piece_is_the_plain_forward_pass_over_the_whole_split(kind):
     config, text = make(eval_chunk=10**6, **kind), Text()
     ids = text.ids.astype(np.int32)[None]
@@ -120,7 +127,9 @@ def test_burn_in_comes_close_to_carried_state():
     assert abs(warm - sequential) < abs(cold - sequential) / 10
 
 
-@pytest.mark.parametrize("separator", [(3,), (3, 4), (4, 4, 5)], ids=str)
+@pytest.mark.parametrize(
+    "separator", [(3, 4), *(pytest.param(each, marks=pytest.mark.long) for each in ((3,), (4, 4, 5)))], ids=str
+)
 def test_a_separator_resets_the_state_in_evaluation_too_the_same_whatever_the_windows(separator):
     whole = {"eval_chunk": 10**6}
     text = Text().ids.astype(np.int32)

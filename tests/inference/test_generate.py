@@ -60,8 +60,16 @@ def with_prompt(ids):
     return np.concatenate([np.tile(PROMPT, (len(ids), 1)), ids], axis=1)
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(top_k=5)], ids=["greedy", "drawn"])
-@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize(
+    ("rows", "sampling"),
+    [
+        (1, GREEDY),
+        (7, Sampling(top_k=5)),
+        pytest.param(1, Sampling(top_k=5), marks=pytest.mark.long),
+        pytest.param(7, GREEDY, marks=pytest.mark.long),
+    ],
+    ids=["1 greedy", "7 drawn", "1 drawn", "7 greedy"],
+)
 def test_the_text_does_not_depend_on_how_many_devices_the_rows_are_split_over(sampling, rows):
     expected = sampled(sampling, rows=rows)
     for devices in (2, 4):
@@ -78,8 +86,21 @@ def test_greedy_text_is_the_argmax_of_a_full_pass_over_it():
     np.testing.assert_array_equal(ids, best[:, len(PROMPT) - 1 : -1])
 
 
-@pytest.mark.parametrize("separator", [(), (5,), (8, 5)], ids=["", "documents", "separators of two"])
-@pytest.mark.parametrize("cell", layer.CELLS)
+SEPARATORS = ((), (5,), (8, 5))
+
+
+@pytest.mark.parametrize(
+    ("cell", "separator"),
+    [
+        pytest.param(
+            *(cell, separator),
+            marks=() if cell == "lstm" or separator == SEPARATORS[number % 3] else pytest.mark.long,
+            id=f"{cell}, {len(separator)} symbols",
+        )
+        for number, cell in enumerate(layer.CELLS)
+        for separator in SEPARATORS
+    ],
+)
 def test_log_probabilities_are_the_models_own_by_a_full_pass(cell, separator):
     config = dataclasses.replace(CONFIG, cell=cell)
     sampling = Sampling(temperature=1.7, top_k=8, top_p=0.95)

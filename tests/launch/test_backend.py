@@ -11,6 +11,7 @@ from charlstm.config import Config
 from charlstm.run import backend, estimate
 from launch import cli, evaluate, sample, train
 from tests.launch.conftest import refusal
+from tests.launch.test_evaluate import make_run
 
 
 def test_auto_is_the_loop_where_there_is_no_gpu_and_the_run_keeps_what_was_chosen(arguments, tmp_path):
@@ -58,9 +59,8 @@ def test_of_what_is_left_open_the_fastest_way_is_taken(settings, taken, words, m
     assert chosen == (config_lib.replace(config, lstm_backend=taken), words)
 
 
-def test_what_a_gpu_has_trained_is_scored_and_sampled_where_there_is_none(arguments, tmp_path, capsys):
-    run_dir = tmp_path / "run"
-    assert train.main(["train", *arguments, "--hidden_size=128", "--num_steps=2", f"--run_dir={run_dir}"]) == 0
+def test_what_a_gpu_has_trained_is_scored_and_sampled_where_there_is_none(tmp_path, capsys):
+    run_dir = make_run(tmp_path, {5: None}, "bytes", hidden_size=128)
     path = run_dir / "config.json"
     before = path.read_text()
     path.write_text(before.replace('"lstm_backend": "scan"', '"lstm_backend": "fused"'))

@@ -307,7 +307,7 @@ def test_no_prompt_is_a_newline_that_is_not_shown_and_no_length_is_the_prompt_al
 
 
 def test_a_vocabulary_without_newline_begins_anywhere(run, characters_run):
-    assert len({run(characters_run, f"--seed={seed}", "--temperature=0") for seed in range(8)}) > 1
+    assert len({run(characters_run, f"--seed={seed}", "--temperature=0") for seed in range(4)}) > 1
 
 
 def test_an_unknown_symbol_of_the_prompt_is_mapped_when_asked(run, characters_run):
@@ -326,7 +326,10 @@ def after(text, seed=0):
     return vocabulary.decode(chunk.ids[0]), chunk.log_probabilities[0]
 
 
-@pytest.mark.parametrize("prompt", ["", "cd", "cdba€", "b"])
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize("prompt", ["", "cdba€", pytest.param("cd", marks=LONG), pytest.param("b", marks=LONG)])
 def test_where_documents_are_apart_a_separator_is_read_before_the_prompt(run, documents_run, prompt):
     made = json.loads(run(documents_run, f"--prompt={prompt}", "--stop=", "--format=json"))
     assert (made["prompt"], len(made["text"])) == (prompt, 60)
@@ -337,7 +340,7 @@ def test_where_documents_are_apart_a_separator_is_read_before_the_prompt(run, do
     assert "ba" in prompt or not np.allclose(logprobs[:3], after(prompt or "c")[1][:3], rtol=1e-3)
 
 
-@pytest.mark.parametrize("prompt", ["", "cd", "cdba€", "b"])
+@pytest.mark.parametrize("prompt", ["cd", "b", pytest.param("", marks=LONG), pytest.param("cdba€", marks=LONG)])
 def test_where_documents_are_apart_one_is_written_unless_told_otherwise(run, documents_run, prompt):
     stopped = 0
     seeds = range(4) if prompt != "b" else [next(seed for seed in range(99) if after("bab", seed)[0][0] == "a")]

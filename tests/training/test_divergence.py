@@ -12,6 +12,8 @@ from charlstm.run import digest, replicas
 from charlstm.training import divergence, train_state
 from tests.training.test_step import QUIET, V, assert_equal_bits, batch, compiled, make_config
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 
 def advance(config, state, numbers, devices=4, spoil=lambda state: state):
     """The state after a step on each of the batches `numbers`, and the metrics of each; the first state `spoil`ed."""

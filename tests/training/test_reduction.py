@@ -33,7 +33,9 @@ def sums_of(devices: int, shards: np.ndarray) -> np.ndarray:
     )
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 6, 7, 8, 12, 16, 24])
+@pytest.mark.parametrize(
+    "count", [1, 2, 6, 7, 8, *(pytest.param(count, marks=pytest.mark.long) for count in (3, 4, 12, 16, 24))]
+)
 def test_every_way_of_sharing_the_leaves_gives_the_bits_of_the_one_tree(count):
     shards = leaves(count)
     expected = slow_tree(list(shards))
