@@ -118,6 +118,7 @@ def test_every_file_of_the_library_lies_in_a_folder_of_the_law():
         ("orbax", {"charlstm.run.array_files"}),
         ("grain", {"data_pipeline.loader", "benchmarks.sparse_corpus"}),
         ("obstore", {"data_pipeline.stores"}),
+        ("pyarrow", {"data_pipeline.build.tables"}),
         ("optuna", {"launch.tune"}),
         ("tqdm", {"data_pipeline.progress"}),
         ("tensorboardX", {"launch.event_files"}),
