@@ -197,8 +197,6 @@ class Remote:
                     result = request()
                     traffic.answered, traffic.trouble = True, ""
                     return result
-                except ValueError:
-                    raise
                 except (self._obstore.exceptions.BaseError, OSError) as error:  # OSError: such as FileNotFoundError
                     reason = self._reason(name, error)
                 traffic.trouble = f" ({reason})"

@@ -1,7 +1,7 @@
 """The training loop: a run from its newest checkpoint to its end.
 
-Each step reads a batch and updates the parameters.  At set intervals the loop compares the devices, logs, evaluates
-and saves.  A run that diverges stops or rolls back.
+Each step reads a batch and updates the parameters; at intervals the loop compares the devices, logs, evaluates and
+saves.  A run that diverges stops or rolls back.
 """
 
 import contextlib
@@ -306,8 +306,7 @@ class Training:
 
     def outcome(self, step: int, seconds: float) -> Outcome:
         """Says how the run ended."""
-        how = self.run, self.metrics, self.checkpoints, step, seconds, self.gave_up
-        outcome, sentence = announce.ending(*how)
+        outcome, sentence = announce.ending(self.run, self.metrics, self.checkpoints, step, seconds, self.gave_up)
         self.log.info(sentence)
         return outcome
 
