@@ -11,6 +11,7 @@ from charlstm import distributed
 from charlstm.config import Config
 from charlstm.config.model import ModelConfig
 from charlstm.config.training import TrainingConfig
+from charlstm.model.ops import compiler
 from charlstm.run import estimate
 from charlstm.run.metrics import duration
 
@@ -59,7 +60,7 @@ def seconds_per_step(config: Config, vocabulary_size: int, devices: int) -> floa
     rows, units = -(-config.streams.batch_size // devices), config.model.hidden_size
     width = 4 * units
 
-    @jax.jit
+    @compiler.jit
     def read(w: jax.Array, h: jax.Array) -> jax.Array:
         return lax.fori_loop(0, TIMED_SYMBOLS, lambda _, h: jnp.tanh(h @ w)[:, :units], h)
 
