@@ -72,6 +72,7 @@ def test_a_page_is_written_beside_nothing_and_over_nothing_but_its_own(trained, 
 def test_what_cannot_be_shown_is_refused(flags, sentence, trained, text):
     assert sentence in refusal(inspect.main, f"--run_dir={trained}", f"--text={text}", *flags)
     assert "--run_dir is required" in refusal(inspect.main, "--unit=1:0")
+    assert "text=nowhere cannot be read" in refusal(inspect.main, f"--run_dir={trained}", "--text=nowhere", "--find=a")
 
 
 def test_a_text_is_scored_symbol_by_symbol(trained, text, capsys):
