@@ -178,7 +178,7 @@ def _show_unit(chosen: InspectFlags, model: Model, text: bytes) -> None:
         return
     colors = _colors() if chosen.colors == "auto" else COLORS[chosen.colors]
     width = min(100, os.get_terminal_size().columns) if sys.stdout.isatty() else heatmap.WIDTH
-    print(f"{name} of step {model.step}: {heatmap.legend(colors, largest)}")
+    print(f"{name} of step {model.step}: {heatmap.legend(colors, largest)}", flush=True)
     sys.stdout.buffer.write(heatmap.in_terminal(shown, values, colors, width, largest).encode("utf-8", "replace"))
     print(flush=True)
 

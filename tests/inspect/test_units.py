@@ -102,8 +102,10 @@ def test_ends_are_where_a_unit_is_highest_and_lowest_and_gates_are_counted(model
         values = np.tanh(named["1.c"][:, unit])
         for kept, best in ((found.highest, values.max()), (found.lowest, values.min())):
             places = kept[:, 1, unit][kept[:, 0, unit] >= 0].astype(int)
-            assert abs(values[places[0]] - best) < 0.01
+            assert abs(values[places[0]] - best) < 0.01 and places.min() >= 0
             assert (np.abs(np.diff(np.sort(places))) >= survey.APART).all()
+    short = survey.read(model, ArraySplit(text[:70], CHARACTERS), {}).highest
+    assert set(short[:, 1][short[:, 0] >= 0].astype(int).ravel()) <= set(range(70)) and (short[3:, 0] == -1).all()
     for gate in "ifo":
         values = np.concatenate([named[f"{n}.{gate}"] for n in (1, 2)], axis=1)
         expected = (values < 0.1).sum(0), (values > 0.9).sum(0), values.sum(0)
