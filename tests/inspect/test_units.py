@@ -27,7 +27,7 @@ def test_a_trace_has_the_models_logits_and_comes_in_chunks_that_join(model):
     assert set(found) == {"logits", *(f"{layer}.{name}" for layer in (1, 2) for name in "chifgo")}
     parts = list(cl.inspect.chunks(model, ArraySplit(text, CHARACTERS), ["2.h"]))
     assert [len(part["2.h"]) for part in parts] == [trace.WINDOW, trace.WINDOW, 20]
-    assert np.array_equal(np.concatenate([part["2.h"] for part in parts]), found["2.h"])
+    np.testing.assert_allclose(np.concatenate([part["2.h"] for part in parts]), found["2.h"], atol=2e-4)
     assert model.trace("")["1.c"].shape == (0, WIDTH)
     with pytest.raises(ValueError, match=r"there is no array '3\.c': use logits, 1\.c"):
         model.trace(text, ["3.c"])
