@@ -35,6 +35,7 @@ from charlstm.run import run_directory
 from data_pipeline import signals
 from data_pipeline.atomic_files import atomic_write, expand_user
 from data_pipeline.settings import check_choices, setting
+from data_pipeline.shards import ArraySplit
 from launch import cli, flags, jax_setup
 
 MOST_SHOWN = 20_000  # characters of a page
@@ -101,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
     jax_setup.keep_compiled()
     model = api.load(chosen.run_dir, chosen.checkpoint)
     split = None if chosen.text else _own_split(model)
-    text = Path(expand_user(chosen.text)).read_bytes() if split is None else b""
+    text = _read(chosen.text, model) if split is None else b""
     if chosen.find:
         _print_ranking(ranking.units_for(model, text if split is None else split, chosen.find), chosen.format)
     if not (chosen.unit or chosen.output):
@@ -124,6 +125,19 @@ def _check_output(path: Path, overwrite: bool) -> None:
             begin = file.read(4096)
         if page.MARK.encode() not in begin and heatmap.MARK.encode() not in begin:
             raise ValueError(f"output={path} is there, and launch.inspect has not written it: add --overwrite")
+
+
+def _read(name: str, model: Model) -> bytes:
+    """Reads the text; says how many of its symbols the model does not know."""
+    try:
+        text = expand_user(name).read_bytes()
+    except OSError as error:
+        raise ValueError(f"text={name} cannot be read: {error.strerror}") from None
+    if not text:
+        raise ValueError(f"text={name} is empty: give one that has characters")
+    if unknown := ArraySplit(text, model.vocabulary).unknown:
+        signals.say(f"{unknown:,} symbols of {name} are not in the vocabulary, and read as unknown")
+    return text
 
 
 def _own_split(model: Model) -> Split:
@@ -156,8 +170,6 @@ def _inspections(chosen: InspectFlags, model: Model, text: bytes) -> list[inspec
 def _show_unit(chosen: InspectFlags, model: Model, text: bytes) -> None:
     unit = units.parse(chosen.unit, model.config.model)
     shown = text.decode("utf-8", "surrogateescape")[: chosen.length]
-    if not shown:
-        raise ValueError(f"{chosen.text} is empty: give a text that has characters")
     values = inspection.values(model, shown, unit)
     largest = 1.0 if chosen.scale == "fixed" else heatmap.own_scale(values)
     name = f"tanh({unit})" if unit.array == "c" else str(unit)
@@ -166,7 +178,7 @@ def _show_unit(chosen: InspectFlags, model: Model, text: bytes) -> None:
         return
     colors = _colors() if chosen.colors == "auto" else COLORS[chosen.colors]
     width = min(100, os.get_terminal_size().columns) if sys.stdout.isatty() else heatmap.WIDTH
-    print(f"{name} of step {model.step}: {heatmap.legend(colors, largest)}")
+    print(f"{name} of step {model.step}: {heatmap.legend(colors, largest)}", flush=True)
     sys.stdout.buffer.write(heatmap.in_terminal(shown, values, colors, width, largest).encode("utf-8", "replace"))
     print(flush=True)
 

@@ -148,7 +148,7 @@ def _keep_ends(survey: Survey, levels_BTU: np.ndarray, rows: Rows, start: int) -
     """Keeps the places where units are highest and lowest: of each row and window at most one."""
     for kept, sign in ((survey.highest, 1), (survey.lowest, -1)):
         end_BTU = levels_BTU if sign == 1 else len(LEVELS) - 1 - levels_BTU
-        end_BTU = np.where(rows.counted[:, :, None], end_BTU, 0)
+        end_BTU = np.where(rows.counted[:, :, None], end_BTU.astype(np.int16), -1)
         most_BU = end_BTU.max(1)
         row, unit = np.nonzero(most_BU > kept[-1, 0][None])
         for r, u in zip(row.tolist(), unit.tolist(), strict=True):

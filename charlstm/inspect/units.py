@@ -87,7 +87,7 @@ def parse_clamp(text: str) -> dict[str | Unit, float]:
     for part in filter(None, text.split(",")):
         name, _, value = part.rpartition(":")
         try:
-            found[name.strip()] = float(value)
+            found[name.strip()] = float(value if ":" in name else "")
         except ValueError:
             raise ValueError(f"clamp={part!r} has no value: write LAYER:UNIT:VALUE, such as 1:317:+1") from None
     return found

@@ -72,6 +72,7 @@ def test_a_page_is_written_beside_nothing_and_over_nothing_but_its_own(trained, 
 def test_what_cannot_be_shown_is_refused(flags, sentence, trained, text):
     assert sentence in refusal(inspect.main, f"--run_dir={trained}", f"--text={text}", *flags)
     assert "--run_dir is required" in refusal(inspect.main, "--unit=1:0")
+    assert "text=nowhere cannot be read" in refusal(inspect.main, f"--run_dir={trained}", "--text=nowhere", "--find=a")
 
 
 def test_a_text_is_scored_symbol_by_symbol(trained, text, capsys):
@@ -91,13 +92,10 @@ def test_a_text_is_scored_symbol_by_symbol(trained, text, capsys):
 
 
 def test_a_held_unit_writes_what_the_library_does(trained, capsys):
-    flags = (f"--run_dir={trained}", "--prompt=ab", "--length=30")
-    held = ran(sample.main, capsys, *flags, "--clamp=1:3:+4,1.h:2:-1")
-    assert (
-        held
-        == cl.load(trained).sample("ab", 30, clamp={"1:3": 4, "1.h:2": -1}) + "\n"
-        != ran(sample.main, capsys, *flags)
-    )
+    flags = (f"--run_dir={trained}", "--prompt=ab", "--length=30", "--format=json")
+    held, free = (json.loads(ran(sample.main, capsys, *flags, *more)) for more in (["--clamp=1:3:+4,1.h:2:-1"], []))
+    assert "ab" + held["text"] == cl.load(trained).sample("ab", 30, clamp={"1:3": 4, "1.h:2": -1})
+    assert held["text"] != free["text"]
     assert "there is no unit 1:9" in refusal(sample.main, *flags, "--clamp=1:9:1")
     assert "has no value" in refusal(sample.main, *flags, "--clamp=1:3")
 
