@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import sys
 import sysconfig
 import time
@@ -66,6 +67,12 @@ def files(texts: list[str]) -> dict[str, bytes]:
     }
 
 
+def cleared(events: Iterable[Any]) -> Iterable[Any]:
+    for _, element in events:
+        element.clear()
+        yield element
+
+
 BARE: dict[str, Callable[[bytes], Iterable[Any]]] = {
     "jsonl": lambda data: (json.loads(line)["text"] for line in io.BytesIO(data)),
     "csv": lambda data: csv.reader(io.TextIOWrapper(io.BytesIO(data), "utf-8", newline="")),
@@ -73,9 +80,9 @@ BARE: dict[str, Callable[[bytes], Iterable[Any]]] = {
         batch.column(0).to_pylist() for batch in parquet.ParquetFile(io.BytesIO(data)).iter_batches(1024)
     ),
     "arrow": lambda data: (batch.column(0).to_pylist() for batch in pyarrow.ipc.open_stream(data)),
-    "xml": lambda data: (element.clear() for _, element in ElementTree.iterparse(io.BytesIO(data))),
+    "xml": lambda data: cleared(ElementTree.iterparse(io.BytesIO(data))),
 }
-COMPRESSED: dict[str, tuple[Callable[[bytes], bytes], Callable[[Any], Any]]] = {
+COMPRESSED: dict[str, tuple[Any, Any]] = {
     ".gz": (gzip.compress, gzip.GzipFile),
     ".bz2": (bz2.compress, bz2.BZ2File),
     ".xz": (lzma.compress, lzma.LZMAFile),
@@ -99,8 +106,7 @@ def main() -> None:
     csv.field_size_limit(64 << 20)
     size = int(sys.argv[1]) << 20 if len(sys.argv) > 1 else 32 << 20
     sources = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
-    allowed = {chr(code): None for code in range(32) if chr(code) not in "\t\n"}
-    text = "".join(path.read_text("utf-8", "ignore") for path in sources)[:size].translate(str.maketrans(allowed))
+    text = re.sub("[^\t\n -\U0010ffff]", "", "".join(path.read_text("utf-8", "ignore") for path in sources)[:size])
     texts = [text[start : start + PAGE] for start in range(0, len(text), PAGE)]
     count = len(text.encode())
     for form, data in files(texts).items():
