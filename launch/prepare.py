@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline.atomic_files import expand_user
+from data_pipeline.build import cache
 from data_pipeline.build.prepare import prepare
 from data_pipeline.build.upload import upload
 from data_pipeline.manifest import is_prepared
@@ -32,6 +33,13 @@ class PrepareFlags:
     workers: int = setting(0, "Threads or processes; 0: one per core.")
     verify: bool = setting(False, "Read the prepared corpus again and check its sha256.")
 
+    cache: str = setting(
+        "",
+        "list what lies in --cache_dir, or clear it of prepared corpora, digests of files and blocks of object stores; "
+        "downloads and compiled programs stay.",
+        choices=("", "list", "clear"),
+    )
+
     def __post_init__(self) -> None:
         if self.workers < 0:
             raise ValueError(f"workers={self.workers} must be at least 0")
@@ -40,6 +48,10 @@ class PrepareFlags:
 def main(argv: Sequence[str]) -> int:
     groups = PrepareFlags(), CorpusSettings(corpus="")
     (chosen, settings), _ = flags.parse(argv, __doc__ or "", *groups, renamed={"corpus": "input"})
+    if chosen.cache:
+        if settings.corpus or settings.train or chosen.output:
+            raise ValueError(f"--cache={chosen.cache} is given with a text to prepare: leave one out")
+        return _list_or_clear(expand_user(settings.cache_dir), chosen.cache)
     if not chosen.output:
         raise ValueError("--output is required: name the directory to make")
     if settings.corpus and settings.train:
@@ -57,6 +69,21 @@ def main(argv: Sequence[str]) -> int:
     sizes = ", ".join(f"{name} {len(split)}" for name, split in corpus.splits.items())
     vocabulary = f"{corpus.vocabulary.size} symbols in the vocabulary"
     print(f"{' and '.join(done)}: {output}, {vocabulary}, {sizes}", file=sys.stderr)
+    return cli.DONE
+
+
+def _list_or_clear(directory: Path, what: str) -> int:
+    """Prints what the cache holds, or deletes it."""
+    if what == "list":
+        found = cache.entries(directory)
+        for path, size in sorted(found, key=lambda entry: -entry.bytes):
+            print(f"{size / 1e6:12,.1f} MB  {path}")
+        print(f"{sum(entry.bytes for entry in found) / 1e6:12,.1f} MB  {directory}")
+        return cli.DONE
+    freed, busy = cache.clear(directory)
+    for path in busy:
+        print(f"{path} is being prepared, and stays", file=sys.stderr)
+    print(f"cleared: {directory}, {freed / 1e6:,.1f} MB", file=sys.stderr)
     return cli.DONE
 
 

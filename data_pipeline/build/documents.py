@@ -1,6 +1,7 @@
 """Reads documents from files of text that hold many of them: JSON lines, CSV, dumps of MediaWiki."""
 
 import csv
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -133,13 +134,25 @@ def read_csv(file: BinaryIO, name: str, field: str, bad: BadDocuments) -> Docume
 
 
 def _text_lines(file: BinaryIO, name: str) -> Iterator[str]:
-    for number, line in _lines(file, BadDocuments(name, "line", drop=False)):
+    held, number = b"", 1  # bytes of a line that has not ended, and its number
+    while True:
+        chunk = file.read(CHUNK)
+        block = held + chunk
+        stop = block.rfind(b"\n") + 1 if chunk else len(block)
+        block, held = block[:stop], block[stop:]
         try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            text = block.decode()
         except UnicodeDecodeError as error:
+            line, before = number + block.count(b"\n", 0, error.start), block.rfind(b"\n", 0, error.start) + 1
             raise ValueError(
-                f"{name}, line {number}: not UTF-8 at byte {error.start} of the line: convert the file (`iconv`)"
+                f"{name}, line {line}: not UTF-8 at byte {error.start - before} of the line: convert the file (`iconv`)"
             ) from None
+        yield from io.StringIO(text.removeprefix("\ufeff") if number == 1 else text, newline="\n")
+        number += block.count(b"\n")
+        if len(held) > DOCUMENT_BYTES:
+            raise ValueError(f"{name}, line {number}: a line of more than {DOCUMENT_BYTES:,} bytes: mend it")
+        if not chunk:
+            return
 
 
 class _Pages:

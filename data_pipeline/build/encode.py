@@ -17,7 +17,7 @@ import numpy as np
 
 from data_pipeline import signals
 from data_pipeline.atomic_files import atomic_write, sealed, unsealed
-from data_pipeline.build.sources import Extent, ParallelMap, Text
+from data_pipeline.build.sources import Extent, ParallelMap, Text, mapped
 from data_pipeline.build.splits import Span, cut, shard_spans
 from data_pipeline.build.utf8 import StartCount, count_all, index_characters, read_characters
 from data_pipeline.manifest import Shard, SplitRecord
@@ -83,7 +83,7 @@ def parallel_map(workers: int, processes: bool, progress: Progress | None) -> It
 
     def parallel(doing: str, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         items = list(items)
-        for number, result in enumerate(pool.map(function, items), 1):
+        for number, result in enumerate(mapped(pool, function, items), 1):
             if progress:
                 progress(doing, number, len(items))
             yield result

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from data_pipeline.atomic_files import named_in_errors
 from data_pipeline.build import magic
 from data_pipeline.build.decompress import COMPRESSIONS
-from data_pipeline.build.sources import Text, TextFile, remembered
+from data_pipeline.build.sources import Text, TextFile, mapped, remembered
 
 KINDS = 5  # kinds of files that are named
 
@@ -32,7 +32,7 @@ def look_at(files: list[TextFile], separator: bytes, memo: Path, workers: int) -
 
     def look_at_all() -> list[Look]:
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            return list(pool.map(lambda file: _look(file, separator), files))
+            return list(mapped(pool, lambda file: _look(file, separator), files))
 
     found = remembered(memo, files, ["look", magic.VERSION, separator.hex()], look_at_all)
     return [Look(*look) for look in found]

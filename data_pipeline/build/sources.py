@@ -12,7 +12,7 @@ import json
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -214,9 +214,20 @@ def hash_files(files: list[TextFile], memo: Path, workers: int, progress: Progre
 
     def hash_all() -> list[str]:
         with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            return list(pool.map(hash_one, files))
+            return list(mapped(pool, hash_one, files))
 
     return remembered(memo, files, [], hash_all)
+
+
+def mapped(pool: concurrent.futures.Executor, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """Yields function(item) of each item, in order; of very many items several are one task of the pool."""
+    size = min(64, max(1, len(items) // 512))
+    batches = [items[start : start + size] for start in range(0, len(items), size)]
+    return itertools.chain.from_iterable(pool.map(functools.partial(_each, function), batches))
+
+
+def _each(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    return [function(item) for item in items]
 
 
 def remembered(memo: Path, files: list[TextFile], how: list[Any], find: Callable[[], Any]) -> Any:

@@ -9,11 +9,14 @@ import pytest
 
 from charlstm import config as config_lib
 from charlstm.run.corpus import open_for
+from data_pipeline.atomic_files import locked
+from data_pipeline.build import cache
 from data_pipeline.build.prepare import prepare
 from data_pipeline.build.remote_inputs import RANGE, Ranges, find_remote, matches
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import open_corpus
 from data_pipeline.stores import Remote
+from launch import prepare as launch_prepare
 from tests.data_pipeline.build.test_readers import json_lines, table_arrow, table_parquet, text_of
 from tests.data_pipeline.servers import nginx, s3_environment, seaweedfs
 
@@ -189,6 +192,33 @@ def test_a_manifest_does_not_grow_with_the_number_of_files(tmp_path, setting):
     (out / "sources.jsonl").write_bytes((out / "sources.jsonl").read_bytes().replace(b"0001", b"0002"))
     with pytest.raises(ValueError, match=r"sources\.jsonl is damaged or of another corpus"):
         open_corpus(out).read_sources()
+
+
+# The cache.
+
+
+def test_the_cache_is_listed_and_cleared_but_for_downloads_and_what_is_being_prepared(tmp_path, setting, capsys):
+    how = setting(b"text " * 500)
+    out, directory = prepare(how), tmp_path / "cache"
+    made(
+        directory, {"downloads/enwik8": b"x" * 70, "blocks/ab/train.ids.0-1": b"y" * 30, "corpora/.b.partial/key": b"k"}
+    )
+    arguments = ["launch.prepare", f"--cache_dir={directory}"]
+    assert launch_prepare.main([*arguments, "--cache=list"]) == 0
+    said = capsys.readouterr().out
+    assert str(out) in said and "downloads" in said and "corpora/.b.partial" in said
+    assert cache.entries(directory)[0].path == directory / "corpora" / ".b.partial"
+    with locked(directory / "corpora" / ".b.lock", lambda: None):
+        assert launch_prepare.main([*arguments, "--cache=clear"]) == 0
+    assert "corpora/.b.partial is being prepared, and stays" in capsys.readouterr().err
+    left = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+    assert left == {"downloads/enwik8", "corpora/.b.partial/key"}
+    launch_prepare.main([*arguments, "--cache=clear"])
+    assert [path.name for path in directory.rglob("*") if path.is_file()] == ["enwik8"]
+    assert prepare(how) == out
+    launch_prepare.main(["launch.prepare", f"--cache_dir={tmp_path}/none", "--cache=clear"])
+    with pytest.raises(ValueError, match="--cache=clear is given with a text to prepare: leave one out"):
+        launch_prepare.main([*arguments, "--cache=clear", "--input=x"])
 
 
 def test_settings_that_cannot_be_meant_are_refused():
