@@ -18,7 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 RUN_DIR ?= $(or $(patsubst --run_dir=%,%,$(filter --run_dir=%,$(ARGS))),runs/quickstart)
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist=worksteal
 FAULTS_ARGS ?=
 TORCH ?= torch
 BENCH_ARGS ?=

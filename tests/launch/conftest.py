@@ -22,9 +22,9 @@ SMALL = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """A text of 27 steps an epoch, and what is made of it."""
+    """A text of 27 steps an epoch, and what is made of it; the files of tests put runs there, by names of their own."""
     path = tmp_path_factory.mktemp("texts")
     random = np.random.default_rng(0)
     (path / "text.txt").write_text("".join(random.choice(list("abcdefgh \n"), 7700)))
@@ -32,12 +32,12 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def arguments(folder) -> tuple[str, ...]:
     return (TINY, *SMALL, f"--corpus={folder / 'text.txt'}", f"--cache_dir={folder / 'cache'}")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained(folder, arguments) -> Path:
     """A run that nothing disturbed: 40 steps, checkpoints of 20, 30 and 40.  To be copied, not changed."""
     run_dir = folder / "trained"

@@ -62,7 +62,7 @@ def go(arguments, folder):
 
 @pytest.fixture(scope="module")
 def straight(go):
-    return go("straight")
+    return go("averaged")
 
 
 def records(run_dir, split):

@@ -49,8 +49,8 @@ def lines(run_dir, name="metrics.jsonl") -> list[dict]:
 
 @pytest.mark.parametrize("at", [20, 40])
 def test_an_interrupted_validation_is_made_up_for_and_the_run_ends_with_the_same_lines_and_bits(at, go, folder):
-    if not (folder / "straight").exists():
-        assert go("straight") == (cli.DONE, [10, 20, 30, 40])
+    if not (folder / "validated").exists():
+        assert go("validated") == (cli.DONE, [10, 20, 30, 40])
     name = f"interrupted at {at}"
     assert go(name, at) == (cli.STOPPED, [step for step in (10, 20, 30, 40) if step <= at])
     log = (folder / name / "log.txt").read_text()
@@ -58,4 +58,4 @@ def test_an_interrupted_validation_is_made_up_for_and_the_run_ends_with_the_same
     assert steps(folder / name)[-1] == at and f"stopped by a signal at step {at}, saved" in log
     assert go(name) == (cli.DONE, [step for step in (10, 20, 30, 40) if step >= at])
     for file in ("metrics.jsonl", "samples.jsonl"):
-        assert lines(folder / name, file) == lines(folder / "straight", file)
+        assert lines(folder / name, file) == lines(folder / "validated", file)

@@ -85,8 +85,8 @@ def but_for_time(folder, name) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def straight(go, folder) -> list[dict]:
-    assert go("straight")[0] == cli.DONE
-    return but_for_time(folder, "straight")
+    assert go("measured")[0] == cli.DONE
+    return but_for_time(folder, "measured")
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_on_as_many_devices_as_logical_shards_the_evaluating_program_prints_the_
     capsys.readouterr()
     for line in straight:
         if line["split"] == "valid":
-            flags = (f"--run_dir={folder / 'straight'}", f"--checkpoint={line['step']}", "--split=valid")
+            flags = (f"--run_dir={folder / 'measured'}", f"--checkpoint={line['step']}", "--split=valid")
             assert evaluate.main(["evaluate", *flags, "--format=json"]) == cli.DONE
             found = json.loads(capsys.readouterr().out)
             assert [found[name] for name in FIGURES] == [line[name] for name in FIGURES]

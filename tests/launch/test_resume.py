@@ -76,7 +76,7 @@ def assert_same_end(one: Path, other: Path):
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--cell=lstm",),
+        ("--cell=lstm", "--num_layers=1"),
         pytest.param(
             (
                 "--cell=gru",

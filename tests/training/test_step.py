@@ -46,7 +46,7 @@ def batch(config: Config, number: int) -> Batch:
 
 
 # Without masks, by plain gradient descent; 24 streams can be split over 3 devices, too.
-PLAIN = make_config(**QUIET, batch_size=24, optimizer="sgd", learning_rate=0.5, clip_norm=0.0, l2=0.0)
+PLAIN = make_config(**QUIET, batch_size=24, num_layers=1, optimizer="sgd", learning_rate=0.5, clip_norm=0.0, l2=0.0)
 FAST = config_lib.replace(PLAIN, reduction="fast")
 MASKED = make_config(state_dropout=0.2, **LSTM)
 
@@ -202,8 +202,7 @@ def test_the_recurrent_state_is_split_by_stream_and_carried():
 
 def test_a_stream_that_is_not_finite_is_named_by_its_row():
     start = train_state.init(PLAIN, V)
-    poisoned = start.recurrent_state[1].h.at[5, 3].set(jnp.nan)
-    layers = (start.recurrent_state[0], start.recurrent_state[1]._replace(h=poisoned))
+    layers = (start.recurrent_state[0]._replace(h=start.recurrent_state[0].h.at[5, 3].set(jnp.nan)),)
     rows = batch(PLAIN, 0)
     rows.reset[:] = False
     _, metrics = after_an_update(PLAIN, start._replace(recurrent_state=layers), rows)
