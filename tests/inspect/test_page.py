@@ -188,3 +188,12 @@ def test_symbols_that_are_not_in_the_vocabulary_are_counted_and_shown(model):
     assert "20 symbols are not in the vocabulary" in page._about(found) and "30 more were read" in page._about(found)
     with pytest.raises(ValueError, match="the text is empty"):
         inspection.inspect(model, "", "empty")
+
+
+def test_a_large_page_has_fewer_levels_and_they_stay_near(found, monkeypatch):
+    exact = np.frombuffer(page._levels(found), np.uint8).astype(int)
+    monkeypatch.setattr(page, "LARGE", 100)
+    coarse = np.frombuffer(page._levels(found), np.uint8).astype(int)
+    values = 3 * found.arrays["c"].size
+    assert np.abs(exact - coarse)[:values].max() <= 2 and len(np.unique(coarse[:values])) <= 65
+    assert np.array_equal(exact[values:], coarse[values:]) and (coarse[:values][exact[:values] == 127] == 127).all()
