@@ -126,7 +126,7 @@ def main(kind: str, train: str, valid: str, settings: dict) -> None:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if (time.time() - settings["began"]) / seconds >= (evaluated + 1) / PARTS:
-            evaluated += 1
+            evaluated = min(PARTS, int((time.time() - settings["began"]) / seconds * PARTS))
             model.eval()
             with torch.inference_mode():
                 score = bits()

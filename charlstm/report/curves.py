@@ -73,11 +73,12 @@ def _drawn(lines: Mapping[str, Points], behind: Mapping[str, Points], x_name: st
     for number, (name, (xs, ys)) in enumerate(lines.items()):
         color, style = COLORS[number % len(COLORS)], "-" if number < len(COLORS) else "--"
         thin_xs, thin_ys = behind.get(name, ([], []))
-        (thin,) = axes.plot(thin_xs, thin_ys, color=color, linestyle=style, lw=0.8, alpha=0.45)
+        width, alpha = (0.8, 0.45) if len(ys) > 1 else (1.6, 0.8)  # alone, they are what there is to see
+        (thin,) = axes.plot(thin_xs, thin_ys, color=color, linestyle=style, lw=width, alpha=alpha)
         (thick,) = axes.plot(xs, ys, color=color, linestyle=style, lw=1.8, marker="o", ms=3.5, label=name)
         thin.set_gid(f"train-{number}")
         thick.set_gid(f"curve-{number}")
-        shown += ys or thin_ys
+        shown += ys if len(ys) > 1 else [*ys, *thin_ys]
     if shown:  # the first steps, of a model that knows nothing, would make all the rest flat
         ordered = sorted(shown)
         least, most = ordered[0], ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from charlstm.report import history
+from charlstm.report import curves, history
 from launch import cli, compare, train
 from tests.launch.conftest import refusal
 
@@ -90,6 +90,15 @@ def test_the_plot_is_a_picture_and_as_svg_the_same_each_time(runs, tmp_path):
     svg = (tmp_path / "a.svg").read_text()
     assert svg == (tmp_path / "b.svg").read_text() and 'id="curve-1"' in svg and ">first<" in svg
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_where_there_is_one_score_the_picture_shows_how_it_was_trained(runs):
+    pytest.importorskip("matplotlib", reason="extra compare is not installed")
+    (run,) = history.read_all([history.Path(runs[0])])
+    once = run._replace(records=[line for line in run.records if line["split"] == "train" or line["step"] == 40])
+    low, high = curves.figure([once], "bits_per_byte").axes[0].get_ylim()
+    trained = sorted(once.curve("train", "bits_per_byte")[1])
+    assert low < trained[0] and trained[-2] < high
 
 
 @pytest.fixture(scope="module")
