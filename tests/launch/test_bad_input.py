@@ -117,7 +117,7 @@ def test_a_shard_changed_in_the_midst_of_a_run_stops_it_with_its_name_and_the_ch
     [
         (["--vocabulary=characters"], "--vocabulary=characters was given and {} is prepared with bytes"),
         (["--valid_fraction=0.1"], "mean splits of 6545 + 770 + 385 symbols and {} has 6930 + 385 + 385: leave them"),
-        (["--split=columns:10x10"], "{} has 6930 + 385 + 385"),
+        (["--split=columns:10x10"], "--split=columns:10x10 was given and {} is prepared with contiguous: leave it out"),
     ],
     ids=["vocabulary", "fraction", "columns"],
 )
