@@ -412,7 +412,11 @@ def saved_state(run_dir: Path, step: int | None = None):
         return checkpoints.restore(abstract, step=step)[0]
 
 
-@pytest.mark.parametrize(("named", "step"), [("{}", 2), ("{}/checkpoints/1", 1)], ids=["newest", "a step"])
+@pytest.mark.parametrize(
+    ("named", "step"),
+    [pytest.param("{}", 2, marks=pytest.mark.long), ("{}/checkpoints/1", 1)],
+    ids=["newest", "a step"],
+)
 def test_an_initial_checkpoint_gives_its_parameters_and_nothing_else(named, step, trained, arguments, tmp_path):
     # With a learning rate of 0 the parameters after a step are those before it.
     run = [*arguments, f"--run_dir={tmp_path / 'run'}", "--learning_rate=0", "--num_steps=1"]

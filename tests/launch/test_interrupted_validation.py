@@ -47,7 +47,7 @@ def lines(run_dir, name="metrics.jsonl") -> list[dict]:
     return [{key: value for key, value in line.items() if key not in OF_TIME} for line in found]
 
 
-@pytest.mark.parametrize("at", [20, 40])
+@pytest.mark.parametrize("at", [20, pytest.param(40, marks=pytest.mark.long)])
 def test_an_interrupted_validation_is_made_up_for_and_the_run_ends_with_the_same_lines_and_bits(at, go, folder):
     if not (folder / "validated").exists():
         assert go("validated") == (cli.DONE, [10, 20, 30, 40])

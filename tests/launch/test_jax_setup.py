@@ -19,10 +19,12 @@ from charlstm.training import train_state
 from data_pipeline.batch import Batch
 from launch import jax_setup
 from launch.cluster import JobFlags
+from tests import compiling
 from tests.jobs import ROOT, last_line
 
 # Sizes and bits of programs are what is looked at here.
 pytestmark = pytest.mark.usefixtures("optimized")
+QUICKLY = {"XLA_FLAGS": compiling.NO_EMITTERS, compiling.UNOPTIMIZED: "true"}  # where they are not
 
 # The compilation cache.
 
@@ -30,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("optimized")
 def started(run_dir: Path, home: Path, arguments: tuple[str, ...]) -> tuple[dict[str, int], str]:
     """A run of four steps of somebody who lives in `home`: the sizes of the compiled programs, and what was said."""
     own = {name: value for name, value in os.environ.items() if "_CACHE_" not in name}  # not what the tests share
-    environment = own | {"XLA_FLAGS": "", "HOME": str(home)}
+    environment = own | QUICKLY | {"HOME": str(home)}
     command = [sys.executable, "-m", "launch.train", *arguments, "--num_steps=4", f"--run_dir={run_dir}"]
     ended = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True)
     files = (home / ".cache" / "charlstm" / "compiled").glob("*/*-cache")
@@ -133,8 +135,15 @@ def test_a_run_has_the_cores_that_its_process_may_use(tmp_path, given, used, exp
         pytest.skip(f"{used} cores are wanted, and there is one")
     text = tmp_path / "text.txt"
     text.write_text("a text of some words " * 500)
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | given
-    flags = ["--dry_run", f"--corpus={text}", f"--cache_dir={tmp_path}", "--batch_size=24", "--window=8"]
+    environment = os.environ | QUICKLY | given
+    flags = [
+        "--dry_run",
+        f"--corpus={text}",
+        f"--cache_dir={tmp_path}",
+        "--batch_size=24",
+        "--window=8",
+        "--num_layers=1",
+    ]
     said = trained(allowed[:used], environment, *flags, "--hidden_size=8")
     assert f"devices               {expected} x cpu in 1 process" in said
 
@@ -170,7 +179,9 @@ def test_a_run_of_one_core_goes_on_where_there_are_two(tmp_path):
 
 # At a size at which XLA divides among threads what it may: products that read their left side transposed and operations
 # on elements in the first model, sums in the second one.
-TIED = "--hidden_size=640 --embedding_size=640 --tie_embeddings --window=24 --num_steps=2 --clip_norm=0.1"
+TIED = (
+    "--hidden_size=640 --embedding_size=640 --tie_embeddings --window=24 --num_steps=2 --clip_norm=0.1 --num_layers=1"
+)
 NORMALISED = "--cell=layer_norm_lstm --hidden_size=768 --embedding_size=256 --window=16 --compute_dtype=bfloat16"
 
 
@@ -183,7 +194,7 @@ def test_a_run_has_the_same_bits_on_any_number_of_cores_and_devices(tmp_path, mo
     text, allowed = tmp_path / "text.txt", sorted(os.sched_getaffinity(0))
     text.write_text("some text of many words, 12345 lines of it\n" * 3000)
     flags = ["--flagfile=configs/tiny.flags", f"--corpus={text}", f"--cache_dir={tmp_path}", *model.split()]
-    flags += ["--batch_size=64", "--logical_shards=4", "--evaluate_every=0", "--checkpoint_every=0"]
+    flags += ["--batch_size=64", "--logical_shards=4", "--valid_fraction=0", "--checkpoint_every=0"]
     digests = set()
     for devices, given in ((1, allowed[:1]), (4, allowed)):
         run_dir = tmp_path / f"{devices}-{len(given)}"

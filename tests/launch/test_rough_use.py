@@ -18,6 +18,7 @@ from tests.jobs import last_line
 from tests.launch.conftest import process, refusal, tree
 
 
+@pytest.mark.long
 def test_a_run_goes_on_when_the_terminal_it_was_started_in_goes_away(trained, arguments, tmp_path):
     environment = os.environ | {"XLA_FLAGS": xla_flags(1)}
     command = [sys.executable, "-m", "launch.train", *arguments, "--logical_shards=8", f"--run_dir={tmp_path / 'run'}"]
@@ -117,6 +118,7 @@ def test_a_decay_that_ends_long_before_the_run_is_said_when_it_starts_and_by_a_d
     assert said in capsys.readouterr().err and said in (tmp_path / "run" / "log.txt").read_text()
 
 
+@pytest.mark.long
 def test_a_run_of_one_device_goes_on_on_eight_with_the_fast_reduction_and_not_otherwise(
     arguments,
     tmp_path,

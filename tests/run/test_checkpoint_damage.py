@@ -68,7 +68,7 @@ def restored_by_a_reader(directory: Path, step: int | None = None) -> tuple[int,
 def test_a_flipped_bit_in_any_file_is_never_used(directory):
     rng = random.Random(0)
     candidates = files(directory / "2")
-    for trial in range(max(80, len(candidates))):
+    for trial in range(max(40, len(candidates))):
         path = candidates[trial % len(candidates)]
         whole, bit = path.read_bytes(), rng.randrange(8 * path.stat().st_size)
         flip(path, bit)

@@ -107,7 +107,9 @@ def test_any_number_of_devices_that_divides_the_shards_gives_the_same_bits(confi
         assert_equal_bits(metrics, other_metrics)
 
 
-@pytest.mark.parametrize("devices", [4, 3], ids=["divides the shards", "does not"])
+@pytest.mark.parametrize(
+    "devices", [pytest.param(4, marks=pytest.mark.long), 3], ids=["divides the shards", "does not"]
+)
 def test_the_fast_reduction_is_within_1e_5_of_the_exact_one_on_any_number_of_devices(devices):
     state, _ = run(PLAIN, [4])
     fast, _ = run(FAST, [devices])
