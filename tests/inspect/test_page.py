@@ -11,8 +11,6 @@ from data_pipeline.vocabulary import Vocabulary
 from tests.browser import chromium
 from tests.inspect.conftest import PLANTED, WIDTH, drawn, text_of
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 # What would do something in a page, or to a text, if it were more than data.
 HOSTILE = "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">\0\u202e{}é€\n"
 PATTERNS = {"inside “quotes”": patterns.expression("“[^”]*"), "digit": patterns.NAMED["digit"]}

@@ -14,8 +14,6 @@ from data_pipeline.shards import ArraySplit
 from data_pipeline.vocabulary import Vocabulary
 from tests.inspect.conftest import CHARACTERS, PLANTED, WIDTH, drawn, text_of
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 INSIDE = "“[^”]*"
 
 

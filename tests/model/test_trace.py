@@ -8,8 +8,6 @@ import pytest
 from charlstm.model import language_model
 from tests.model.test_layer import T, V, drawn, make, window
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 CASES = {
     "lstm": {"cell": "lstm", "cap_input_gate": True},
     "lstm, one-hot": {"cell": "lstm", "embedding_size": 0, "skip": True},
