@@ -178,10 +178,8 @@ def _is_of_the_dead(owner: bytes) -> bool:
 
 
 def _take_away(file: Path, dead: bytes) -> None:
-    """Removes `file` if it still contains `dead`.  Of several that try, none removes the new file of another."""
-    aside = file.with_name(f"{file.name}.{secrets.token_hex(4)}")
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(file, aside)
-        if aside.read_bytes() != dead:
-            _made(file, aside.read_bytes())
-        aside.unlink()
+    """Removes `file` if it still contains `dead`.  Who does it holds a lock of that content: else it might be that of
+    the next holder which is removed."""
+    with _owned(file.with_name(f"{file.name}.{hashlib.sha256(dead).hexdigest()[:8]}"), lambda: None):
+        if file.read_bytes() == dead:
+            file.unlink()

@@ -183,7 +183,8 @@ def test_states_are_those_that_calls_end_with(model):
         _, state = model(np.frombuffer(text[:stop].encode(), np.uint8))
         for all_of_layer, last in zip(states, state, strict=True):
             np.testing.assert_allclose(all_of_layer.h[stop - 1], last.h[0], rtol=2e-5, atol=2e-6)
-            np.testing.assert_allclose(all_of_layer.c[stop - 1], last.c[0], rtol=2e-5, atol=2e-6)
+            # A gate that is shut is 0 or 2**-23.4, as it is compiled, which c adds up over the symbols.
+            np.testing.assert_allclose(all_of_layer.c[stop - 1], last.c[0], rtol=2e-5, atol=5e-5)
 
 
 def test_a_sample_is_the_text_of_the_program_and_a_stream_its_pieces(model, run_dir, capsys):

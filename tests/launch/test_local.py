@@ -139,7 +139,7 @@ def test_a_job_that_dies_at_the_same_step_goes_back_one_checkpoint_and_is_then_g
     for step in (10, 20):
         (tmp_path / str(step)).mkdir()
     policy = local.RestartPolicy(tmp_path, limit=100, pause=0)
-    assert [died(policy)[0] for _ in range(local.MAX_DEATHS_AT_A_CHECKPOINT)] == [True] * local.FUTILE
+    assert all(died(policy)[0] for _ in range(local.MAX_DEATHS_AT_A_CHECKPOINT))
     again, sentence = died(policy)
     assert again and "checkpoint 20 is set aside" in sentence and "starting again from step 10" in sentence
     assert StepDirectory(tmp_path).steps() == [10]

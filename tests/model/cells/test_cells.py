@@ -96,7 +96,8 @@ def fast(cell, params, state, x_TBD, reset_TB):
 
 
 def step(cell, params, state, x_BD, variant=""):
-    return cell.step_projected(params, state, x_BD @ params.w_x, variant)
+    state, _ = cell.step_projected(params, state, x_BD @ params.w_x, variant)
+    return state, state.h
 
 
 @partial(jax.jit, static_argnums=(0, 1))
