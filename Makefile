@@ -18,6 +18,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 RUN_DIR ?= $(or $(patsubst --run_dir=%,%,$(filter --run_dir=%,$(ARGS))),runs/quickstart)
+SHORT := not faults and not long
 PYTEST_ARGS ?= -n 2 --dist=worksteal
 FAULTS_ARGS ?=
 TORCH ?= torch
@@ -36,11 +37,13 @@ train: $(VENV)/installed
 	$(BIN)/python -m launch.sample --run_dir=$(RUN_DIR) --prompt="    def read(self" --length=400 --temperature=0.6 --seed=3
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "$(SHORT) and not optimized"
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "$(SHORT) and optimized"
 
 long: $(VENV)/installed
-	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
-	CHARLSTM_FUZZ=8 $(BIN)/python -m pytest $(PYTEST_ARGS) tests/data_pipeline tests/run/test_fuzzed_borders.py
+	$(BIN)/python -m pytest -m "long and not optimized" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "long and optimized" $(PYTEST_ARGS)
+	CHARLSTM_FUZZ=8 $(BIN)/python -m pytest -m "$(SHORT) and not optimized" $(PYTEST_ARGS) tests/data_pipeline tests/run/test_fuzzed_borders.py
 
 faults: $(VENV)/installed
 	$(BIN)/python -m pytest -m faults $(FAULTS_ARGS)

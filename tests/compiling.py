@@ -6,12 +6,8 @@ multiply-adds as well, which the older generator would have in some loops and no
 number of devices all the same.
 """
 
-import contextlib
 import os
 import platform
-from collections.abc import Iterator
-
-import pytest
 
 UNOPTIMIZED = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 NO_EMITTERS = "--xla_cpu_use_fusion_emitters=false" + " --xla_cpu_max_isa=AVX" * (platform.machine() == "x86_64")
@@ -31,24 +27,12 @@ def xla_flags(devices: int = 0) -> str:
     return " ".join([*count, *([NO_EMITTERS] if NO_EMITTERS in os.environ.get("XLA_FLAGS", "") else [])])
 
 
-@contextlib.contextmanager
-def optimized() -> Iterator[None]:
-    """Compiles as users do, here and in the programs that are started."""
+def compile_as_users_do() -> None:
+    """Takes `compile_quickly` back, before JAX has a device: XLA looks at its flags once."""
     import jax
-    from jax._src import compiler  # XLA_FLAGS are read once, so that each compilation is told
+    from jax._src import xla_bridge
 
-    def options(*args, given=compiler.get_compile_options, env_options_overrides=None, **how):
-        overrides = {"xla_cpu_use_fusion_emitters": True, "xla_cpu_max_isa": ""} | dict(env_options_overrides or {})
-        return given(*args, env_options_overrides=overrides, **how)
-
-    before = jax.config.values["jax_disable_most_optimizations"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv(UNOPTIMIZED, raising=False)
-        patch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", "").replace(NO_EMITTERS, ""))
-        if jax.default_backend() == "cpu":
-            patch.setattr(compiler, "get_compile_options", options)
-        jax.config.update("jax_disable_most_optimizations", False)
-        jax.clear_caches()
-        yield
-    jax.config.update("jax_disable_most_optimizations", before)
-    jax.clear_caches()
+    assert not xla_bridge.backends_are_initialized(), "a test module makes arrays when it is imported"
+    os.environ.pop(UNOPTIMIZED, None)
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "").replace(NO_EMITTERS, "")
+    jax.config.update("jax_disable_most_optimizations", False)

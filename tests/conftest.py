@@ -39,14 +39,17 @@ from tests.jobs import STEPS, last_line  # noqa: E402
 settings.load_profile("tests")
 
 
-@pytest.fixture(scope="module")
-def optimized():
-    """Has XLA compile as it does for users, here and in the programs that are started, from here to the module's end.
-
-    For tests of bits that depend on it, and of what is compiled.
-    """
-    with compiling.optimized():
-        yield
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Compiles as users do if all tests are marked `optimized`; among others, these are skipped."""
+    marked = [item for item in items if item.get_closest_marker("optimized")]
+    if "CHARLSTM_TEST_ON_GPU" in os.environ or not marked:
+        return
+    if len(marked) == len(items):
+        compiling.compile_as_users_do()
+        return
+    for item in marked:
+        item.add_marker(pytest.mark.skip(reason="is compiled as users do: run by itself, with -m optimized"))
 
 
 @pytest.fixture(scope="session")

@@ -102,9 +102,7 @@ SEPARATORS = ((), (5,), (8, 5))
     ],
 )
 def test_log_probabilities_are_the_models_own_by_a_full_pass(cell, separator):
-    scale = (
-        0.3 if cell == "rnn" else CONFIG.init_scale
-    )  # larger ones make chaos of its rounding
+    scale = 0.3 if cell == "rnn" else CONFIG.init_scale  # larger ones make chaos of its rounding
     config = dataclasses.replace(CONFIG, cell=cell, init_scale=scale)
     sampling = Sampling(temperature=1.7, top_k=8, top_p=0.95)
     ids, log_probabilities = sampled(sampling, config=config, length=150, separator=separator, unknown_id=0)

@@ -23,7 +23,7 @@ from tests import compiling
 from tests.jobs import ROOT, last_line
 
 # Sizes and bits of programs are what is looked at here.
-pytestmark = pytest.mark.usefixtures("optimized")
+pytestmark = pytest.mark.optimized
 QUICKLY = {"XLA_FLAGS": compiling.NO_EMITTERS, compiling.UNOPTIMIZED: "true"}  # where they are not
 
 # The compilation cache.

@@ -54,7 +54,7 @@ def test_a_run_killed_on_2_devices_and_resumed_on_8_ends_with_the_bits_of_one_on
     assert_same_end(straight, tmp_path / "killed")
 
 
-@pytest.mark.usefixtures("optimized")
+@pytest.mark.optimized
 @pytest.mark.long
 @pytest.mark.parametrize("segment", ["0", "100", "1500"])
 def test_so_does_one_that_moves_between_devices_and_mixes_otherwise(segment, flags, tmp_path):

@@ -121,7 +121,7 @@ def test_20_steps_and_kill_9_and_40_resumed_are_60_to_the_bit(flags, text, tmp_p
     assert steps == [json.loads(line)["step"] for line in (straight / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.usefixtures("optimized")
+@pytest.mark.optimized
 @pytest.mark.long
 def test_a_run_started_on_8_devices_goes_on_4_2_1_and_8_with_the_bits_of_the_run_that_stayed_on_8(text, tmp_path):
     stayed, moved = tmp_path / "stayed", tmp_path / "moved"
@@ -135,7 +135,7 @@ def test_a_run_started_on_8_devices_goes_on_4_2_1_and_8_with_the_bits_of_the_run
     assert_same_end(stayed, moved)
 
 
-@pytest.mark.usefixtures("optimized")
+@pytest.mark.optimized
 @pytest.mark.long
 def test_with_the_fast_reduction_another_number_of_devices_is_within_1e_5(text, tmp_path):
     stayed, moved = tmp_path / "stayed", tmp_path / "moved"

@@ -13,7 +13,7 @@ from charlstm.types import ModelParams
 from tests.training.test_divergence import SKIP, advance, beyond
 from tests.training.test_step import V, assert_equal_bits, make_config
 
-pytestmark = pytest.mark.usefixtures("optimized")
+pytestmark = pytest.mark.optimized
 
 TURN = 4  # the update after which averaging begins, where it waits
 

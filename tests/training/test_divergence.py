@@ -12,7 +12,7 @@ from charlstm.run import digest, replicas
 from charlstm.training import divergence, train_state
 from tests.training.test_step import QUIET, V, assert_equal_bits, batch, compiled, make_config
 
-pytestmark = pytest.mark.usefixtures("optimized")
+pytestmark = pytest.mark.optimized
 
 
 def advance(config, state, numbers, devices=4, spoil=lambda state: state):

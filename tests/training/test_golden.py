@@ -22,7 +22,7 @@ from charlstm.run.checkpoint import Checkpoints
 from charlstm.training import train_state
 from tests.training import test_step
 
-pytestmark = pytest.mark.usefixtures("optimized")
+pytestmark = pytest.mark.optimized
 
 V = test_step.V
 TABLE = Path(__file__).with_name("golden.json")

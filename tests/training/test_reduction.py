@@ -9,7 +9,7 @@ import pytest
 
 from charlstm.training import reduction
 
-pytestmark = pytest.mark.usefixtures("optimized")
+pytestmark = pytest.mark.optimized
 
 
 def slow_tree(leaves):

@@ -17,7 +17,7 @@ from charlstm.training.loss import cross_entropy
 from charlstm.types import Metrics
 from data_pipeline.batch import Batch
 
-pytestmark = pytest.mark.usefixtures("optimized")
+pytestmark = pytest.mark.optimized
 
 V = 11
 QUIET = dict.fromkeys(("input_dropout", "layer_dropout", "output_dropout", "weight_drop"), 0.0)

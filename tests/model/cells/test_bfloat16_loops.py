@@ -10,7 +10,7 @@ from charlstm.model.cells import rnn
 from charlstm.model.ops.scan import recurrence
 from tests.model.cells.test_cells import CELLS
 
-pytestmark = pytest.mark.usefixtures("optimized")
+pytestmark = pytest.mark.optimized
 
 T, B, D, H = 12, 2, 3, 8
 

@@ -19,7 +19,7 @@ from charlstm.training import step, train_state
 from data_pipeline.batch import Batch
 from tests.jobs import ROOT, last_line
 
-pytestmark = pytest.mark.usefixtures("optimized")
+pytestmark = pytest.mark.optimized
 
 DIVIDED = '"outer_dimension_partitions":["'  # how an operation that XLA divides among threads is marked
 
