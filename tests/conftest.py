@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -39,17 +40,22 @@ from tests.jobs import STEPS, last_line  # noqa: E402
 settings.load_profile("tests")
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Compiles as users do if all tests are marked `optimized`; among others, these are skipped."""
-    marked = [item for item in items if item.get_closest_marker("optimized")]
-    if "CHARLSTM_TEST_ON_GPU" in os.environ or not marked:
-        return
-    if len(marked) == len(items):
+def of_users(config: pytest.Config) -> bool:
+    """True if the tests marked `optimized` are asked for, which are then compiled as users do."""
+    return re.search(r"(?<!not )\boptimized\b", config.option.markexpr) is not None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if of_users(config):
         compiling.compile_as_users_do()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if of_users(config) or "CHARLSTM_TEST_ON_GPU" in os.environ:
         return
-    for item in marked:
-        item.add_marker(pytest.mark.skip(reason="is compiled as users do: run by itself, with -m optimized"))
+    for item in items:
+        if item.get_closest_marker("optimized"):
+            item.add_marker(pytest.mark.skip(reason="is compiled as users do: add -m optimized"))
 
 
 @pytest.fixture(scope="session")
