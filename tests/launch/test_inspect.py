@@ -93,8 +93,10 @@ def test_a_text_is_scored_symbol_by_symbol(trained, text, capsys):
 
 def test_a_held_unit_writes_what_the_library_does(trained, capsys):
     flags = (f"--run_dir={trained}", "--prompt=ab", "--length=30", "--format=json")
-    held, free = (json.loads(ran(sample.main, capsys, *flags, *more)) for more in (["--clamp=1:3:+4,1.h:2:-1"], []))
-    assert "ab" + held["text"] == cl.load(trained).sample("ab", 30, clamp={"1:3": 4, "1.h:2": -1})
+    clamp = {f"1:{unit}": 4 * (-1) ** unit for unit in range(7)} | {"1.h:7": -1}  # of a model that has hardly learned
+    given = ",".join(f"{unit}:{value:+d}" for unit, value in clamp.items())
+    held, free = (json.loads(ran(sample.main, capsys, *flags, *more)) for more in ([f"--clamp={given}"], []))
+    assert "ab" + held["text"] == cl.load(trained).sample("ab", 30, clamp=clamp)
     assert held["text"] != free["text"]
     assert "there is no unit 1:9" in refusal(sample.main, *flags, "--clamp=1:9:1")
     assert "has no value" in refusal(sample.main, *flags, "--clamp=1:3")
