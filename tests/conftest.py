@@ -84,5 +84,5 @@ def undisturbed(job_flags, tmp_path_factory) -> dict:
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
     environment = os.environ | {"XLA_FLAGS": compiling.xla_flags(8)}
     command = [sys.executable, "-m", "launch.train", *job_flags, f"--run_dir={run_dir}"]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=600)
     return last_line(run_dir)

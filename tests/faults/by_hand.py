@@ -69,7 +69,7 @@ def processes(
         yield running
 
 
-def statuses(running: list[subprocess.Popen], seconds: float = 120) -> list[int]:
+def statuses(running: list[subprocess.Popen], seconds: float = 300) -> list[int]:
     return [process.wait(timeout=seconds) for process in running]
 
 

@@ -50,7 +50,7 @@ def half_done(job_flags, tmp_path_factory) -> Path:
     run_dir = tmp_path_factory.mktemp("half_done") / "run"
     environment = os.environ | {"XLA_FLAGS": xla_flags(8)}
     command = [sys.executable, "-m", "launch.train", *job_flags, "--num_steps=160", f"--run_dir={run_dir}"]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=600)
     return run_dir
 
 

@@ -139,7 +139,7 @@ def test_a_shard_that_goes_bad_for_one_process_stops_the_job_with_its_name_and_i
     own = ("--processes=2", "--devices_per_process=1", "--restarts=3", "--grace=5")
     changed(corpus / prepared.shards[1], prepared.other)
     with job(own, *flags) as running:
-        _, said = running.communicate(timeout=120)
+        _, said = running.communicate(timeout=300)
     assert running.returncode == cli.MISTAKE and "starting again" not in said, said
     assert f"[1] launch.train: {corpus / prepared.shards[1]} is damaged: " in said
     status, last = prepared.go_on(prepared.corpus, run_dir)

@@ -82,7 +82,7 @@ def poisoned_job(job_flags, tmp_path):
             if kill_at:
                 wait_for(has_saved(folder / "run", kill_at))
                 os.kill(children(running.pid)[1], signal.SIGKILL)
-            _, said = running.communicate(timeout=300)
+            _, said = running.communicate(timeout=600)
         assert "Traceback" not in said, said
         return folder / "run", running.returncode, said
 

@@ -43,7 +43,7 @@ def test_a_process_that_is_killed_at_any_moment_costs_no_bit(processes, job_flag
             wait_for(has_saved(run_dir, step))
             os.kill(children(running.pid)[random.integers(processes)], signal.SIGKILL)
             wait_for(lambda: not any(map(alive, left)) if (left := children(running.pid)) else True)
-        _, said = running.communicate(timeout=300)
+        _, said = running.communicate(timeout=600)
     assert running.returncode == cli.DONE, said
     again = said.count("starting again from step ")
     assert again == times, said
@@ -60,7 +60,7 @@ def test_sigterm_makes_all_processes_save_the_same_step_and_leaves_none(to, job_
         wait_for(has_saved(run_dir, 80))
         left = children(running.pid)
         os.kill(running.pid if to == "the job" else left[1], signal.SIGTERM)
-        _, said = running.communicate(timeout=300)
+        _, said = running.communicate(timeout=600)
     assert running.returncode == cli.STOPPED, said
     stopped = re.search(r"^\[0\] stopped by a signal at step (\d+), saved", said, re.M)
     assert stopped and StepDirectory(run_dir / "checkpoints").steps()[-1] == int(stopped[1])
@@ -85,7 +85,7 @@ def test_a_process_that_hangs_is_named_and_the_job_started_again_ends_with_the_s
     with job(own, *job_flags, *watched, *cadence, f"--run_dir={run_dir}", python_path=tmp_path) as running:
         wait_for(has_saved(run_dir, 120))
         os.kill(children(running.pid)[process], fault)
-        _, said = running.communicate(timeout=300)
+        _, said = running.communicate(timeout=600)
     assert running.returncode == cli.DONE, said
     hangs = re.compile(r"process (\d) hangs: (a step|\w+) after step \d+ has taken \d+ s of \d+ s allowed")
     named = {int(process) for process, _ in hangs.findall(said)}
@@ -108,7 +108,7 @@ def test_a_process_that_is_alone_and_stopped_is_killed_and_started_again(job_fla
     with job(own, *job_flags, "--log_every=10", f"--run_dir={run_dir}") as running:
         wait_for(has_saved(run_dir, 80))
         os.kill(children(running.pid)[0], signal.SIGSTOP)
-        _, said = running.communicate(timeout=300)
+        _, said = running.communicate(timeout=600)
     assert running.returncode == cli.DONE, said
     assert "process 0 is stopped, and killed" in said and "starting again from step " in said
     equal = last_line(run_dir)["state_digest"] == undisturbed["state_digest"]

@@ -38,7 +38,7 @@ def restored(tmp_path_factory) -> list[tuple[dict, dict]]:
             command += [str(folder / str(process)), str(FLIPS)]
             with open(output, "w") as out:
                 running.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out))
-        ended = statuses(running, 300)
+        ended = statuses(running, 900)
     finally:
         for process in running:
             process.kill()

@@ -36,7 +36,7 @@ def test_a_job_whose_terminal_is_gone_starts_a_killed_process_again_and_ends_wit
             wait_for(has_saved(run_dir, 80))
             (job,) = (pid for pid in children(running.pid) if "launch.local" in command_line(pid))
             os.kill(children(job)[1], signal.SIGKILL)
-            assert running.wait(timeout=300) == cli.DONE
+            assert running.wait(timeout=600) == cli.DONE
         finally:
             running.kill()
     equal = last_line(run_dir)["state_digest"] == undisturbed["state_digest"]
@@ -77,7 +77,7 @@ def test_a_run_that_hangs_with_its_file_system_ends(hanging, job_flags, table, t
         try:
             wait_for(has_saved(run_dir, 400))
             running.send_signal(signal.SIGUSR1)
-            _, said = running.communicate(timeout=120)
+            _, said = running.communicate(timeout=300)
         finally:
             running.kill()
     assert running.returncode == cli.HANGS, said
@@ -97,7 +97,7 @@ def test_a_run_that_is_stopped_for_longer_than_its_timeout_goes_on(job_flags, un
             running.send_signal(signal.SIGSTOP)
             time.sleep(15)
             running.send_signal(signal.SIGCONT)
-            _, said = running.communicate(timeout=300)
+            _, said = running.communicate(timeout=600)
         finally:
             running.kill()
     assert running.returncode == cli.DONE, said
