@@ -197,7 +197,7 @@ class Model:
         return tuple(CellState(found[f"{n}.h"], found.get(f"{n}.c")) for n in layers)
 
     def trace(self, text: str | bytes, names: Sequence[str] = ()) -> dict[str, np.ndarray]:
-        """What the model computes at each symbol: "logits" of the next one `[symbols, V]`, states and gates.
+        """Returns named arrays of each symbol: "logits" of the next one `[symbols, V]`, states and gates.
 
         Args:
           names: such as "1.c", c of the first layer, `[symbols, H]`: h, c if any, and the gates of the cell's

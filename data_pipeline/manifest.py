@@ -58,7 +58,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class SourceSummary:
-    """What `sources.jsonl` has: a line for each file that the corpus was made from."""
+    """A summary of `sources.jsonl`, which has a line for each file that the corpus was made from."""
 
     files: int
     bytes: int

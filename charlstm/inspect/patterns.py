@@ -1,4 +1,4 @@
-"""Which symbols of a text are inside of what: a regular expression, or one of the patterns with a name."""
+"""Patterns of a text, regular expressions or those with a name: they tell which symbols are inside."""
 
 import re
 import unicodedata

@@ -1,4 +1,4 @@
-"""Which earlier symbols a prediction depends on: input times gradient, of the log-probability of the symbol that came.
+"""Saliency of the earlier symbols for a prediction: input times gradient, of the log-probability of what came.
 
 The input of symbol s, embedded or one-hot and projected, is scaled by a factor of 1.  The derivative of
 log p(symbol t) with respect to that factor is the input times its gradient (Shrikumar et al., arXiv:1605.01713): how

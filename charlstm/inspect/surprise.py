@@ -1,4 +1,4 @@
-"""What a model expected at each symbol of a text: bits, entropy, rank, and its best guesses."""
+"""Surprise of a model at each symbol of a text: bits, entropy, rank, and its best guesses."""
 
 import math
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ GUESSES = 5
 
 
 class Expected(NamedTuple):
-    """What was expected at each of N symbols, before it was read."""
+    """The expectation of each of N symbols, before it was read."""
 
     bits: np.ndarray  # float32 [N] of the symbol that came
     entropy: np.ndarray  # float32 [N] bits: what was to be expected of them
@@ -50,7 +50,7 @@ def expected(model: "Model", split: Split) -> Iterator[Expected]:
 
 
 def joined(parts: Iterator[Expected]) -> Expected:
-    """What was expected at all symbols of a text that has any."""
+    """Returns the expectations of all symbols of a text that has any."""
     return Expected(*map(np.concatenate, zip(*parts, strict=True)))
 
 

@@ -36,7 +36,7 @@ APART = 40  # symbols between two of them at least
 
 @dataclasses.dataclass
 class Survey:
-    """What a text has shown of a model's units, in the order of `units.all_units`.
+    """Statistics of a model's units over a text, in the order of `units.all_units`.
 
     Attributes:
       symbols: read.

@@ -38,7 +38,7 @@ class Optimizer(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """How the optimizer of a name is made, and the size of its state."""
+    """An update rule: its maker, and the size of its state."""
 
     make: Callable[[OptimizerConfig], Optimizer]
     moments: int  # arrays in the state for each one of the parameters

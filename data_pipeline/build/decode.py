@@ -35,7 +35,7 @@ BAD_LIMIT = 1000  # of so many documents, one may be bad
 
 
 class Decoding(NamedTuple):
-    """How files become texts."""
+    """Settings by which files become texts."""
 
     text_field: str
     document_separator: bytes  # put after each document of a file of documents

@@ -18,7 +18,7 @@ MEDIAWIKI = "mediawiki"
 
 
 class Kind(NamedTuple):
-    """How the documents of a file are read."""
+    """The form and the compression of a file, which choose its reader."""
 
     form: str  # text, which is one document, or a key of READERS
     compression: str  # one of COMPRESSIONS, or ""
@@ -41,7 +41,7 @@ def kind_of_name(name: str, form: str = "auto") -> Kind:
 
 
 class BadDocuments:
-    """What is done with documents that cannot be used: they are refused, or left out and counted.
+    """Handles documents that cannot be used: they are refused, or left out and counted.
 
     Attributes:
       count: how many were left out.
