@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +25,8 @@ from charlstm.inference.generate import Sampling, generate
 from charlstm.inference.score import Score
 from charlstm.inference.text import Sample, encode_prompt, grow, unknown_id, unseen_before
 from charlstm.inspect import trace, units
+from charlstm.interop import export as export_lib
+from charlstm.interop.exported import Exported, folded
 from charlstm.model import language_model
 from charlstm.model.ops import compiler
 from charlstm.run import corpus as corpus_lib
@@ -153,7 +156,7 @@ def load(run_dir: str | os.PathLike[str], checkpoint: str = "best") -> "Model":
     config, identity = run_directory.read(folder)
     mesh = distributed.make(list(distributed.make().devices.flat[:1]))
     params, step = run_directory.restore_params(folder, config, identity, mesh, checkpoint, _log.warning)
-    return Model(config, identity.vocabulary, params, step)
+    return Model(config, identity.vocabulary, params, step, folder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +167,7 @@ class Model:
     vocabulary: Vocabulary
     params: ModelParams
     step: int  # updates after which its parameters were saved
+    run_dir: Path | None = None  # of `load` and `train`
 
     @property
     def separator(self) -> Separator:
@@ -251,6 +255,20 @@ class Model:
         for _ in made:
             yield sample.take()
         yield sample.take(last=True)
+
+    def export(
+        self, output: str | os.PathLike[str], format: str = "safetensors", held_out: evaluate_lib.Split | None = None
+    ) -> Path:
+        """Writes the model as a directory that other programs read, and returns its path; as `launch.export`.
+
+        Args:
+          held_out: a split that a format which rounds the weights is scored on.
+
+        Raises:
+          ValueError: the format has no place for such a model, or `output` is there already.
+        """
+        exported = Exported(self.config, self.vocabulary, folded(self.params), self.step, self.run_dir, held_out)
+        return export_lib.export(exported, output, format)
 
     def _samples(
         self,

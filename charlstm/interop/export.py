@@ -1,0 +1,38 @@
+"""Writes a trained model in a format of others."""
+
+import importlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from charlstm.interop.exported import Exported
+from data_pipeline.atomic_files import expand_user
+
+# format -> (the module whose `write(exported, folder)` makes its files, what it is)
+FORMATS = {
+    "safetensors": ("model_folder", "weights by PyTorch's names, with loaders for PyTorch and for NumPy alone"),
+}
+
+
+def export(exported: Exported, output: str | os.PathLike[str], format: str) -> Path:
+    """Writes a folder that appears whole or not at all, and returns its path.
+
+    Raises:
+      ValueError: there is no such format, the format has no place for such a model, or `output` has files already.
+      ModuleNotFoundError: a package that the format needs is not installed.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format={format} must be one of {', '.join(FORMATS)}")
+    folder = expand_user(os.fspath(output))
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ValueError(f"output={folder} is there already: name a new directory, or remove it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        importlib.import_module(f"charlstm.interop.{FORMATS[format][0]}").write(exported, staging)
+        staging.chmod(0o755)
+        os.replace(staging, folder)  # replaces an empty directory
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
