@@ -1,12 +1,16 @@
-"""How the loss of another process is told from what has gone wrong in this one."""
+"""How processes agree, and how the loss of another one is told from what has gone wrong in this one."""
 
 import errno
 import os
+import socket
+import subprocess
+import sys
 
 import jax
 import pytest
 
 from charlstm import distributed
+from tests.conftest import ROOT
 
 LOST = [
     ValueError("UNKNOWN: Gloo all-reduce failed: [external/gloo/pair.cc:534] Connection closed by peer [127.0.0.1]:1"),
@@ -34,3 +38,46 @@ def test_what_collectives_and_the_coordination_service_raise_tells_of_a_lost_pro
 @pytest.mark.parametrize("error", NOT_LOST, ids=str)
 def test_what_a_disk_or_this_process_raises_does_not(error):
     assert not distributed.is_peer_failure(error)
+
+
+AGREE = """
+import sys
+from charlstm import distributed
+from tests.conftest import ROOT
+
+class Counted:
+    def __init__(self, client):
+        self.client, self.calls = client, 0
+
+    def __getattr__(self, name):
+        self.calls += 1
+        return getattr(self.client, name)
+
+index, count, port = map(int, sys.argv[1:])
+distributed.join(f"127.0.0.1:{port}", count, index, 60)
+distributed.make()  # the devices ask for the client, too
+state = distributed.distributed.global_state
+state.client = counted = Counted(state.client)
+for meeting in range(20):
+    words = distributed.all_gather_str(f"{meeting} of {index}")
+    assert words == [f"{meeting} of {process}" for process in range(count)], words
+print(counted.calls)
+state.client = counted.client
+"""
+
+
+def test_what_a_process_asks_the_coordination_service_does_not_grow_with_the_processes():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    calls = {}
+    for count in (2, 5):
+        commands = [[sys.executable, "-c", AGREE, str(index), str(count), str(port)] for index in range(count)]
+        started = [
+            subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            for command in commands
+        ]
+        ended = [process.communicate(timeout=300) for process in started]
+        assert [process.returncode for process in started] == [0] * count, ended
+        calls[count] = {int(out) for out, _ in ended}
+    assert calls[2] == calls[5] == {20 * 4 - 1}
