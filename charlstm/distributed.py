@@ -204,8 +204,9 @@ def all_gather_str(word: str, apart: str = "main") -> list[str]:
     meeting = next(_meetings[apart])
     assert client is not None, "several processes have joined through it"
     client.key_value_set(f"{place}/{meeting}/{own}", word)
-    # A barrier and one read of a directory: a process asks the service thrice, however many processes there are.
-    client.wait_at_barrier(f"{place}/{meeting}", PATIENCE_MS)
+    # A barrier and one read of a directory: a process asks the service thrice, however many processes there are.  The
+    # barrier is the same each time: the service would keep every one that it had ever seen.
+    client.wait_at_barrier(place, PATIENCE_MS)
     words = {int(key.rpartition("/")[2]): word for key, word in client.key_value_dir_get(f"{place}/{meeting}/")}
     # Whoever came to this meeting has read all of the one before: a long run does not fill the service's memory.
     if meeting:
