@@ -116,7 +116,8 @@ def texts_of(config: Config) -> list[str]:
     if config.streams.mixture:
         return [part.name for part in mixture.parse(config.streams.mixture)]
     name = PurePosixPath(config.corpus.train or config.corpus.corpus).name.partition(".")[0]
-    return [name or "text"]
+    name = re.sub(r"-[0-9a-f]{16}$", "", name)  # of a prepared corpus in the cache
+    return ["text" if re.fullmatch(r"[0-9a-f]{32}|", name) else name]
 
 
 def _score(exported: Exported) -> dict[str, Any] | None:

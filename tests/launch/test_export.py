@@ -90,3 +90,25 @@ def test_what_it_cannot_do_is_refused_in_one_sentence_and_leaves_nothing(run_dir
     before = tree(tmp_path)
     sentence = refusal(export.main, f"--run_dir={run_dir}", f"--output={tmp_path / 'full'}")
     assert "is there already: name a new directory" in sentence and tree(tmp_path) == before
+
+
+def test_a_page_has_the_score_of_its_rounded_weights_beside_that_of_the_run(run_dir, tmp_path, capsys):
+    assert export.main(["export", f"--run_dir={run_dir}", "--format=html", f"--output={tmp_path / 'page'}"]) == cli.DONE
+    model, said = cl.load(run_dir), capsys.readouterr().err
+    score = model.evaluate(cl.load_corpus(model.config.corpus.corpus, cache_dir=model.config.corpus.cache_dir).valid)
+    assert f"{score.bits_per_symbol:.4f} as trained" in said and "with weights of float16" in said
+    assert f"{score.bits_per_symbol:.3f} before its weights" in (tmp_path / "page" / "index.html").read_text("utf-8")
+
+
+def test_a_page_of_a_run_whose_text_has_gone_has_no_score_and_says_so(run_dir, tmp_path, capsys, monkeypatch):
+    moved = run_dir.parent / "moved away"
+    text = Path(cl.load(run_dir).config.corpus.corpus)
+    text.rename(moved)
+    try:
+        assert (
+            export.main(["export", f"--run_dir={run_dir}", "--format=html", f"--output={tmp_path / 'a'}"]) == cli.DONE
+        )
+    finally:
+        moved.rename(text)
+    said = capsys.readouterr().err
+    assert "no held-out text: " in said and "was not measured" in said
