@@ -99,7 +99,8 @@ def flags_of(module: str) -> set[str]:
 
 
 PROGRAMS = [
-    f"launch.{name}" for name in ("train", "evaluate", "sample", "prepare", "tune", "local", "compare", "inspect")
+    f"launch.{name}"
+    for name in ("train", "evaluate", "sample", "prepare", "tune", "local", "compare", "inspect", "serve")
 ]
 PROGRAMS += ["tests.faults.chaos", "tests.faults.soak", "benchmarks.cost_model"]
 PROGRAMS += [
