@@ -14,7 +14,11 @@ import dataclasses
 from collections.abc import Sequence
 
 from charlstm import api
+from charlstm.inference.evaluate import Split
 from charlstm.interop.export import FORMATS
+from charlstm.run import corpus as corpus_lib
+from charlstm.run import run_directory
+from data_pipeline.progress import say_on_stderr
 from data_pipeline.settings import check_choices, setting
 from launch import cli, flags, jax_setup
 
@@ -34,6 +38,9 @@ class ExportFlags:
         check_choices(self)
 
 
+ROUNDED = ("html",)  # formats that round the weights, and so want a text to measure what that does
+
+
 def main(argv: Sequence[str]) -> int:
     (chosen,), _ = flags.parse(argv, __doc__ or "", ExportFlags())
     for name in ("run_dir", "output"):
@@ -41,10 +48,28 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError(f"--{name} is required")
     jax_setup.keep_compiled()
     model = api.load(chosen.run_dir, chosen.checkpoint)
-    folder = model.export(chosen.output, chosen.format)
+    folder = model.export(chosen.output, chosen.format, _held_out(model) if chosen.format in ROUNDED else None)
     for path in sorted(folder.iterdir()):
         print(f"{path}  {path.stat().st_size:,} bytes")
     return cli.DONE
+
+
+def _held_out(model: api.Model) -> Split | None:
+    """Returns the validation split of the run's corpus; None, saying why, where it cannot be had."""
+    assert model.run_dir is not None
+    try:
+        corpus = corpus_lib.load(model.config)
+        identity = run_directory.read(model.run_dir)[1]
+        run_directory.check_identity(
+            model.run_dir, identity, run_directory.Identity(corpus.vocabulary, corpus.fingerprint)
+        )
+    except ValueError as error:
+        say_on_stderr(f"no held-out text: {error}")
+        return None
+    texts = list(corpus.texts("valid").values())
+    if len(texts) != 1:
+        say_on_stderr(f"no held-out text: {corpus.name} has {len(texts)} validation splits")
+    return texts[0] if len(texts) == 1 else None
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from charlstm.interop import sampling_page
 from charlstm.run import run_directory
 from charlstm.serving import loading
 from data_pipeline import signals
@@ -80,7 +81,8 @@ def main(argv: Sequence[str]) -> int:
     signals.say(f"{run_dir}: the checkpoint of step {model.step}")
     limits = {name: getattr(chosen, name) for name in ("slots", "queue", "max_prompt", "max_tokens")}
     name = run_dir.name
-    server = Server(model, name, "", **limits)
+    page = sampling_page.render_remote(name, sampling_page.described(config, model.params))
+    server = Server(model, name, page, **limits)
     with contextlib.ExitStack() as running:
         running.callback(server.slots.close)
         if chosen.follow:

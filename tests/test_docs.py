@@ -100,7 +100,7 @@ def flags_of(module: str) -> set[str]:
 
 PROGRAMS = [
     f"launch.{name}"
-    for name in ("train", "evaluate", "sample", "prepare", "tune", "local", "compare", "inspect", "serve")
+    for name in ("train", "evaluate", "sample", "prepare", "tune", "local", "compare", "inspect", "export", "serve")
 ]
 PROGRAMS += ["tests.faults.chaos", "tests.faults.soak", "benchmarks.cost_model"]
 PROGRAMS += [

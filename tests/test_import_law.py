@@ -133,6 +133,7 @@ def test_every_file_of_the_library_lies_in_a_folder_of_the_law():
         ("pyarrow", {"data_pipeline.build.tables", "benchmarks.readers"}),
         ("optuna", {"launch.tune"}),
         ("tqdm", {"data_pipeline.progress"}),
+        ("onnx", {"charlstm.interop.onnx_model"}),
         ("tensorboardX", {"launch.event_files"}),
         ("uniplot", {"charlstm.report.curves"}),
         ("matplotlib", {"charlstm.report.curves"}),
@@ -213,6 +214,7 @@ def test_a_program_answers_ctrl_c_before_it_imports_anything():
         "launch/prepare",
         "launch/compare",
         "launch/inspect",
+        "launch/export",
         "launch/serve",
     )
     programs = [ROOT / f"{stem}.py" for stem in stems]

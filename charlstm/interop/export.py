@@ -12,6 +12,8 @@ from data_pipeline.atomic_files import expand_user
 # format -> (the module whose `write(exported, folder)` makes its files, what it is)
 FORMATS = {
     "safetensors": ("model_folder", "weights by PyTorch's names, with loaders for PyTorch and for NumPy alone"),
+    "onnx": ("onnx_model", "one file for ONNX runtimes, with the state as inputs and outputs"),
+    "html": ("sampling_page", "a page that writes, with the weights inside, for any browser"),
 }
 
 
