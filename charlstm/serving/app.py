@@ -18,7 +18,8 @@ except ModuleNotFoundError as error:
 from charlstm.serving import completions
 from charlstm.serving.completions import Choice, Scored
 from charlstm.serving.protocol import Answer, Ask, Limits, Refused, parse, usage_of
-from charlstm.serving.slots import Full, Loaded, OtherModel, Prompt, Slots, Text
+from charlstm.serving.slots import Full, OtherModel, Slots
+from charlstm.serving.texts import Loaded, Prompt, Text
 
 MOST_BODY = 16 << 20  # bytes of a request
 

@@ -12,7 +12,8 @@ from charlstm.inference.generate import Beginning
 from charlstm.inference.text import Sample, unseen_before
 from charlstm.serving import opaque
 from charlstm.serving.protocol import LONGEST_STOP, Ask, TokenNames, most_probable
-from charlstm.serving.slots import CHUNK, Group, Loaded, Prompt, Symbols, Text
+from charlstm.serving.slots import CHUNK
+from charlstm.serving.texts import Group, Loaded, Prompt, Symbols, Text
 
 
 class Scored(NamedTuple):

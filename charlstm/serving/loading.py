@@ -15,7 +15,7 @@ from charlstm.inference.text import unknown_id
 from charlstm.run import run_directory
 from charlstm.run.checkpoint import Checkpoints
 from charlstm.run.run_directory import Identity
-from charlstm.serving.slots import Loaded
+from charlstm.serving.texts import Loaded
 from data_pipeline.vocabulary import canonical_json
 
 EVERY = 5.0  # seconds between two looks at the checkpoints

@@ -16,7 +16,7 @@ import numpy as np
 
 from charlstm.inference.generate import Beginning
 from charlstm.model import language_model
-from charlstm.serving.slots import Loaded
+from charlstm.serving.texts import Loaded
 from data_pipeline.batch import looks_back
 
 MOST_DRAWN = 1 << 30  # symbols of a text: noise is counted in int32

@@ -13,7 +13,7 @@ from charlstm.inference.generate import Beginning
 from charlstm.inference.sampling import Sampling
 from charlstm.inference.text import encode_prompt
 from charlstm.serving import opaque
-from charlstm.serving.slots import Loaded
+from charlstm.serving.texts import Loaded
 from data_pipeline.vocabulary import Vocabulary
 
 MOST_STOPS, MOST_LOGPROBS, LONGEST_STOP = 4, 20, 256

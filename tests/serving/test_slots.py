@@ -14,7 +14,8 @@ from charlstm import distributed
 from charlstm.inference.generate import generate
 from charlstm.inference.sampling import Sampling
 from charlstm.serving import opaque
-from charlstm.serving.slots import CHUNK, Full, Group, Loaded, OtherModel, Prompt, Slots, Text
+from charlstm.serving.slots import CHUNK, Full, OtherModel, Slots
+from charlstm.serving.texts import Group, Loaded, Prompt, Text
 from data_pipeline.vocabulary import Vocabulary
 from tests.serving.conftest import CONFIG, params_of
 
@@ -196,7 +197,7 @@ def test_a_failure_of_the_device_fails_the_texts_and_the_next_are_written(slots,
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr("charlstm.serving.slots._Fetched", fail)
+        patched.setattr("charlstm.serving.slots.Fetched", fail)
         slots.submit(texts)
         for text in texts:
             assert text.done.wait(60) and "out of memory" in str(text.error)
