@@ -21,7 +21,8 @@ from charlstm import config as config_lib
 from charlstm import distributed
 from charlstm.config import Config
 from charlstm.inference import evaluate as evaluate_lib
-from charlstm.inference.generate import Sampling, generate
+from charlstm.inference.generate import generate
+from charlstm.inference.sampling import Sampling
 from charlstm.inference.score import Score
 from charlstm.inference.text import Sample, encode_prompt, grow, unknown_id, unseen_before
 from charlstm.inspect import trace, units

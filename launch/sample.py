@@ -1,6 +1,7 @@
 """Writes text with a checkpoint of a run.
 
     python -m launch.sample --run_dir=runs/mine --prompt="Once" --length=2000 --temperature=0.8 --num_samples=3
+    python -m launch.sample --run_dir=runs/mine --interactive
 
 stdout has the prompt, its continuation as it is made, and a newline.  Of several samples the first is shown as it is
 made and the others follow it, each after an empty line and a line "--- sample 2 of 3 ---".  Of a vocabulary of bytes a
@@ -36,7 +37,9 @@ from typing import Any
 import numpy as np
 
 from charlstm.inference import generate as generate_lib
-from charlstm.inference.generate import Chunk, Sampling
+from charlstm.inference.continuation import Continuation
+from charlstm.inference.generate import Chunk
+from charlstm.inference.sampling import Sampling
 from charlstm.inference.text import Sample, encode_prompt, grow, remark_on_escapes, unknown_id, unseen_before
 from charlstm.inspect import units
 from charlstm.run import run_directory
@@ -45,7 +48,7 @@ from data_pipeline import signals
 from data_pipeline.atomic_files import expand_user
 from data_pipeline.settings import LARGEST_INT, check_choices, setting
 from data_pipeline.vocabulary import Vocabulary
-from launch import cli, flags, jax_setup
+from launch import cli, flags, interactive, jax_setup
 
 MOST_SAMPLES = 1 << 16  # side by side, each with a state and with noise of its own
 ENDING = 2.0  # seconds in which a text that is interrupted may come to its end: it is whole UTF-8, and a line
@@ -79,6 +82,9 @@ class SampleFlags:
         "A symbol of the prompt that is not in the vocabulary is refused, or mapped to the unknown symbol.",
         choices=("refuse", "map"),
     )
+    interactive: bool = setting(
+        False, "Read and write one text in turns: what you type is continued, /help lists the commands."
+    )
     format: str = setting("text", "How samples are printed: see above.", choices=("text", "json"))
 
     def __post_init__(self) -> None:
@@ -100,6 +106,13 @@ class SampleFlags:
             raise ValueError(f"seed={self.seed} must be from 0 to {(1 << 32) - 1}")
         if self.prompt and self.prompt_file:
             raise ValueError(f"--prompt and --prompt_file={self.prompt_file} are both given: leave one out")
+        others = ("prompt", "prompt_file", "num_samples", "clamp", "stop", "format", "unknown")
+        if self.interactive and (given := [name for name in others if getattr(self, name) != _default(name)]):
+            raise ValueError(f"--interactive writes one text from what is typed: leave out --{given[0]}")
+
+
+def _default(name: str) -> Any:
+    return SampleFlags.__dataclass_fields__[name].default
 
 
 def main(argv: Sequence[str]) -> int:
@@ -122,6 +135,12 @@ def main(argv: Sequence[str]) -> int:
     mesh = jax_setup.sampling_mesh(chosen.num_samples)
     params, step = run_directory.restore_params(run_dir, config, identity, mesh, chosen.checkpoint, signals.say)
     print(f"{run_dir}: the checkpoint of step {step}", file=sys.stderr)
+    if chosen.interactive:
+        text = Continuation(config.model, params, unknown_id(vocabulary), separator)
+        turn = chosen.length if any(flag.startswith("--length=") for flag in given) else interactive.TURN
+        program = interactive.Interactive(text, vocabulary, separator, sampling, chosen.seed, turn)
+        program.run(interactive.lines())
+        return cli.DONE
     chunks = generate_lib.generate(
         config.model,
         params,

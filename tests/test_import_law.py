@@ -24,6 +24,7 @@ FOLDERS = {
         "report",
         "inspect",
         "interop",
+        "serving",
         "api",
         "reference",
     ],
@@ -139,6 +140,8 @@ def test_every_file_of_the_library_lies_in_a_folder_of_the_law():
         ("uniplot", {"charlstm.report.curves"}),
         ("matplotlib", {"charlstm.report.curves"}),
         ("prometheus_client", {"launch.prometheus"}),
+        ("starlette", {"charlstm.serving.app"}),
+        ("uvicorn", {"launch.serve"}),
         ("absl.flags", {"launch.flags"}),
         ("absl", {"launch.flags"}),
         ("flax", {"benchmarks.peers.autodiff"}),
@@ -221,6 +224,7 @@ def test_a_program_answers_ctrl_c_before_it_imports_anything():
         "launch/compare",
         "launch/inspect",
         "launch/export",
+        "launch/serve",
     )
     programs = [ROOT / f"{stem}.py" for stem in stems]
     run = [path for path in files() if "\n    cli.run(" in path.read_text("utf-8")]

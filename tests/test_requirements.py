@@ -10,7 +10,7 @@ from tests.jobs import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-USED = ("cuda12", "cuda13", "tune", "monitor")  # by the programs
+USED = ("cuda12", "cuda13", "tune", "monitor", "serve")  # by the programs
 NEEDED = [Requirement(line) for lines in (PROJECT["dependencies"], *map(EXTRAS.get, USED)) for line in lines]
 ALL = NEEDED + [Requirement(line) for name in ("dev", "notebooks") for line in EXTRAS[name]]
 

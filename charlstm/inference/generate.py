@@ -1,14 +1,10 @@
 """Sampling: text made symbol by symbol, each drawn from the model's distribution given all that came before.
 
-    p(next symbol) = softmax(logits / temperature), cut to the top_k most probable, then to the nucleus of top_p
-
-A symbol is drawn by the Gumbel-max trick: argmax(logits + temperature g), with g standard Gumbel noise, is a draw from
-softmax(logits / temperature), and at temperature 0 it is the most probable symbol.  The noise of row r at position t is
-that of the key (seed, "sample", r, t) and of nothing else, so a row's text does not depend on how many rows are sampled
-beside it, on how many symbols are made at a time, or on the devices.
+How a symbol is drawn stands in sampling.py.  The noise of row r at position t is that of the key (seed, "sample", r, t)
+and of nothing else, so a row's text does not depend on how many rows are sampled beside it, on how many symbols are
+made at a time, or on the devices.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -21,12 +17,12 @@ from jax.sharding import Mesh, PartitionSpec
 
 from charlstm import distributed, rng
 from charlstm.config.model import ModelConfig
+from charlstm.inference.sampling import Choice, Sampling, by_rows, choose
 from charlstm.model import language_model
 from charlstm.model.layer import Held
 from charlstm.model.ops import compiler
 from charlstm.types import ModelParams, RecurrentState
 from data_pipeline.batch import Separator, ends_separator, looks_back
-from data_pipeline.settings import setting
 
 CHUNK = 64  # symbols of one call of the device
 MOST_NOISE = 1 << 26  # random numbers per call, unless a single symbol of every row needs more
@@ -37,32 +33,27 @@ LEAST_ROWS = 2
 WHOLE, ROWS, COLUMNS = distributed.REPLICATED, distributed.BY_STREAM, PartitionSpec(None, distributed.AXIS)
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """Choice of the next symbol."""
-
-    temperature: float = setting(
-        1.0, "Divides the logits: below 1 the text is more careful, above 1 bolder; 0 takes the most probable symbol."
-    )
-    top_k: int = setting(0, "Choose among the K most probable symbols only; 0: among all.")
-    top_p: float = setting(
-        1.0, "Choose among the fewest symbols whose probabilities, after --temperature and --top_k, add up to this."
-    )
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature <= 1e6:
-            raise ValueError(f"temperature={self.temperature} must be at least 0 (the most probable symbol) and finite")
-        if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k} must be 0 (all symbols) or more")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must be more than 0 and at most 1 (all symbols)")
-
-
 class Chunk(NamedTuple):
     """Result of one call of the device: the next n symbols of each of R rows."""
 
     ids: np.ndarray  # int32 [R, n]
     log_probabilities: np.ndarray  # [R, n] natural logarithms of the model's own softmax: temperature 1, all symbols
+
+
+class Beginning(NamedTuple):
+    """What a text goes on from: K symbols, as many as the separator has and at least one, and the state before them."""
+
+    state: RecurrentState  # [1, H] after all symbols but the last
+    last_K: np.ndarray  # int32; -1 beyond the beginning of the text
+
+
+class Made(NamedTuple):
+    """T symbols of R rows, on the device."""
+
+    ids_TR: jax.Array
+    log_probabilities_TR: jax.Array
+    logits_TRV: jax.Array | None = None  # that each symbol was chosen by
+    states: RecurrentState | None = None  # [T, R, H] that its logits were computed with
 
 
 def generate(
@@ -101,26 +92,20 @@ def generate(
       while the caller has this one.
     """
     assert rows >= 1 and length >= 0 and chunk >= 1 and window >= 1, (rows, length, chunk, window)
-    mesh = distributed.make(sorted(jnp.asarray(params.b_out).devices(), key=lambda device: device.id))
-    count = mesh.size * max(-(-rows // mesh.size), LEAST_ROWS)
-    key, V = jax.random.key(seed), params.b_out.shape[0]
+    mesh, count = batch_of(params, rows)
+    V = params.b_out.shape[0]
     chunk = max(1, min(chunk, MOST_NOISE // (count * V)))
-    row_keys = _row_keys(rng.named(key, "sample"), count)
-    prompt = np.asarray(prompt, np.int32)
-    state = _after(config, params, prompt[:-1], separator, window)
-    state = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), state)
-    back = looks_back(separator)
-    if len(prompt):
-        last_RK = jnp.tile(_with_nothing_before(prompt, back)[-1 - back :], (count, 1))
-    else:
-        last_RK = _first_symbols(_row_keys(rng.named(key, "first"), count), V, unknown_id, back)
-    previous: tuple[jax.Array, jax.Array] | None = None
+    *_, beginning = reading(config, params, np.asarray(prompt, np.int32), separator, window=window)
+    state = jax.tree.map(lambda leaf: jnp.repeat(leaf, count, axis=0), beginning.state)
+    numbers, last_RK = np.arange(count), jnp.tile(beginning.last_K, (count, 1))
+    if not len(prompt):
+        last_RK = first_symbols(seed, numbers, V, unknown_id, looks_back(separator))
+    keys_R, choice = row_keys(seed, "sample", numbers), by_rows([sampling] * count, params.b_out.dtype)
+    previous: Made | None = None
     for start in range(0, length, chunk):
-        gumbel_TRV = None
-        if sampling.temperature:
-            gumbel_TRV = _noise(row_keys, np.int32(start), mesh, chunk, V, params.b_out.dtype)
-        state, last_RK, made = _make_chunk(
-            params, state, last_RK, gumbel_TRV, mesh, config, sampling, unknown_id, separator, chunk, held
+        gumbel_TRV = noise(keys_R, np.full(count, start, np.int32), choice, mesh, chunk, V)
+        state, last_RK, made = make_chunk(
+            params, state, last_RK, gumbel_TRV, choice, mesh, config, unknown_id, separator, chunk, held
         )
         if previous is not None:
             yield _fetch(previous, rows, chunk)
@@ -129,43 +114,70 @@ def generate(
         yield _fetch(previous, rows, (length - 1) % chunk + 1)
 
 
-def _fetch(made: tuple[jax.Array, jax.Array], rows: int, symbols: int) -> Chunk:
-    return Chunk(*(np.asarray(array_TR).T[:rows, :symbols] for array_TR in made))
+def _fetch(made: Made, rows: int, symbols: int) -> Chunk:
+    return Chunk(*(np.asarray(array_TR).T[:rows, :symbols] for array_TR in made[:2]))
 
 
-@partial(compiler.jit, static_argnames="rows")
-def _row_keys(key: jax.Array, rows: int) -> jax.Array:
-    return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows, dtype=jnp.int32))
+def batch_of(params: ModelParams, rows: int) -> tuple[Mesh, int]:
+    """Returns the devices that hold `params`, and the number of rows, `rows` or more, that is split over them."""
+    mesh = distributed.make(sorted(jnp.asarray(params.b_out).devices(), key=lambda device: device.id))
+    return mesh, mesh.size * max(-(-rows // mesh.size), LEAST_ROWS)
 
 
-def _first_symbols(row_keys: jax.Array, vocabulary_size: int, unknown_id: int | None, back: int) -> jax.Array:
-    """A symbol for each row, drawn uniformly, after `back` that are none: [R, back + 1]."""
+def row_keys(seed: int, name: str, numbers_R: np.ndarray) -> jax.Array:
+    """Returns the random key of each sample, by its number, for the purpose `name`."""
+    return _folded(rng.named(jax.random.key(seed), name), np.asarray(numbers_R, np.int32))
+
+
+@compiler.jit
+def _folded(key: jax.Array, numbers_R: jax.Array) -> jax.Array:
+    return jax.vmap(partial(jax.random.fold_in, key))(numbers_R)
+
+
+def first_symbols(
+    seed: int, numbers_R: np.ndarray, vocabulary_size: int, unknown_id: int | None, back: int
+) -> jax.Array:
+    """A symbol for each sample, drawn uniformly, after `back` that are none: [R, back + 1]."""
     known = np.setdiff1d(np.arange(vocabulary_size, dtype=np.int32), [] if unknown_id is None else [unknown_id])
-    first_R = jax.vmap(lambda key: jax.random.choice(key, known))(row_keys)
+    first_R = jax.vmap(lambda key: jax.random.choice(key, known))(row_keys(seed, "first", numbers_R))
     return jnp.pad(first_R[:, None], ((0, 0), (back, 0)), constant_values=-1)
 
 
-def _after(
-    config: ModelConfig, params: ModelParams, ids: np.ndarray, separator: Separator, window: int
-) -> RecurrentState:
-    """The state [1, H] of each layer after reading `ids` from the first state, whole windows at a time.
+def reading(
+    config: ModelConfig,
+    params: ModelParams,
+    ids: np.ndarray,
+    separator: Separator,
+    after: Beginning | None = None,
+    window: int = WINDOW,
+) -> Iterator[Beginning]:
+    """Reads symbols, a window a turn; the last of what is yielded is what a text goes on from after all of them.
 
-    The text is padded in front to whole windows, and the state is reset at its first symbol.  So every window has the
-    same shape, and the program is compiled once.
+    Every window has the same shape, so the program is compiled once.  From the first state, the text is padded in front
+    to whole windows, and the state is reset at its first symbol.
+
+    Args:
+      after: what is read on from; None for the first state.
     """
+    back, is_first = looks_back(separator), after is None
+    text = np.concatenate([np.full(back + 1, -1) if after is None else after.last_K, ids]).astype(np.int32)
+    start = back + is_first  # of what is read, which ends before the last symbol
+    read, reset, last_K = text[start:-1], ends_separator(text[start - back : -1], separator), text[-1 - back :]
     state = language_model.reset_state(params, language_model.zero_state(config, 1, params.b_out.dtype))
-    missing = -len(ids) % window
-    padded = np.concatenate([np.zeros(missing, np.int32), ids])
-    reset = np.arange(len(padded)) == missing
-    reset[missing:] |= ends_separator(_with_nothing_before(ids, looks_back(separator)), separator)
+    state = state if after is None else after.state
+    yield Beginning(state, last_K)
+    missing = -len(read) % window
+    where = (missing, 0) if is_first else (0, missing)
+    padded, resets = np.pad(read, where), np.pad(reset, where)
+    if is_first and len(read):
+        resets[missing] = True
     for start in range(0, len(padded), window):
-        part = slice(start, start + window)
-        state = _read_window(params, state, padded[None, part], reset[None, part], config)
-    return state
-
-
-def _with_nothing_before(ids: np.ndarray, count: int) -> np.ndarray:
-    return np.concatenate([np.full(count, -1, np.int32), ids])
+        part = padded[None, start : start + window], resets[None, start : start + window]
+        if is_first:
+            state = _read_window(params, state, *part, config)
+        else:
+            state = _read_some(params, state, *part, np.int32(min(window, len(read) - start)), config)
+        yield Beginning(state, last_K)
 
 
 @partial(compiler.jit, static_argnames="config")
@@ -173,35 +185,65 @@ def _read_window(params, state, ids_BT, reset_BT, config):
     return language_model.apply(config, params, state, ids_BT, reset_BT)[0]
 
 
-@partial(compiler.jit, static_argnames=("mesh", "symbols", "vocabulary_size", "dtype"))
-def _noise(row_keys, start, mesh: Mesh, symbols, vocabulary_size, dtype):
-    """Gumbel noise TRV for positions from `start` on."""
+@partial(compiler.jit, static_argnames="config")
+def _read_some(params, state, ids_BT, reset_BT, count, config):
+    """Reads the first `count` symbols of a window."""
+    params = language_model.fold_embedding(config, params)
 
-    def at(position, key):
+    def read(t, state):
+        id_B1, reset_B1 = (jax.lax.dynamic_slice_in_dim(array, t, 1, axis=1) for array in (ids_BT, reset_BT))
+        return language_model.apply(config, params, state, id_B1, reset_B1)[0]
+
+    return jax.lax.fori_loop(0, count, read, state)
+
+
+@partial(compiler.jit, static_argnames=("mesh", "symbols", "vocabulary_size"))
+def noise(keys_R, start_R, choice: Choice, mesh: Mesh, symbols, vocabulary_size):
+    """Gumbel noise TRV for positions from `start_R` on; of no meaning if every row's temperature is 0."""
+    dtype = choice.temperature_R.dtype
+
+    def at(key, position):
         return jax.random.gumbel(jax.random.fold_in(key, position), (vocabulary_size,)).astype(dtype)
 
-    def of_rows(row_keys, start):
-        positions_T = start + jnp.arange(symbols, dtype=jnp.int32)
-        return jax.vmap(jax.vmap(at, (None, 0)), (0, None))(positions_T, row_keys)
+    def of_rows(keys_R, start_R, temperature_R):
+        positions_TR = start_R[None] + jnp.arange(symbols, dtype=jnp.int32)[:, None]
+        return jax.lax.cond(
+            jnp.any(temperature_R > 0),
+            lambda: jax.vmap(jax.vmap(at), (None, 0))(keys_R, positions_TR),
+            lambda: jnp.zeros((*positions_TR.shape, vocabulary_size), dtype),
+        )
 
-    split = jax.shard_map(of_rows, mesh=mesh, in_specs=(ROWS, WHOLE), out_specs=COLUMNS, check_vma=False)
-    return split(row_keys, start)
+    split = jax.shard_map(of_rows, mesh=mesh, in_specs=(ROWS, ROWS, ROWS), out_specs=COLUMNS, check_vma=False)
+    return split(keys_R, start_R, choice.temperature_R)
 
 
 @partial(
     compiler.jit,
-    static_argnames=("mesh", "config", "sampling", "unknown_id", "separator", "symbols", "held"),
+    static_argnames=("mesh", "config", "unknown_id", "separator", "symbols", "held", "keep"),
     donate_argnames="state",
 )
-def _make_chunk(
-    params, state, last_RK, gumbel_TRV, mesh: Mesh, config, sampling, unknown_id, separator, symbols, held=()
-):
-    """The next `symbols` of every row: (state, last symbols, (ids, log-probabilities) [T, R]).
+def make_chunk(
+    params,
+    state,
+    last_RK,
+    gumbel_TRV,
+    choice: Choice,
+    mesh: Mesh,
+    config,
+    unknown_id,
+    separator,
+    symbols,
+    held=(),
+    keep=False,
+) -> tuple[RecurrentState, jax.Array, Made]:
+    """The next `symbols` of every row: (state, last symbols, what was made).
 
-    `last_RK` are the K symbols before, as many as the separator has, and at least one.
+    Args:
+      last_RK: the K symbols before, as many as the separator has, and at least one.
+      keep: logits and states are part of what was made.
     """
 
-    def make_one(params, carry, gumbel_RV):
+    def make_one(params, choice, carry, gumbel_RV):
         state, last_RK = carry
         window = last_RK[:, -1:], ends_separator(last_RK, separator)
         if held:
@@ -209,66 +251,22 @@ def _make_chunk(
         else:
             state, logits_TRV = language_model.apply(config, params, state, *window)
         logits_RV = logits_TRV[0]
-        next_R = choose(_without(logits_RV, unknown_id), gumbel_RV, sampling)
+        next_R = choose(_without(logits_RV, unknown_id), gumbel_RV, choice)
         log_probability_R1 = jnp.take_along_axis(jax.nn.log_softmax(logits_RV, axis=1), next_R[:, None], axis=1)
         last_RK = jnp.concatenate([last_RK[:, 1:], next_R[:, None]], axis=1)
-        return (state, last_RK), (next_R, log_probability_R1[:, 0])
+        kept = (logits_RV, state) if keep else ()
+        return (state, last_RK), Made(next_R, log_probability_R1[:, 0], *kept)
 
-    def of_rows(params, state, last_RK, gumbel_TRV):
+    def of_rows(params, state, last_RK, gumbel_TRV, choice):
         params = language_model.fold_embedding(config, params)
-        (state, last_RK), made = jax.lax.scan(partial(make_one, params), (state, last_RK), gumbel_TRV, symbols)
+        (state, last_RK), made = jax.lax.scan(partial(make_one, params, choice), (state, last_RK), gumbel_TRV, symbols)
         return state, last_RK, made
 
-    given, made = (WHOLE, ROWS, ROWS, COLUMNS), (ROWS, ROWS, COLUMNS)
+    given, made = (WHOLE, ROWS, ROWS, COLUMNS, ROWS), (ROWS, ROWS, COLUMNS)
     return jax.shard_map(of_rows, mesh=mesh, in_specs=given, out_specs=made, check_vma=False)(
-        params, state, last_RK, gumbel_TRV
+        params, state, last_RK, gumbel_TRV, choice
     )
 
 
 def _without(logits_RV: jax.Array, unknown_id: int | None) -> jax.Array:
     return logits_RV if unknown_id is None else logits_RV.at[:, unknown_id].set(-math.inf)
-
-
-def choose(logits_RV: jax.Array, gumbel_RV: jax.Array | None, sampling: Sampling) -> jax.Array:
-    """The symbol chosen for each row, int32 [R].
-
-    Args:
-      logits_RV: -inf for a symbol that must not be chosen.
-      gumbel_RV: standard Gumbel noise; None for temperature 0: the most probable symbol.
-    """
-    if gumbel_RV is None:
-        return _first_largest(logits_RV)
-    least = float(jnp.finfo(logits_RV.dtype).tiny)  # so that a temperature near 0 is no division by 0
-    temperature = jnp.asarray(max(sampling.temperature, least), logits_RV.dtype)
-    if not sampling.top_k and sampling.top_p == 1:
-        return _first_largest(logits_RV + temperature * gumbel_RV)
-    # K symbols in order of probability, of equal ones the lower id first, each with the noise that is its own.
-    V = logits_RV.shape[1]
-    logits_RK, ids_RK = jax.lax.top_k(logits_RV, min(sampling.top_k or V, V))
-    logits_RK = jnp.where(_nucleus(logits_RK, temperature, sampling.top_p), logits_RK, -math.inf)
-    noisy_RK = logits_RK + temperature * jnp.take_along_axis(gumbel_RV, ids_RK, axis=1)
-    return jnp.take_along_axis(ids_RK, _first_largest(noisy_RK)[:, None], axis=1)[:, 0].astype(jnp.int32)
-
-
-def _first_largest(values_RV: jax.Array) -> jax.Array:
-    """`argmax` of each row, int32 [R], as two reductions: XLA on a CPU does them in vectors, in a quarter of the time.
-
-    Of a row that has a NaN it is the last.
-    """
-    last = values_RV.shape[1] - 1
-    is_largest_RV = values_RV == values_RV.max(axis=1, keepdims=True)
-    return jnp.where(is_largest_RV, jnp.arange(last + 1, dtype=jnp.int32), last).min(axis=1)
-
-
-def _nucleus(logits_RK: jax.Array, temperature: jax.Array, top_p: float) -> jax.Array:
-    """True for symbols in the nucleus; they are given in order of probability.  bool [R, K].
-
-    The nucleus (Holtzman et al., The Curious Case of Neural Text Degeneration, ICLR 2020) is the smallest set of most
-    probable symbols that has a probability of `top_p` together: a symbol is in it when those before it fall short.
-    """
-    if top_p == 1:  # else the last symbols would be lost to rounding
-        return jnp.ones(logits_RK.shape, bool)
-    # The largest is subtracted first: at a temperature near 0 the quotients would overflow.
-    p_RK = jax.nn.softmax((logits_RK - logits_RK[:, :1]) / temperature, axis=1)
-    before_RK = jnp.cumsum(p_RK, axis=1) - p_RK  # where top_p is rounded to 0 none is left, and argmax takes the first
-    return before_RK < jnp.asarray(top_p, p_RK.dtype)

@@ -1,6 +1,6 @@
 """A text as it is sampled: what is read before it, what may be shown of it already, and where it stops."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -15,12 +15,13 @@ class Sample:
     Args:
       vocabulary: of the ids.
       prompt: ids [symbols] that are shown first.
-      stop: ids [symbols] before which the text ends; none where it does not.
+      stop: ids [symbols] before which the text ends; none where it does not.  Or several of these.
       before_stop: ids [symbols] before the continuation in which the stop string may begin already.
       errors: what becomes of bytes that are not UTF-8, as for `bytes.decode`.
 
     Attributes:
       ids, log_probabilities: of the symbols after the prompt, up to the stop string.
+      taken: how many of these were taken.
       stopped: the stop string was met.
     """
 
@@ -28,15 +29,17 @@ class Sample:
         self,
         vocabulary: Vocabulary,
         prompt: np.ndarray,
-        stop: np.ndarray,
+        stop: np.ndarray | Sequence[np.ndarray],
         before_stop: np.ndarray | None = None,
         errors: str = "replace",
     ) -> None:
         self.ids: list[int] = []
         self.log_probabilities: list[float] = []
         self.stopped = False
-        self._decoder, self._stop, self._taken = vocabulary.decoder(errors), stop.tolist(), 0
-        # The last symbols, too few for a stop string, which would have been met before.
+        self._decoder, self.taken = vocabulary.decoder(errors), 0
+        stops = [stop] if isinstance(stop, np.ndarray) else stop
+        self._stops = [one.tolist() for one in stops if len(one)]
+        # The last symbols, too few for the longest stop string.
         self._end: list[int] = [] if before_stop is None else self._too_few(before_stop.tolist())
         self._prompt_text = self._decoder.feed(prompt)
 
@@ -47,16 +50,17 @@ class Sample:
         before, end = len(self.ids), self._end + ids.tolist()
         self.ids += ids.tolist()
         self.log_probabilities += log_probabilities.tolist()
-        for start in range(len(end) - len(self._stop) + 1 if self._stop else 0):
-            if end[start : start + len(self._stop)] == self._stop:
+        for met in range(len(self._end) + 1, len(end) + 1) if self._stops else ():
+            lengths = [len(stop) for stop in self._stops if end[max(0, met - len(stop)) : met] == stop]
+            if lengths:
                 self.stopped = True
-                kept = max(0, before - len(self._end) + start)
+                kept = max(0, before - len(self._end) + met - max(lengths))
                 del self.ids[kept:], self.log_probabilities[kept:]
                 return
         self._end = self._too_few(end)
 
     def _too_few(self, ids: list[int]) -> list[int]:
-        return ids[max(0, len(ids) - len(self._stop) + 1) :]
+        return ids[max(0, len(ids) - max(map(len, self._stops), default=1) + 1) :]
 
     def take(self, last: bool = False) -> str:
         """The text, prompt first, that was not taken yet and can be shown.
@@ -65,14 +69,14 @@ class Sample:
         """
         end = len(self.ids) - (0 if last or self.stopped else self._beginning_of_stop())
         text, self._prompt_text = self._prompt_text, ""
-        text += self._decoder.feed(np.array(self.ids[self._taken : end], np.int32))
-        self._taken = end
+        text += self._decoder.feed(np.array(self.ids[self.taken : end], np.int32))
+        self.taken = end
         return text + (self._decoder.flush() if last else "")
 
     def _beginning_of_stop(self) -> int:
-        """Number of symbols at the end that may begin the stop string."""
-        lengths = range(len(self._end), 0, -1)
-        return min(len(self.ids), next((n for n in lengths if self._end[-n:] == self._stop[:n]), 0))
+        """Number of symbols at the end that may begin a stop string."""
+        begun = (n for stop in self._stops for n in range(1, len(stop)) if self._end[-n:] == stop[:n])
+        return min(len(self.ids), max(begun, default=0))
 
 
 def unseen_before(prompt: np.ndarray, separator: Separator, vocabulary: Vocabulary) -> np.ndarray:

@@ -6,7 +6,8 @@ import numpy as np
 
 from charlstm import distributed
 from charlstm.config import Config
-from charlstm.inference.generate import Sampling, generate
+from charlstm.inference.generate import generate
+from charlstm.inference.sampling import Sampling
 from charlstm.inference.text import Sample, encode_prompt, grow, remark_on_escapes, unknown_id, unseen_before
 from charlstm.training.loss import NATS_PER_BIT
 from charlstm.types import ModelParams

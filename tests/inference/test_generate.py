@@ -1,7 +1,9 @@
 """Sampled text against full passes of the model, and what it must not depend on."""
 
+import contextlib
 import dataclasses
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,8 @@ import pytest
 from charlstm import distributed
 from charlstm.config.model import ModelConfig
 from charlstm.inference import generate as generate_lib
-from charlstm.inference.generate import Sampling, choose, generate
+from charlstm.inference.generate import generate
+from charlstm.inference.sampling import Sampling, by_rows, choose
 from charlstm.model import language_model, layer
 
 V = 11
@@ -206,7 +209,8 @@ PROBABILITIES = np.array([0.1, 0.4, 0.05, 0.3, 0.15])
 def test_top_k_and_top_p_leave_the_right_symbols_in_proportion(sampling, expected):
     rows = 4096
     logits_RV = jnp.tile(jnp.log(jnp.asarray(PROBABILITIES, jnp.float32)), (rows, 1))
-    chosen = np.asarray(choose(logits_RV, jax.random.gumbel(jax.random.key(3), logits_RV.shape), sampling))
+    gumbel_RV = jax.random.gumbel(jax.random.key(3), logits_RV.shape)
+    chosen = np.asarray(choose(logits_RV, gumbel_RV, by_rows([sampling] * rows, np.float32)))
     assert set(chosen.tolist()) == expected
     p = np.where(np.isin(np.arange(5), list(expected)), PROBABILITIES ** (1 / sampling.temperature), 0)
     np.testing.assert_allclose(np.bincount(chosen, minlength=5) / rows, p / p.sum(), atol=0.03)
@@ -215,12 +219,45 @@ def test_top_k_and_top_p_leave_the_right_symbols_in_proportion(sampling, expecte
 def test_of_equally_probable_symbols_top_k_and_greedy_take_the_first():
     logits_RV = jnp.zeros((64, 5)).at[:, 0].set(-1.0)
     gumbel_RV = jax.random.gumbel(jax.random.key(0), logits_RV.shape)
-    assert set(choose(logits_RV, None, GREEDY).tolist()) == {1}
-    assert set(choose(logits_RV, gumbel_RV, Sampling(top_k=1)).tolist()) == {1}
-    assert set(choose(logits_RV, gumbel_RV, Sampling(top_k=2)).tolist()) == {1, 2}
+    for sampling, expected in ((GREEDY, {1}), (Sampling(top_k=1), {1}), (Sampling(top_k=2), {1, 2})):
+        assert set(choose(logits_RV, gumbel_RV, by_rows([sampling] * 64, np.float32)).tolist()) == expected
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(), Sampling(top_k=3, top_p=0.9)], ids=str)
+def test_rows_side_by_side_choose_each_by_its_own_settings():
+    settings = [GREEDY, Sampling(), Sampling(0.7), Sampling(top_k=3), Sampling(0.5, 0, 0.6), Sampling(0, 2, 0.5)] * 8
+    logits_RV = jax.random.normal(jax.random.key(1), (len(settings), 40)) * 2
+    gumbel_RV = jax.random.gumbel(jax.random.key(2), logits_RV.shape)
+    together = choose(logits_RV, gumbel_RV, by_rows(settings, np.float32))
+    for row, sampling in enumerate(settings):
+        one = slice(row, row + 1)
+        alone = choose(logits_RV[one], gumbel_RV[one], by_rows([sampling], np.float32))
+        assert int(together[row]) == int(alone[0]), sampling
+
+
+def test_other_settings_compile_nothing_anew():
+    def compiled(sampling):
+        with jax.log_compiles(), warnings_of("jax") as said:
+            sampled(sampling, length=3, chunk=3)
+        return [line for line in said if "Finished XLA compilation" in line]
+
+    assert compiled(Sampling())
+    for sampling in (GREEDY, Sampling(0.5), Sampling(top_k=4), Sampling(0.9, 5, 0.8)):
+        assert not compiled(sampling)
+
+
+@contextlib.contextmanager
+def warnings_of(name):
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger(name).addHandler(handler)
+    try:
+        yield said
+    finally:
+        logging.getLogger(name).removeHandler(handler)
+
+
 def test_the_unknown_symbol_is_never_drawn_however_probable(sampling):
     params = make_params()
     params = params._replace(b_out=params.b_out.at[0].set(100.0))

@@ -19,7 +19,8 @@ from charlstm import config as config_lib
 from charlstm import distributed
 from charlstm import rng as rng_lib
 from charlstm.config import Config
-from charlstm.inference.generate import Chunk, Sampling, generate
+from charlstm.inference.generate import Chunk, generate
+from charlstm.inference.sampling import Sampling
 from charlstm.model import language_model
 from charlstm.run import run_directory
 from charlstm.run.checkpoint import Checkpoints

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from charlstm.config.model import ModelConfig
-from charlstm.inference.generate import Sampling, generate
+from charlstm.inference.generate import generate
+from charlstm.inference.sampling import Sampling
 from charlstm.model import language_model, layer
 from charlstm.model.dropout import DropoutKey
 from charlstm.model.ops import autodiff_scan

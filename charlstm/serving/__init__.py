@@ -1,0 +1,1 @@
+"""A server that speaks as OpenAI's completions do (docs/interop.md)."""

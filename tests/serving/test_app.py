@@ -1,0 +1,337 @@
+"""The HTTP border, in this process: answers as OpenAI's, errors as documented, nothing else."""
+
+import base64
+import codecs
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.testclient import TestClient
+
+from charlstm import api, distributed
+from charlstm.run import run_directory
+from charlstm.serving import loading
+from charlstm.serving.app import MOST_BODY, Server
+from tests.fuzzing import ANY_JSON, fuzzed, spoiled
+from tests.serving.conftest import RUNS
+
+LIMITS = {"slots": 4, "queue": 20, "max_prompt": 300, "max_tokens": 200}
+
+
+def server_of(run_dir, **limits):
+    config, identity = run_directory.read(run_dir)
+    mesh = distributed.make(jax.devices()[:1])
+    model = loading.load(run_dir, config, identity, mesh, "best", print)
+    return Server(model, run_dir.name, "<p>a page", **(LIMITS | limits))
+
+
+@pytest.fixture(scope="module", params=["bytes", pytest.param("documents", marks=pytest.mark.long)])
+def served(request, runs):
+    """(client, model): the server of a run, and the run's model in the library."""
+    server = server_of(runs[request.param])
+    with TestClient(server.app, raise_server_exceptions=True) as client:
+        yield client, api.load(runs[request.param])
+    server.slots.close()
+
+
+def ask(client, status=200, **fields):
+    answer = client.post("/v1/completions", json=fields)
+    assert answer.status_code == status, answer.text
+    return answer.json()
+
+
+def stream(client, **fields):
+    """The objects of a streamed answer."""
+    with client.stream("POST", "/v1/completions", json={"stream": True, **fields}) as answer:
+        assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
+        events = [line for line in answer.iter_lines() if line]
+    assert all(event.startswith("data: ") for event in events) and events.pop() == "data: [DONE]"
+    return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+HOW = {"temperature": 0.8, "top_k": 9, "top_p": 0.95, "seed": 11}
+
+
+def test_texts_are_those_of_the_library_with_the_same_seed(served):
+    client, model = served
+    for prompt in ("", "abcd", "é€a" * 50):
+        texts = model.sample(prompt, 100, num_samples=3, **HOW)
+        answer = ask(client, prompt=prompt, max_tokens=100, n=3, echo=True, **HOW)
+        assert [choice["text"] for choice in answer["choices"]] == texts
+        assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+        (alone,) = ask(client, prompt=prompt, max_tokens=100, **HOW)["choices"]
+        assert prompt + alone["text"] == texts[0]
+    assert (answer["object"], answer["model"], answer["seed"]) == ("text_completion", model.run_dir.name, 11)
+    assert answer["system_fingerprint"].startswith("step-3-")
+    several = ask(client, prompt=["a", "b"], max_tokens=30, n=2, **HOW)["choices"]
+    alone = [ask(client, prompt=prompt, max_tokens=30, n=2, **HOW)["choices"] for prompt in "ab"]
+    assert [choice["text"] for choice in several] == [choice["text"] for choices in alone for choice in choices]
+
+
+def test_symbols_by_number_are_the_symbols(served):
+    client, model = served
+    ids = model.vocabulary.encode("cab").tolist()
+    assert ask(client, prompt=[ids], **HOW)["choices"] == ask(client, prompt="cab", **HOW)["choices"]
+    assert ask(client, prompt=ids, **HOW)["choices"] == ask(client, prompt="cab", **HOW)["choices"]
+
+
+def test_a_stream_is_the_text_in_pieces(served):
+    client, _ = served
+    fields = {"prompt": "é€a", "max_tokens": 120, "n": 2, "echo": True, "logprobs": 3, **HOW}
+    whole = ask(client, **fields)
+    parts = stream(client, **fields, stream_options={"include_usage": True})
+    assert parts[-1]["choices"] == [] and parts.pop()["usage"] == whole["usage"]
+    assert len(parts) > 4 and len({part["id"] for part in parts}) == 1
+    for index, choice in enumerate(whole["choices"]):
+        own = [part["choices"][0] for part in parts if part["choices"][0]["index"] == index]
+        assert "".join(part["text"] for part in own) == choice["text"]
+        for name, values in choice["logprobs"].items():
+            assert [value for part in own for value in part["logprobs"][name]] == values
+        assert [part["finish_reason"] for part in own] == [None] * (len(own) - 1) + [choice["finish_reason"]]
+
+
+def test_what_is_streamed_is_never_half_a_character(served):
+    client, _ = served
+    parts = stream(client, prompt="", max_tokens=200, n=4, **HOW)
+    for index in range(4):
+        own = [part["choices"][0]["text"] for part in parts if part["choices"][0]["index"] == index]
+        assert "".join(own) == ask(client, prompt="", max_tokens=200, n=4, **HOW)["choices"][index]["text"]
+
+
+def test_a_text_ends_before_the_first_stop_string_that_is_met(served):
+    client, model = served
+    prompt, how = "cd", {**HOW, "max_tokens": 200}
+    text = model.sample(prompt, 200, stop="", **HOW)[len(prompt) :]
+    whole = re.findall("[^\ufffd]{2,}", text[5:])  # characters that the vocabulary has
+    for stops in ([whole[1][:2], whole[0][-1]], [text[0]], [whole[2]], ["\n\n\n\na"], whole[0], []):
+        listed = [stops] if isinstance(stops, str) else stops
+        ends = [place for stop in listed if (place := text.find(stop)) >= 0]
+        (choice,) = ask(client, prompt=prompt, stop=stops, **how)["choices"]
+        assert choice["text"] == text[: min(ends, default=None)]
+        assert choice["finish_reason"] == ("stop" if ends else "length")
+        parts = stream(client, prompt=prompt, stop=stops, **how)
+        assert "".join(part["choices"][0]["text"] for part in parts) == choice["text"]
+
+
+def test_log_probabilities_are_the_models_own_and_name_the_symbols(served):
+    client, model = served
+    (choice,) = ask(client, prompt="ab", max_tokens=60, logprobs=5, stop=[], **HOW)["choices"]
+    found, vocabulary = choice["logprobs"], model.vocabulary
+    raw = b"".join(
+        codecs.decode(t[6:].replace("\\x", ""), "hex") if t[:7] == "bytes:\\" else t.encode() for t in found["tokens"]
+    )
+    assert len(found["tokens"]) == 60 and raw.decode("utf-8", "replace") == choice["text"]
+    ids = np.concatenate(
+        [
+            vocabulary.encode("ab"),
+            np.frombuffer(raw, np.uint8) if vocabulary.kind == "bytes" else vocabulary.encode(choice["text"]),
+        ]
+    )
+    if not model.separator:
+        logits, _ = model(ids)
+        log_probabilities = np.asarray(jax.nn.log_softmax(logits))[1:-1]
+        np.testing.assert_allclose(
+            found["token_logprobs"], log_probabilities[np.arange(60), ids[2:]], rtol=1e-3, atol=1e-4
+        )
+        np.testing.assert_allclose(
+            [list(top.values()) for top in found["top_logprobs"]],
+            -np.sort(-log_probabilities)[:, :5],
+            rtol=1e-3,
+            atol=1e-4,
+        )
+    for token, value, top in zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True):
+        assert len(top) == 5 and top.get(token, value) == value
+    for token, offset in zip(found["tokens"], found["text_offset"], strict=True):
+        assert choice["text"][offset] == token if not token.startswith("bytes:") else choice["text"][offset] > "\x7f"
+    none = ask(client, prompt="ab", max_tokens=3, logprobs=0, **HOW)["choices"][0]["logprobs"]
+    assert none["top_logprobs"] == [{}, {}, {}] and len(none["token_logprobs"]) == 3
+
+
+def test_echo_scores_a_text_as_the_library_does(served):
+    client, model = served
+    text = "abcdé€\nfg" * 25
+    (choice,) = ask(client, prompt=text, max_tokens=0, echo=True, logprobs=1)["choices"]
+    values, ids = choice["logprobs"]["token_logprobs"], model.vocabulary.encode(text)
+    assert (choice["text"], choice["finish_reason"], len(values)) == (text, "length", len(ids))
+    if model.separator:
+        assert values[0] is not None  # the separator was read before
+        bits = model.bits("ab" + text)[2:]
+    else:
+        assert values.pop(0) is None
+        bits = model.bits(text)[1:]
+    np.testing.assert_allclose(values, -bits * np.log(2), rtol=1e-3, atol=1e-4)
+    usage = ask(client, prompt=text, max_tokens=0)["usage"]
+    assert usage == {"prompt_tokens": len(ids), "completion_tokens": 0, "total_tokens": len(ids)}
+
+
+def test_a_state_in_the_clients_hands_goes_on_with_the_text(served):
+    client, _ = served
+    whole = ask(client, prompt="abcd", max_tokens=90, stop=[], **HOW)["choices"][0]["text"]
+    if "\ufffd" in whole:
+        cuts = [0]
+    else:
+        cuts = [0, 16, 37]
+    for cut in cuts:
+        (first,) = ask(client, prompt="abcd", max_tokens=cut, stop=[], return_state=True, **HOW)["choices"]
+        (rest,) = ask(client, state=first["state"], max_tokens=90 - cut, stop=[], **HOW)["choices"]
+        assert first["text"] + rest["text"] == whole
+    stop = whole[30:32] if "\ufffd" not in whole else "\x00\x01"
+    (first,) = ask(client, prompt="abcd", max_tokens=90, stop=stop, return_state=True, **HOW)["choices"]
+    (rest,) = ask(client, state=first["state"], max_tokens=90 - whole.find(stop), stop=[], **HOW)["choices"]
+    assert whole.find(stop) < 0 or first["text"] + rest["text"] == whole
+    (read,) = ask(client, prompt="efg", state=first["state"], max_tokens=9, echo=True, logprobs=1, **HOW)["choices"]
+    assert read["text"].startswith("efg") and None not in read["logprobs"]["token_logprobs"]
+
+
+REFUSED = {
+    "body is not JSON": [b"", b"{", b"\xff", b'{"seed": ' + b"1" * 5000 + b"}", b"[" * 100_000],
+    "not a JSON object": [b"[]", b"1", b'"a"'],
+    "unknown field": [{"promt": "a"}],
+    "not supported": [{"best_of": 2}, {"suffix": "a"}, {"presence_penalty": 1.0}, {"logit_bias": {"1": 2}}],
+    "temperature": [{"temperature": value} for value in (-1, "1", True, 1e9, [], 10**400)],
+    "top_p": [{"top_p": value} for value in (0, 2, "1")],
+    "top_k": [{"top_k": value} for value in (-1, 1.5, 2**40, False)],
+    "max_tokens": [{"max_tokens": value} for value in (-1, 201, 1.5, "3")],
+    "n must be": [{"n": 0}, {"n": 10**9}, {"n": True}],
+    "texts": [{"prompt": ["a"] * 5, "n": 6}],
+    "seed": [{"seed": -1}, {"seed": 2**32}, {"seed": "a"}],
+    "logprobs": [{"logprobs": 21}, {"logprobs": True}],
+    "stop": [{"stop": 1}, {"stop": ["a"] * 5}, {"stop": [1]}, {"stop": "a" * 257}, {"stop": "\ud800"}],
+    "prompt": [{"prompt": value} for value in (1, [], [[]], ["a", 1], [-1], [256], {}, "a" * 301, "\ud800")],
+    "state": [{"state": value} for value in (1, "é", "AAAA", "A" * 100)],
+    "stream": [{"stream": 1}, {"stream_options": 1}],
+    "true or false": [{"echo": "yes"}, {"return_state": 0}],
+}  # fmt: skip
+
+
+def check_error(answer, words=""):
+    error = answer.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}, error
+    assert words in error["message"] and len(error["message"].splitlines()) == 1, error
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_means_nothing_is_refused_in_a_sentence(served, words):
+    client, _ = served
+    for body in REFUSED[words]:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        answer = client.post("/v1/completions", content=content)
+        assert answer.status_code == 400, (body, answer.text)
+        check_error(answer, words)
+
+
+def test_other_errors_have_their_status_and_are_objects_too(served):
+    client, model = served
+    answer = client.post("/v1/completions", json={"model": "gpt-2"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+    assert client.post("/v1/completions", json={"model": model.run_dir.name, "max_tokens": 1}).status_code == 200
+    for status, call in {
+        404: lambda: client.get("/v2"),
+        405: lambda: client.get("/v1/completions"),
+        413: lambda: client.post("/v1/completions", content=b" " * (MOST_BODY + 1)),
+    }.items():
+        answer = call()
+        assert answer.status_code == status
+        check_error(answer)
+    check_error(client.get("/v1/models/other"), "no model")
+
+
+def test_a_full_queue_is_429_and_a_draining_server_503(runs):
+    server = server_of(runs["bytes"], queue=0)
+    with TestClient(server.app) as client:
+        with client.stream("POST", "/v1/completions", json={"n": 4, "max_tokens": 200, "stream": True}):
+            answers = [client.post("/v1/completions", json={"n": 4, "max_tokens": 200}) for _ in range(2)]
+        server.slots.submit([])
+        refused = [answer for answer in answers if answer.status_code == 429]
+        for answer in refused:
+            assert answer.headers["retry-after"]
+            check_error(answer, "no room")
+        server.is_draining = True
+        answer = client.post("/v1/completions", json={})
+        assert answer.status_code == client.get("/health").status_code == 503
+        check_error(answer, "about to end")
+    server.slots.close()
+
+
+def test_the_other_pages(served):
+    client, model = served
+    assert client.get("/").text == "<p>a page"
+    (listed,) = client.get("/v1/models").json()["data"]
+    assert listed == client.get(f"/v1/models/{model.run_dir.name}").json()
+    assert (listed["id"], listed["object"], listed["step"]) == (model.run_dir.name, "model", 3)
+    health = client.get("/health").json()
+    assert (health["status"], health["busy"], health["slots"]) == ("ok", 0, 4)
+    ask(client, prompt="abc", max_tokens=5)
+    metrics = client.get("/metrics").text
+    values = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if not line.startswith("#"))
+    assert float(values["charlstm_serve_symbols_written_total"]) >= 5
+    assert int(values['charlstm_serve_requests_total{status="200"}']) >= 1
+
+
+ASKED = {
+    "model": "bytes", "prompt": ["ab", "c"], "max_tokens": 5, "temperature": 0.5, "top_p": 0.9, "top_k": 3, "n": 2,
+    "stop": ["a", "bc"], "seed": 3, "stream": False, "stream_options": {"include_usage": True}, "logprobs": 2,
+    "echo": True, "return_state": True, "user": "me", "suffix": None, "best_of": 1, "presence_penalty": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bytes_client(runs):
+    server = server_of(runs["bytes"])
+    with TestClient(server.app, raise_server_exceptions=True) as client:
+        yield client
+    assert server.slots.busy == server.slots.waiting == 0
+    server.slots.close()
+
+
+def check_answer(answer):
+    assert answer.status_code in (200, 400, 404), answer.text
+    if answer.status_code == 200:
+        body = answer.json() if "json" in answer.headers["content-type"] else answer.text
+        assert "choices" in body or body.endswith("[DONE]\n\n")
+    else:
+        check_error(answer)
+
+
+def test_any_request_is_answered_or_refused_as_documented(bytes_client):
+    asked = [ASKED, {"prompt": "ab", "stream": True, "max_tokens": 9}]
+
+    @fuzzed(120)
+    @given(st.sampled_from(asked).flatmap(lambda fields: spoiled(json.dumps(fields).encode())))
+    def answered(body):
+        check_answer(bytes_client.post("/v1/completions", content=body))
+
+    @fuzzed(80)
+    @given(st.sampled_from(sorted(ASKED)), ANY_JSON)
+    def any_value(field, value):
+        check_answer(bytes_client.post("/v1/completions", content=f'{{"max_tokens": 3, "{field}": {value}}}'.encode()))
+
+    state = ask(bytes_client, prompt="a", max_tokens=1, return_state=True)["choices"][0]["state"]
+
+    @fuzzed(40)
+    @given(st.binary(max_size=6), st.integers(0, len(base64.b64decode(state))), st.integers(0, 6))
+    def any_state(put, place, lost):
+        raw = base64.b64decode(state)
+        raw = raw[:place] + put + raw[place + lost :]
+        fields = {"state": base64.b64encode(raw).decode(), "max_tokens": 2}
+        check_answer(bytes_client.post("/v1/completions", json=fields))
+
+    answered()
+    any_value()
+    any_state()
+
+
+@pytest.mark.long
+def test_the_vocabulary_of_every_run_can_be_served(runs):
+    for name in RUNS.keys() - {"bytes", "documents"}:
+        server, model = server_of(runs[name]), api.load(runs[name])
+        with TestClient(server.app) as client:
+            for prompt in ("", "ab"):
+                text = ask(client, prompt=prompt, max_tokens=40, echo=True, **HOW)["choices"][0]["text"]
+                assert text == model.sample(prompt, 40, **HOW)
+            check_error(client.post("/v1/completions", json={"prompt": "xyz"}), "not in the vocabulary")
+        server.slots.close()
