@@ -14,10 +14,11 @@ class Sample:
 
     Args:
       vocabulary: of the ids.
-      prompt: ids [symbols] that are shown first.
+      prompt: ids [symbols] that are shown first.  These and `stop` are in the order in which the model reads.
       stop: ids [symbols] before which the text ends; none where it does not.
       before_stop: ids [symbols] before the continuation in which the stop string may begin already.
       errors: what becomes of bytes that are not UTF-8, as for `bytes.decode`.
+      backward: the model writes from right to left, so that the text can be shown only when it is whole.
 
     Attributes:
       ids, log_probabilities: of the symbols after the prompt, up to the stop string.
@@ -31,6 +32,7 @@ class Sample:
         stop: np.ndarray,
         before_stop: np.ndarray | None = None,
         errors: str = "replace",
+        backward: bool = False,
     ) -> None:
         self.ids: list[int] = []
         self.log_probabilities: list[float] = []
@@ -38,7 +40,8 @@ class Sample:
         self._decoder, self._stop, self._taken = vocabulary.decoder(errors), stop.tolist(), 0
         # The last symbols, too few for a stop string, which would have been met before.
         self._end: list[int] = [] if before_stop is None else self._too_few(before_stop.tolist())
-        self._prompt_text = self._decoder.feed(prompt)
+        self._backward, self._prompt = backward, prompt
+        self._prompt_text = "" if backward else self._decoder.feed(prompt)
 
     def feed(self, ids: np.ndarray, log_probabilities: np.ndarray) -> None:
         """Adds symbols; those from the stop string on are dropped."""
@@ -62,7 +65,14 @@ class Sample:
         """The text, prompt first, that was not taken yet and can be shown.
 
         What may be the beginning of the stop string or of a UTF-8 sequence is held back, unless nothing more will come.
+        Of a backward model everything is: its text ends with the prompt.
         """
+        if self._backward:
+            if not last:
+                return ""
+            whole, self._prompt = np.concatenate([self._prompt, self.ids[self._taken :]]), np.zeros(0, np.int32)
+            self._taken = len(self.ids)
+            return self._decoder.feed(whole[::-1].astype(np.int32)) + self._decoder.flush()
         end = len(self.ids) - (0 if last or self.stopped else self._beginning_of_stop())
         text, self._prompt_text = self._prompt_text, ""
         text += self._decoder.feed(np.array(self.ids[self._taken : end], np.int32))
@@ -73,6 +83,11 @@ class Sample:
         """Number of symbols at the end that may begin the stop string."""
         lengths = range(len(self._end), 0, -1)
         return min(len(self.ids), next((n for n in lengths if self._end[-n:] == self._stop[:n]), 0))
+
+
+def as_read(ids: np.ndarray, backward: bool) -> np.ndarray:
+    """Turns ids [symbols] from the order of the text to that in which a model reads it, or back."""
+    return ids[::-1] if backward else ids
 
 
 def unseen_before(prompt: np.ndarray, separator: Separator, vocabulary: Vocabulary) -> np.ndarray:
