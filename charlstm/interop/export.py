@@ -12,6 +12,7 @@ from data_pipeline.atomic_files import expand_user
 # format -> (the module whose `write(exported, folder)` makes its files, what it is)
 FORMATS = {
     "safetensors": ("model_folder", "weights by PyTorch's names, with loaders for PyTorch and for NumPy alone"),
+    "flair": ("flair_model", "a language model for flair's embeddings of words, lm-forward.pt or lm-backward.pt"),
 }
 
 
