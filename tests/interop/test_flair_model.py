@@ -160,7 +160,9 @@ def test_flair_computes_the_perplexities_and_the_embeddings_that_we_do(other_pyt
         states = np.asarray(model.states(read_text)[-1].h)
         places = [place for place, character in enumerate(read_text) if character == " "]
         np.testing.assert_allclose(embedded, states[places], rtol=0, atol=1e-5)
-        assert len(embedded) == 4 and len(written) == 23 and ("he " in written or backward)
+        written = written.replace("<unk>", "?")  # flair draws it; a backward model is given what it reads first
+        assert len(embedded) == 4 and len(written) == 23
+        assert written.endswith(" eh") if backward else written.startswith("he ")
 
 
 def test_the_recipe_of_flairs_models_makes_a_model_that_is_exported(tmp_path):
