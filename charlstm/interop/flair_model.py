@@ -80,8 +80,8 @@ def refuse_others(config: Config, vocabulary: Vocabulary) -> None:
 
 def arrays(params: ModelParams) -> dict[str, np.ndarray]:
     """Returns the weights by flair's names, float32; one-hot symbols are an embedding that is the identity."""
-    V, embedding = len(params.b_out), params.embedding
-    found = {"encoder.weight": np.eye(V) if embedding is None else embedding}
+    embedding = np.eye(len(params.b_out)) if params.embedding is None else np.asarray(params.embedding)
+    found: dict[str, Any] = {"encoder.weight": embedding}
     for number, cell in enumerate(params.cells):
         layer = {"weight_ih": cell.w_x.T, "weight_hh": cell.w_h.T, "bias_ih": cell.b_x, "bias_hh": cell.b_h}
         found |= {f"rnn.{name}_l{number}": array for name, array in layer.items()}
@@ -100,11 +100,11 @@ def _save(content: dict[str, Any], path: Path) -> None:
     """Writes PyTorch's archive; the same content has the same bytes."""
     stored: list[np.ndarray] = []
     pickled = b"\x80\x03" + _pickled(content, stored) + b"."
-    records = {"data.pkl": pickled, "byteorder": b"little"}
-    records |= {f"data/{number}": array.astype("<f4", copy=False).data for number, array in enumerate(stored)}
+    records = {"data.pkl": pickled, "byteorder": b"little", "version": b"3\n"}
+    records |= {f"data/{number}": array.astype("<f4").tobytes() for number, array in enumerate(stored)}
     with zipfile.ZipFile(path, "w") as archive:
-        for name, data in (records | {"version": b"3\n"}).items():
-            archive.writestr(zipfile.ZipInfo(f"{path.stem}/{name}"), bytes(data))
+        for name, data in records.items():
+            archive.writestr(zipfile.ZipInfo(f"{path.stem}/{name}"), data)
 
 
 def _pickled(value: Any, stored: list[np.ndarray]) -> bytes:
