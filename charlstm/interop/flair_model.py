@@ -114,7 +114,7 @@ def _pickled(value: Any, stored: list[np.ndarray]) -> bytes:
         kind = Named("torch", "FloatStorage")
         storage = _pickled(("storage", kind, str(len(stored) - 1), "cpu", value.size), stored) + b"Q"
         strides = tuple(stride // value.itemsize for stride in value.strides)
-        rest = (0, value.shape, strides, False, OrderedDict[str, Any]())
+        rest: tuple[Any, ...] = (0, value.shape, strides, False, OrderedDict())
         return _global("torch._utils", "_rebuild_tensor_v2") + b"(" + storage + _all(rest, stored) + b"tR"
     if isinstance(value, Named):
         found = _global(value.module, value.name)
