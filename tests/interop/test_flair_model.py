@@ -160,7 +160,8 @@ def test_flair_computes_the_perplexities_and_the_embeddings_that_we_do(other_pyt
         states = np.asarray(model.states(read_text)[-1].h)
         places = [place for place, character in enumerate(read_text) if character == " "]
         np.testing.assert_allclose(embedded, states[places], rtol=0, atol=1e-5)
-        written = written.replace("<unk>", "?")  # flair draws it; a backward model is given what it reads first
+        # Flair draws the unknown symbol, too, and turns all characters around; a backward model is given what it reads.
+        written = written.replace("<unk>", "?").replace(">knu<", "?")
         assert len(embedded) == 4 and len(written) == 23
         assert written.endswith(" eh") if backward else written.startswith("he ")
 
