@@ -24,7 +24,7 @@ from charlstm.inference import evaluate as evaluate_lib
 from charlstm.inference.generate import generate
 from charlstm.inference.sampling import Sampling
 from charlstm.inference.score import Score
-from charlstm.inference.text import Sample, encode_prompt, grow, unknown_id, unseen_before
+from charlstm.inference.text import Sample, as_read, encode_prompt, grow, unknown_id, unseen_before
 from charlstm.inspect import trace, units
 from charlstm.interop import export as export_lib
 from charlstm.interop.exported import Exported, folded
@@ -35,7 +35,6 @@ from charlstm.run import loop, run_directory
 from charlstm.run.loop import Outcome, Training
 from charlstm.run.services import Services
 from charlstm.run.start import start
-from charlstm.training.loss import NATS_PER_BIT, cross_entropy
 from charlstm.training.placement import choose_mesh
 from charlstm.types import CellState, ModelParams, RecurrentState
 from data_pipeline import mixture
@@ -162,7 +161,12 @@ def load(run_dir: str | os.PathLike[str], checkpoint: str = "best") -> "Model":
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A trained language model."""
+    """A trained language model.
+
+    Texts that it is given, and what it returns of their symbols, are in the order of the text, also where it reads
+    backward (`reverse`): then its bits and states at a symbol are those of reading from the end to there, and it writes
+    what stands before the prompt.
+    """
 
     config: Config
     vocabulary: Vocabulary
@@ -172,7 +176,7 @@ class Model:
 
     @property
     def separator(self) -> Separator:
-        """The symbols that end a document; () where documents are not told apart."""
+        """The symbols that end a document, as they are read; () where documents are not told apart."""
         return run_directory.separator(self.config, self.vocabulary)
 
     def evaluate(self, text: evaluate_lib.Split | str | bytes) -> Score:
@@ -181,19 +185,16 @@ class Model:
         Raises:
           ValueError: it has fewer than two symbols.
         """
-        split = ArraySplit(text, self.vocabulary) if isinstance(text, str | bytes) else text
-        mesh = distributed.make()
+        split, mesh = trace.as_read(self, text), distributed.make()
         evaluator = evaluate_lib.make_evaluator(self.config, self.vocabulary.size, split, mesh, self.separator)
         return evaluator(distributed.put(mesh, distributed.REPLICATED, jax.tree.map(np.asarray, self.params)))
 
     def bits(self, text: str | bytes) -> np.ndarray:
-        """Bits of each symbol given all before it, float32 [symbols]; the first has log2(V), as nothing precedes it."""
-        split = ArraySplit(text, self.vocabulary)
-        state, found = self._start(1), [np.full(min(1, len(split)), np.log2(self.vocabulary.size), np.float32)]
-        for read, following, reset in trace.windows(split, self.separator, 1):
-            state, nats = _nats(self.params, state, read, following, reset, self.config.model)
-            found.append(np.asarray(nats, np.float32) / NATS_PER_BIT)
-        return np.concatenate(found)[: len(split)].astype(np.float32)
+        """Bits of each symbol given all before it, float32 [symbols]; the first has log2(V), as nothing precedes it.
+
+        A backward model has read all after it, and the last has log2(V).
+        """
+        return trace.bits(self, text)
 
     def states(self, text: str | bytes) -> tuple[CellState, ...]:
         """The state of every layer after each symbol: hidden states h, and cell states c if any, `[symbols, H]`."""
@@ -217,7 +218,7 @@ class Model:
         """(logits of the symbol after each one, the state after them).
 
         Args:
-          ids: symbol ids `[T]`, or `[B, T]` of B texts side by side; of NumPy or JAX.
+          ids: symbol ids `[T]` as they are read, or `[B, T]` of B texts side by side; of NumPy or JAX.
           state: that of the call before; None before a text begins.
 
         Returns:
@@ -229,7 +230,10 @@ class Model:
         return (logits_BTV if jnp.ndim(ids) == 2 else logits_BTV[0]), state
 
     def sample(self, prompt: str = "", length: int = 1000, *, num_samples: int = 1, **how: Any) -> str | list[str]:
-        """The prompt with its continuation; of several samples, a list.  Arguments as of `stream`."""
+        """The prompt with its continuation, which of a backward model precedes it; of several samples, a list.
+
+        Arguments as of `stream`.
+        """
         samples, made = self._samples(prompt, length, num_samples, **how)
         for _ in made:
             pass
@@ -238,6 +242,8 @@ class Model:
 
     def stream(self, prompt: str = "", length: int = 1000, **how: Any) -> Iterator[str]:
         """Yields the prompt, then its continuation as it is made, the text of `sample` and `launch.sample`.
+
+        Of a backward model the text comes as a whole, at the end.
 
         Args:
           length: symbols to write after the prompt.
@@ -286,8 +292,9 @@ class Model:
     ) -> tuple[list[Sample], Iterator[None]]:
         if length < 0 or count < 1 or not 0 <= seed < 1 << 32:
             raise ValueError(f"length={length}, num_samples={count} or seed={seed} is out of range")
-        separator, ids = self.separator, encode_prompt(prompt, self.vocabulary)
-        ends = np.array(separator, np.int32) if stop is None else self.vocabulary.encode(stop)
+        separator, backward = self.separator, self.config.streams.reverse
+        ids = as_read(encode_prompt(prompt, self.vocabulary), backward)
+        ends = np.array(separator, np.int32) if stop is None else as_read(self.vocabulary.encode(stop), backward)
         chunks = generate(
             self.config.model,
             self.params,
@@ -301,7 +308,7 @@ class Model:
             held=units.held(clamp, self.config.model),
         )
         before_stop = ids if tuple(ends.tolist()) == separator else None
-        samples = [Sample(self.vocabulary, ids, ends, before_stop) for _ in range(count)]
+        samples = [Sample(self.vocabulary, ids, ends, before_stop, backward=backward) for _ in range(count)]
         return samples, grow(samples, chunks)
 
     def _start(self, rows: int) -> RecurrentState:
@@ -312,9 +319,3 @@ class Model:
 def _logits(params, state, ids_BT, config):
     state, logits_TBV = language_model.apply(config, params, state, ids_BT, jnp.zeros(ids_BT.shape, bool))
     return state, logits_TBV.swapaxes(0, 1)
-
-
-@partial(compiler.jit, static_argnames="config")
-def _nats(params, state, ids_BT, following_BT, reset_BT, config):
-    state, logits_TBV = language_model.apply(config, params, state, ids_BT, reset_BT)
-    return state, cross_entropy(logits_TBV, following_BT.T)[:, 0]

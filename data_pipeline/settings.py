@@ -209,6 +209,11 @@ class StreamSettings:
         "a mixture 1048576, halved until each corpus has a segment for each stream that reads it at a time.",
     )
     shuffle_segments: bool = setting(True, "Segments come in an order drawn for each pass, not that of the text.")
+    reverse: bool = setting(
+        False,
+        "Read the text backward, each split from its last symbol to its first: the model predicts what stands before, "
+        "and writes from right to left.  The same prepared corpus serves both directions.",
+    )
     rotate_streams: bool = setting(
         True, "Each epoch, and each pass over a corpus in segments, starts at another seeded offset."
     )

@@ -103,6 +103,7 @@ def main(argv: Sequence[str]) -> int:
         if split not in corpus.splits:
             raise ValueError(f"{corpus.name} has no {split} split, only {', '.join(corpus.splits)}")
 
+    corpus = corpus_lib.as_read(config, corpus)
     jax_setup.keep_freed_memory()
     jax_setup.keep_compiled()
     mesh = distributed.make()

@@ -14,6 +14,10 @@ Where the run resets state at documents, each sample is one document: the separa
 every document in training, and the sample ends before the next one; neither is shown.  Elsewhere the text begins with
 the prompt; without one, as after a newline; where the vocabulary has no newline, after a symbol drawn at random.
 
+A backward model (trained with --reverse) writes from right to left.  --prompt is the end of the text, --stop stands
+before it, and the text is printed from left to right: first what was written, then the prompt.  It is shown when it is
+whole, also after Ctrl-C; without a prompt, it stands before a newline.
+
 --format=json prints one object a line for each sample: sample (its number), prompt, text (the continuation alone),
 lossy (whether text has U+FFFD for bytes that are not UTF-8), symbols (each with symbol, a character or the value of a
 byte, and logprob), logprob (their sum), bits_per_character or for a vocabulary of bytes bits_per_byte, seed, and
@@ -40,7 +44,15 @@ from charlstm.inference import generate as generate_lib
 from charlstm.inference.continuation import Continuation
 from charlstm.inference.generate import Chunk
 from charlstm.inference.sampling import Sampling
-from charlstm.inference.text import Sample, encode_prompt, grow, remark_on_escapes, unknown_id, unseen_before
+from charlstm.inference.text import (
+    Sample,
+    as_read,
+    encode_prompt,
+    grow,
+    remark_on_escapes,
+    unknown_id,
+    unseen_before,
+)
 from charlstm.inspect import units
 from charlstm.run import run_directory
 from charlstm.training.loss import NATS_PER_BIT
@@ -127,7 +139,8 @@ def main(argv: Sequence[str]) -> int:
     if remark := remark_on_escapes("prompt", chosen.prompt):
         signals.say(remark)
     held = units.held(units.parse_clamp(chosen.clamp), config.model)
-    prompt, stop = _prompt(chosen, vocabulary), _stop(chosen.stop, vocabulary)
+    backward = config.streams.reverse
+    prompt, stop = (as_read(ids, backward) for ids in (_prompt(chosen, vocabulary), _stop(chosen.stop, vocabulary)))
     if not any(flag.startswith("--stop=") for flag in given):
         stop = np.array(separator, np.int32)
 
@@ -156,13 +169,14 @@ def main(argv: Sequence[str]) -> int:
     errors = "surrogateescape" if chosen.format == "text" and _gets_bytes(sys.stdout, vocabulary) else "replace"
     # A document ends with its separator, wherever that begins; another stop string begins in the continuation.
     before_stop = prompt if tuple(stop.tolist()) == separator else None
-    samples = [Sample(vocabulary, prompt, stop, before_stop, errors) for _ in range(chosen.num_samples)]
+    samples = [Sample(vocabulary, prompt, stop, before_stop, errors, backward) for _ in range(chosen.num_samples)]
     began = time.monotonic()
     if chosen.format == "json":
         for _ in grow(samples, chunks):
             pass
         for number, sample in enumerate(samples, 1):
-            fields = {"sample": number} | _fields(sample, vocabulary, prompt, chosen.seed, step)
+            of_sample = _fields(sample, vocabulary, as_read(prompt, backward), backward)
+            fields = {"sample": number, **of_sample, "seed": chosen.seed, "checkpoint": step}
             print(json.dumps(fields), flush=True)
     else:
         _print_text(samples, chunks, errors)
@@ -228,23 +242,21 @@ def _print_text(samples: list[Sample], chunks: Iterable[Chunk], errors: str = "r
         print(f"\n--- sample {number} of {len(samples)} ---\n{sample.take(last=True)}", flush=True)
 
 
-def _fields(sample: Sample, vocabulary: Vocabulary, prompt: np.ndarray, seed: int, step: int) -> dict[str, Any]:
-    """The object of --format=json."""
-    ids, total = np.array(sample.ids, np.int32), math.fsum(sample.log_probabilities)
+def _fields(sample: Sample, vocabulary: Vocabulary, prompt: np.ndarray, backward: bool) -> dict[str, Any]:
+    """The object of --format=json, without what all samples have in common."""
+    ids, total = as_read(np.array(sample.ids, np.int32), backward), math.fsum(sample.log_probabilities)
     text, is_bytes = vocabulary.decode(ids), vocabulary.kind == "bytes"
-    symbols = sample.ids if is_bytes else text
+    symbols = ids.tolist() if is_bytes else text
+    log_probabilities = sample.log_probabilities[:: -1 if backward else 1]
     return {
         "prompt": vocabulary.decode(prompt),
         "text": text,
         "lossy": text.encode("utf-8") != vocabulary.decode_bytes(ids),
         "symbols": [
-            {"symbol": symbol, "logprob": value}
-            for symbol, value in zip(symbols, sample.log_probabilities, strict=True)
+            {"symbol": symbol, "logprob": value} for symbol, value in zip(symbols, log_probabilities, strict=True)
         ],
         "logprob": total,
         "bits_per_byte" if is_bytes else "bits_per_character": -total / NATS_PER_BIT / len(ids) if len(ids) else None,
-        "seed": seed,
-        "checkpoint": step,
     }
 
 

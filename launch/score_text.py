@@ -9,14 +9,17 @@ import numpy as np
 
 from charlstm import api
 from charlstm.inference.score import Score
-from charlstm.inspect import surprise
+from charlstm.inspect import surprise, trace
 from data_pipeline.atomic_files import expand_user
 from data_pipeline.shards import ArraySplit
 from launch import cli
 
 
 def main(run_dir: Path, checkpoint: str, file: str, how: str) -> int:
-    """Scores a file; prints the score, and as jsonl each symbol, in the memory of the text's ids."""
+    """Scores a file; prints the score, and as jsonl each symbol, in the memory of the text's ids.
+
+    A backward model takes the memory of all that is printed.
+    """
     try:
         content = sys.stdin.buffer.read() if file == "-" else expand_user(file).read_bytes()
     except OSError as error:
@@ -27,8 +30,11 @@ def main(run_dir: Path, checkpoint: str, file: str, how: str) -> int:
         raise ValueError(f"text={file} is empty: give one that has symbols")
     if split.unknown:
         print(f"{split.unknown:,} symbols of {file} are not in the vocabulary, and read as unknown", file=sys.stderr)
-    bits, done = [], 0
-    for part in surprise.expected(model, split):
+    bits, done, parts = [], 0, surprise.expected(model, trace.as_read(model, split))
+    if model.config.streams.reverse:  # the first symbol of the text is read last
+        whole = surprise.joined(parts)
+        parts = iter([surprise.Expected(*(trace.in_text_order(model, array) for array in whole))])
+    for part in parts:
         bits.append(part.bits.sum(dtype=np.float64))
         if how == "jsonl":
             _print(model, split.read(done, done + len(part.bits)), part)

@@ -14,10 +14,11 @@ class Sample:
 
     Args:
       vocabulary: of the ids.
-      prompt: ids [symbols] that are shown first.
+      prompt: ids [symbols] that are shown first.  These and `stop` are in the order in which the model reads.
       stop: ids [symbols] before which the text ends; none where it does not.  Or several of these.
       before_stop: ids [symbols] before the continuation in which the stop string may begin already.
       errors: what becomes of bytes that are not UTF-8, as for `bytes.decode`.
+      backward: the model writes from right to left, so that the text can be shown only when it is whole.
 
     Attributes:
       ids, log_probabilities: of the symbols after the prompt, up to the stop string.
@@ -32,6 +33,7 @@ class Sample:
         stop: np.ndarray | Sequence[np.ndarray],
         before_stop: np.ndarray | None = None,
         errors: str = "replace",
+        backward: bool = False,
     ) -> None:
         self.ids: list[int] = []
         self.log_probabilities: list[float] = []
@@ -41,7 +43,8 @@ class Sample:
         self._stops = [one.tolist() for one in stops if len(one)]
         # The last symbols, too few for the longest stop string.
         self._end: list[int] = [] if before_stop is None else self._too_few(before_stop.tolist())
-        self._prompt_text = self._decoder.feed(prompt)
+        self._backward, self._prompt = backward, prompt
+        self._prompt_text = "" if backward else self._decoder.feed(prompt)
 
     def feed(self, ids: np.ndarray, log_probabilities: np.ndarray) -> None:
         """Adds symbols; those from the stop string on are dropped."""
@@ -66,7 +69,14 @@ class Sample:
         """The text, prompt first, that was not taken yet and can be shown.
 
         What may be the beginning of the stop string or of a UTF-8 sequence is held back, unless nothing more will come.
+        Of a backward model everything is: its text ends with the prompt.
         """
+        if self._backward:
+            if not last:
+                return ""
+            whole, self._prompt = np.concatenate([self._prompt, self.ids[self._taken :]]), np.zeros(0, np.int32)
+            self._taken = len(self.ids)
+            return self._decoder.feed(whole[::-1].astype(np.int32)) + self._decoder.flush()
         end = len(self.ids) - (0 if last or self.stopped else self._beginning_of_stop())
         text, self._prompt_text = self._prompt_text, ""
         text += self._decoder.feed(np.array(self.ids[self.taken : end], np.int32))
@@ -77,6 +87,11 @@ class Sample:
         """Number of symbols at the end that may begin a stop string."""
         begun = (n for stop in self._stops for n in range(1, len(stop)) if self._end[-n:] == stop[:n])
         return min(len(self.ids), max(begun, default=0))
+
+
+def as_read(ids: np.ndarray, backward: bool) -> np.ndarray:
+    """Turns ids [symbols] from the order of the text to that in which a model reads it, or back."""
+    return ids[::-1] if backward else ids
 
 
 def unseen_before(prompt: np.ndarray, separator: Separator, vocabulary: Vocabulary) -> np.ndarray:

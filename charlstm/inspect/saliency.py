@@ -31,7 +31,11 @@ def saliency(model: "Model", split: Split, lookback: int) -> np.ndarray:
     """The absolute derivatives of each symbol's log-probability by its predecessors, float32 `[symbols, lookback]`.
 
     Column k is that of the symbol k + 1 places before; 0 before the text begins, and before the document does.
+
+    Raises:
+      ValueError: the model reads backward.
     """
+    trace.require_forward(model)
     config, count, back = model.config.model, len(split), looks_back(model.separator)
     ids = np.concatenate([np.full(lookback + back, -1, np.int32), split.read(0, count).astype(np.int32)])
     reset = ends_separator(ids, model.separator)

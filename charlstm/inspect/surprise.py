@@ -35,6 +35,9 @@ def expected(model: "Model", split: Split) -> Iterator[Expected]:
     """Yields what was expected at the symbols of a text, a window at a time.
 
     Before the first symbol, which nothing precedes, all are equally probable, as in a score.
+
+    Args:
+      split: in the order in which the model reads.
     """
     config, V = model.config.model, model.vocabulary.size
     count = min(GUESSES, V)

@@ -15,7 +15,7 @@ import numpy as np
 from charlstm.config.model import ModelConfig
 from charlstm.inference.evaluate import Split
 from charlstm.inspect.patterns import Pattern, symbols_of
-from charlstm.inspect.trace import first_state
+from charlstm.inspect.trace import first_state, require_forward
 from charlstm.inspect.units import LEVELS, SIGMOID, all_units, arrays_of, main_array, quantized, shown
 from charlstm.model import language_model
 from charlstm.model.ops import compiler
@@ -65,7 +65,12 @@ class Rows(NamedTuple):
 
 
 def read(model: "Model", split: Split, patterns: Mapping[str, Pattern], *, patterns_only: bool = False) -> Survey:
-    """Reads a text or a split once; `patterns_only` leaves gates and ends out, which takes less time."""
+    """Reads a text or a split once; `patterns_only` leaves gates and ends out, which takes less time.
+
+    Raises:
+      ValueError: the model reads backward.
+    """
+    require_forward(model)
     config = model.config.model
     count, P = len(all_units(config)), len(patterns)
     gates = [gate for gate in arrays_of(config) if gate in SIGMOID]

@@ -12,8 +12,11 @@ from charlstm.inference.evaluate import Split
 from charlstm.inspect.units import arrays_of
 from charlstm.model import language_model
 from charlstm.model.ops import compiler
+from charlstm.training.loss import NATS_PER_BIT, cross_entropy
 from charlstm.types import ModelParams, RecurrentState
 from data_pipeline.batch import Separator, ends_separator, looks_back
+from data_pipeline.direction import Reversed
+from data_pipeline.shards import ArraySplit
 
 if TYPE_CHECKING:
     from charlstm.api import Model
@@ -37,6 +40,26 @@ def windows(split: Split, separator: Separator, following: int) -> Iterator[tupl
         yield ids[None, back:-1], ids[None, back + 1 :], reset[None]
 
 
+def as_read(model: "Model", text: Split | str | bytes) -> Split:
+    """Returns a text, or a split in the order of the text, as a split in the order in which the model reads it."""
+    split = ArraySplit(text, model.vocabulary) if isinstance(text, str | bytes) else text
+    return Reversed(split) if model.config.streams.reverse else split
+
+
+def in_text_order(model: "Model", array: np.ndarray) -> np.ndarray:
+    """Returns what the model found at each symbol that it read, in the order of the text."""
+    return array[::-1] if model.config.streams.reverse else array
+
+
+def require_forward(model: "Model") -> None:
+    """Raises ValueError where a model reads backward."""
+    if model.config.streams.reverse:
+        raise ValueError(
+            "this model reads backward, and what is shown here goes with reading forward: Model.bits and Model.trace "
+            "give what it computes at each symbol, in the order of the text"
+        )
+
+
 def first_state(config: ModelConfig, params: ModelParams, rows: int) -> RecurrentState:
     """The state before anything was read."""
     return language_model.reset_state(params, language_model.zero_state(config, rows, params.b_out.dtype))
@@ -50,6 +73,9 @@ def names_of(config: ModelConfig) -> tuple[str, ...]:
 def chunks(model: "Model", split: Split, names: Sequence[str] = ()) -> Iterator[dict[str, np.ndarray]]:
     """Yields the named arrays of each window of a text, `[symbols, .]`, after each symbol; by default all.
 
+    Args:
+      split: in the order of the text; windows and symbols come in the order in which the model reads.
+
     Raises:
       ValueError: there is no array of a name.
     """
@@ -58,14 +84,14 @@ def chunks(model: "Model", split: Split, names: Sequence[str] = ()) -> Iterator[
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"there is no array {unknown[0]!r}: use {', '.join(known)}")
     state, wanted, left = first_state(config, model.params, 1), tuple(names or known), len(split)
-    for read, _, reset in windows(split, model.separator, 0):
+    for read, _, reset in windows(as_read(model, split), model.separator, 0):
         state, found = _trace(model.params, state, read, reset, config, wanted)
         yield {name: np.asarray(found[name])[:left, 0] for name in wanted}
         left -= WINDOW
 
 
 def whole(model: "Model", split: Split, names: Sequence[str] = ()) -> dict[str, np.ndarray]:
-    """The chunks of a text, joined."""
+    """The chunks of a text, joined, in the order of the text."""
     config = model.config.model
     found: dict[str, list[np.ndarray]] = {name: [] for name in names or names_of(config)}
     for chunk in chunks(model, split, names):
@@ -73,7 +99,20 @@ def whole(model: "Model", split: Split, names: Sequence[str] = ()) -> dict[str, 
             found[name].append(array)
     if len(split) == 0:
         return {name: np.zeros((0, _width(config, name, model.vocabulary.size)), np.float32) for name in found}
-    return {name: np.concatenate(parts) for name, parts in found.items()}
+    return {name: in_text_order(model, np.concatenate(parts)) for name, parts in found.items()}
+
+
+def bits(model: "Model", text: Split | str | bytes) -> np.ndarray:
+    """Returns the bits of each symbol given all that were read before, float32 `[symbols]`, in the order of the text.
+
+    The one that is read first costs log2(V).
+    """
+    split, state = as_read(model, text), first_state(model.config.model, model.params, 1)
+    found = [np.full(min(1, len(split)), np.log2(model.vocabulary.size), np.float32)]
+    for read, following, reset in windows(split, model.separator, 1):
+        state, nats = _nats(model.params, state, read, following, reset, model.config.model)
+        found.append(np.asarray(nats, np.float32) / NATS_PER_BIT)
+    return in_text_order(model, np.concatenate(found)[: len(split)].astype(np.float32))
 
 
 def _width(config: ModelConfig, name: str, vocabulary_size: int) -> int:
@@ -85,3 +124,9 @@ def _trace(params, state, ids_BT, reset_BT, config, names) -> tuple[RecurrentSta
     state, logits_TBV, found = language_model.trace(config, params, state, jnp.asarray(ids_BT), reset_BT)
     found["logits"] = logits_TBV
     return state, {name: found[name] for name in names}
+
+
+@partial(compiler.jit, static_argnames="config")
+def _nats(params, state, ids_BT, following_BT, reset_BT, config):
+    state, logits_TBV = language_model.apply(config, params, state, ids_BT, reset_BT)
+    return state, cross_entropy(logits_TBV, following_BT.T)[:, 0]

@@ -14,6 +14,7 @@ FORMATS = {
     "safetensors": ("model_folder", "weights by PyTorch's names, with loaders for PyTorch and for NumPy alone"),
     "onnx": ("onnx_model", "one file for ONNX runtimes, with the state as inputs and outputs"),
     "html": ("sampling_page", "a page that writes, with the weights inside, for any browser"),
+    "flair": ("flair_model", "a language model for flair's embeddings of words, lm-forward.pt or lm-backward.pt"),
 }
 
 

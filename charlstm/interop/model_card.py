@@ -94,6 +94,7 @@ def card(exported: Exported, parameters: int, has_pytorch: bool) -> str:
         for name in ("cap_input_gate", "skip", "tie_embeddings", "mogrifier_rounds", "train_initial_state")
         if getattr(model, name)
     )
+    way = " It reads from the end to the beginning: `reverse` in `config.json`." if config.streams.reverse else ""
     what = (
         f"It reads and writes text symbol by symbol: {exported.vocabulary.size:,} {exported.vocabulary.kind}. "
         f"Its cell is {model.cell}, of {widths} units{f' ({extra})' if extra else ''}, with {parameters:,} parameters"
@@ -104,7 +105,7 @@ def card(exported: Exported, parameters: int, has_pytorch: bool) -> str:
         datasets="".join(["datasets:\n", *(f"- {json.dumps(slug)}\n" for slug in slugs)]) if slugs else "",
         front_score=_front_score(record, names, slugs) if record else "",
         texts=" and ".join(names),
-        what=f"{what}, after {exported.step:,} updates. It was trained with charlstm.",
+        what=f"{what}, after {exported.step:,} updates.{way} It was trained with charlstm.",
         score=_in_words(record, config) if record else "It was not measured in training.",
         use=TORCH if has_pytorch else NUMPY,
         training=_training(config),

@@ -56,7 +56,7 @@ def write(exported: Exported, folder: Path) -> None:
 
 
 def describe(exported: Exported) -> dict[str, Any]:
-    """The content of config.json: what is needed to compute the logits, and all settings of the model.
+    """The content of config.json: what is needed to compute the logits, all settings of the model, and `reverse`.
 
     module: the layers that have these arrays (lstm, gru, rnn, or capped_lstm, which load_torch.py defines); None for
     our own names.  separator: ids that end a document, after which the model was trained to start anew; or [].
@@ -69,6 +69,7 @@ def describe(exported: Exported) -> dict[str, Any]:
         "vocabulary_size": exported.vocabulary.size,
         "hidden_sizes": list(model.widths),
         "separator": list(run_directory.separator(exported.config, exported.vocabulary)),
+        "reverse": exported.config.streams.reverse,
         "step": exported.step,
         **dataclasses.asdict(dataclasses.replace(model, weight_norm=False)),  # it is folded
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from charlstm import config as config_lib
 from charlstm.config import Config
-from data_pipeline import mixture
+from data_pipeline import direction, mixture
 from data_pipeline.atomic_files import atomic_write, expand_user
 from data_pipeline.batch import Separator, ends_separator, looks_back
 from data_pipeline.build import corpora
@@ -71,6 +71,11 @@ def load(config: Config) -> Corpus:
 
     mixed = config.streams.mixture
     return mixture.load(mixture.parse(mixed), open_one) if mixed else open_one(config.corpus.corpus)
+
+
+def as_read(config: Config, corpus: Corpus) -> Corpus:
+    """The corpus in the direction in which a run of `config` reads it."""
+    return direction.backward(corpus) if config.streams.reverse else corpus
 
 
 def _check_prepared(settings: CorpusSettings, corpus: Corpus, names: set[str]) -> None:

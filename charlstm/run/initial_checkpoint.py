@@ -42,6 +42,10 @@ def take(flag: str, config: Config, identity: Identity, mesh: Mesh, say: Callabl
             f"initial_checkpoint={other_dir} has {other_identity.vocabulary_in_short} and this corpus "
             f"{identity.vocabulary_in_short}: its parameters would mean other symbols"
         )
+    if other_config.streams.reverse != config.streams.reverse:
+        say(
+            f"{other_dir} reads the text {'backward' if other_config.streams.reverse else 'forward'}, this run does not"
+        )
     item = other_config.optimizer.eval_params_field
     params, meta = _params(other_dir, item, step, config, identity, mesh, say)
     what = "the average of the parameters" if item == "average" else "the parameters"

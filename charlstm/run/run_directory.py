@@ -255,6 +255,9 @@ def check_identity(run_dir: Path, run: Identity, now: Identity, changed: str = "
 def separator(config: Config, vocabulary: Vocabulary) -> Separator:
     """Separator that ends a document, if the run resets state there; else ().
 
+    It is in the order of reading: of a backward run its last symbol comes first, and in that order it ends the text
+    that was read before it and stands before the document that is read next.
+
     Raises:
       ValueError: it is no text of the vocabulary, or none at all.
     """
@@ -267,7 +270,7 @@ def separator(config: Config, vocabulary: Vocabulary) -> Separator:
         raise ValueError(f"document_separator={text!r}: {error}") from None
     if not len(ids):
         raise ValueError("document_separator='' ends no document: give what does, or --reset_state=stream")
-    return tuple(ids.tolist())
+    return tuple((ids[::-1] if config.streams.reverse else ids).tolist())
 
 
 def restore_params(

@@ -8,7 +8,15 @@ from charlstm import distributed
 from charlstm.config import Config
 from charlstm.inference.generate import generate
 from charlstm.inference.sampling import Sampling
-from charlstm.inference.text import Sample, encode_prompt, grow, remark_on_escapes, unknown_id, unseen_before
+from charlstm.inference.text import (
+    Sample,
+    as_read,
+    encode_prompt,
+    grow,
+    remark_on_escapes,
+    unknown_id,
+    unseen_before,
+)
 from charlstm.training.loss import NATS_PER_BIT
 from charlstm.types import ModelParams
 from data_pipeline.batch import Separator
@@ -34,11 +42,12 @@ def draw(config: Config, vocabulary: Vocabulary, separator: Separator, params: M
     """Draws a text from `params`, on one device of this process: prompt, text, bits_per_symbol.
 
     It is the text of `launch.sample` with the same prompt, length and temperature.  bits_per_symbol is the model's own
-    surprise at it; None where nothing was drawn.
+    surprise at it; None where nothing was drawn.  The text of a backward run ends with the prompt, and its prompt, what
+    stands before the text, is "".
     """
-    settings, prompt = config.training, _prompt(config, vocabulary)
-    stop = np.array(separator, np.int32)
-    sample = Sample(vocabulary, prompt, stop, prompt)
+    settings, backward = config.training, config.streams.reverse
+    prompt, stop = as_read(_prompt(config, vocabulary), backward), np.array(separator, np.int32)
+    sample = Sample(vocabulary, prompt, stop, prompt, backward=backward)
     chunks = generate(
         config.model,
         distributed.own_copy(params),
@@ -53,6 +62,8 @@ def draw(config: Config, vocabulary: Vocabulary, separator: Separator, params: M
     for _ in grow([sample], chunks):
         pass
     bits = -sum(sample.log_probabilities) / NATS_PER_BIT / len(sample.ids) if sample.ids else None
+    if backward:
+        return {"prompt": "", "text": sample.take(last=True), "bits_per_symbol": bits}
     text = vocabulary.decode(np.array(sample.ids, np.int32))
     return {"prompt": vocabulary.decode(prompt), "text": text, "bits_per_symbol": bits}
 

@@ -86,6 +86,7 @@ def check(config: Config, corpus: Corpus, mesh: Mesh, dry: bool = False) -> Stre
 def dry_run(config: Config, corpus: Corpus, mesh: Mesh, form: str = "text", end: End = None) -> str:
     """Estimates such a run: a table, or one line of JSON.  Raises ValueError as the run would."""
     plan, config = check(config, corpus, mesh, dry=True), config_lib.fill_automatic(config, mesh.size)
+    corpus = corpus_lib.as_read(config, corpus)
     config, _ = backend.chosen(config, corpus, plan, mesh, end)
     with announced("compiling, and timing a few steps"):
         return estimate.report(config, corpus, plan, mesh, form, end)
@@ -97,6 +98,7 @@ def start(
     """The run in `run_dir`, resumed, or a new one; nothing is written yet.
 
     Args:
+      corpus: in the order of the text; a backward run turns it around.
       choose_mesh: gives the devices for a config.
       initial: what --initial_checkpoint names, or "".
       end: called where a device fails, see `memory.watched`.
@@ -109,13 +111,14 @@ def start(
     initial = str(run_directory.named("initial_checkpoint", initial)) if initial else ""
     resumed, config, remarks = _settings(run_dir, config, identity, initial, choose_mesh)
     config, mesh = corpus_lib.fix_segment(config, corpus), choose_mesh(config)
-    plan = corpus_lib.plan_for(config, corpus)
+    plan, corpus = corpus_lib.plan_for(config, corpus), corpus_lib.as_read(config, corpus)
     placement.shards_per_device(config, mesh.size, fixed=resumed)
     config, remark = backend.chosen(config, corpus, plan, mesh, end)
     remarks += [remark] if remark else []
     suggested = "" if resumed else presets.suggestion(config, plan.symbols, corpus.vocabulary.size, mesh)
     remarks += [suggested] if suggested else []
     separator = run_directory.separator(config, corpus.vocabulary)
+    remarks += ["the text is read backward"] if config.streams.reverse else []
     remarks += corpus_lib.description(plan, config.training.num_steps)
     remarks += corpus_lib.remarks_on_separator(config, corpus, separator)
     remarks += schedules.remarks(config.optimizer, config.training, plan.steps_per_epoch, resumed=resumed)

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from charlstm.interop import model_card
 from charlstm.interop.folder import load_numpy
 from charlstm.interop.model_folder import MISSING, PROGRAMS
-from tests.interop.conftest import BYTES, MODELS, assert_close, drawn, logits_of, needs, run, windows_of
+from tests.interop.conftest import BYTES, CHARACTERS, MODELS, assert_close, drawn, logits_of, needs, run, windows_of
 from tests.jobs import ROOT
 
 FILES = {"README.md", "config.json", "load_numpy.py", "load_torch.py", "model.safetensors", "vocabulary.json"}
@@ -54,6 +54,21 @@ def test_the_numpy_program_has_the_models_logits_over_windows_with_carried_state
         found.append(logits)
     assert all(array.dtype == np.float32 for array in found)
     assert_close(np.stack(found)[:, None], logits_of(model, ids))
+
+
+def test_of_a_backward_model_the_numpy_program_writes_what_stands_before_the_prompt(tmp_path):
+    how = {"reset_state": "document", "document_separator": "ab"}
+    model = drawn("lstm", reverse=True, **how)
+    read = load_numpy.Model(model.export(tmp_path / "folder"))
+    assert (read.config["reverse"], read.config["separator"]) == (True, CHARACTERS.encode("ba").tolist())
+    ids = list(read.write("he fed", length=30, temperature=0))
+    text = b"".join(read.symbols[symbol] for symbol in reversed(ids)).decode()
+    assert text == model.sample("he fed", 30, temperature=0) and text.endswith("he fed")
+    printed = run(
+        sys.executable, "load_numpy.py", "--prompt=he fed", "--length=30", "--temperature=0", cwd=tmp_path / "folder"
+    )
+    assert printed == text + "\n"
+    assert "`reverse` in `config.json`" in (tmp_path / "folder" / "README.md").read_text()
 
 
 @pytest.mark.interop

@@ -64,6 +64,7 @@ OTHER = {
     "cache_dir": "cache",
     "batch_size": 128,
     "window": 64,
+    "reverse": True,
     "rotate_streams": False,
     "reset_probability": 0.5,
     "reset_state": "document",

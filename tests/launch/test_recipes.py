@@ -82,6 +82,7 @@ PUBLISHED = {
     "ptb_awd": (50, 13.8, 0.1),
     "ptb_mogrifier24m": (50, 24, 1),
     "amazon_mlstm4096": (256, 86.3, 0.1),  # 85 without embedding and softmax
+    "flair_news": (275, 18.2, 0.1),  # from the shapes of their file
 }
 RECIPES = pytest.mark.parametrize("name", sorted(PUBLISHED))
 
@@ -102,6 +103,7 @@ def test_a_recipe_has_as_many_parameters_as_is_published(name):
     [
         "enwik8_awd", "enwik8_mogrifier48m", "amazon_mlstm4096",
         *(pytest.param(f"enwik8_{name}", marks=pytest.mark.long) for name in ("melis46m", "mlstm46m", "lstm48m")),
+        pytest.param("flair_news", marks=pytest.mark.long),
     ],
 )  # fmt: skip
 def test_a_recipe_with_sizes_turned_down_takes_two_updates(name):

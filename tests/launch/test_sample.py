@@ -146,6 +146,13 @@ def test_a_text_ends_before_its_stop_string_whatever_chunks_it_comes_in():
     assert 100 < stopped < 400
 
 
+def test_a_backward_text_is_shown_when_it_is_whole_with_its_bytes_in_order():
+    ids = "né€".encode()[::-1]  # as they are drawn; the text goes on with the prompt, " €"
+    grown, shown = grow(ids, 2, prompt=" €".encode()[::-1], backward=True)
+    assert shown == ["", "", "", "", "né€ €"] and grown.take(last=True) == ""
+    assert grow(b"cba<>x", 1, prompt=b"d", stop=b"<>", backward=True)[1][-1] == "abcd"
+
+
 def test_only_what_may_be_the_stop_string_is_held_back():
     _, shown = grow(b"xaaby", 1, stop=b"aabb")
     assert shown == ["", "x", "", "", "", "aaby", ""]

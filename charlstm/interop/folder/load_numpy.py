@@ -147,8 +147,13 @@ class Model:
         return h, c
 
     def write(self, prompt="", length=500, temperature=1.0, top_k=0, seed=0):
-        """Yields the ids of a prompt and of its continuation, which ends with the document if that can be told."""
+        """Yields the ids of a prompt and of its continuation, which ends with the document if that can be told.
+
+        A model with `reverse` reads and writes from right to left: the prompt is the end of the text, and the ids come
+        from there.
+        """
         random, end, ids = np.random.default_rng(seed), self.config["separator"], self.encode(prompt)
+        ids = ids[:: -1 if self.config["reverse"] else 1]
         yield from ids
         ids = end + ids
         if not ids:  # it begins a line, or anyhow
@@ -189,7 +194,8 @@ def main():
         parser.error("length, temperature, top_k and seed must be 0 or more")
     model, out = Model(Path(__file__).parent), sys.stdout.buffer
     try:
-        for symbol in model.write(**vars(chosen)):
+        ids = model.write(**vars(chosen))
+        for symbol in reversed(list(ids)) if model.config["reverse"] else ids:
             out.write(model.symbols[symbol])
             out.flush()
         out.write(b"\n")
