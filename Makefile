@@ -7,29 +7,32 @@
 # make bench   speed, memory and scaling beside PyTorch, flax and dm-haiku, in an environment of its own; hours
 # make gpu     on a machine with a GPU, eight minutes: its bits, its values beside float64, its speed beside PyTorch and flax
 # make notebooks   executes the notebooks again, for 20 minutes or so; CHARLSTM_SHORT=1 tries them, and leaves them as they are
+# make interop models exchanged with PyTorch, onnxruntime, flair and OpenAI's client, in an environment that has these, without JAX
 # make lint    style and types
 #
 # PYTHON chooses the interpreter (3.11, 3.12 or 3.13); ARGS adds flags to the training command, BENCH_ARGS=--quick to
-# the benchmarks.  TORCH is the requirement of PyTorch: the plain one brings CUDA, gigabytes of it.  On a GPU, JAX needs
-# BENCH_EXTRAS=bench,cuda13 (or cuda12).
+# the benchmarks, INTEROP_ARGS flags to pytest.  TORCH is the requirement of PyTorch: the plain one brings CUDA, gigabytes
+# of it.  On a GPU, JAX needs BENCH_EXTRAS=bench,cuda13 (or cuda12).
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 RUN_DIR ?= $(or $(patsubst --run_dir=%,%,$(filter --run_dir=%,$(ARGS))),runs/quickstart)
-SHORT := not faults and not long
+SHORT := not faults and not long and not interop
 PYTEST_ARGS ?= -n 2 --dist=worksteal
 FAULTS_ARGS ?=
+INTEROP_ARGS ?=
 TORCH ?= torch
 BENCH_ARGS ?=
 BENCH_EXTRAS ?= bench
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null)
 SAY := printf '%s\n'
 NO_PACKAGES := the packages could not be installed: see above.  With the network and some 2 GB of disk there, type make again.
+OTHERS := onnx onnxruntime openai flair
 BENCHMARKS := train_step sampling end_to_end input scaling
 
-.PHONY: train test long faults chaos soak bench gpu notebooks lint lock clean
+.PHONY: train test long faults chaos soak bench gpu notebooks interop lint lock clean
 
 train: $(VENV)/installed
 	$(BIN)/python -m launch.train --flagfile=configs/quickstart.flags --run_dir=$(RUN_DIR) $(ARGS)
@@ -63,6 +66,9 @@ gpu: .venv-bench/installed
 notebooks: $(VENV)/installed
 	$(BIN)/python -m notebooks.execute
 
+interop: $(VENV)/installed .venv-interop/installed
+	CHARLSTM_INTEROP_PYTHON=$(CURDIR)/.venv-interop/bin/python $(BIN)/python -m pytest -m interop $(INTEROP_ARGS)
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -90,9 +96,17 @@ $(VENV)/python-$(VERSION):
 	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock '$(TORCH)' -e '.[$(BENCH_EXTRAS)]'
 	touch $@
 
+# Tests of a package that cannot be installed here are skipped.
+.venv-interop/installed:
+	test -x .venv-interop/bin/python || $(PYTHON) -m venv .venv-interop
+	.venv-interop/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' safetensors numpy
+	for package in $(OTHERS); do .venv-interop/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' $$package || \
+		$(SAY) "$$package could not be installed: its tests are skipped"; done
+	touch $@
+
 lock:
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile --universal --python-version 3.11 --extra dev --no-annotate --no-header --upgrade pyproject.toml -o requirements.lock
 
 clean:
-	rm -rf $(VENV) .venv-bench
+	rm -rf $(VENV) .venv-bench .venv-interop
