@@ -98,7 +98,7 @@ def flags_of(module: str) -> set[str]:
     return set(re.findall(r"--(\w+)", shown.getvalue()))
 
 
-LAUNCHED = ("train", "evaluate", "sample", "prepare", "tune", "local", "compare", "inspect", "export")
+LAUNCHED = ("train", "evaluate", "sample", "prepare", "tune", "local", "compare", "inspect", "export", "import_model")
 PROGRAMS = [f"launch.{name}" for name in LAUNCHED]
 PROGRAMS += ["tests.faults.chaos", "tests.faults.soak", "benchmarks.cost_model"]
 PROGRAMS += [

@@ -118,7 +118,7 @@ def rearranged(params: ModelParams, table: Table) -> ModelParams:
     """The parameters with the symbols in the order of `table`."""
     lacking = table.theirs == NO_ID
 
-    def rows(array_VN: Any, beneath: float = 0.0) -> np.ndarray:
+    def rows(array_VN: Any, beneath: float = 0.0) -> Any:
         found = array_VN[table.theirs]
         found[lacking] = array_VN.mean(0, dtype=np.float64) - beneath
         return found
@@ -128,6 +128,6 @@ def rearranged(params: ModelParams, table: Table) -> ModelParams:
     return ModelParams(
         embedding=None if embedding is None else rows(embedding),
         cells=(first._replace(w_x=rows(first.w_x)) if embedding is None else first, *others),
-        w_out=None if w_out is None else np.ascontiguousarray(rows(w_out.T).T),
+        w_out=None if w_out is None else rows(w_out.T).T,
         b_out=rows(params.b_out, UNSEEN),
     )

@@ -7,6 +7,7 @@ the bias and then the names that they have.  Nothing is ever unpickled here: PyT
 """
 
 import dataclasses
+import itertools
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,8 @@ import numpy as np
 from charlstm.types import CellParams, ModelParams
 from data_pipeline.settings import setting
 
-Tensors = dict[str, np.ndarray]
+Array = Any  # of NumPy; parameters are declared as arrays of JAX
+Tensors = dict[str, Array]
 
 CELLS = {4: "lstm", 3: "gru", 1: "rnn"}  # by the number of gates
 ONE_HOT = "one-hot"
@@ -115,7 +117,7 @@ def model_of(tensors: Tensors, roles: Roles, source: Path) -> Weights:
     table = None if one_hot else _numbers(rest[embedding], embedding, source)
     w_out = _numbers(rest[output], output, source).T
     b_out = _output_bias(rest, output, source)
-    rest = {name: a for name, a in rest.items() if name not in (embedding, output) and a.dtype.kind == "f"}
+    rest = {name: a for name, a in rest.items() if name not in (embedding, output) and _is_float(a)}
     if rest:
         name = min(rest)
         raise ValueError(
@@ -126,12 +128,12 @@ def model_of(tensors: Tensors, roles: Roles, source: Path) -> Weights:
         "cell": cell,
         "num_layers": len(cells),
         "hidden_size": widths[0],
-        "last_hidden_size": 0 if H == widths[0] else H,
+        "last_hidden_size": 0 if widths[0] == H else H,
         "embedding_size": 0 if one_hot else E,
         "tie_embeddings": is_tied,
         **({"nonlinearity": roles.nonlinearity} if cell == "rnn" else {}),
     }
-    params = ModelParams(table, tuple(cells), None if is_tied else np.ascontiguousarray(w_out), b_out)
+    params = ModelParams(table, tuple(cells), None if is_tied else w_out, b_out)
     return Weights(settings, params, f"embedding {embedding}, output layer {output}")
 
 
@@ -155,7 +157,7 @@ def _recurrent(rest: Tensors, roles: Roles, source: Path) -> tuple[str, list[Cel
     named = [layers[number] for layers in _in_order(modules, source) for number in sorted(layers)]
     cells = [_layer(rest, kinds, source) for kinds in named]
     gates = {p.w_h.shape[1] // p.w_h.shape[0] for p in cells}
-    for below, above in zip(cells, cells[1:], strict=False):
+    for below, above in itertools.pairwise(cells):
         if above.w_x.shape[0] != below.w_h.shape[0]:
             raise ValueError(
                 f"{source}: a layer of {below.w_h.shape[0]} units is followed by one that reads {above.w_x.shape[0]}"
@@ -183,19 +185,18 @@ def _in_order(modules: dict[str, dict[int, dict[str, str]]], source: Path) -> li
 
 def _layer(rest: Tensors, kinds: dict[str, str], source: Path) -> CellParams:
     if missing := [kind for kind in ("weight_ih", "weight_hh") if kind not in kinds]:
-        raise ValueError(f"{source} has {next(iter(kinds.values()))} and no {missing[0]} beside it")
+        raise ValueError(f"{source} has {', '.join(sorted(kinds.values()))} and no {missing[0]} beside them")
     arrays = {kind: _numbers(rest[name], name, source) for kind, name in kinds.items()}
     w_ih, w_hh = arrays["weight_ih"], arrays["weight_hh"]
-    shapes = [w_ih.ndim == w_hh.ndim == 2 and w_hh.shape[0] in [g * w_hh.shape[1] for g in CELLS]]
-    shapes += [w_ih.shape[0] == w_hh.shape[0]]
-    shapes += [arrays[kind].shape == w_hh.shape[:1] for kind in ("bias_ih", "bias_hh") if kind in arrays]
-    if not all(shapes):
+    fits = w_ih.ndim == w_hh.ndim == 2 and w_hh.shape[0] in [g * w_hh.shape[1] for g in CELLS]
+    biases = [array.shape for kind, array in arrays.items() if kind.startswith("bias")]
+    if not fits or len(w_ih) != len(w_hh) or any(shape != w_hh.shape[:1] for shape in biases):
         found = ", ".join(_shown(name, rest[name]) for name in kinds.values())
         raise ValueError(f"{source}: {found} are not the shapes of one layer, [gH, D] and [gH, H] with g 4, 3 or 1")
     zero = np.zeros(w_hh.shape[0], np.float32)
     return CellParams(
-        w_x=np.ascontiguousarray(w_ih.T),
-        w_h=np.ascontiguousarray(w_hh.T),
+        w_x=w_ih.T,
+        w_h=w_hh.T,
         b_x=arrays.get("bias_ih", zero),
         b_h=arrays.get("bias_hh", zero),
     )
@@ -203,7 +204,7 @@ def _layer(rest: Tensors, kinds: dict[str, str], source: Path) -> CellParams:
 
 def _ends(rest: Tensors, E: int, H: int, roles: Roles, source: Path) -> tuple[str, str]:
     """The names of the embedding (the output layer's where they are tied, or one-hot) and of the output layer."""
-    matrices = [name for name, array in rest.items() if array.ndim == 2 and array.dtype.kind in "fV"]
+    matrices = [name for name, array in rest.items() if array.ndim == 2 and _is_float(array)]
     pairs = []
     for output in (name for name in matrices if rest[name].shape[1] == H):
         V = rest[output].shape[0]
@@ -224,8 +225,8 @@ def _ends(rest: Tensors, E: int, H: int, roles: Roles, source: Path) -> tuple[st
     found = _list({name: rest[name] for name in matrices})
     if not whole:
         raise ValueError(
-            f"{source} has {found} beside its recurrent layers, which are not an embedding [V, {E}] and an output layer "
-            f"[V, {H}] and nothing else: say which with --embedding and --output_layer, or take the others out"
+            f"{source} has {found} beside its recurrent layers, which are not an embedding [V, {E}] and an output "
+            f"layer [V, {H}] and nothing else: say which with --embedding and --output_layer, or take the others out"
         )
     raise ValueError(f"{source} has {found}, and which is which is not clear: give --embedding and --output_layer")
 
@@ -239,10 +240,10 @@ def _by_name(pairs: list[tuple[str, str]], rest: Tensors) -> list[tuple[str, str
     return [(e, o) for e, o in pairs if e != o and _INPUT_NAMES.search(e) and _OUTPUT_NAMES.search(o)]
 
 
-def _output_bias(rest: Tensors, output: str, source: Path) -> np.ndarray:
+def _output_bias(rest: Tensors, output: str, source: Path) -> Array:
     """Takes the bias of the output layer out of `rest`: by its name, or the one vector of that length; or zeros."""
     V = rest[output].shape[0]
-    vectors = [name for name, array in rest.items() if array.shape == (V,) and array.dtype.kind in "fV"]
+    vectors = [name for name, array in rest.items() if array.shape == (V,) and _is_float(array)]
     name = _bias_name(output) if _bias_name(output) in vectors else vectors[0] if len(vectors) == 1 else ""
     return _numbers(rest.pop(name), name, source) if name else np.zeros(V, np.float32)
 
@@ -251,10 +252,12 @@ def _bias_name(weight: str) -> str:
     return weight.removesuffix("weight") + "bias"
 
 
-def _numbers(array: np.ndarray, name: str, source: Path) -> np.ndarray:
+def _numbers(array: Array, name: str, source: Path) -> Array:
     """The tensor as float32.  Raises ValueError where it has no numbers, or some that are not finite."""
-    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
-        raise ValueError(f"{source}: {_shown(name, array)} is of type {array.dtype}: float16, bfloat16, 32 or 64 are read")
+    if not _is_float(array):
+        raise ValueError(
+            f"{source}: {_shown(name, array)} is of type {array.dtype}: float16, bfloat16, 32 or 64 are read"
+        )
     if not array.size:
         raise ValueError(f"{source}: {_shown(name, array)} is empty")
     with np.errstate(over="ignore", invalid="ignore"):
@@ -264,7 +267,11 @@ def _numbers(array: np.ndarray, name: str, source: Path) -> np.ndarray:
     return array
 
 
-def _shown(name: str, array: np.ndarray) -> str:
+def _is_float(array: Array) -> bool:
+    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"
+
+
+def _shown(name: str, array: Array) -> str:
     return f"{name if name.isprintable() and len(name) < 100 else ascii(name)[:100]} {list(array.shape)}"
 
 

@@ -23,6 +23,8 @@ import numpy as np
 from charlstm.config.model import ModelConfig
 from charlstm.types import CellParams, ModelParams
 
+Array = Any  # of NumPy; parameters are declared as arrays of JAX
+
 # What the equations are made of: growing changes none of it.
 _FIXED = ("cell", "nonlinearity", "cap_input_gate", "tie_embeddings", "weight_norm", "mogrifier_rounds")
 _MAKES_H = {"lstm": 2, "mlstm": 2, "layer_norm_lstm": 2, "gru": 2, "rnn": 0}  # block of the gates that h is a factor of
@@ -31,8 +33,8 @@ _MAKES_H = {"lstm": 2, "mlstm": 2, "layer_norm_lstm": 2, "gru": 2, "rnn": 0}  # 
 class Kept(NamedTuple):
     """The symbols that both vocabularies have: the id of each in the grown model, and in the one that was trained."""
 
-    here: np.ndarray
-    there: np.ndarray
+    here: Array
+    there: Array
 
 
 def same_shapes(old: ModelConfig, new: ModelConfig) -> bool:
@@ -80,7 +82,8 @@ def grow(params: ModelParams, new: ModelConfig, kept: Kept, drawn: ModelParams) 
       kept: the symbols that keep their parameters.
       drawn: of a new model of `new` and its vocabulary, as a run draws them.
     """
-    params, drawn = (jax.tree.map(np.asarray, tree) for tree in (params, drawn))
+    params = jax.tree.map(np.asarray, params)
+    drawn = jax.tree.map(np.asarray, drawn)
     cells = []
     for layer, fresh in enumerate(drawn.cells):
         one_hot = layer == 0 and drawn.embedding is None
@@ -90,14 +93,14 @@ def grow(params: ModelParams, new: ModelConfig, kept: Kept, drawn: ModelParams) 
             cells.append(_new_cell(fresh, new))
     embedding, w_out, b_out = drawn.embedding, drawn.w_out, drawn.b_out.copy()
     b_out[kept.here] = params.b_out[kept.there]
-    if w_out is not None:
+    if w_out is not None and params.w_out is not None:
         w_out = _rows_by_symbol(w_out.T, params.w_out.T, kept, zero_beyond=True).T
     if embedding is not None:  # tied, its new columns are read by the softmax, in the place of rows of W_out
         embedding = _rows_by_symbol(embedding, params.embedding, kept, zero_beyond=w_out is None)
     return ModelParams(embedding, tuple(cells), w_out, b_out)
 
 
-def _rows_by_symbol(drawn_VN: np.ndarray, old_VN: np.ndarray, kept: Kept, zero_beyond: bool) -> np.ndarray:
+def _rows_by_symbol(drawn_VN: Array, old_VN: Array, kept: Kept, zero_beyond: bool) -> Array:
     """`drawn_VN` with the rows of the kept symbols, and in these, if wanted, zeros in the columns that are new."""
     grown = drawn_VN.copy()
     if zero_beyond:
@@ -110,10 +113,10 @@ def _grown_cell(drawn: CellParams, old: CellParams, kept: Kept | None) -> CellPa
     """One layer, with more units or more inputs; `kept` where its inputs are one-hot symbols."""
     H, H_old = drawn.w_h.shape[0], old.w_h.shape[0]
 
-    def matrix(fresh: np.ndarray, before: np.ndarray) -> np.ndarray:
+    def matrix(fresh: Array, before: Array) -> Array:
         return _widened(fresh, before, H, H_old)
 
-    def vector(fresh: Any, before: Any) -> np.ndarray:
+    def vector(fresh: Any, before: Any) -> Array:
         return _widened(fresh[None], before[None], H, H_old)[0]
 
     w_x = matrix(drawn.w_x, old.w_x) if kept is None else _one_hot_rows(drawn.w_x, old.w_x, kept, H, H_old)
@@ -134,7 +137,7 @@ def _grown_cell(drawn: CellParams, old: CellParams, kept: Kept | None) -> CellPa
     )
 
 
-def _widened(drawn_JG: np.ndarray, old_JG: np.ndarray, H: int, H_old: int) -> np.ndarray:
+def _widened(drawn_JG: Array, old_JG: Array, H: int, H_old: int) -> Array:
     """Blocks of H columns, the first H_old of each from `old_JG`, and zero in the rows that it has not."""
     grown_JBH = drawn_JG.reshape(len(drawn_JG), -1, H).copy()
     grown_JBH[:, :, :H_old] = 0
@@ -142,14 +145,14 @@ def _widened(drawn_JG: np.ndarray, old_JG: np.ndarray, H: int, H_old: int) -> np
     return grown_JBH.reshape(drawn_JG.shape)
 
 
-def _one_hot_rows(drawn_VG: np.ndarray, old_VG: np.ndarray, kept: Kept, H: int, H_old: int) -> np.ndarray:
+def _one_hot_rows(drawn_VG: Array, old_VG: Array, kept: Kept, H: int, H_old: int) -> Array:
     """As `_widened`, for rows of symbols: those of other symbols are drawn, as no old symbol leads to them."""
     grown_VBH = drawn_VG.reshape(len(drawn_VG), -1, H).copy()
     grown_VBH[kept.here, :, :H_old] = old_VG.reshape(len(old_VG), -1, H_old)[kept.there]
     return grown_VBH.reshape(drawn_VG.shape)
 
 
-def _corner(drawn: np.ndarray, old: np.ndarray) -> np.ndarray:
+def _corner(drawn: Array, old: Array) -> Array:
     """As `_widened`, of one block: a matrix or a bias of the mogrifier."""
     if old.ndim == 1:
         return np.concatenate([old, drawn[len(old) :]])
@@ -160,13 +163,14 @@ def _new_cell(drawn: CellParams, config: ModelConfig) -> CellParams:
     """A layer that adds nothing to the features yet; of rectified units, one that passes on its input."""
     H = drawn.w_h.shape[0]
     if config.cell == "rnn" and config.nonlinearity == "relu":
-        zero, eye = np.zeros(H, np.float32), np.eye(H, dtype=np.float32)
+        zero: Array = np.zeros(H, np.float32)
+        eye: Array = np.eye(H, dtype=np.float32)
         silent = drawn._replace(b_x=zero, b_h=zero, w_x=eye)
         return silent._replace(w_h=drawn.w_h * 0) if drawn.gain is None else silent._replace(gain=zero)
     block = _MAKES_H[config.cell]
     makes_h = slice(block * H, (block + 1) * H)
 
-    def silent_there(array: np.ndarray) -> np.ndarray:
+    def silent_there(array: Array) -> Array:
         array = array.copy()
         array[..., makes_h] = 0
         return array

@@ -1,5 +1,7 @@
 """A grown model computes what the trained one did, what is new learns, and what cannot be exact is refused."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,8 @@ IDS = np.random.default_rng(0).integers(0, V, (B, 2 * T))
 ALL = Kept(np.arange(V), np.arange(V))
 LSTM = {"num_layers": 2, "hidden_size": 5, "embedding_size": 4}
 SKIP = LSTM | {"skip": True}
+RELU = LSTM | {"cell": "rnn", "nonlinearity": "relu"}
+WIDER = {"hidden_size": 8}
 
 
 def trained(config: ModelConfig, seed: int = 1):
@@ -41,21 +45,21 @@ def grown(old: ModelConfig, new: ModelConfig, kept: Kept = ALL, size: int = V):
 
 
 CASES = {
-    "lstm, wider": (LSTM, {"hidden_size": 8}),
+    "lstm, wider": (LSTM, WIDER),
     "lstm, the last layer alone": (LSTM | {"last_hidden_size": 3}, {"last_hidden_size": 6}),
     "lstm, a wider embedding": (LSTM, {"embedding_size": 9, "hidden_size": 6}),
     "lstm, tied": (LSTM | {"embedding_size": 5, "tie_embeddings": True}, {"embedding_size": 8, "hidden_size": 8}),
-    "lstm, one-hot": (LSTM | {"embedding_size": 0}, {"hidden_size": 8}),
-    "lstm, weight norm": (LSTM | {"weight_norm": True}, {"hidden_size": 8}),
-    "lstm, a trained state": (LSTM | {"train_initial_state": True}, {"hidden_size": 8}),
+    "lstm, one-hot": (LSTM | {"embedding_size": 0}, WIDER),
+    "lstm, weight norm": (LSTM | {"weight_norm": True}, WIDER),
+    "lstm, a trained state": (LSTM | {"train_initial_state": True}, WIDER),
     "lstm, a state to be trained": (LSTM, {"hidden_size": 8, "train_initial_state": True}),
-    "capped, mogrifier": (LSTM | {"cap_input_gate": True, "mogrifier_rounds": 3}, {"hidden_size": 8}),
-    "mogrifier, low rank": (LSTM | {"mogrifier_rounds": 4, "mogrifier_rank": 2}, {"hidden_size": 8, "embedding_size": 6}),
-    "mlstm, wider": (LSTM | {"cell": "mlstm"}, {"hidden_size": 8}),
-    "gru, wider": (LSTM | {"cell": "gru"}, {"hidden_size": 8}),
-    "rnn, wider": (LSTM | {"cell": "rnn"}, {"hidden_size": 8}),
-    "relu, wider and deeper": (LSTM | {"cell": "rnn", "nonlinearity": "relu"}, {"hidden_size": 8, "num_layers": 4}),
-    "relu, deeper, weight norm": (LSTM | {"cell": "rnn", "nonlinearity": "relu", "weight_norm": True}, {"num_layers": 3}),
+    "capped, mogrifier": (LSTM | {"cap_input_gate": True, "mogrifier_rounds": 3}, WIDER),
+    "mogrifier, low rank": (LSTM | {"mogrifier_rounds": 4, "mogrifier_rank": 2}, WIDER | {"embedding_size": 6}),
+    "mlstm, wider": (LSTM | {"cell": "mlstm"}, WIDER),
+    "gru, wider": (LSTM | {"cell": "gru"}, WIDER),
+    "rnn, wider": (LSTM | {"cell": "rnn"}, WIDER),
+    "relu, wider and deeper": (RELU, WIDER | {"num_layers": 4}),
+    "relu, deeper, weight norm": (RELU | {"weight_norm": True}, {"num_layers": 3}),
     "lstm, deeper": (SKIP, {"num_layers": 4}),
     "lstm, deeper and wider": (SKIP, {"num_layers": 3, "hidden_size": 8}),
     "lstm, deeper, weight norm": (SKIP | {"weight_norm": True}, {"num_layers": 3}),
@@ -95,7 +99,9 @@ def test_a_larger_model_has_the_logits_of_the_smaller_one_and_all_that_is_new_le
         assert moved.mean() > 0.5, f"{name}: {moved.mean():.2f} has moved"
 
 
-@pytest.mark.parametrize("embedding", [{"embedding_size": 4}, {"embedding_size": 0}, {"embedding_size": 5, "tie_embeddings": True}])
+@pytest.mark.parametrize(
+    "embedding", [{"embedding_size": 4}, {"embedding_size": 0}, {"embedding_size": 5, "tie_embeddings": True}]
+)
 def test_symbols_in_common_keep_their_logits_and_the_others_are_drawn(embedding):
     config = ModelConfig(**(LSTM | embedding))
     kept = Kept(np.array([1, 2, 5, 8]), np.array([6, 3, 0, 1]))
@@ -145,6 +151,4 @@ def test_symbols_and_units_may_grow_at_once():
     ],
 )
 def test_what_cannot_be_exact_is_refused_with_the_reason(old, change, why):
-    import re
-
     assert re.search(why, growth.refusal(ModelConfig(**old), ModelConfig(**(old | change))))
