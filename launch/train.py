@@ -35,7 +35,9 @@ class TrainFlags:
 
     run_dir: str = setting("", "Where the run lives, or is to live: config, log, metrics, checkpoints.  Required.")
     initial_checkpoint: str = setting(
-        "", "A run directory (or its checkpoints/STEP) whose parameters a new run starts from; nothing else is taken."
+        "",
+        "A run directory (or its checkpoints/STEP) whose parameters a new run starts from; nothing else is taken.  "
+        "If this run has other symbols, wider layers or more of them, the model is grown.",
     )
     dry_run: bool = setting(
         False, "Print sizes, arithmetic, memory, traffic and an ETA from timed steps; change nothing."

@@ -98,7 +98,8 @@ def flags_of(module: str) -> set[str]:
     return set(re.findall(r"--(\w+)", shown.getvalue()))
 
 
-LAUNCHED = ("train", "evaluate", "sample", "prepare", "tune", "local", "compare", "inspect", "export", "serve")
+LAUNCHED = ("train", "evaluate", "sample", "serve", "prepare", "tune", "local", "compare", "inspect")
+LAUNCHED += ("export", "import_model")
 PROGRAMS = [f"launch.{name}" for name in LAUNCHED]
 PROGRAMS += ["tests.faults.chaos", "tests.faults.soak", "benchmarks.cost_model"]
 PROGRAMS += [

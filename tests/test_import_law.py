@@ -151,9 +151,13 @@ def test_every_file_of_the_library_lies_in_a_folder_of_the_law():
             {
                 *(f"benchmarks.peers.{name}" for name in ("equal_time", "pytorch", "pytorch_train")),
                 "charlstm.interop.folder.load_torch",
+                "charlstm.interop.torch_weights",
             },
         ),
-        ("safetensors", {"charlstm.interop.model_folder", "charlstm.interop.folder.load_torch"}),
+        (
+            "safetensors",
+            {f"charlstm.interop.{name}" for name in ("model_folder", "folder.load_torch", "torch_weights")},
+        ),
         ("haiku", {"benchmarks.peers.autodiff"}),
     ],
 )
@@ -225,6 +229,7 @@ def test_a_program_answers_ctrl_c_before_it_imports_anything():
         "launch/inspect",
         "launch/export",
         "launch/serve",
+        "launch/import_model",
     )
     programs = [ROOT / f"{stem}.py" for stem in stems]
     run = [path for path in files() if "\n    cli.run(" in path.read_text("utf-8")]

@@ -70,6 +70,8 @@ def load(config: Config) -> Corpus:
         return corpora.open_resolved(dataclasses.replace(config.corpus, corpus=name), bar(), say_on_stderr)
 
     mixed = config.streams.mixture
+    if not (mixed or config.corpus.corpus or config.corpus.train):
+        raise ValueError("this model was imported and has no corpus of its own: give --text, or --corpus")
     return mixture.load(mixture.parse(mixed), open_one) if mixed else open_one(config.corpus.corpus)
 
 

@@ -46,6 +46,7 @@ class Initial(NamedTuple):
     step: int
     item: str  # params, or their average
     digest: str  # of these parameters, as `digest.state_digest`
+    grown: str = ""  # what was done to them, where they are of a smaller model or of other symbols
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Identity:
     """Vocabulary and corpus fingerprint, checked on resume, evaluation and sampling."""
 
     vocabulary: Vocabulary
-    corpus_fingerprint: str
+    corpus_fingerprint: str  # "" of an imported model, whose text is not known
 
     @property
     def vocabulary_in_short(self) -> str:
@@ -167,7 +168,7 @@ def read_initial(run_dir: Path) -> Initial | None:
         return None
     try:
         initial = Initial(**json.loads(path.read_text("utf-8")))
-        if [type(value) for value in initial] != [str, str, int, str, str]:
+        if [type(value) for value in initial] != [str, str, int, str, str, str]:
             raise TypeError("values of other types")
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
@@ -196,7 +197,7 @@ def _read_identity(path: Path) -> Identity:
     try:
         tree = json.loads(path.read_text("utf-8"))
         fingerprint = tree.get("corpus_fingerprint") if isinstance(tree, dict) else None
-        if not isinstance(fingerprint, str) or not re.fullmatch("[0-9a-f]{64}", fingerprint):
+        if not isinstance(fingerprint, str) or not re.fullmatch("([0-9a-f]{64})?", fingerprint):
             raise ValueError("no corpus_fingerprint")
         return Identity(Vocabulary.from_json(tree.get("vocabulary")), fingerprint)
     except (ValueError, RecursionError) as error:
@@ -217,6 +218,11 @@ def resume_config(run_dir: Path, wanted: Config, identity: Identity, initial: st
       ValueError: it is not a run, or damaged.
     """
     run_config, run_identity = read(run_dir)
+    if not run_identity.corpus_fingerprint:
+        raise OtherRun(
+            f"{run_dir} holds an imported model, which has no state of training to go on from: name another run_dir, "
+            f"which --initial_checkpoint={run_dir} starts from its parameters"
+        )
     mixed, now = (config.streams.mixture or "none" for config in (run_config, wanted))
     check_identity(run_dir, run_identity, identity, f" (mixture: {mixed} -> {now})" if mixed != now else "")
     forbidden, free = config_lib.diff(run_config, wanted)
@@ -244,7 +250,7 @@ def check_identity(run_dir: Path, run: Identity, now: Identity, changed: str = "
             f"{run_dir} has {run.vocabulary_in_short}, and the corpus given has {now.vocabulary_in_short}: give the "
             f"run's own corpus, as in {run_dir / 'flags.txt'}, or another run_dir"
         )
-    if run.corpus_fingerprint != now.corpus_fingerprint:
+    if run.corpus_fingerprint not in ("", now.corpus_fingerprint):
         raise OtherRun(
             f"{run_dir} was trained on the corpus with fingerprint {run.corpus_fingerprint[:12]}, and the one given "
             f"has {now.corpus_fingerprint[:12]}{changed}: give the run's own corpus, as in {run_dir / 'flags.txt'}, or "

@@ -438,15 +438,12 @@ def test_an_initial_checkpoint_gives_its_parameters_and_nothing_else(named, step
 @pytest.mark.parametrize(
     ("flag", "sentence"),
     [
-        (
-            ["--vocabulary=characters"],
-            "has a vocabulary of 256 bytes (.*) and this corpus a vocabulary of 11 characters",
-        ),
-        (["--hidden_size=16"], "is of another model or optimizer: .* is float32.* there and float32.* here"),
+        (["--hidden_size=4"], "cannot become the model that is asked for: a layer of 8 -> 4 units would lose"),
+        (["--weight_norm"], "is of another model or optimizer: .* is absent there and float32.* here"),
         (["--initial_checkpoint={}/checkpoints/9"], "there is no checkpoint 9 in .*: choose one of 1, 2$"),
         (["--initial_checkpoint={}/checkpoints"], "checkpoints is not a run"),
     ],
-    ids=["vocabulary", "model", "no such step", "no run"],
+    ids=["narrower", "another model", "no such step", "no run"],
 )
 def test_an_initial_checkpoint_that_does_not_fit_is_refused_and_nothing_is_written(
     flag, sentence, trained, arguments, tmp_path

@@ -1,0 +1,152 @@
+"""Models that others trained -> run directories, from which one samples, evaluates, looks inside and trains on.
+
+The run has a checkpoint of step 0, which holds the parameters alone, and no corpus.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from charlstm import config as config_lib
+from charlstm import distributed
+from charlstm.config import Config
+from charlstm.config.flagfile import quote
+from charlstm.config.model import ModelConfig
+from charlstm.interop import own_folder, sentiment_neuron, symbol_table, torch_weights
+from charlstm.interop.torch_weights import Roles
+from charlstm.run import run_directory
+from charlstm.run.checkpoint import Checkpoints
+from charlstm.run.run_directory import Identity
+from charlstm.types import ModelParams, TrainState
+from data_pipeline.atomic_files import expand_user
+from data_pipeline.settings import CorpusSettings
+from data_pipeline.vocabulary import Vocabulary
+
+TORCH = (".safetensors", ".pt", ".pth", ".bin")
+
+
+class Imported(NamedTuple):
+    """A model of others as this project has it."""
+
+    config: Config
+    vocabulary: Vocabulary
+    params: ModelParams  # NumPy, float32
+    remarks: list[str]
+
+
+def import_model(
+    source: str | os.PathLike[str],
+    run_dir: str | os.PathLike[str],
+    vocabulary_file: str = "",
+    roles: Roles = Roles(),  # noqa: B008 (it is frozen)
+) -> Imported:
+    """Reads a model that another program wrote, and makes a run directory of it, which appears whole or not at all.
+
+    Args:
+      source: a state dict of PyTorch (.safetensors; .pt, .pth and .bin where PyTorch is installed), a folder that
+        `launch.export` wrote, or the folder of the sentiment neuron's .npy files.
+      vocabulary_file: the symbols of a state dict, see `symbol_table.read`.
+      roles: which tensor of a state dict is what, where it does not say so itself.
+
+    Raises:
+      ValueError: the model cannot be read, or is none that this project has, or `run_dir` is there already.
+    """
+    path, folder = expand_user(os.fspath(source)).absolute(), run_directory.named("run_dir", os.fspath(run_dir))
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ValueError(f"run_dir={folder} is there already: name a new directory, or remove it")
+    imported = read(path, vocabulary_file, roles)
+    _write(imported, path, folder)
+    return imported
+
+
+def read(path: Path, vocabulary_file: str, roles: Roles) -> Imported:
+    """Reads a model; arguments and errors as of `import_model`."""
+    if not path.exists():
+        raise ValueError(f"from={path} is not there")
+    if path.is_dir() and own_folder.is_one(path):
+        own = own_folder.read(path)
+        return Imported(_config(own.model, own.vocabulary, own.separator), own.vocabulary, own.params, [])
+    if path.is_dir():
+        if not sentiment_neuron.is_one(path):
+            raise ValueError(
+                f"from={path} is a directory, and neither one that launch.export wrote with --format=safetensors nor "
+                "one with 0.npy to 14.npy of the sentiment neuron: name the file of the weights"
+            )
+        weights, vocabulary_file = sentiment_neuron.read(path), symbol_table.BYTES
+    elif path.suffix in TORCH:
+        weights = torch_weights.model_of(torch_weights.read(path), roles, path)
+    else:
+        raise ValueError(
+            f"from={path} is none of {', '.join(TORCH)}: write a state dict where its own program runs, as in "
+            "docs/interop.md"
+        )
+    table = symbol_table.read(vocabulary_file, len(weights.params.b_out))
+    params, model = symbol_table.rearranged(weights.params, table), ModelConfig(**weights.settings)
+    return Imported(_config(model, table.vocabulary), table.vocabulary, params, [weights.roles, *table.remarks])
+
+
+def _config(model: ModelConfig, vocabulary: Vocabulary, separator: list[int] | None = None) -> Config:
+    """The settings of a run that has no corpus."""
+    config = Config(model=model, corpus=CorpusSettings(corpus="", vocabulary=vocabulary.kind))
+    if separator:
+        escape = r"\x{:02x}" if vocabulary.kind == "bytes" else r"\U{:08x}"
+        ids = separator if vocabulary.kind == "bytes" else [ord(vocabulary.characters[i - 1]) for i in separator]
+        text = "".join(map(escape.format, ids))
+        config = config_lib.replace(config, reset_state="document", document_separator=text)
+    return config
+
+
+def flags_of(config: Config) -> list[str]:
+    """The settings of the model, and of its symbols, that are not the default: with these a run can go on from it."""
+    usual, lines = Config(), [f"--vocabulary={config.corpus.vocabulary}"]
+    for name, (section, _) in config_lib.flatten(config).items():
+        value, default = (getattr(getattr(tree, section), name) for tree in (config, usual))
+        if value != default and name not in ("corpus", "vocabulary"):
+            lines.append(f"--{name}={quote(str(value).lower() if isinstance(value, bool) else str(value))}")
+    return lines
+
+
+def _write(imported: Imported, source: Path, folder: Path) -> None:
+    config, identity = imported.config, Identity(imported.vocabulary, corpus_fingerprint="")
+    mesh = distributed.make(list(distributed.make().devices.flat[:1]))
+    step, params = distributed.put(mesh, distributed.REPLICATED, (np.int32(0), imported.params))
+    nothing: Any = ()  # there was no training here
+    state = TrainState(step, params, nothing, nothing, nothing, nothing, nothing)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        note = f"# imported from {os.fspath(source)!a}{_digest(source)}"
+        run_directory.create(staging, config, identity, [note, *flags_of(config)])
+        with Checkpoints(staging / "checkpoints", log=lambda line: None) as checkpoints:
+            checkpoints.save(state, run_directory.checkpoint_identity(config, identity), None)
+        if checkpoints.last_failure:
+            raise OSError(checkpoints.last_failure)
+        staging.chmod(0o755)
+        os.replace(staging, folder)  # replaces an empty directory
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _digest(source: Path) -> str:
+    """The digest of a single file, for the note of where a run comes from."""
+    if not source.is_file():
+        return ""
+    with source.open("rb") as file:
+        return f", sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def in_words(imported: Imported) -> str:
+    """What was read, in one line."""
+    model, count = imported.config.model, sum(array.size for array in jax.tree.leaves(imported.params))
+    end = f"embedding {model.embedding_size}" if model.embedding_size else "one-hot input"
+    layers = " + ".join(map(str, model.widths))
+    return (
+        f"{model.cell}, {layers} units, {end}{', tied' if model.tie_embeddings else ''}, {imported.vocabulary.size} "
+        f"{imported.vocabulary.kind}, {count:,} parameters"
+    )
