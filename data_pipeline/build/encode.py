@@ -23,7 +23,7 @@ from data_pipeline.build.utf8 import StartCount, count_all, index_characters, re
 from data_pipeline.manifest import Shard, SplitRecord
 from data_pipeline.progress import Progress
 from data_pipeline.settings import CorpusSettings
-from data_pipeline.shards import shard_sizes, write_shard
+from data_pipeline.shard_writer import shard_sizes, write_shard
 from data_pipeline.vocabulary import Vocabulary, canonical_json
 
 SMALL = 64 << 20  # bytes of text; below, starting processes takes longer than the work
@@ -80,6 +80,14 @@ def parallel_map(workers: int, processes: bool, progress: Progress | None) -> It
         pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn, initializer=_die_with_parent)
     else:
         pool = concurrent.futures.ThreadPoolExecutor(workers)
+    try:
+        yield mapping(pool, progress)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def mapping(pool: concurrent.futures.Executor, progress: Progress | None) -> Callable[[str], ParallelMap]:
+    """Returns parallel(description) -> a map over a pool, which reports to `progress`."""
 
     def parallel(doing: str, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         items = list(items)
@@ -88,10 +96,7 @@ def parallel_map(workers: int, processes: bool, progress: Progress | None) -> It
                 progress(doing, number, len(items))
             yield result
 
-    try:
-        yield lambda doing: lambda function, items: parallel(doing, function, items)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    return lambda doing: lambda function, items: parallel(doing, function, items)
 
 
 def _die_with_parent() -> None:
