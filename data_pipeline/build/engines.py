@@ -29,11 +29,18 @@ def engine(
 
     Raises:
       ValueError: there is no such engine, or what a worker raises.
+      ChildProcessError: a process of this machine was killed.
       ConnectionError: the scheduler does not answer or has no workers, or its workers die again and again.
     """
     if name == "local":
-        with parallel_map(workers, processes, progress) as parallel:
-            yield parallel
+        try:
+            with parallel_map(workers, processes, progress) as parallel:
+                yield parallel
+        except concurrent.futures.BrokenExecutor:
+            raise ChildProcessError(
+                "a process of the preparation was killed, perhaps for want of memory: the same command goes on; "
+                "--workers chooses fewer"
+            ) from None
         return
     kind, _, address = name.partition(":")
     if kind != "dask" or not address:

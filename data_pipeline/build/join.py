@@ -14,13 +14,13 @@ from data_pipeline.build.parts import (
     Encoding,
     PartNote,
     PartTask,
-    ShardNote,
     count_note,
     count_spans,
     part_note,
 )
 from data_pipeline.build.places import Place
 from data_pipeline.build.plan import Length, Plan, lay_out, spans_within
+from data_pipeline.build.sinks import ShardNote
 from data_pipeline.build.sources import CHUNK, ParallelMap
 from data_pipeline.build.splits import Span
 from data_pipeline.build.utf8 import StartCount

@@ -3,26 +3,22 @@
 Both can be done again at any time, by anybody: a note says what was done, and comes last.
 """
 
-import codecs
 import dataclasses
-import functools
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from data_pipeline.atomic_files import named_in_errors
 from data_pipeline.build.places import Place
 from data_pipeline.build.plan import Length, Part
+from data_pipeline.build.sinks import CharacterCount, ShardNote, ShardSink
 from data_pipeline.build.sources import TextFile, hash_file
 from data_pipeline.build.splits import Span
-from data_pipeline.build.texts import CHUNK, Decoding, TextOutput, decode_file
-from data_pipeline.build.utf8 import StartCount
+from data_pipeline.build.texts import Decoding, TextOutput, decode_file
 from data_pipeline.manifest import Shard
-from data_pipeline.shard_writer import ShardWriter, shard_sizes
+from data_pipeline.shard_writer import shard_sizes
 from data_pipeline.vocabulary import Vocabulary, canonical_json
 
 ENCODING = "encoding.json"
@@ -63,18 +59,6 @@ class PartTask:
         if content is None:
             raise FileNotFoundError(f"{self.place.store.path(ENCODING)} is gone")
         return Encoding.from_json(content)
-
-
-class ShardNote(NamedTuple):
-    """A shard, with the counts made when it was written."""
-
-    shard: Shard
-    bytes: int  # of the text
-    characters: int | None
-    unknown: int
-
-    def to_json(self) -> list[Any]:
-        return [dataclasses.asdict(self.shard), *self[1:]]
 
 
 class Stream(NamedTuple):
@@ -162,7 +146,12 @@ def write_part(task: PartTask) -> int:
     if written(task) is None:
         encoding, number, streams, found = task.encoding(), task.part.number, {}, dict[str, Any]()
         with task.place.scratch() as directory:
-            sink = functools.partial(ShardSink, task, encoding, directory)
+
+            def sink(stream: str) -> ShardSink:
+                cuts = encoding.cuts.get(number, {}).get(stream, [])
+                file = directory / f"{stream or 'text'}-{number:05d}"
+                return ShardSink(file, encoding.vocabulary, cuts, task.shard_bytes, task.block_bytes, task.place.put)
+
             documents, digests, bad, first_bad = _read(task, directory, sink, found, with_digests=True)
             for stream, (text, shards) in sorted(found.items()):
                 added = _end(task, text)
@@ -222,123 +211,3 @@ def _require_unchanged(file: TextFile) -> None:
         raise ValueError(f"{file.path} is gone: start again when all files are there") from None
     if (now.st_size, now.st_mtime_ns) != file.stamp[:2]:
         raise ValueError(f"{file.path} was changed while it was prepared: start again when it is complete")
-
-
-class _Sink:
-    """Takes bytes of a text, and hands them on in large pieces."""
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
-
-    def write(self, data: bytes) -> None:
-        self._buffer += data
-        if len(self._buffer) >= CHUNK:
-            self.flush()
-
-    def flush(self, final: bool = False) -> None:
-        data = bytes(self._buffer)
-        self._buffer.clear()
-        self._take(data, final)
-
-    def _take(self, data: bytes, final: bool) -> None:
-        raise NotImplementedError
-
-
-class CharacterCount(_Sink):
-    """Counts characters; with `spans`, each only in these.
-
-    Attributes:
-      symbols: all characters.
-    """
-
-    def __init__(self, spans: list[Span] | None = None) -> None:
-        super().__init__()
-        self.symbols, self._spans, self._total = 0, spans, np.zeros(0, np.int64)
-
-    def _take(self, data: bytes, final: bool) -> None:
-        text = self._decoder.decode(data, final)
-        begins, self.symbols = self.symbols, self.symbols + len(text)
-        codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
-        for start, stop in [(begins, self.symbols)] if self._spans is None else self._spans:
-            counts = np.bincount(codes[max(start - begins, 0) : max(stop - begins, 0)])
-            if len(counts) > len(self._total):
-                counts, self._total = self._total, counts
-            self._total[: len(counts)] += counts
-
-    def counts(self) -> tuple[list[int], list[int]]:
-        """Returns the code points in ascending order, and their counts."""
-        codes = np.flatnonzero(self._total)
-        return codes.tolist(), self._total[codes].tolist()
-
-
-class ShardSink(_Sink):
-    """Encodes a text, and puts its shards in their place, each as soon as it is whole.
-
-    Attributes:
-      notes: the shards.
-    """
-
-    def __init__(self, task: PartTask, encoding: Encoding, directory: Path, stream: str) -> None:
-        super().__init__()
-        self._task, self._vocabulary, self._directory = task, encoding.vocabulary, directory
-        self._prefix = f"{stream or 'text'}-{task.part.number:05d}"
-        self._cuts = [*encoding.cuts.get(task.part.number, {}).get(stream, [])]
-        self._position, self.notes = 0, list[ShardNote]()
-        self._writer: ShardWriter | None = None
-
-    def _take(self, data: bytes, final: bool) -> None:
-        text: Any = data if self._vocabulary.kind == "bytes" else self._decoder.decode(data, final)
-        if self._vocabulary.kind == "bytes":
-            ids = np.frombuffer(data, np.uint8)
-        else:
-            ids = self._vocabulary.encode(text, unknown="map")
-        done, most = 0, self._task.shard_bytes // self._vocabulary.dtype.itemsize
-        while done < len(ids):
-            room = most - (self._writer.symbols if self._writer else 0)
-            if self._cuts:
-                room = min(room, self._cuts[0] - self._position)
-            stop = min(done + room, len(ids))
-            self._add(ids[done:stop], text[done:stop])
-            if stop == done + room:
-                self._finish_shard()
-            done = stop
-
-    def _add(self, ids: np.ndarray, text: Any) -> None:
-        if self._writer is None:
-            self._path = self._directory / f"{self._prefix}-{len(self.notes):05d}.ids"
-            self._file = self._path.open("wb")
-            self._writer = ShardWriter(self._file, self._task.block_bytes)
-            self._bytes, self._unknown, self._starts = 0, 0, StartCount()
-        with named_in_errors(self._path):
-            self._writer.add(ids)
-        self._position += len(ids)
-        if self._vocabulary.kind == "bytes":
-            self._starts.add(text)
-            self._bytes += len(text)
-        else:
-            self._bytes += len(text.encode())
-            self._unknown += int(np.count_nonzero(ids == 0))
-
-    def _finish_shard(self) -> None:
-        """Ends a shard; a cut that is met is met once."""
-        if self._cuts and self._cuts[0] == self._position:
-            self._cuts.pop(0)
-        if self._writer is None:
-            return
-        with named_in_errors(self._path), self._file:
-            shard = self._writer.finish(self._path.name)
-        checksums = self._directory / shard.checksums
-        checksums.write_bytes(self._writer.checksums)
-        self._starts.begin()
-        is_bytes = self._vocabulary.kind == "bytes"
-        characters = self._starts.characters if is_bytes else shard.symbols
-        for path in (self._path, checksums):
-            self._task.place.put(path)
-        self.notes.append(ShardNote(shard, self._bytes, characters, self._unknown))
-        self._writer = None
-
-    def close(self) -> None:
-        """Ends the text."""
-        self.flush(final=True)
-        self._finish_shard()

@@ -177,7 +177,7 @@ class RemotePlace:
         return True
 
     def begin(self, plan: Plan) -> None:
-        begun = [one.name for one in self.store.objects() if one.name.startswith(self._parts)]
+        begun = [name for name in self._names() if name.startswith(self._parts)]
         if others := sorted(name for name in begun if not name.startswith(self._own) and name.endswith(PLAN)):
             raise ValueError(_another(plan, bytes(self.store.read(others[0])), self.store.path(self._parts)))
         self.write(PLAN, canonical_json(plan.content()))
@@ -192,8 +192,7 @@ class RemotePlace:
         self.store.create(self._own + note, content)
 
     def notes(self) -> set[str]:
-        found = (one.name for one in self.store.objects())
-        return {name.removeprefix(self._own) for name in found if name.startswith(self._own)}
+        return {name.removeprefix(self._own) for name in self._names() if name.startswith(self._own)}
 
     def has(self, sizes: dict[str, int]) -> bool:
         try:
@@ -225,9 +224,16 @@ class RemotePlace:
     def abandon(self) -> None:
         self._delete(set())
 
+    def _names(self) -> list[str]:
+        try:
+            return [one.name for one in self.store.objects()]
+        except Missing:  # some servers make a bucket when something is put into it
+            return []
+
     def _delete(self, kept: set[str]) -> None:
-        names = [one.name for one in self.store.objects()]
-        gone = [name for name in names if name.startswith(self._own) or (SHARD.fullmatch(name) and name not in kept)]
+        gone = [
+            name for name in self._names() if name.startswith(self._own) or (SHARD.fullmatch(name) and name not in kept)
+        ]
         if gone:
             self.store.delete(gone)
 
