@@ -80,14 +80,6 @@ def parallel_map(workers: int, processes: bool, progress: Progress | None) -> It
         pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn, initializer=_die_with_parent)
     else:
         pool = concurrent.futures.ThreadPoolExecutor(workers)
-    try:
-        yield mapping(pool, progress)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def mapping(pool: concurrent.futures.Executor, progress: Progress | None) -> Callable[[str], ParallelMap]:
-    """Returns parallel(description) -> a map over a pool, which reports to `progress`."""
 
     def parallel(doing: str, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
         items = list(items)
@@ -96,7 +88,10 @@ def mapping(pool: concurrent.futures.Executor, progress: Progress | None) -> Cal
                 progress(doing, number, len(items))
             yield result
 
-    return lambda doing: lambda function, items: parallel(doing, function, items)
+    try:
+        yield lambda doing: lambda function, items: parallel(doing, function, items)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _die_with_parent() -> None:

@@ -2,12 +2,12 @@
 
 import concurrent.futures
 import contextlib
-import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from data_pipeline.atomic_files import expand_user
-from data_pipeline.build.encode import mapping, parallel_map
+from data_pipeline.build.encode import parallel_map
 from data_pipeline.build.sources import ParallelMap
 from data_pipeline.progress import Progress
 
@@ -45,12 +45,21 @@ def engine(
     kind, _, address = name.partition(":")
     if kind != "dask" or not address:
         raise ValueError(f"engine={name!r} is neither local nor dask:ADDRESS, such as dask:tcp://host:8786")
-    with _dask(address) as pool:
-        yield mapping(pool, progress)
+    with _dask(address) as client:
+
+        def parallel(doing: str, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+            items = list(items)
+            for number, result in enumerate(_mapped(client, function, items), 1):
+                if progress:
+                    progress(doing, number, len(items))
+                yield result
+
+        yield lambda doing: lambda function, items: parallel(doing, function, items)
 
 
 @contextlib.contextmanager
-def _dask(address: str) -> Iterator[concurrent.futures.Executor]:
+def _dask(address: str) -> Iterator[Any]:
+    """Yields a client of a scheduler that has workers."""
     try:
         import distributed
     except ImportError:
@@ -62,7 +71,7 @@ def _dask(address: str) -> Iterator[concurrent.futures.Executor]:
             raise ValueError(f"{file} is no scheduler file: start `dask scheduler --scheduler-file {file}`")
         where = {"scheduler_file": str(file)}
     try:
-        client = distributed.Client(**where, timeout=CONNECT_SECONDS, set_as_default=False)
+        client = distributed.Client(**where, timeout=CONNECT_SECONDS)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
         raise ConnectionError(f"no Dask scheduler answers at {address} ({reason}): start one") from None
@@ -71,29 +80,51 @@ def _dask(address: str) -> Iterator[concurrent.futures.Executor]:
             client.wait_for_workers(1, timeout=CONNECT_SECONDS)
         except TimeoutError:
             raise ConnectionError(f"the Dask scheduler at {address} has no workers: start `dask worker`") from None
-        yield _Pool(client.get_executor(pure=False, retries=ATTEMPTS), distributed.KilledWorker)
+        yield client
 
 
-class _Pool(concurrent.futures.Executor):
-    """Dask's executor; an error that a worker raises is not tried again, one that kills it is."""
+def _mapped(client: Any, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """Yields function(item) of each item, in order; waits for what is running before it raises an error.
 
-    def __init__(self, pool: concurrent.futures.Executor, killed: type[Exception]) -> None:
-        self._pool, self._killed = pool, killed
+    A task whose worker dies is tried again, one that raises is not.
+    """
+    import distributed
 
-    def map(self, function: Callable[..., Any], *items: Any, timeout: Any = None, chunksize: int = 1) -> Iterator[Any]:
-        try:
-            for error, result in self._pool.map(functools.partial(_attempt, function), *items):
-                if error is not None:
-                    raise error
-                yield result
-        except self._killed as error:
-            reason = " ".join(str(error).split())[:160]
-            raise ConnectionError(f"workers of Dask died again and again ({reason}): see their logs") from None
+    ahead = 2 * sum(client.nthreads().values())
+    waiting, running, results = iter(enumerate(items)), distributed.as_completed(), dict[int, Any]()
+    numbers: dict[Any, int] = {}
+
+    def submit() -> None:
+        for number, item in itertools.islice(waiting, 1):
+            future = client.submit(_attempt, function, item, pure=False, retries=ATTEMPTS)
+            numbers[future] = number
+            running.add(future)
+
+    for _ in range(ahead):
+        submit()
+    following = 0
+    try:
+        for future in running:
+            number = numbers.pop(future)
+            error, results[number] = future.result()
+            if error is not None:
+                raise error
+            submit()
+            while following in results:
+                yield results.pop(following)
+                following += 1
+    except distributed.KilledWorker as killed:
+        reason = " ".join(str(killed).split())[:160]
+        raise ConnectionError(f"workers of Dask died again and again ({reason}): see their logs") from None
+    except (ValueError, OSError):
+        for future in numbers:
+            future.exception()
+        raise
 
 
-def _attempt(function: Callable[..., Any], *items: Any) -> tuple[Exception | None, Any]:
+def _attempt(function: Callable[[Any], Any], item: Any) -> tuple[Exception | None, Any]:
     """Returns an error instead of raising it."""
     try:
-        return None, function(*items)
+        return None, function(item)
     except (ValueError, OSError) as error:
         return error, None
