@@ -20,7 +20,7 @@ from data_pipeline.manifest import BLOCK_BYTES, SHARD_BYTES
 from data_pipeline.progress import Progress
 from data_pipeline.settings import CorpusSettings
 
-HELP_AFTER = 60.0  # seconds without news of other workers, after which one does their parts
+HELP_AFTER = 20.0  # seconds without news of other workers, after which one does their parts
 POLL = 1.0  # seconds between looks at what they have done
 
 
