@@ -47,14 +47,14 @@ def engine(
         raise ValueError(f"engine={name!r} is neither local nor dask:ADDRESS, such as dask:tcp://host:8786")
     with _dask(address) as client:
 
-        def parallel(doing: str, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+        def reported(doing: str, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
             items = list(items)
             for number, result in enumerate(_mapped(client, function, items), 1):
                 if progress:
                     progress(doing, number, len(items))
                 yield result
 
-        yield lambda doing: lambda function, items: parallel(doing, function, items)
+        yield lambda doing: lambda function, items: reported(doing, function, items)
 
 
 @contextlib.contextmanager
