@@ -28,7 +28,7 @@ from benchmarks.rows import Rows
 from benchmarks.sparse_corpus import MEGABYTE
 from data_pipeline.build.upload import upload
 from data_pipeline.manifest import BLOCK_BYTES, Manifest, SplitRecord, write_manifest
-from data_pipeline.shards import write_shard
+from data_pipeline.shard_writer import write_shard
 from data_pipeline.vocabulary import Vocabulary
 
 WINDOW = 4096  # symbols: of small windows one would measure the cutting, which is the same for all

@@ -108,22 +108,28 @@ class Manifest:
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Writes `manifest.json`, which makes `directory` a prepared corpus: the shards must be on disk already."""
     with atomic_write(directory / NAME) as file:
-        file.write(json.dumps(manifest.to_json(), indent=1).encode("ascii") + b"\n")
+        file.write(bytes_of(manifest))
+
+
+def bytes_of(manifest: Manifest) -> bytes:
+    """Returns the content of `manifest.json`."""
+    return json.dumps(manifest.to_json(), indent=1).encode("ascii") + b"\n"
 
 
 def write_sources(directory: Path, sources: Sequence[Source]) -> None:
     """Writes `sources.jsonl`, a line for each source."""
     with atomic_write(directory / SOURCES) as file:
-        file.write(_lines_of(sources))
+        file.write(lines_of(sources))
 
 
 def summary(sources: Sequence[Source]) -> SourceSummary:
     """Returns what the manifest has of the sources."""
     size, documents = (sum(getattr(source, name) for source in sources) for name in ("bytes", "documents"))
-    return SourceSummary(len(sources), size, documents, hashlib.sha256(_lines_of(sources)).hexdigest())
+    return SourceSummary(len(sources), size, documents, hashlib.sha256(lines_of(sources)).hexdigest())
 
 
-def _lines_of(sources: Sequence[Source]) -> bytes:
+def lines_of(sources: Sequence[Source]) -> bytes:
+    """Returns the content of `sources.jsonl`."""
     return b"".join(canonical_json(vars(source)) + b"\n" for source in sources)
 
 

@@ -3,14 +3,12 @@
 import dataclasses
 import hashlib
 import threading
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.atomic_files import atomic_write
 from data_pipeline.block_cache import BlockCache
 from data_pipeline.blocks import REMEDY, Blocks
 from data_pipeline.directory import Directory
@@ -18,7 +16,6 @@ from data_pipeline.manifest import (
     NAME,
     SOURCES,
     Manifest,
-    Shard,
     Source,
     SourceSummary,
     SplitRecord,
@@ -27,6 +24,7 @@ from data_pipeline.manifest import (
     read_manifest,
 )
 from data_pipeline.progress import Progress
+from data_pipeline.shard_writer import shard_sizes
 from data_pipeline.stores import PATIENCE, Store, open_store
 from data_pipeline.symbols import Places
 from data_pipeline.vocabulary import Vocabulary
@@ -270,38 +268,3 @@ def verify_corpus(directory: Path | str, progress: Progress | None = None) -> No
             start, done = stop, done + shard.symbols
             if progress:
                 progress("verifying", done, total)
-
-
-def write_shard(directory: Path, file: str, pieces: Iterable[np.ndarray], block_bytes: int) -> Shard:
-    """Writes a shard and its checksums; `pieces` are its ids `[any]`, of the vocabulary's dtype, in order.
-
-    Each of the two files appears whole or not at all.
-    """
-    digest, checksums, pending, symbols = hashlib.sha256(), bytearray(), b"", 0
-    with atomic_write(directory / file) as out:
-        for ids in pieces:
-            symbols += len(ids)
-            data = np.ascontiguousarray(ids).view(np.uint8).data
-            digest.update(data)
-            out.write(data)
-            content = memoryview(pending + bytes(data))
-            whole = len(content) - len(content) % block_bytes
-            for start in range(0, whole, block_bytes):
-                checksums += _checksum(content[start : start + block_bytes])
-            pending = bytes(content[whole:])
-    if pending:
-        checksums += _checksum(pending)
-    shard = Shard(file, symbols, digest.hexdigest(), hashlib.sha256(checksums).hexdigest())
-    with atomic_write(directory / shard.checksums) as out:
-        out.write(checksums)
-    return shard
-
-
-def shard_sizes(shard: Shard, itemsize: int, block_bytes: int) -> dict[str, int]:
-    """Returns the names of a shard's two files, data and checksums -> their sizes in bytes."""
-    size = shard.symbols * itemsize
-    return {shard.file: size, shard.checksums: 4 * -(-size // block_bytes)}
-
-
-def _checksum(block: bytes | memoryview) -> bytes:
-    return zlib.crc32(block).to_bytes(4, "little")

@@ -110,8 +110,7 @@ class Remote:
     def __init__(self, url: str, patience: float = PATIENCE) -> None:
         self._url, self._patience = checked_url(url), patience
         self._obstore, self._store = _connect(self._url)
-        self._traffic = _Traffic()
-        self._closed = threading.Event()
+        self._traffic, self._closed = _Traffic(), threading.Event()
 
     def __reduce__(self) -> tuple:
         return Remote, (self._url, self._patience)
@@ -145,9 +144,7 @@ class Remote:
     def objects(self) -> list["Listed"]:
         """Returns all objects below the directory, by their names relative to it.  Raises as `read`."""
         found = self._obstore.list
-        return self._with_retries(
-            "", lambda: [_listed(one, one["path"]) for some in found(self._store) for one in some]
-        )
+        return self._with_retries("", lambda: [_listed(o, o["path"]) for page in found(self._store) for o in page])
 
     def create(self, name: str, data: bytes) -> bool:
         """Writes an object unless there is one of that name; returns whether it was written.  Raises as `read`."""
@@ -164,6 +161,10 @@ class Remote:
     def upload(self, name: str, file: Path) -> None:
         """Writes a file as an object, whole or not at all, over what is there.  Raises as `read`."""
         self._with_retries(name, lambda: self._obstore.put(self._store, name, file, use_multipart=True))
+
+    def delete(self, names: list[str]) -> None:
+        """Deletes objects; those that are not there count as deleted.  Raises as `read`."""
+        self._with_retries("", lambda: self._obstore.delete(self._store, names))
 
     def path(self, name: str) -> str:
         return f"{self._url}/{name}"

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from data_pipeline.atomic_files import expand_user
 from data_pipeline.build import cache
+from data_pipeline.build.by_parts import Sizes, prepare_by_parts
+from data_pipeline.build.plan import PART_BYTES, Share
 from data_pipeline.build.prepare import prepare
 from data_pipeline.build.upload import upload
 from data_pipeline.manifest import is_prepared
@@ -31,6 +33,14 @@ class PrepareFlags:
 
     output: str = setting("", "Directory to create, with its parents, or a URL (s3://, gs://, az://).  Required.")
     workers: int = setting(0, "Threads or processes; 0: one per core.")
+    engine: str = setting(
+        "",
+        "Prepare by parts, with the same result wherever they are prepared: local (processes of this machine) or "
+        "dask:ADDRESS, of a Dask scheduler or its scheduler file.  Empty, and no --part: on this machine, at once.",
+    )
+    part: str = setting("", "i/n: prepare by parts those of worker i of n, from 0 on; the last one joins all parts.")
+    join: bool = setting(False, "Only join the parts that workers have prepared.")
+    part_bytes: int = setting(PART_BYTES, "Bytes of the text's files in a part; enters the result.")
     verify: bool = setting(False, "Read the prepared corpus again and check its sha256.")
 
     cache: str = setting(
@@ -43,6 +53,14 @@ class PrepareFlags:
     def __post_init__(self) -> None:
         if self.workers < 0:
             raise ValueError(f"workers={self.workers} must be at least 0")
+        if sum(map(bool, (self.engine, self.part, self.join))) > 1:
+            raise ValueError("--engine, --part and --join are different ways to prepare by parts: give one of them")
+        if self.part_bytes != PART_BYTES and not self.by_parts:
+            raise ValueError("--part_bytes is of a preparation by parts: give --engine, --part or --join, too")
+
+    @property
+    def by_parts(self) -> bool:
+        return bool(self.engine or self.part or self.join)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,7 +77,12 @@ def main(argv: Sequence[str]) -> int:
     progress, done = bar(), []
     output = checked_url(chosen.output) if is_remote(chosen.output) else expand_user(chosen.output)
     if settings.corpus or settings.train:
-        done.append("prepared" if _prepare(settings, output, chosen.workers) else "already prepared")
+        if chosen.by_parts:
+            if not _prepare_by_parts(settings, output, chosen):
+                return cli.DONE
+            done.append("prepared")
+        else:
+            done.append("prepared" if _prepare(settings, output, chosen.workers) else "already prepared")
     elif not chosen.verify:
         raise ValueError("--input, or --train, must name a text")
     if chosen.verify:
@@ -96,6 +119,21 @@ def _prepare(settings: CorpusSettings, output: Path | str, workers: int) -> bool
     there = is_prepared(output)
     prepare(settings, output, progress, say=say_on_stderr, workers=workers)
     return not there
+
+
+def _prepare_by_parts(settings: CorpusSettings, output: Path | str, chosen: PrepareFlags) -> bool:
+    """Returns whether the corpus is there: of several workers, the last one joins."""
+    return prepare_by_parts(
+        settings,
+        output,
+        bar(),
+        name=chosen.engine or "local",
+        share=Share.parse(chosen.part) if chosen.part else None,
+        only_join=chosen.join,
+        say=say_on_stderr,
+        workers=chosen.workers,
+        sizes=Sizes(chosen.part_bytes),
+    )
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ TOP = ("charlstm", "data_pipeline", "launch", "configs", "tests", "benchmarks", 
 FILES = [path.relative_to(ROOT) for top in TOP for path in (ROOT / top).rglob("*") if "__pycache__" not in path.parts]
 FILES += [path.relative_to(ROOT) for path in ROOT.iterdir()]
 
-# Flags of other programs that the documents name: XLA's and git's.
-OTHERS = re.compile("xla_|always|dirty")
+# Flags of other programs that the documents name: XLA's, git's, Slurm's and Dask's.
+OTHERS = re.compile("xla_|always|dirty|array$|nthreads$")
 # Programs that are started with `python -m`, and are not of this project.
 TOOLS = {"pip", "pytest", "venv"}
 

@@ -133,6 +133,7 @@ def test_every_file_of_the_library_lies_in_a_folder_of_the_law():
         ("grain", {"data_pipeline.loader", "benchmarks.sparse_corpus"}),
         ("obstore", {"data_pipeline.stores"}),
         ("pyarrow", {"data_pipeline.build.tables", "benchmarks.readers"}),
+        ("distributed", {"data_pipeline.build.engines"}),
         ("optuna", {"launch.tune"}),
         ("tqdm", {"data_pipeline.progress"}),
         ("onnx", {"charlstm.interop.onnx_model"}),

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from data_pipeline.atomic_files import locked
 
-CLEARED = ("memo", "blocks")  # and the corpora; `downloads` may have been put there by hand
+CLEARED = ("memo", "blocks", "parts")  # and the corpora; `downloads` may have been put there by hand
 
 
 class Entry(NamedTuple):

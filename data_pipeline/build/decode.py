@@ -6,45 +6,20 @@ where they are.
 
 import dataclasses
 import hashlib
-import io
 import itertools
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from data_pipeline.atomic_files import atomic_write, named_in_errors, sealed, unsealed
-from data_pipeline.build import magic
-from data_pipeline.build.decompress import Decompressed
-from data_pipeline.build.documents import BadDocuments
-from data_pipeline.build.inspection import begun
-from data_pipeline.build.remote_inputs import RANGE, Ranges
 from data_pipeline.build.sources import ParallelMap, Text, TextFile, found_file
-from data_pipeline.build.splits import HashSplit
-from data_pipeline.build.tables import READERS
-from data_pipeline.build.utf8 import Utf8Check
+from data_pipeline.build.texts import BUFFER, Decoding, TextOutput, decode_file
 from data_pipeline.vocabulary import canonical_json
 
-BUFFER = 256 << 10  # bytes of a file in memory
-CHUNK = 1 << 20
 TOGETHER = 16 << 20  # bytes of files that are decoded in one task
 BAD_LIMIT = 1000  # of so many documents, one may be bad
-
-
-class Decoding(NamedTuple):
-    """Settings by which files become texts."""
-
-    text_field: str
-    document_separator: bytes  # put after each document of a file of documents
-    file_separator: bytes  # put between plain texts
-    drop_bad: bool
-    allow_binary: bool
-    utf8: bool  # whether plain texts must be UTF-8; documents must be in any case
-    split: HashSplit | None  # None: documents stay together
-    patience: float  # seconds that an object store may be silent
 
 
 class Decoded(NamedTuple):
@@ -107,10 +82,7 @@ def decode(
         for split, name, _, separated in decoded.texts:
             file = dataclasses.replace(found_file(name, directory / name, str(directory / name)), separated=separated)
             found.setdefault(split or key, []).append(file)
-    if bad * BAD_LIMIT > sum(counts) + bad:
-        raise ValueError(
-            f"{bad:,} of {sum(counts) + bad:,} documents are bad, more than 1 in {BAD_LIMIT:,}: {first_bad}"
-        )
+    refuse_too_many_bad(bad, sum(counts), first_bad)
     if how.split:
         found.pop("")
     names = {key: text.name for key, text in texts.items()}
@@ -121,6 +93,12 @@ def decode(
             )
     order = [split for split in ("", "train", "valid", "test") if split in found]
     return {split: Text(names.get(split) or names[""], tuple(found[split])) for split in order}, counts, bad, first_bad
+
+
+def refuse_too_many_bad(bad: int, good: int, first_bad: str) -> None:
+    """Raises ValueError if more than one document in `BAD_LIMIT` is bad."""
+    if bad * BAD_LIMIT > good + bad:
+        raise ValueError(f"{bad:,} of {good + bad:,} documents are bad, more than 1 in {BAD_LIMIT:,}: {first_bad}")
 
 
 def _stays(file: TextFile) -> bool:
@@ -156,151 +134,44 @@ def _decode_once(task: DecodeTask) -> Decoded:
         paths = [(task.directory / name, size) for _, name, size, _ in decoded.texts]
         if all(path.is_file() and path.stat().st_size == size for path, size in paths):
             return decoded
-    outputs: dict[str, _TextOutput] = {}
+    outputs: dict[str, _TextOnDisk] = {}
 
-    def output(digest: Callable[[], bytes]) -> _TextOutput:
+    def output(digest: Callable[[], bytes]) -> TextOutput:
         split = task.how.split.split_of(digest()) if task.how.split else ""
         if split not in outputs:
-            outputs[split] = _TextOutput(task.directory / f"text-{task.number:05d}{split and '-' + split}", task.how)
+            outputs[split] = _TextOnDisk(task.directory / f"text-{task.number:05d}{split and '-' + split}", task.how)
         return outputs[split]
 
     documents, bad, first_bad = [], 0, ""
     try:
         for file in task.files:
             with named_in_errors(file.path):
-                counted, refused = _decode_file(file, task, output)
+                counted, refused = decode_file(file, task.how, task.directory, output)
             documents.append(counted)
             bad, first_bad = bad + refused.count, first_bad or refused.first
     finally:
         for one in outputs.values():
             one.close()
-    written = [(split, *one.written()) for split, one in sorted(outputs.items()) if one.size]
+    written = [(split, one.path.name, one.size, one.separated()) for split, one in sorted(outputs.items()) if one.size]
     decoded = Decoded(written, documents, bad, first_bad)
     with atomic_write(note) as out:
         out.write(sealed(canonical_json(list(decoded))))
     return decoded
 
 
-class _TextOutput:
+class _TextOnDisk(TextOutput):
     """A text that is written to disk."""
 
     def __init__(self, path: Path, how: Decoding) -> None:
-        self.size, self._path, self._how = 0, path, how
+        self.path = path
         self._file = path.open("wb", BUFFER)
-        self._tail, self._is_ended = b"", True  # the last bytes of a plain text; whether a document ended with its own
-
-    def add_document(self, document: bytes) -> None:
-        """Adds a document, and what separates it from the next."""
-        if not self._is_ended:
-            self._end()
-        self._write(document)
-        self._write(self._how.document_separator)
-        self._is_ended = True
-
-    def add_text(self, chunks: Iterable[bytes]) -> None:
-        """Adds a plain text, and before it what separates it from the one before."""
-        first = True
-        for chunk in chunks:
-            if first and not self._is_ended:
-                self._end()
-            first = self._is_ended = False
-            self._write(chunk)
-            self._tail = (self._tail + chunk)[-len(self._how.file_separator) :] if self._how.file_separator else b""
-
-    def _end(self) -> None:
-        separator = self._how.file_separator
-        self._write(separator[begun(self._tail, separator) :])
-        self._tail = b""
+        super().__init__(self._file.write, how)
 
     def _write(self, data: bytes) -> None:
-        with named_in_errors(self._path):
-            self._file.write(data)
-        self.size += len(data)
-
-    def written(self) -> tuple[str, int, int]:
-        """Returns its name, its size, and how many bytes of the separator it ends with."""
-        separator = self._how.file_separator
-        return self._path.name, self.size, len(separator) if self._is_ended else begun(self._tail, separator)
+        with named_in_errors(self.path):
+            super()._write(data)
 
     def close(self) -> None:
-        with named_in_errors(self._path), self._file:
+        with named_in_errors(self.path), self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
-
-
-def _decode_file(
-    file: TextFile, task: DecodeTask, output: Callable[[Callable[[], bytes]], _TextOutput]
-) -> tuple[int, BadDocuments]:
-    """Writes the documents of a file; returns their number, and those that were left out."""
-    how = task.how
-    reader = READERS.get(file.kind.form)
-    bad = BadDocuments(file.shown, reader.unit if reader else "", how.drop_bad)
-    if reader is None:
-        digest = hashlib.sha256()
-        if how.split:  # only all of it says where it goes
-            for chunk in _plain_text(file, how):
-                digest.update(chunk)
-        chunks = _plain_text(file, how)
-        first = next(chunks, b"")
-        if first:
-            output(digest.digest).add_text(itertools.chain([first], chunks))
-        return int(bool(first)), bad
-    count, separator = 0, how.document_separator
-    with _opened(file, how.patience, task.directory if reader.seeks else None) as stream:
-        for number, document in reader.read(stream, file.shown, how.text_field, bad):
-            try:
-                data = document.encode() if isinstance(document, str) else document
-                if isinstance(document, bytes):
-                    document.decode()
-            except (UnicodeDecodeError, UnicodeEncodeError) as error:
-                bad.add(number, f"no text that UTF-8 can have ({error.reason})")
-                continue
-            if not data:
-                continue
-            if separator and (data + separator).find(separator) != len(data):
-                shown = separator.decode("utf-8", "replace")
-                bad.add(number, f"the document has the separator {shown!r} within (--document_separator)", data[:400])
-                continue
-            output(hashlib.sha256(data).digest).add_document(data)
-            count += 1
-    return count, bad
-
-
-def _plain_text(file: TextFile, how: Decoding) -> Iterator[bytes]:
-    """Yields the text of a file, without its byte-order mark."""
-    check, is_first = Utf8Check(file.shown) if how.utf8 else None, True
-    with _opened(file, how.patience, None) as stream:
-        while chunk := stream.read(CHUNK):
-            if is_first:
-                kind = None if how.allow_binary else magic.kind_of(chunk[: magic.HEAD])
-                if kind:
-                    raise ValueError(
-                        f"{file.shown} has no text within but {kind.name}: leave it out with --exclude, or give "
-                        "--binary=allow to learn bytes as they are"
-                    )
-                chunk = chunk.removeprefix(magic.BYTE_ORDER_MARK)
-                is_first = False
-            if check:
-                check.add(chunk)
-            if chunk:
-                yield chunk
-    if check:
-        check.add(b"", final=True)
-
-
-def _opened(file: TextFile, patience: float, seekable_in: Path | None) -> Any:
-    """Returns the decompressed content as a binary file; one that can seek, for which a directory is given.
-
-    What is decompressed cannot seek, and goes through a file that has no name.
-    """
-    raw: Any = io.BufferedReader(Ranges(file, patience), RANGE) if file.is_remote else file.path.open("rb", BUFFER)
-    if not file.kind.compression:
-        return raw
-    stream = io.BufferedReader(Decompressed(raw, file.kind.compression, file.shown), BUFFER)
-    if seekable_in is None:
-        return stream
-    whole: BinaryIO = tempfile.TemporaryFile(dir=seekable_in)  # type: ignore[assignment]
-    with stream:
-        shutil.copyfileobj(stream, whole, CHUNK)
-    whole.seek(0)
-    return whole

@@ -23,7 +23,7 @@ from data_pipeline.build.utf8 import StartCount, count_all, index_characters, re
 from data_pipeline.manifest import Shard, SplitRecord
 from data_pipeline.progress import Progress
 from data_pipeline.settings import CorpusSettings
-from data_pipeline.shards import shard_sizes, write_shard
+from data_pipeline.shard_writer import shard_sizes, write_shard
 from data_pipeline.vocabulary import Vocabulary, canonical_json
 
 SMALL = 64 << 20  # bytes of text; below, starting processes takes longer than the work

@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data_pipeline.atomic_files import atomic_write, expand_user, locked, sync
-from data_pipeline.build.decode import Decoding, decode
+from data_pipeline.build.decode import decode
 from data_pipeline.build.encode import SMALL, parallel_map, plan, write_splits
 from data_pipeline.build.inputs import find_texts
 from data_pipeline.build.inspection import joined
 from data_pipeline.build.sources import Text, TextFile, hash_files
 from data_pipeline.build.splits import HashSplit
+from data_pipeline.build.texts import Decoding
 from data_pipeline.manifest import (
     BLOCK_BYTES,
     FORMAT_VERSION,
@@ -59,8 +60,8 @@ def prepare(
     Raises:
       ValueError: the text does not exist or does not suit the settings, or `output` holds something else.
     """
-    cache, of_other = expand_user(settings.cache_dir), _vocabulary_of(settings)
-    workers = workers or _cores()
+    cache, of_other = expand_user(settings.cache_dir), vocabulary_of(settings)
+    workers = workers or cores()
     texts, described = find_texts(settings, cache, workers, progress)
     processes = sum(text.bytes for text in texts.values()) > SMALL
     files = [file for text in texts.values() for file in text.files]
@@ -68,23 +69,21 @@ def prepare(
     digests = [_identity(file) if file.is_remote else next(local) for file in files]
     key = _key(texts, digests, settings, of_other, [shard_bytes, block_bytes])
     output = expand_user(output or cache / "corpora" / f"{_label(texts)}-{key[:16]}").absolute()
-    if _is_done(output, key):
+    if is_done(output, key):
         return output
-    _refuse_inside(texts, output)
+    refuse_inside(texts, output)
     output.parent.mkdir(parents=True, exist_ok=True)
     report = progress or (lambda doing, done, total: None)
     waiting = f"waiting for another preparation of {output}"
     with locked(output.with_name(f".{output.name}.lock"), lambda: report(waiting, 0, 0)):
-        if _is_done(output, key):
+        if is_done(output, key):
             return output
         say = say or (lambda line: None)
         say(f"preparing {described}")
         # The workers end before the partial directory is left.
         with contextlib.ExitStack() as writing, parallel_map(workers, processes, progress) as parallel:
             partial = writing.enter_context(_partial_directory(output, key))
-            plain, documents, bad, first_bad = decode(
-                texts, digests, _decoding(settings), partial, parallel("decoding")
-            )
+            plain, documents, bad, first_bad = decode(texts, digests, decoding(settings), partial, parallel("decoding"))
             if bad:
                 say(f"left out {bad:,} bad documents, the first: {first_bad}")
             plain = {split: joined(text, settings.file_separator_bytes()) for split, text in plain.items()}
@@ -108,7 +107,7 @@ def prepare(
     return output
 
 
-def _refuse_inside(texts: dict[str, Text], output: Path) -> None:
+def refuse_inside(texts: dict[str, Text], output: Path) -> None:
     """Raises ValueError if the corpus would be part of the next text."""
     for text in texts.values():
         inside = text.folders.intersection(map(str, output.resolve().parents))
@@ -136,6 +135,12 @@ def _key(
         split: [[next(rest), file.start, file.ending.hex(), *file.kind] for file in text.files]
         for split, text in texts.items()
     }
+    how = counted_settings(texts, settings, vocabulary)
+    return hashlib.sha256(canonical_json([FORMAT_VERSION, content, how, sizes])).hexdigest()
+
+
+def counted_settings(texts: dict[str, Text], settings: CorpusSettings, vocabulary: Vocabulary | None) -> list[object]:
+    """Returns the settings that determine the files of a corpus of these texts."""
     how: list[object] = [settings.vocabulary]
     if settings.vocabulary == "characters":
         how.append(vocabulary.digest if vocabulary else settings.min_count)
@@ -145,7 +150,7 @@ def _key(
         how.append(settings.file_separator_bytes().hex())
     if any(file.kind.form != "text" for text in texts.values() for file in text.files):
         how += [settings.text_field, settings.document_separator_bytes().hex(), settings.bad_documents]
-    return hashlib.sha256(canonical_json([FORMAT_VERSION, content, how, sizes])).hexdigest()
+    return how
 
 
 def _identity(file: TextFile) -> str:
@@ -153,7 +158,8 @@ def _identity(file: TextFile) -> str:
     return hashlib.sha256(canonical_json([file.name, file.bytes, file.etag])).hexdigest()
 
 
-def _decoding(settings: CorpusSettings) -> Decoding:
+def decoding(settings: CorpusSettings) -> Decoding:
+    """Returns the settings by which files become texts."""
     return Decoding(
         text_field=settings.text_field,
         document_separator=settings.document_separator_bytes(),
@@ -166,7 +172,7 @@ def _decoding(settings: CorpusSettings) -> Decoding:
     )
 
 
-def _vocabulary_of(settings: CorpusSettings) -> Vocabulary | None:
+def vocabulary_of(settings: CorpusSettings) -> Vocabulary | None:
     """Returns the vocabulary of another corpus that the text is to have, if any."""
     if not settings.vocabulary_of:
         return None
@@ -179,7 +185,8 @@ def _vocabulary_of(settings: CorpusSettings) -> Vocabulary | None:
     return vocabulary
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -187,7 +194,7 @@ def _label(texts: dict[str, Text]) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "", next(iter(texts.values())).name)[:32] or "text"
 
 
-def _is_done(output: Path, key: str) -> bool:
+def is_done(output: Path, key: str) -> bool:
     """Returns whether `output` is the corpus of that key.  Raises ValueError if it is something else."""
     if is_prepared(output):
         found = read_manifest(output).key
@@ -239,7 +246,7 @@ def _publish(partial: Path, output: Path, manifest: Manifest, sources: list[Sour
     try:
         os.replace(partial, output)
     except OSError:
-        if not _is_done(output, manifest.key):
+        if not is_done(output, manifest.key):
             raise
         shutil.rmtree(partial)
     sync(output.parent)

@@ -42,6 +42,7 @@ class TextFile:
     separated: int = 0  # leading bytes of the separator of files with which it ends
     kind: Kind = PLAIN
     etag: str | None = None  # of an object of a store
+    span: tuple[int, int] | None = None  # bytes of the file that are meant, if not all
 
     @property
     def is_remote(self) -> bool:

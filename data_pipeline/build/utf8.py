@@ -124,10 +124,13 @@ def _decoded(decoder: codecs.IncrementalDecoder, chunk: bytes, final: bool, path
 
 
 class Utf8Check:
-    """Checks that a stream of bytes is UTF-8.  Raises ValueError, with `name` and the byte, where it is not."""
+    """Checks that a stream of bytes is UTF-8.  Raises ValueError, with `name` and the byte, where it is not.
 
-    def __init__(self, name: str) -> None:
-        self._name, self._position = name, 0
+    `position` is that of its first byte in the text.
+    """
+
+    def __init__(self, name: str, position: int = 0) -> None:
+        self._name, self._position = name, position
         self._decoder = codecs.getincrementaldecoder("utf-8")()
 
     def add(self, chunk: bytes, final: bool = False) -> None:

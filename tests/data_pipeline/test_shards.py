@@ -27,7 +27,8 @@ from data_pipeline.manifest import (
     write_manifest,
     write_sources,
 )
-from data_pipeline.shards import Split, open_corpus, verify_corpus, write_shard
+from data_pipeline.shard_writer import write_shard
+from data_pipeline.shards import Split, open_corpus, verify_corpus
 from data_pipeline.vocabulary import Vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from data_pipeline.batch import rows_of_process
 from data_pipeline.manifest import Manifest, SplitRecord, write_manifest
-from data_pipeline.shards import open_corpus, write_shard
+from data_pipeline.shard_writer import write_shard
+from data_pipeline.shards import open_corpus
 from data_pipeline.streams import StreamPlan
 from data_pipeline.vocabulary import Vocabulary
 

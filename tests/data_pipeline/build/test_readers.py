@@ -147,7 +147,7 @@ def test_many_small_files_and_a_kill_give_the_same_text(tmp_path, setting, monke
     assert len(before) > 3
     decoded = []
     with monkeypatch.context() as seen:
-        seen.setattr(decode, "_decode_file", lambda *_: decoded.append(1))
+        seen.setattr(decode, "decode_file", lambda *_: decoded.append(1))
         prepare(how, tmp_path / "out")
     assert not decoded, "what was decoded is not decoded again"
     assert {path.name for path in (tmp_path / "out").iterdir()} & set(before) == set()

@@ -1,0 +1,358 @@
+"""A preparation by parts has one result, whoever prepares them, in whatever order, and however often."""
+
+import gzip
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.build import by_parts, parts, places
+from data_pipeline.build.by_parts import Sizes, prepare_by_parts
+from data_pipeline.build.plan import Share
+from data_pipeline.build.prepare import prepare
+from data_pipeline.manifest import read_manifest
+from data_pipeline.settings import CorpusSettings
+from data_pipeline.shards import open_corpus, verify_corpus
+from tests.conftest import ROOT
+from tests.data_pipeline.build.test_prepare import POEM, files_of, text_of
+from tests.data_pipeline.servers import s3_environment, seaweedfs
+
+SIZES = Sizes(part=1024, shard=700, block=64)
+SPLITS = ("train", "valid", "test")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Texts of all kinds: with and without a line feed at the end, empty, marked, compressed, of documents."""
+    draw = random.Random(5)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text(POEM)
+    (texts / "b.txt").write_bytes(b"\xef\xbb\xbf" + POEM[:100].encode())
+    (texts / "c.txt").touch()
+    documents = ["".join(draw.choice("abc dé漢\n🙂") for _ in range(draw.randrange(120))) for _ in range(150)]
+    (texts / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    (texts / "e.txt.gz").write_bytes(gzip.compress(b"no line feed at its end", mtime=0))
+    (texts / "f.txt.gz").write_bytes(gzip.compress(b"", mtime=0))
+    (texts / "g.txt").write_text("Ende" * 400)
+    (texts / "h.txt.gz").write_bytes(gzip.compress(b"", mtime=0))
+    return texts
+
+
+def settings_of(folder: Path, **values) -> CorpusSettings:
+    held_out = {"valid_fraction": 0.2, "test_fraction": 0.1}
+    values = {"corpus": str(folder), "cache_dir": str(folder.parent / "cache")} | held_out | values
+    return CorpusSettings(**values)
+
+
+def by_files(folder: Path) -> dict[str, str]:
+    return {"train": f"{folder}/[a-f]*", "test": f"{folder}/[gh]*"}
+
+
+def fingerprint(directory: Path) -> str:
+    return read_manifest(directory).fingerprint
+
+
+@pytest.mark.parametrize("split", ["contiguous", "columns:3x7", "hash", "files"])
+@pytest.mark.parametrize("vocabulary", ["bytes", "characters"])
+@pytest.mark.parametrize("separator", [r"\n\n", *(pytest.param(one, marks=pytest.mark.long) for one in (r"\n", ""))])
+def test_the_symbols_are_those_of_a_preparation_at_once(folder, vocabulary, split, separator):
+    values = {"vocabulary": vocabulary, "file_separator": separator, "min_count": 2}
+    how = settings_of(folder, **values, **(by_files(folder) if split == "files" else {"split": split}))
+    once = open_corpus(prepare(how, folder.parent / "once"))
+    assert prepare_by_parts(how, folder.parent / "parts", sizes=SIZES, workers=1)
+    verify_corpus(folder.parent / "parts")
+    found = open_corpus(folder.parent / "parts")
+    assert found.vocabulary == once.vocabulary and found.splits.keys() == once.splits.keys()
+    for name, expected in once.splits.items():
+        got = found.splits[name]
+        assert text_of(found, name) == text_of(once, name), name
+        assert (got.bytes, got.characters, got.unknown) == (expected.bytes, expected.characters, expected.unknown), name
+    manifests = [read_manifest(folder.parent / name) for name in ("once", "parts")]
+    for field in ("split", "document_separator", "bad_documents"):
+        assert getattr(manifests[0], field) == getattr(manifests[1], field)
+    documents = [[(one.name, one.bytes, one.documents) for one in corpus.read_sources()] for corpus in (once, found)]
+    assert documents[0] == documents[1]
+    assert {path.name for path in folder.parent.iterdir()} == {"texts", "cache", "once", "parts"}
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(by_parts, "HELP_AFTER", 0)
+    monkeypatch.setattr(by_parts, "POLL", 0)
+
+
+@pytest.mark.parametrize("values", [{}, {"vocabulary": "characters"}, {"split": "hash"}], ids=str)
+def test_workers_in_any_order_and_twice_give_one_fingerprint(folder, impatient, values):
+    how, draw = settings_of(folder, **values), random.Random(7)
+    prepare_by_parts(how, folder.parent / "local", sizes=SIZES, workers=2)
+    for round, count in enumerate((2, 5)):
+        out = folder.parent / f"out{round}"
+        numbers = list(range(count)) * 2
+        draw.shuffle(numbers)
+        there = [prepare_by_parts(how, out, share=Share(number, count), sizes=SIZES, workers=1) for number in numbers]
+        assert there == sorted(there) and there[-1], "once the corpus is there it stays there"
+        assert files_of(out) == files_of(folder.parent / "local")
+    assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_a_text_of_one_part_has_the_fingerprint_of_a_preparation_at_once(folder):
+    for n, values in enumerate(({}, {"vocabulary": "characters"}, {"split": "hash"}, by_files(folder))):
+        how = settings_of(folder, **values)
+        once = prepare(how, folder.parent / f"once{n}")
+        prepare_by_parts(how, folder.parent / f"parts{n}", workers=1)
+        assert fingerprint(folder.parent / f"parts{n}") == fingerprint(once), values
+
+
+def test_standard_library_is_prepared_by_parts_with_the_symbols_of_one(tmp_path, monkeypatch):
+    source = tmp_path / "lib"
+    source.mkdir()
+    for name, text in {"a": "import b\n", "b": "", "c": "x = 1", "test": "assert x"}.items():
+        (source / f"{name}.py").write_text(text * 200)
+    monkeypatch.setattr("data_pipeline.build.datasets.sysconfig.get_path", lambda _: str(source))
+    how = CorpusSettings(corpus="python", cache_dir=str(tmp_path / "cache"))
+    once = open_corpus(prepare(how, tmp_path / "once"))
+    prepare_by_parts(how, tmp_path / "parts", sizes=SIZES, workers=1)
+    assert [text_of(open_corpus(tmp_path / "parts"), split) for split in SPLITS] == [
+        text_of(once, split) for split in SPLITS
+    ]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from data_pipeline.build import by_parts, places
+from data_pipeline.build.by_parts import Sizes, prepare_by_parts
+from data_pipeline.build.plan import Share
+from data_pipeline.settings import CorpusSettings
+by_parts.HELP_AFTER = by_parts.POLL = 0
+left = int(sys.argv[1])
+def dying(function):
+    def call(*arguments, **named):
+        global left
+        left -= 1
+        if left == 0: os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **named)
+    return call
+for module, name in ((os, "replace"), (os, "fsync"), (os, "stat"), (os, "unlink"), (os, "rmdir")):
+    setattr(module, name, dying(getattr(module, name)))
+share = Share.parse(sys.argv[2]) if sys.argv[2] else None
+prepare_by_parts({how!r}, Path({out!r}), share=share, workers=1, sizes=Sizes(1024, 700, 64))
+"""
+
+
+def killed(how: CorpusSettings, out: Path, after: int, share: str = "") -> int:
+    """The status of a preparation that is killed at its `after`-th call of the system that matters."""
+    code = KILLED.replace("{how!r}", repr(how)).replace("{out!r}", repr(str(out)))
+    return subprocess.run([sys.executable, "-c", code, str(after), share], cwd=ROOT, timeout=120).returncode
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(60, marks=pytest.mark.long)])
+def test_workers_that_are_killed_anywhere_and_started_again_give_the_same_fingerprint(folder, kills):
+    how, draw = settings_of(folder, vocabulary="characters"), random.Random(11)
+    out, seen = folder.parent / "out", 0
+    prepare_by_parts(how, folder.parent / "local", sizes=SIZES, workers=1)
+    while seen < kills:
+        status = killed(how, out, draw.randrange(1, 400), draw.choice(["0/2", "1/2", "0/1", ""]))
+        assert status in (0, -signal.SIGKILL)
+        seen += status != 0
+        if status == 0 and out.exists():
+            assert files_of(out) == files_of(folder.parent / "local")
+            shutil.rmtree(out)
+    assert prepare_by_parts(how, out, sizes=SIZES, workers=1)
+    assert files_of(out) == files_of(folder.parent / "local")
+
+
+def test_two_of_one_share_at_a_time_do_no_harm(folder):
+    how, out = settings_of(folder, vocabulary="characters"), folder.parent / "out"
+    code = KILLED.replace("{how!r}", repr(how)).replace("{out!r}", repr(str(out)))
+    command = [sys.executable, "-c", code, "0", "0/1"]
+    both = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE) for _ in range(2)]
+    assert [one.communicate()[1] for one in both] == [b"", b""]
+    prepare_by_parts(how, folder.parent / "local", sizes=SIZES, workers=1)
+    assert files_of(out) == files_of(folder.parent / "local")
+    assert {path.name for path in folder.parent.iterdir()} == {"texts", "cache", "out", "local"}
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    found = (path for path in folder.rglob("*") if path.is_file() and "cache" not in path.parts)
+    return {str(path): path.read_bytes() for path in found}
+
+
+def test_what_is_refused_is_refused_in_a_sentence_and_leaves_nothing_behind(folder):
+    how, out = settings_of(folder), folder.parent / "out"
+    before = tree(folder.parent)
+
+    def refusal(how: CorpusSettings = how, **values) -> str:
+        with pytest.raises(ValueError) as refused:
+            prepare_by_parts(how, out, **({"sizes": SIZES, "workers": 1} | values))
+        return str(refused.value)
+
+    for wrong in ("2/2", "3/2", "-1/2", "1", "a/b", "1/0", ""):
+        with pytest.raises(ValueError, match="is not i/n with i from 0 to n - 1"):
+            Share.parse(wrong)
+    assert "is neither local nor dask:ADDRESS" in refusal(name="ray")
+    assert "part_bytes=3 must be at least 1024" in refusal(sizes=Sizes(part=3))
+    assert "has begun at" in refusal(only_join=True)
+    (folder / "bad.jsonl").write_text('{"text": "good"}\n' * 99 + "[]\n")
+    assert "bad.jsonl from byte 843 on, line 50: a JSON value that is no object" in refusal()
+    (folder / "bad.jsonl").unlink()
+    assert tree(folder.parent) == before
+    assert not list(folder.parent.glob(".out*"))
+
+    assert not prepare_by_parts(how, out, share=Share(1, 2), sizes=SIZES, workers=1)
+    begun = tree(folder.parent)
+    assert "parts are missing (0, 2, 4" in refusal(only_join=True)
+    assert "has another plan (the sizes of parts differ)" in refusal(sizes=Sizes(2048), share=Share(0, 2))
+    assert "has another plan (the settings differ)" in refusal(settings_of(folder, split="hash"), share=Share(0, 2))
+    assert tree(folder.parent) == begun
+    text = (folder / "g.txt").read_text()
+    (folder / "g.txt").write_text(text[::-1])
+    said = refusal(share=Share(0, 2))
+    assert "has another plan (g.txt was changed): give the same command again, with the inputs as they were" in said
+    (folder / "i.txt").write_text("new")
+    (folder / "g.txt").unlink()
+    assert "(i.txt was added)" in refusal(share=Share(0, 2))
+    (folder / "i.txt").unlink()
+    assert "(g.txt is gone)" in refusal(share=Share(0, 2))
+    assert {name for name in tree(folder.parent) if ".out" in name} == {name for name in begun if ".out" in name}
+
+
+def test_an_input_that_changes_while_its_part_is_prepared_is_refused(folder, monkeypatch):
+    how, decoded = settings_of(folder), parts.decode_file
+
+    def change(file, *arguments):
+        result = decoded(file, *arguments)
+        if file.name == "g.txt":
+            os.utime(folder / "g.txt", ns=(1, 1))
+        return result
+
+    monkeypatch.setattr(parts, "decode_file", change)
+    with pytest.raises(ValueError, match=r"g\.txt was changed while it was prepared"):
+        prepare_by_parts(how, folder.parent / "out", sizes=SIZES, workers=1)
+    assert {path.name for path in folder.parent.iterdir()} == {"texts", "cache"}
+
+
+def test_a_shard_that_somebody_has_deleted_is_made_again(folder):
+    how, out = settings_of(folder), folder.parent / "out"
+    prepare_by_parts(how, out, share=Share(0, 2), sizes=SIZES, workers=1)
+    next((folder.parent / ".out.parts").rglob("text-00002-00000.ids")).unlink()
+    prepare_by_parts(how, out, share=Share(0, 2), sizes=SIZES, workers=1)
+    assert prepare_by_parts(how, out, share=Share(1, 2), sizes=SIZES, workers=1)
+    verify_corpus(out)
+
+
+def test_bad_documents_are_left_out_and_counted_over_all_parts(folder, tmp_path):
+    lines = [json.dumps({"text": f"document {n} " * 3}) for n in range(2500)]
+    lines[1234] = lines[2222] = "[]"
+    (folder / "d.jsonl").write_text("\n".join(lines))
+    how, said = settings_of(folder, bad_documents="drop"), []
+    once = prepare(how, tmp_path / "once")
+    prepare_by_parts(how, tmp_path / "out", sizes=Sizes(20_000), workers=1, say=said.append)
+    assert read_manifest(tmp_path / "out").bad_documents == read_manifest(once).bad_documents == 2
+    assert "left out 2 bad documents, the first: " in said[-1]
+    lines[5] = lines[6] = "[]"
+    (folder / "d.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="documents are bad, more than 1 in 1,000"):
+        prepare_by_parts(how, tmp_path / "other", sizes=Sizes(20_000), workers=1)
+
+
+@pytest.mark.parametrize("values", [{}, {"vocabulary": "characters"}], ids=str)
+def test_parts_in_an_object_store_are_the_corpus_on_the_disk(folder, tmp_path, impatient, monkeypatch, values):
+    pytest.importorskip("obstore", reason="obstore is absent: pip install charlstm[remote]")
+    from data_pipeline.stores import Remote
+
+    how = settings_of(folder, **values)
+    prepare_by_parts(how, tmp_path / "local", sizes=SIZES, workers=1)
+    with seaweedfs(tmp_path / "weed") as endpoint:
+        for name, value in s3_environment(endpoint).items():
+            monkeypatch.setenv(name, value)
+        url = "s3://bucket/out"
+        with monkeypatch.context() as dying, pytest.raises(KeyboardInterrupt):
+            dying.setattr(places.RemotePlace, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            for number in (1, 0):
+                prepare_by_parts(how, url, share=Share(number, 2), sizes=SIZES, workers=1)
+        with pytest.raises(ValueError, match=r"another plan \(the sizes of parts differ\)"):
+            prepare_by_parts(how, url, share=Share(0, 2), sizes=Sizes(2048), workers=1)
+        assert prepare_by_parts(how, url, only_join=True, sizes=SIZES, workers=1)
+        assert prepare_by_parts(how, url, share=Share(0, 2), sizes=SIZES, workers=1)
+        assert open_corpus(url).fingerprint == fingerprint(tmp_path / "local")
+        verify_corpus(url)
+        names = {one.name for one in Remote(url).objects()}
+        assert names == set(files_of(tmp_path / "local"))
+        with pytest.raises(ValueError, match="is of another text or settings"):
+            prepare_by_parts(how, url, sizes=Sizes(2048), workers=1)
+        (folder / "bad.jsonl").write_text("[]\n")
+        with pytest.raises(ValueError, match=r"bad\.jsonl, line 1"):
+            prepare_by_parts(how, "s3://bucket/bad", sizes=SIZES, workers=1)
+        assert not Remote("s3://bucket/bad").objects()
+    assert not list((tmp_path / "cache" / "parts").iterdir())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("vocabulary", ["bytes", "characters"])
+def test_dask_gives_the_fingerprint_of_this_machine_although_its_workers_are_killed(folder, tmp_path, vocabulary):
+    distributed = pytest.importorskip("distributed", reason="distributed is absent: pip install charlstm[cluster]")
+    how = settings_of(folder, vocabulary=vocabulary)
+    prepare_by_parts(how, tmp_path / "local", sizes=SIZES, workers=1)
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+        victim = next(iter(cluster.workers.values())).process.pid
+        seen: list[int] = []
+
+        def kill(doing: str, done: int, total: int) -> None:
+            if doing == "writing" and done >= 1 and not seen:
+                os.kill(victim, signal.SIGKILL)
+                seen.append(done)
+
+        name = f"dask:{cluster.scheduler_address}"
+        assert prepare_by_parts(how, tmp_path / "dask", kill, name=name, sizes=SIZES)
+        assert seen
+        assert files_of(tmp_path / "dask") == files_of(tmp_path / "local")
+        (folder / "bad.jsonl").write_text("[]\n")
+        with pytest.raises(ValueError, match=r"bad\.jsonl, line 1"):
+            prepare_by_parts(how, tmp_path / "bad", name=name, sizes=SIZES)
+        assert not [path for path in tmp_path.iterdir() if path.name.startswith((".", "bad"))]
+
+
+def test_a_scheduler_that_is_not_there_is_named(folder, tmp_path, monkeypatch):
+    pytest.importorskip("distributed", reason="distributed is absent: pip install charlstm[cluster]")
+    monkeypatch.setattr("data_pipeline.build.engines.CONNECT_SECONDS", 0.2)
+    for address, reason in (
+        (tmp_path / "none.json", r"none\.json is no scheduler file: start `dask scheduler"),
+        ("tcp://127.0.0.1:1", "no Dask scheduler answers at tcp://127.0.0.1:1"),
+    ):
+        with pytest.raises((ValueError, OSError), match=reason):
+            prepare_by_parts(settings_of(folder), tmp_path / "out", name=f"dask:{address}", sizes=SIZES)
+    assert {path.name for path in tmp_path.iterdir()} == {"texts", "cache"}
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+from data_pipeline.build.by_parts import prepare_by_parts
+from data_pipeline.settings import CorpusSettings
+prepare_by_parts(CorpusSettings(corpus=sys.argv[1], cache_dir=sys.argv[2], vocabulary="characters"),
+                 Path(sys.argv[3]), workers=1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.long
+def test_memory_does_not_grow_with_a_part(tmp_path):
+    line = json.dumps({"text": POEM * 4}) + "\n"
+    peaks = []
+    for megabytes in (8, 80):
+        text = tmp_path / f"{megabytes}.jsonl.gz"
+        with gzip.open(text, "wt", compresslevel=1) as out:
+            for _ in range((megabytes << 20) // len(line)):
+                out.write(line)
+        command = [sys.executable, "-c", PEAK, str(text), str(tmp_path / "cache"), str(tmp_path / f"out{megabytes}")]
+        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        peaks.append(int(done.stdout))
+    assert peaks[1] < peaks[0] + 16 * 1024, f"{peaks} KiB"

@@ -1,0 +1,74 @@
+"""`python -m launch.prepare` by parts: its flags, and the recipe for Kubernetes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.manifest import read_manifest
+from launch import cli, flags, prepare
+from tests.conftest import ROOT
+from tests.launch.conftest import refusal
+
+yaml = pytest.importorskip("yaml", reason="PyYAML is absent: pip install charlstm[cluster]")
+
+
+@pytest.fixture
+def options(tmp_path) -> tuple[str, ...]:
+    (tmp_path / "text.txt").write_text("".join(f"line {n * n} of a text, é\n" for n in range(300)))
+    return (f"--input={tmp_path / 'text.txt'}", f"--cache_dir={tmp_path / 'cache'}", "--part_bytes=2048")
+
+
+def test_workers_and_the_join_say_how_far_they_are(options, tmp_path, capsys):
+    out = tmp_path / "out"
+
+    def run(*more: str) -> str:
+        assert prepare.main(["prepare", *options, f"--output={out}", *more]) == cli.DONE
+        return capsys.readouterr().err
+
+    assert "4 parts, worker 1 of 2\nprepared 2 of 4 parts; 2 are still missing\n" in run("--part=1/2")
+    said = refusal(prepare.main, *options, f"--output={out}", "--join")
+    assert "2 of 4 parts are missing (0, 2): start their workers again" in said
+    assert f"prepared: {out}, 256 symbols in the vocabulary, train " in run("--part=0/2")
+    assert f"prepared: {out}, " in run("--join")
+    assert prepare.main(["prepare", *options, f"--output={tmp_path / 'local'}", "--engine=local"]) == cli.DONE
+    assert read_manifest(out) == read_manifest(tmp_path / "local")
+
+
+def test_ways_that_exclude_each_other_are_refused(options, tmp_path):
+    def refused(*more: str) -> str:
+        return refusal(prepare.main, *options, f"--output={tmp_path / 'out'}", *more)
+
+    assert "different ways to prepare by parts: give one of them" in refused("--part=0/2", "--engine=local")
+    assert "--part_bytes is of a preparation by parts" in refused()
+    assert "part='2/2' is not i/n with i from 0 to n - 1" in refused("--part=2/2")
+    assert "engine='spark' is neither local nor dask:ADDRESS" in refused("--engine=spark")
+    assert {path.name for path in tmp_path.iterdir()} <= {"text.txt", "cache"}
+
+
+def test_the_job_of_kubernetes_runs_as_it_is_written(options, tmp_path):
+    job = yaml.safe_load((ROOT / "launch" / "kubernetes" / "prepare.yaml").read_text())
+    assert (job["apiVersion"], job["kind"], job["spec"]["completionMode"]) == ("batch/v1", "Job", "Indexed")
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    (rule,) = job["spec"]["podFailurePolicy"]["rules"]
+    assert (rule["onExitCodes"]["containerName"], rule["onExitCodes"]["values"]) == (container["name"], [cli.MISTAKE])
+    assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never", "a podFailurePolicy requires it"
+    own = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert own == {"WORKERS": str(job["spec"]["completions"])}
+    volumes = {volume["name"] for volume in job["spec"]["template"]["spec"]["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+    groups = prepare.PrepareFlags(), prepare.CorpusSettings(corpus="")
+    flags.parse(["prepare", *container["args"]], "", *groups, renamed={"corpus": "input"})
+
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tmp_path / "bin" / "python").chmod(0o755)
+    for index in ("1", "0"):
+        environment = os.environ | {"JOB_COMPLETION_INDEX": index, "WORKERS": "2"}
+        environment["PATH"] = f"{tmp_path / 'bin'}:{environment['PATH']}"
+        command = [*container["command"], *options, f"--output={tmp_path / 'out'}"]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert read_manifest(Path(tmp_path / "out")).splits.keys() == {"train", "valid", "test"}
