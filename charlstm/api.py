@@ -1,12 +1,8 @@
 """The library in a notebook: a text becomes a corpus, a corpus a model, and a model scores and writes."""
 
-import contextlib
 import dataclasses
 import logging
 import os
-import signal
-import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,8 +28,8 @@ from charlstm.model import language_model
 from charlstm.model.ops import compiler
 from charlstm.run import corpus as corpus_lib
 from charlstm.run import loop, run_directory
-from charlstm.run.loop import Outcome, Training
-from charlstm.run.services import Services
+from charlstm.run.loop import Outcome
+from charlstm.run.services import InterruptibleServices
 from charlstm.run.start import start
 from charlstm.training.placement import choose_mesh
 from charlstm.types import CellState, ModelParams, RecurrentState
@@ -108,38 +104,11 @@ def train(config: Config, corpus: Corpus, run_dir: str | os.PathLike[str], *, in
     if isinstance(corpus, Mixture):
         where = {"corpus": "", "mixture": corpus.spec}
     config = config_lib.replace(config, vocabulary=corpus.vocabulary.kind, train="", valid="", test="", **where)
-    services = _InterruptibleServices()
+    services = InterruptibleServices()
     outcome = loop.train(start(folder, config, corpus, choose_mesh, initial_checkpoint), services)
     if outcome is Outcome.NOT_SAVED:
         raise OSError(f"the last checkpoint of {folder} could not be written: see {folder / 'log.txt'}")
     return load(folder)
-
-
-class _InterruptibleServices(Services):
-    """Turns an interrupt of the main thread into a stop that is saved."""
-
-    def __init__(self) -> None:
-        self._interrupted = False
-
-    @contextlib.contextmanager
-    def watching(self, training: Training) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.signal(signal.SIGINT, self._interrupt)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-    def _interrupt(self, number: int, frame: Any) -> None:
-        if self._interrupted:
-            raise KeyboardInterrupt
-        self._interrupted = True
-        print("interrupted: saves and returns; a second interrupt ends it at once, unsaved", file=sys.stderr)
-
-    def stop_requested(self) -> bool:
-        return self._interrupted
 
 
 def load(run_dir: str | os.PathLike[str], checkpoint: str = "best") -> "Model":

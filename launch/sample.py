@@ -140,6 +140,8 @@ def main(argv: Sequence[str]) -> int:
         signals.say(remark)
     held = units.held(units.parse_clamp(chosen.clamp), config.model)
     backward = config.streams.reverse
+    if backward and chosen.interactive:
+        raise ValueError(f"--interactive writes from left to right, and {run_dir} reads backward: leave it out")
     prompt, stop = (as_read(ids, backward) for ids in (_prompt(chosen, vocabulary), _stop(chosen.stop, vocabulary)))
     if not any(flag.startswith("--stop=") for flag in given):
         stop = np.array(separator, np.int32)

@@ -73,6 +73,8 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(INSTALL) from None
     run_dir = expand_user(run_directory.named("run_dir", chosen.run_dir))
     config, identity = run_directory.read(run_dir)
+    if config.streams.reverse:
+        raise ValueError(f"{run_dir} reads backward, and a server writes from left to right: use launch.sample")
     listening = _listen(chosen.host, chosen.port)
     jax_setup.keep_compiled()
     mesh = jax_setup.sampling_mesh(chosen.slots)

@@ -74,8 +74,8 @@ class Sample:
         if self._backward:
             if not last:
                 return ""
-            whole, self._prompt = np.concatenate([self._prompt, self.ids[self._taken :]]), np.zeros(0, np.int32)
-            self._taken = len(self.ids)
+            whole, self._prompt = np.concatenate([self._prompt, self.ids[self.taken :]]), np.zeros(0, np.int32)
+            self.taken = len(self.ids)
             return self._decoder.feed(whole[::-1].astype(np.int32)) + self._decoder.flush()
         end = len(self.ids) - (0 if last or self.stopped else self._beginning_of_stop())
         text, self._prompt_text = self._prompt_text, ""

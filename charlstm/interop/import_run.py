@@ -71,7 +71,8 @@ def read(path: Path, vocabulary_file: str, roles: Roles) -> Imported:
         raise ValueError(f"from={path} is not there")
     if path.is_dir() and own_folder.is_one(path):
         own = own_folder.read(path)
-        return Imported(_config(own.model, own.vocabulary, own.separator), own.vocabulary, own.params, [])
+        config = _config(own.model, own.vocabulary, own.separator, own.reverse)
+        return Imported(config, own.vocabulary, own.params, [])
     if path.is_dir():
         if not sentiment_neuron.is_one(path):
             raise ValueError(
@@ -91,10 +92,14 @@ def read(path: Path, vocabulary_file: str, roles: Roles) -> Imported:
     return Imported(_config(model, table.vocabulary), table.vocabulary, params, [weights.roles, *table.remarks])
 
 
-def _config(model: ModelConfig, vocabulary: Vocabulary, separator: list[int] | None = None) -> Config:
+def _config(
+    model: ModelConfig, vocabulary: Vocabulary, separator: list[int] | None = None, reverse: bool = False
+) -> Config:
     """The settings of a run that has no corpus."""
     config = Config(model=model, corpus=CorpusSettings(corpus="", vocabulary=vocabulary.kind))
+    config = config_lib.replace(config, reverse=reverse)
     if separator:
+        separator = separator[::-1] if reverse else separator
         escape = r"\x{:02x}" if vocabulary.kind == "bytes" else r"\U{:08x}"
         ids = separator if vocabulary.kind == "bytes" else [ord(vocabulary.characters[i - 1]) for i in separator]
         text = "".join(map(escape.format, ids))

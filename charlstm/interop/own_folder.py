@@ -24,7 +24,8 @@ class Folder(NamedTuple):
     model: ModelConfig
     vocabulary: Vocabulary
     params: ModelParams  # NumPy, float32
-    separator: list[int]  # ids that end a document; or []
+    separator: list[int]  # ids that end a document, in the order in which they are read; or []
+    reverse: bool  # it reads from the end to the beginning
 
 
 def is_one(folder: Path) -> bool:
@@ -46,12 +47,15 @@ def read(folder: Path) -> Folder:
         separator = tree.get("separator", [])
         if not isinstance(separator, list) or not all(type(s) is int and 0 <= s < vocabulary.size for s in separator):
             raise ValueError("its separator is no list of ids")
+        if not isinstance(reverse := tree.get("reverse", False), bool):
+            raise ValueError(f"reverse={reverse!r} is neither true nor false")
     except OSError as error:
         raise ValueError(f"{folder} is not whole: {error.filename} cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder} is damaged: {' '.join(str(error).split())}") from None
     path = folder / "model.safetensors"
-    return Folder(model, vocabulary, _params(torch_weights.read(path), model, vocabulary.size, path), separator)
+    params = _params(torch_weights.read(path), model, vocabulary.size, path)
+    return Folder(model, vocabulary, params, separator, reverse)
 
 
 def _settings(tree: dict[str, Any]) -> ModelConfig:

@@ -45,10 +45,12 @@ def write(exported: Exported, folder: Path) -> None:
     """Writes index.html, and says on stderr what rounding has done to the score.
 
     Raises:
-      ValueError: the model is too large for a page.
+      ValueError: the model is too large for a page, or reads backward.
     """
     model, vocabulary = exported.config.model, exported.vocabulary
     size = count(exported.params)
+    if exported.config.streams.reverse:
+        raise ValueError("format=html writes from left to right, and this model reads backward: use launch.sample")
     if size > MOST_PARAMETERS:
         raise ValueError(
             f"format=html puts at most {MOST_PARAMETERS:,} parameters into a page, and this model has {size:,}: use "

@@ -219,10 +219,8 @@ def resume_config(run_dir: Path, wanted: Config, identity: Identity, initial: st
     """
     run_config, run_identity = read(run_dir)
     if not run_identity.corpus_fingerprint:
-        raise OtherRun(
-            f"{run_dir} holds an imported model, which has no state of training to go on from: name another run_dir, "
-            f"which --initial_checkpoint={run_dir} starts from its parameters"
-        )
+        remedy = f"name another run_dir, and --initial_checkpoint={run_dir}"
+        raise OtherRun(f"{run_dir} holds an imported model, without a state of training to go on from: {remedy}")
     mixed, now = (config.streams.mixture or "none" for config in (run_config, wanted))
     check_identity(run_dir, run_identity, identity, f" (mixture: {mixed} -> {now})" if mixed != now else "")
     forbidden, free = config_lib.diff(run_config, wanted)
@@ -261,8 +259,7 @@ def check_identity(run_dir: Path, run: Identity, now: Identity, changed: str = "
 def separator(config: Config, vocabulary: Vocabulary) -> Separator:
     """Separator that ends a document, if the run resets state there; else ().
 
-    It is in the order of reading: of a backward run its last symbol comes first, and in that order it ends the text
-    that was read before it and stands before the document that is read next.
+    In the order of reading: of a backward run its last symbol comes first, and the document that is read next follows.
 
     Raises:
       ValueError: it is no text of the vocabulary, or none at all.

@@ -2,10 +2,13 @@
 
 import contextlib
 import enum
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from charlstm.run.log import Copy
 from charlstm.run.memory import End
@@ -59,3 +62,30 @@ class Services:
     def pause(self, doing: str) -> AbstractContextManager[None]:
         """Surrounds what is no step: compiling, evaluating, saving, rolling back."""
         return contextlib.nullcontext()
+
+
+class InterruptibleServices(Services):
+    """Turns an interrupt of the main thread into a stop that is saved."""
+
+    def __init__(self) -> None:
+        self._interrupted = False
+
+    @contextlib.contextmanager
+    def watching(self, training: "Training") -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, self._interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _interrupt(self, number: int, frame: Any) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
+        print("interrupted: saves and returns; a second interrupt ends it at once, unsaved", file=sys.stderr)
+
+    def stop_requested(self) -> bool:
+        return self._interrupted
