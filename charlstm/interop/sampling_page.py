@@ -29,7 +29,7 @@ from charlstm.run import run_directory
 from charlstm.types import ModelParams
 from data_pipeline.progress import say_on_stderr
 
-MOST_PARAMETERS = 8_000_000  # a page of 10 MB, which writes some hundred symbols a second
+MOST_PARAMETERS = 8_000_000  # a page of 10 MB, which writes some 60 symbols a second
 MOST_FLOAT16 = 1_000_000  # parameters: above, a page of float16 takes more than 2.7 MB
 MOST_SCORED = 200_000  # symbols of the held-out text, in evenly spaced chunks: a minute for the largest models
 NAMES = {
