@@ -150,7 +150,7 @@ def scored(exported: Exported, rounded: ModelParams, format: str) -> str:
         f"{page.symbols:,} symbols of held-out text"
     )
     return (
-        f"It needs {page.bits_per_symbol:.3f} bits for a {kind[:-1]} of text that it has never seen, "
+        f"It needs {page.bits_per_symbol:.3f} bits for a {kind[:-1]} of text that it did not learn from, "
         f"{exact.bits_per_symbol:.3f} before its weights were rounded to {format}."
     )
 
