@@ -29,7 +29,7 @@ from charlstm.run import run_directory
 from charlstm.types import ModelParams
 from data_pipeline.progress import say_on_stderr
 
-MOST_PARAMETERS = 8_000_000  # a page of 10 MB, which writes some hundred symbols a second
+MOST_PARAMETERS = 8_000_000  # a page of 10 MB, which writes some 60 symbols a second
 MOST_FLOAT16 = 1_000_000  # parameters: above, a page of float16 takes more than 2.7 MB
 MOST_SCORED = 200_000  # symbols of the held-out text, in evenly spaced chunks: a minute for the largest models
 NAMES = {
@@ -152,7 +152,7 @@ def scored(exported: Exported, rounded: ModelParams, format: str) -> str:
         f"{page.symbols:,} symbols of held-out text"
     )
     return (
-        f"It needs {page.bits_per_symbol:.3f} bits for a {kind[:-1]} of text that it has never seen, "
+        f"It needs {page.bits_per_symbol:.3f} bits for a {kind[:-1]} of text that it did not learn from, "
         f"{exact.bits_per_symbol:.3f} before its weights were rounded to {format}."
     )
 
