@@ -98,10 +98,8 @@ def flags_of(module: str) -> set[str]:
     return set(re.findall(r"--(\w+)", shown.getvalue()))
 
 
-PROGRAMS = [
-    f"launch.{name}"
-    for name in ("train", "evaluate", "sample", "prepare", "tune", "local", "compare", "inspect", "export", "serve")
-]
+LAUNCHED = ("train", "evaluate", "sample", "prepare", "tune", "local", "compare", "inspect", "export", "serve")
+PROGRAMS = [f"launch.{name}" for name in LAUNCHED]
 PROGRAMS += ["tests.faults.chaos", "tests.faults.soak", "benchmarks.cost_model"]
 PROGRAMS += [
     f"benchmarks.{name}" for name in ("train_step", "sampling", "end_to_end", "input", "scaling", "gpu", "equal_time")

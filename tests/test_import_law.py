@@ -46,8 +46,8 @@ def module_name(path: Path) -> str:
 
 
 MODULES = [module_name(path) for path in files()]
-# The peers may not be installed.
-OURS = [name for name in MODULES if not name.startswith("benchmarks.peers.")]
+# What these import may not be installed.
+OURS = [name for name in MODULES if not name.startswith(("benchmarks.peers.", "charlstm.interop.folder.load_torch"))]
 
 
 @functools.cache
@@ -108,6 +108,8 @@ def test_a_file_imports_from_its_own_folder_and_those_below(path):
             assert imported in MODEL_MAY_IMPORT, f"{module} imports {imported}"
         if folder(module) == "reference" if package in FOLDERS else False:
             assert other not in PACKAGES, f"{module} imports {imported}: the seed programs stand alone"
+        if module.startswith("charlstm.interop.folder."):
+            assert other not in (*PACKAGES, "jax"), f"{module} imports {imported}: it is copied to where these are not"
 
 
 def test_no_imports_go_in_a_circle():
@@ -144,7 +146,14 @@ def test_every_file_of_the_library_lies_in_a_folder_of_the_law():
         ("absl", {"launch.flags"}),
         ("flax", {"benchmarks.peers.autodiff"}),
         ("optax", {"benchmarks.peers.autodiff"}),
-        ("torch", {"benchmarks.peers.equal_time", "benchmarks.peers.pytorch", "benchmarks.peers.pytorch_train"}),
+        (
+            "torch",
+            {
+                *(f"benchmarks.peers.{name}" for name in ("equal_time", "pytorch", "pytorch_train")),
+                "charlstm.interop.folder.load_torch",
+            },
+        ),
+        ("safetensors", {"charlstm.interop.model_folder", "charlstm.interop.folder.load_torch"}),
         ("haiku", {"benchmarks.peers.autodiff"}),
     ],
 )

@@ -63,6 +63,7 @@ def test_every_module_is_imported_from_where_it_is_installed(installed, tmp_path
     names = [name.removesuffix(".py").replace("/", ".") for name in files_of(installed) if name.endswith(".py")]
     names = sorted(name.removesuffix(".__init__") for name in names)
     assert {"charlstm", "data_pipeline.build.prepare", "launch.train"} <= set(names)
+    names.remove("charlstm.interop.folder.load_torch")  # PyTorch may not be installed
     program = f"import importlib\nfor name in {names!r}: print(importlib.import_module(name).__file__)"
     places = run(installed, tmp_path, "-P", "-c", program).splitlines()
     assert len(places) == len(names)

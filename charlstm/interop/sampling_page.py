@@ -12,7 +12,6 @@ import gzip
 import hashlib
 import html
 import json
-import re
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -25,12 +24,12 @@ from charlstm import distributed
 from charlstm.config import Config
 from charlstm.inference.evaluate import make_evaluator
 from charlstm.interop.exported import Exported
+from charlstm.interop.model_card import texts_of
 from charlstm.run import run_directory
 from charlstm.types import ModelParams
-from data_pipeline import mixture
 from data_pipeline.progress import say_on_stderr
 
-MOST_PARAMETERS = 8_000_000  # a page of 10 MB, which writes some hundred symbols a second
+MOST_PARAMETERS = 8_000_000  # a page of 10 MB, which writes some 60 symbols a second
 MOST_FLOAT16 = 1_000_000  # parameters: above, a page of float16 takes more than 2.7 MB
 MOST_SCORED = 200_000  # symbols of the held-out text, in evenly spaced chunks: a minute for the largest models
 NAMES = {
@@ -67,7 +66,7 @@ def write(exported: Exported, folder: Path) -> None:
         "widths": model.widths,
         "variant": model.variant,
     } | {name: getattr(model, name) for name in ("cell", "skip", "zoneout", "zoneout_cell")}
-    name = exported.run_dir.name if exported.run_dir else f"{model.cell} of {trained_on(exported.config)}"
+    name = exported.run_dir.name if exported.run_dir else f"{model.cell} of {' and '.join(texts_of(exported.config))}"
     page = _page(name, " ".join(filter(None, about)), head, "sampling_model.js", packed)
     (folder / "index.html").write_text(page, "utf-8")
 
@@ -95,17 +94,8 @@ def described(config: Config, params: ModelParams) -> str:
     more = f", mogrified in {config.model.mogrifier_rounds} rounds" if config.model.mogrifier_rounds else ""
     return (
         f"{NAMES[config.model.cell]} of {layers} units{more}: {count(params):,} parameters. "
-        f"It has learned from {trained_on(config)}, one symbol at a time."
+        f"It has learned from {' and '.join(texts_of(config))}, one symbol at a time."
     )
-
-
-def trained_on(config: Config) -> str:
-    """Returns the short name of a run's corpus, without the folder that it lies in."""
-    if config.streams.mixture:
-        return ", ".join(part.name for part in mixture.parse(config.streams.mixture))
-    name = Path(config.corpus.corpus or config.corpus.train).stem
-    name = re.sub(r"-[0-9a-f]{16}$", "", name)  # of a prepared corpus in the cache
-    return "a text" if not name or re.fullmatch(r"[0-9a-f]{32}", name) else name
 
 
 def pack(params: ModelParams, format: str) -> tuple[list[list[Any]], bytes, ModelParams]:
@@ -160,7 +150,7 @@ def scored(exported: Exported, rounded: ModelParams, format: str) -> str:
         f"{page.symbols:,} symbols of held-out text"
     )
     return (
-        f"It needs {page.bits_per_symbol:.3f} bits for a {kind[:-1]} of text that it has never seen, "
+        f"It needs {page.bits_per_symbol:.3f} bits for a {kind[:-1]} of text that it did not learn from, "
         f"{exact.bits_per_symbol:.3f} before its weights were rounded to {format}."
     )
 

@@ -1,0 +1,76 @@
+"""The model in PyTorch (needs torch and safetensors):
+
+model = load(".")
+logits, state = model(ids)  # ids [B, T], logits [B, T, V] of the symbol after each; hand `state` to the next call
+"""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional
+
+
+class CappedLSTM(nn.LSTM):
+    """One layer of an LSTM whose input gate lets in no more than was forgotten: min(i, 1 - f)."""
+
+    def forward(self, x, state=None):
+        h, c = state or [x.new_zeros(1, len(x), self.hidden_size)] * 2
+        h, c, outputs = h[0], c[0], []
+        for z in functional.linear(x, self.weight_ih_l0, self.bias_ih_l0).unbind(1):
+            i, f, g, o = functional.linear(h, self.weight_hh_l0, self.bias_hh_l0).add(z).chunk(4, 1)
+            i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+            c = f * c + torch.minimum(i, 1 - f) * g
+            h = o * c.tanh()
+            outputs.append(h)
+        return torch.stack(outputs, 1), (h[None], c[None])
+
+
+KINDS = {"lstm": nn.LSTM, "capped_lstm": CappedLSTM, "gru": nn.GRU, "rnn": nn.RNN}
+
+
+class CharacterModel(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        V, E, kind = config["vocabulary_size"], config["embedding_size"], config["module"]
+        options = {"nonlinearity": config["nonlinearity"]} if kind == "rnn" else {}
+        sizes = pairwise([E or V, *config["hidden_sizes"]])
+        self.layers = nn.ModuleList(KINDS[kind](D, H, batch_first=True, **options) for D, H in sizes)
+        self.linear = nn.Linear(config["hidden_sizes"][-1], V)
+        self.embedding = None
+        if E:
+            self.embedding = nn.Embedding(V, E)
+            if config["tie_embeddings"]:
+                self.linear.weight = self.embedding.weight
+        self.skip = config["skip"]
+
+    def forward(self, ids, state=None):
+        if self.embedding is None:
+            x = functional.one_hot(ids, self.linear.out_features).to(self.linear.weight.dtype)
+        else:
+            x = self.embedding(ids)
+        outputs, new_state = [], []
+        for layer, before in zip(self.layers, state or [None] * len(self.layers), strict=True):
+            x, after = layer(x, before)
+            outputs.append(x)
+            new_state.append(after)
+        return self.linear(sum(outputs) if self.skip else x), new_state
+
+
+def load(folder="."):
+    """Returns the model of an exported folder."""
+    config = json.loads((Path(folder) / "config.json").read_text("utf-8"))
+    if config["module"] not in KINDS:
+        raise ValueError(f"PyTorch has no layer that computes this model ({config['cell']}): use load_numpy.py")
+    model, weights = CharacterModel(config), load_file(Path(folder) / "model.safetensors")
+    # The file names all layers as one nn.LSTM of several does, lstm.weight_ih_l1; here each layer is one by itself.
+    for number in range(len(model.layers)):
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+            weights[f"layers.{number}.{name}_l0"] = weights.pop(f"{config['module']}.{name}_l{number}")
+    if config["tie_embeddings"]:
+        weights["linear.weight"] = weights["embedding.weight"]
+    model.load_state_dict(weights)
+    return model.eval()

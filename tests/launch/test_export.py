@@ -1,0 +1,114 @@
+"""launch.export on a run: what it prints, writes and refuses, and that the weights are those that are evaluated."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+import charlstm as cl
+from charlstm import distributed
+from charlstm.interop.folder import load_numpy
+from charlstm.run import run_directory
+from charlstm.run.checkpoint import Checkpoints
+from charlstm.training import train_state
+from launch import cli, export, train
+from tests.launch.conftest import refusal, tree
+
+
+@pytest.fixture(scope="module")
+def run_dir(folder, arguments) -> Path:
+    """A run of 12 steps that keeps an average, validated after the last one; checkpoints of 6 and 12."""
+    path = folder / "averaged to be exported"
+    flags = ("--average=ema", "--ema_decay=0.9", "--num_steps=12", "--checkpoint_every=6")
+    assert train.main(["train", *arguments, *flags, f"--run_dir={path}"]) == cli.DONE
+    return path
+
+
+def parts(card: str) -> tuple[dict, str]:
+    """The front matter of a model card, and the rest."""
+    _, front, text = card.split("---\n", 2)
+    return yaml.safe_load(front), text
+
+
+def test_the_folder_that_it_names_file_by_file_has_the_average_and_the_score_of_the_run(run_dir, tmp_path, capsys):
+    assert export.main(["export", f"--run_dir={run_dir}", f"--output={tmp_path / 'made'}"]) == cli.DONE
+    printed = capsys.readouterr().out.splitlines()
+    files = sorted((tmp_path / "made").iterdir())
+    assert printed == [f"{path}  {path.stat().st_size:,} bytes" for path in files] and len(files) == 6
+
+    config, identity = run_directory.read(run_dir)
+    mesh = distributed.make(list(distributed.make().devices.flat[:1]))
+    abstract = train_state.abstract(config, identity.vocabulary.size, mesh).params
+    with Checkpoints(run_dir / "checkpoints", writable=False, log=print) as checkpoints:
+        average, last = (checkpoints.restore_params(abstract, step=12, item=i)[0] for i in ("average", "params"))
+    found = load_file(tmp_path / "made" / "model.safetensors")
+    np.testing.assert_array_equal(found["linear.bias"], average.b_out)
+    np.testing.assert_array_equal(found["lstm.weight_ih_l0"], average.cells[0].w_x.T)
+    assert (found["linear.bias"] != last.b_out).any()
+
+    front, text = parts((tmp_path / "made" / "README.md").read_text("utf-8"))
+    (record,) = (
+        line
+        for line in map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+        if line["split"] == "valid"
+    )
+    (measured,) = front["model-index"][0]["results"]
+    scores = {metric["type"]: metric["value"] for metric in measured["metrics"]}
+    assert scores == {name: round(record[name], 4) for name in front["metrics"]} and "bits_per_byte" in scores
+    assert f"{record['scored_symbols']:,} symbols of the validation split" in text
+    assert front["library_name"] == "charlstm" and front["datasets"] == ["text"] and "license" not in front
+    assert "average=ema" in text and "after 12 updates" in text and str(run_dir.parent) not in text
+
+
+def test_the_numpy_program_of_the_folder_scores_as_the_run_does(run_dir, tmp_path):
+    model = cl.load(run_dir)
+    read = load_numpy.Model(model.export(tmp_path / "made"))
+    ids = read.encode("abcdefgh\n" * 9)
+    logits = read(ids[:-1])[0]
+    nats = -np.asarray(jax.nn.log_softmax(logits))[np.arange(len(ids) - 1), ids[1:]]
+    np.testing.assert_allclose(nats / np.log(2), model.bits("abcdefgh\n" * 9)[1:], rtol=1e-5)
+
+
+def test_a_checkpoint_that_was_not_validated_has_no_score(run_dir, tmp_path):
+    flags = [f"--run_dir={run_dir}", f"--output={tmp_path / 'made'}", "--checkpoint=6"]
+    assert export.main(["export", *flags]) == cli.DONE
+    front, text = parts((tmp_path / "made" / "README.md").read_text("utf-8"))
+    assert "metrics" not in front and "model-index" not in front
+    assert "It was not measured" in text and "after 6 updates" in text
+
+
+def test_what_it_cannot_do_is_refused_in_one_sentence_and_leaves_nothing(run_dir, tmp_path):
+    assert "--run_dir is required" in refusal(export.main, f"--output={tmp_path / 'made'}")
+    assert "--output is required" in refusal(export.main, f"--run_dir={run_dir}")
+    assert "--format=pickle: use one of safetensors" in refusal(export.main, f"--run_dir={run_dir}", "--format=pickle")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    before = tree(tmp_path)
+    sentence = refusal(export.main, f"--run_dir={run_dir}", f"--output={tmp_path / 'full'}")
+    assert "is there already: name a new directory" in sentence and tree(tmp_path) == before
+
+
+def test_a_page_has_the_score_of_its_rounded_weights_beside_that_of_the_run(run_dir, tmp_path, capsys):
+    assert export.main(["export", f"--run_dir={run_dir}", "--format=html", f"--output={tmp_path / 'page'}"]) == cli.DONE
+    model, said = cl.load(run_dir), capsys.readouterr().err
+    score = model.evaluate(cl.load_corpus(model.config.corpus.corpus, cache_dir=model.config.corpus.cache_dir).valid)
+    assert f"{score.bits_per_symbol:.4f} as trained" in said and "with weights of float16" in said
+    assert f"{score.bits_per_symbol:.3f} before its weights" in (tmp_path / "page" / "index.html").read_text("utf-8")
+
+
+def test_a_page_of_a_run_whose_text_has_gone_has_no_score_and_says_so(run_dir, tmp_path, capsys, monkeypatch):
+    moved = run_dir.parent / "moved away"
+    text = Path(cl.load(run_dir).config.corpus.corpus)
+    text.rename(moved)
+    try:
+        assert (
+            export.main(["export", f"--run_dir={run_dir}", "--format=html", f"--output={tmp_path / 'a'}"]) == cli.DONE
+        )
+    finally:
+        moved.rename(text)
+    said = capsys.readouterr().err
+    assert "no held-out text: " in said and "was not measured" in said
