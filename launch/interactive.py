@@ -12,7 +12,7 @@ import numpy as np
 
 from charlstm.inference.continuation import SYMBOLS, Continuation
 from charlstm.inference.sampling import Sampling
-from charlstm.inference.text import encode_prompt, unseen_before
+from charlstm.inference.text import encode_prompt, unknown_id, unseen_before
 from data_pipeline import signals
 from data_pipeline.batch import Separator
 from data_pipeline.vocabulary import Vocabulary
@@ -100,8 +100,9 @@ class Interactive:
 
     def _show_top(self) -> None:
         self._read(np.zeros(0, np.int32))
-        log_probabilities = self._text.next_log_probabilities()
-        self._top = np.argsort(-log_probabilities, kind="stable")[:SHOWN].tolist()
+        log_probabilities, never = self._text.next_log_probabilities(), unknown_id(self._vocabulary)
+        order = np.argsort(-log_probabilities, kind="stable").tolist()
+        self._top = [symbol for symbol in order if symbol != never][:SHOWN]
         for place, symbol in enumerate(self._top, 1):
             probability, name = math.exp(log_probabilities[symbol]), repr(self._vocabulary.decode(np.array([symbol])))
             if self._vocabulary.kind == "bytes" and symbol >= 0x80:

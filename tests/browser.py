@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 EXECUTABLE = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
-NETWORK_OFF = "--host-resolver-rules=MAP * ~NOTFOUND"
+NETWORK_OFF = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 
 
 class Page:
@@ -49,9 +49,9 @@ class Page:
                 assert "error" not in answer, answer
                 return answer["result"]
 
-    def open(self, path: Path) -> None:
-        """Opens a file from disk and waits until the page says that it is ready."""
-        self.do("Page.navigate", url=f"file://{path}")
+    def open(self, path: Path | str) -> None:
+        """Opens a file from disk, or an address of this machine, and waits until the page says that it is ready."""
+        self.do("Page.navigate", url=f"file://{path}" if isinstance(path, Path) else path)
         ask = "const ask = () => document.body?.dataset.ready ? done() : setTimeout(ask, 20); ask()"
         self.run(f"new Promise(done => {{ {ask} }})")
 

@@ -223,7 +223,6 @@ def test_of_equally_probable_symbols_top_k_and_greedy_take_the_first():
         assert set(choose(logits_RV, gumbel_RV, by_rows([sampling] * 64, np.float32)).tolist()) == expected
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(), Sampling(top_k=3, top_p=0.9)], ids=str)
 def test_rows_side_by_side_choose_each_by_its_own_settings():
     settings = [GREEDY, Sampling(), Sampling(0.7), Sampling(top_k=3), Sampling(0.5, 0, 0.6), Sampling(0, 2, 0.5)] * 8
     logits_RV = jax.random.normal(jax.random.key(1), (len(settings), 40)) * 2
@@ -258,6 +257,7 @@ def warnings_of(name):
         logging.getLogger(name).removeHandler(handler)
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(), Sampling(top_k=3, top_p=0.9)], ids=str)
 def test_the_unknown_symbol_is_never_drawn_however_probable(sampling):
     params = make_params()
     params = params._replace(b_out=params.b_out.at[0].set(100.0))
