@@ -8,6 +8,7 @@ starting the process.  Shards have 16 MiB, so that what is written anew where a 
 text as of a large corpus with shards of 256 MiB.
 """
 
+import argparse
 import json
 import random
 import subprocess
@@ -75,4 +76,8 @@ def main(megabytes: int, kinds: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if sys.argv[1:] else 500, sys.argv[2:] or list(KINDS))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("megabytes", type=int, nargs="?", default=200)
+    parser.add_argument("kinds", nargs="*", default=list(KINDS))
+    given = parser.parse_args()
+    main(given.megabytes, given.kinds)

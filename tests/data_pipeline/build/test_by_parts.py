@@ -14,6 +14,7 @@ import pytest
 
 from data_pipeline.build import by_parts, parts, places
 from data_pipeline.build.by_parts import Sizes, prepare_by_parts
+from data_pipeline.build.engines import engine
 from data_pipeline.build.plan import Share
 from data_pipeline.build.prepare import prepare
 from data_pipeline.manifest import read_manifest
@@ -129,6 +130,7 @@ import os, signal, sys
 from pathlib import Path
 from data_pipeline.build import by_parts, places
 from data_pipeline.build.by_parts import Sizes, prepare_by_parts
+from data_pipeline.build.engines import engine
 from data_pipeline.build.plan import Share
 from data_pipeline.settings import CorpusSettings
 by_parts.HELP_AFTER = by_parts.POLL = 0
@@ -330,6 +332,14 @@ def test_a_scheduler_that_is_not_there_is_named(folder, tmp_path, monkeypatch):
         with pytest.raises((ValueError, OSError), match=reason):
             prepare_by_parts(settings_of(folder), tmp_path / "out", name=f"dask:{address}", sizes=SIZES)
     assert {path.name for path in tmp_path.iterdir()} == {"texts", "cache"}
+
+
+def test_a_process_that_is_killed_ends_the_preparation_in_a_sentence():
+    with (
+        pytest.raises(ChildProcessError, match="was killed, perhaps for want of memory: the same command goes on"),
+        engine("local", 2, processes=True, progress=None) as parallel,
+    ):
+        list(parallel("preparing")(os._exit, [1]))
 
 
 PEAK = """
