@@ -4,10 +4,11 @@
 
 Both prepare the same generated file on one core, alternately, twice, each in a process of its own.  The kinds are
 txt, jsonl.zst and characters (txt in a vocabulary of characters).  Processor time includes that of the system, and of
-starting the process.  Shards have 16 MiB, so that what is written anew where a split ends is as small a share of the
-text as of a large corpus with shards of 256 MiB.
+starting the process.  Parts and shards have 4 MiB, so that what is counted and written again where a split ends is a
+small share of the text, as it is of a large corpus with parts of 256 MiB.
 """
 
+import argparse
 import json
 import random
 import subprocess
@@ -31,9 +32,9 @@ from data_pipeline.settings import CorpusSettings
 text, out, vocabulary, way = sys.argv[1:]
 how = CorpusSettings(corpus=text, cache_dir=out + ".cache", vocabulary=vocabulary)
 if way == "at once":
-    prepare(how, Path(out), workers=1, shard_bytes=16 << 20)
+    prepare(how, Path(out), workers=1, shard_bytes=4 << 20)
 else:
-    prepare_by_parts(how, Path(out), workers=1, sizes=Sizes(part=64 << 20, shard=16 << 20))
+    prepare_by_parts(how, Path(out), workers=1, sizes=Sizes(part=4 << 20, shard=4 << 20))
 used = resource.getrusage(resource.RUSAGE_SELF)
 print(used.ru_utime + used.ru_stime, used.ru_maxrss)
 """
@@ -75,4 +76,8 @@ def main(megabytes: int, kinds: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if sys.argv[1:] else 500, sys.argv[2:] or list(KINDS))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("megabytes", type=int, nargs="?", default=200)
+    parser.add_argument("kinds", nargs="*", default=list(KINDS))
+    given = parser.parse_args()
+    main(given.megabytes, given.kinds)

@@ -21,7 +21,7 @@ from data_pipeline.progress import Progress
 from data_pipeline.settings import CorpusSettings
 
 HELP_AFTER = 20.0  # seconds without news of other workers, after which one does their parts
-POLL = 1.0  # seconds between looks at what they have done
+POLL = 2.0  # seconds between looks at what they have done
 
 
 class Sizes(NamedTuple):

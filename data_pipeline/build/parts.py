@@ -121,7 +121,7 @@ def count_part(task: PartTask) -> int:
     if task.place.read(count_note(task.part.number)) is None:
         streams, found = {}, dict[str, Any]()
         with task.place.scratch() as directory:
-            _read(task, directory, lambda stream: CharacterCount(), found)
+            _read(task, directory, lambda stream: CharacterCount(), found, is_counted=False)
         for stream, (text, count) in sorted(found.items()):
             added = _end(task, text)
             count.flush(final=True)
@@ -134,7 +134,7 @@ def count_spans(task: PartTask, stream: str, spans: list[Span]) -> tuple[list[in
     """Returns the code points of these symbols of a part's stream, and their counts."""
     found = dict[str, Any]()
     with task.place.scratch() as directory:
-        _read(task, directory, lambda name: CharacterCount(spans if name == stream else []), found)
+        _read(task, directory, lambda name: CharacterCount(spans if name == stream else []), found, is_counted=True)
     text, count = found[stream]
     _end(task, text)
     count.flush(final=True)
@@ -152,7 +152,7 @@ def write_part(task: PartTask) -> int:
                 file = directory / f"{stream or 'text'}-{number:05d}"
                 return ShardSink(file, encoding.vocabulary, cuts, task.shard_bytes, task.block_bytes, task.place.put)
 
-            documents, digests, bad, first_bad = _read(task, directory, sink, found, with_digests=True)
+            documents, digests, bad, first_bad = _read(task, directory, sink, found, is_counted=True)
             for stream, (text, shards) in sorted(found.items()):
                 added = _end(task, text)
                 shards.close()
@@ -170,14 +170,15 @@ def _end(task: PartTask, text: TextOutput) -> int:
 
 
 def _read(
-    task: PartTask, directory: Path, sink: Callable[[str], Any], found: dict[str, Any], with_digests: bool = False
+    task: PartTask, directory: Path, sink: Callable[[str], Any], found: dict[str, Any], is_counted: bool
 ) -> tuple[list[int], list[str | None], int, str]:
     """Reads the files of a part into sinks, made by stream; `found` gets stream -> its text and sink.
 
     Returns:
       The documents and the digest of each file; the number of documents left out; description of the first.
     """
-    how, part = task.how, task.part
+    # What has been counted is known to be UTF-8.
+    how, part = task.how._replace(utf8=task.how.utf8 and not is_counted), task.part
 
     def output(digest: Callable[[], bytes]) -> TextOutput:
         stream = how.split.split_of(digest()) if how.split else part.stream
@@ -193,7 +194,7 @@ def _read(
         _require_unchanged(file)
         with named_in_errors(file.path):
             counted, refused = decode_file(file, how, directory, output)
-        has_digest = with_digests and not file.is_remote and not file.span
+        has_digest = is_counted and not file.is_remote and not file.span
         digests.append(hash_file(file.path, "sha256") if has_digest else None)
         _require_unchanged(file)
         documents.append(counted)

@@ -37,6 +37,9 @@ class _Sink:
         self._decoder = codecs.getincrementaldecoder("utf-8")()
 
     def write(self, data: bytes) -> None:
+        if len(data) >= CHUNK and not self._buffer:
+            self._take(data, final=False)
+            return
         self._buffer += data
         if len(self._buffer) >= CHUNK:
             self.flush()

@@ -14,6 +14,7 @@ import pytest
 
 from data_pipeline.build import by_parts, parts, places
 from data_pipeline.build.by_parts import Sizes, prepare_by_parts
+from data_pipeline.build.engines import engine
 from data_pipeline.build.plan import Share
 from data_pipeline.build.prepare import prepare
 from data_pipeline.manifest import read_manifest
@@ -40,7 +41,7 @@ def folder(tmp_path) -> Path:
     (texts / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     (texts / "e.txt.gz").write_bytes(gzip.compress(b"no line feed at its end", mtime=0))
     (texts / "f.txt.gz").write_bytes(gzip.compress(b"", mtime=0))
-    (texts / "g.txt").write_text("Ende" * 400)
+    (texts / "g.txt").write_text("漢" * 1000 + "é")  # cut within a character
     (texts / "h.txt.gz").write_bytes(gzip.compress(b"", mtime=0))
     return texts
 
@@ -129,6 +130,7 @@ import os, signal, sys
 from pathlib import Path
 from data_pipeline.build import by_parts, places
 from data_pipeline.build.by_parts import Sizes, prepare_by_parts
+from data_pipeline.build.engines import engine
 from data_pipeline.build.plan import Share
 from data_pipeline.settings import CorpusSettings
 by_parts.HELP_AFTER = by_parts.POLL = 0
@@ -153,7 +155,7 @@ def killed(how: CorpusSettings, out: Path, after: int, share: str = "") -> int:
     return subprocess.run([sys.executable, "-c", code, str(after), share], cwd=ROOT, timeout=120).returncode
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(60, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.long)])
 def test_workers_that_are_killed_anywhere_and_started_again_give_the_same_fingerprint(folder, kills):
     how, draw = settings_of(folder, vocabulary="characters"), random.Random(11)
     out, seen = folder.parent / "out", 0
@@ -330,6 +332,14 @@ def test_a_scheduler_that_is_not_there_is_named(folder, tmp_path, monkeypatch):
         with pytest.raises((ValueError, OSError), match=reason):
             prepare_by_parts(settings_of(folder), tmp_path / "out", name=f"dask:{address}", sizes=SIZES)
     assert {path.name for path in tmp_path.iterdir()} == {"texts", "cache"}
+
+
+def test_a_process_that_is_killed_ends_the_preparation_in_a_sentence():
+    with (
+        pytest.raises(ChildProcessError, match="was killed, perhaps for want of memory: the same command goes on"),
+        engine("local", 2, processes=True, progress=None) as parallel,
+    ):
+        list(parallel("preparing")(os._exit, [1]))
 
 
 PEAK = """
