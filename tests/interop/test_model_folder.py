@@ -1,5 +1,6 @@
 """A folder of weights: what is in it, and that its programs compute what the model computes."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import charlstm as cl
 from charlstm.interop import model_card
 from charlstm.interop.folder import load_numpy
-from charlstm.interop.model_folder import MISSING, PROGRAMS
+from charlstm.interop.model_folder import MISSING, PROGRAMS, module_of
 from tests.interop.conftest import BYTES, CHARACTERS, MODELS, assert_close, drawn, logits_of, needs, run, windows_of
 from tests.jobs import ROOT
 
@@ -126,6 +128,16 @@ def test_other_cells_have_names_of_their_own_which_no_layer_of_pytorch_takes(nam
     assert json.loads((folder / "config.json").read_text())["module"] is None
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"zoneout": 0.1}, {"zoneout_cell": 0.1}, {"train_initial_state": True}, {"mogrifier_rounds": 1}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_each_setting_that_pytorchs_layers_lack_alone_takes_their_names_away(settings):
+    config = cl.Config(embedding_size=8).model
+    assert module_of(config) == "lstm" and module_of(dataclasses.replace(config, **settings)) is None
+
+
 def test_a_folder_has_these_files_and_the_programs_as_they_are(tmp_path):
     model = drawn("lstm capped")
     folder = model.export(tmp_path / "folder")
@@ -151,10 +163,12 @@ def test_the_numpy_program_writes_the_models_most_probable_text_and_what_seed_an
     texts = [written(read, length=40, temperature=2.0, seed=seed) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     logits = read(read.encode("a"))[0][0]
+    logits[0] = logits.max() + 3  # the unknown symbol, which is never drawn
+    assert read.choose(logits, 0, 0, None) == 1 + logits[1:].argmax()
     random, best = np.random.default_rng(0), 1 + np.argsort(logits[1:])[-3:]
     assert {read.choose(logits, 5.0, 3, random) for _ in range(200)} == set(best)
-    drawn_ids = [read.choose(logits, 1.0, 0, random) for _ in range(4000)]
-    expected = np.exp(logits[1:] - logits.max()) / np.exp(logits[1:] - logits.max()).sum()
+    drawn_ids = [read.choose(logits, 2.0, 0, random) for _ in range(4000)]
+    expected = np.exp(logits[1:] / 2) / np.exp(logits[1:] / 2).sum()
     np.testing.assert_allclose(np.bincount(drawn_ids, minlength=len(logits))[1:] / 4000, expected, atol=0.03)
     with pytest.raises(ValueError, match="'z' is not in the vocabulary"):
         read.encode("az")
