@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from charlstm.config.model import ModelConfig
@@ -74,11 +73,9 @@ def _params(tensors: torch_weights.Tensors, model: ModelConfig, size: int, path:
     def take(name: str, shape: tuple[int, ...], transposed: bool = False) -> torch_weights.Array:
         if name not in rest:
             raise ValueError(f"{path} has no {name}: it is not of the config.json beside it")
-        array = rest.pop(name)
-        if array.shape != (shape[::-1] if transposed else shape) or array.dtype != np.float32:
-            raise ValueError(f"{path}: {name} is {array.dtype} {list(array.shape)}, which config.json has otherwise")
-        if not np.isfinite(array).all():
-            raise ValueError(f"{path}: {name} has numbers that are not finite")
+        array = torch_weights.numbers(rest.pop(name), name, path)
+        if array.shape != (shape[::-1] if transposed else shape):
+            raise ValueError(f"{path}: {name} has the shape {list(array.shape)}, which config.json has otherwise")
         return array.T if transposed else array
 
     cells = []

@@ -114,8 +114,8 @@ def model_of(tensors: Tensors, roles: Roles, source: Path) -> Weights:
     E, H = cells[0].w_x.shape[0], widths[-1]
     embedding, output = _ends(rest, E, H, roles, source)
     one_hot, is_tied = embedding == ONE_HOT, embedding == output
-    table = None if one_hot else _numbers(rest[embedding], embedding, source)
-    w_out = _numbers(rest[output], output, source).T
+    table = None if one_hot else numbers(rest[embedding], embedding, source)
+    w_out = numbers(rest[output], output, source).T
     b_out = _output_bias(rest, output, source)
     rest = {name: a for name, a in rest.items() if name not in (embedding, output) and _is_float(a)}
     if rest:
@@ -186,7 +186,7 @@ def _in_order(modules: dict[str, dict[int, dict[str, str]]], source: Path) -> li
 def _layer(rest: Tensors, kinds: dict[str, str], source: Path) -> CellParams:
     if missing := [kind for kind in ("weight_ih", "weight_hh") if kind not in kinds]:
         raise ValueError(f"{source} has {', '.join(sorted(kinds.values()))} and no {missing[0]} beside them")
-    arrays = {kind: _numbers(rest[name], name, source) for kind, name in kinds.items()}
+    arrays = {kind: numbers(rest[name], name, source) for kind, name in kinds.items()}
     w_ih, w_hh = arrays["weight_ih"], arrays["weight_hh"]
     fits = w_ih.ndim == w_hh.ndim == 2 and w_hh.shape[0] in [g * w_hh.shape[1] for g in CELLS]
     biases = [array.shape for kind, array in arrays.items() if kind.startswith("bias")]
@@ -245,14 +245,14 @@ def _output_bias(rest: Tensors, output: str, source: Path) -> Array:
     V = rest[output].shape[0]
     vectors = [name for name, array in rest.items() if array.shape == (V,) and _is_float(array)]
     name = _bias_name(output) if _bias_name(output) in vectors else vectors[0] if len(vectors) == 1 else ""
-    return _numbers(rest.pop(name), name, source) if name else np.zeros(V, np.float32)
+    return numbers(rest.pop(name), name, source) if name else np.zeros(V, np.float32)
 
 
 def _bias_name(weight: str) -> str:
     return weight.removesuffix("weight") + "bias"
 
 
-def _numbers(array: Array, name: str, source: Path) -> Array:
+def numbers(array: Array, name: str, source: Path) -> Array:
     """The tensor as float32.  Raises ValueError where it has no numbers, or some that are not finite."""
     if not _is_float(array):
         raise ValueError(
