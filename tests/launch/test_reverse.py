@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import charlstm as cl
+from charlstm.inspect import inspection, units
 from launch import cli, evaluate, inspect, sample, train
 from tests.launch.conftest import SMALL, TINY, refusal
 
@@ -81,6 +82,11 @@ def test_a_run_that_goes_on_has_the_bits_of_one_that_was_not_stopped_and_never_t
         ran("cut", "txt", "--noreverse", "--document_separator=<>", "--sample_prompt=he")
 
 
+def test_a_run_that_starts_from_the_parameters_of_the_other_direction_says_so(ran, runs):
+    run = ran("taken", "txt", "--document_separator=<>", f"--initial_checkpoint={runs[0]}", "--num_steps=1")
+    assert f"{runs[0]} reads the text backward, this run does not" in (run / "log.txt").read_text()
+
+
 @pytest.mark.parametrize("flags", [("--format=json",), ("--format=json", "--dynamic")])
 def test_the_scores_are_those_of_the_flipped_text(runs, capsys, flags):
     one, other = (json.loads(printed(evaluate.main, capsys, f"--run_dir={run}", *flags)) for run in runs)
@@ -110,6 +116,9 @@ def test_the_library_takes_and_gives_all_in_the_order_of_the_text(runs, texts):
     assert backward.bits(text)[-1] == np.float32(np.log2(backward.vocabulary.size)) != backward.bits(text)[0]
     for ours, theirs in zip(backward.states(text)[0], forward.states(text[::-1])[0], strict=True):
         np.testing.assert_array_equal(ours, theirs[::-1])
+    unit = units.parse("1:3", backward.config.model)
+    shown = [inspection.values(model, of, unit) for model, of in ((backward, text), (forward, text[::-1]))]
+    np.testing.assert_array_equal(shown[0], shown[1][::-1])
     assert backward.evaluate(text) == forward.evaluate(text[::-1])
     corpus = cl.load_corpus(texts / "train.txt", cache_dir=str(texts / "cache"), vocabulary="characters")
     split = corpus.vocabulary.decode(corpus.test.read(0, len(corpus.test)))
