@@ -34,6 +34,14 @@ class OtherModel(Exception):
     """The model has been replaced since the request was read."""
 
 
+class _Unread(Text):
+    def feed(self, symbols: Symbols) -> bool:
+        return False
+
+    def fail(self, error: Exception) -> None:
+        raise error
+
+
 class Slots:
     """Writes texts, as many at a time as there are slots.  Others wait.
 
@@ -60,9 +68,7 @@ class Slots:
         self._waiting: collections.deque[Text] = collections.deque()
         self._texts: list[Text | None] = [None] * self.slots
         self._empty()
-        *_, beginning = self._reading(Prompt(Group(), np.zeros(2, np.int32)))
-        self._place(np.zeros(self.slots, bool), beginning)
-        self._write()
+        self._write_to_nobody()
         self._thread = threading.Thread(target=self._work, name="slots", daemon=True)
         self._thread.start()
 
@@ -108,6 +114,15 @@ class Slots:
             self._is_closed = True
             self._changed.notify()
         self._thread.join()
+
+    def _write_to_nobody(self) -> None:
+        """Writes a text that is thrown away: the first that is wanted then waits for no compilation."""
+        self._waiting.append(_Unread(Prompt(Group(), np.zeros(2, np.int32)), Sampling(), 0, 0, 2 * CHUNK))
+        self._admit()
+        while self.busy:
+            self._turn()
+        self._empty()
+        self.written = self.read = 0
 
     def _work(self) -> None:
         while True:

@@ -115,6 +115,20 @@ def test_texts_have_the_bits_of_generate_whatever_else_is_written(slots):
     assert slots.busy == slots.waiting == 0
 
 
+@pytest.mark.parametrize("slots", [(7, 9, ("devices", 2))], indirect=True)
+def test_the_first_text_that_is_wanted_waits_for_no_compilation_of_the_model(slots, caplog):
+    assert (slots.written, slots.read, slots.busy) == (0, 0, 0)
+    jax.config.update("jax_log_compiles", True)  # of all threads
+    try:
+        for text in (Written([1, 2, 3], length=2 * CHUNK + 1), Written([5], SETTINGS[4], length=1)):
+            slots.submit([text])
+            wait([text])
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    assert "Compiling" in caplog.text, "small programs, such as that of a state's slice"
+    assert "Compiling jit(make_chunk)" not in caplog.text and "Compiling jit(_read_window)" not in caplog.text
+
+
 @pytest.mark.parametrize("slots", [(4, 99, ("separator", (3, 4)))], indirect=True)
 def test_a_text_goes_on_from_its_state_as_if_it_had_not_been_interrupted(slots):
     whole = Written([1, 2, 3, 4, 5], SETTINGS[4], length=50, number=1)
