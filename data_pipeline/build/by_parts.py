@@ -86,7 +86,8 @@ def prepare_by_parts(
             place.begin(plan)
             may_abandon = share is None  # of several workers, the others go on
             of = f", worker {share.number} of {share.of}" if share else ""
-            say(f"preparing {described}; {len(plan.parts)} parts{of}")
+            count = len(plan.parts)
+            say(f"preparing {described}; {count} part{'s' if count > 1 else ''}{of}")
             return work.run(say)
     except FileNotFoundError:  # another worker has joined the parts meanwhile
         if not place.is_done():
