@@ -41,7 +41,7 @@ class Chunk(NamedTuple):
 
 
 class Beginning(NamedTuple):
-    """What a text goes on from: K symbols, as many as the separator has and at least one, and the state before them."""
+    """The end of what was read: the last K symbols, as many as the separator has and at least one; the state before."""
 
     state: RecurrentState  # [1, H] after all symbols but the last
     last_K: np.ndarray  # int32; -1 beyond the beginning of the text

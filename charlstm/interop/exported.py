@@ -1,4 +1,4 @@
-"""What every format is written from: the settings, the symbols, and the weights as they are evaluated."""
+"""A model on its way out, for every format: settings, symbols, and the weights as they are evaluated."""
 
 import dataclasses
 from pathlib import Path

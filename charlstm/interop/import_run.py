@@ -147,7 +147,7 @@ def _digest(source: Path) -> str:
 
 
 def in_words(imported: Imported) -> str:
-    """What was read, in one line."""
+    """Describes a model that was read, in one line."""
     model, count = imported.config.model, sum(array.size for array in jax.tree.leaves(imported.params))
     end = f"embedding {model.embedding_size}" if model.embedding_size else "one-hot input"
     layers = " + ".join(map(str, model.widths))

@@ -1,4 +1,4 @@
-"""Which symbols the ids of a model of others mean, and its parameters in the order of ours.
+"""Symbols by the ids of a model that others trained, and its parameters in the order of ours.
 
 Here a vocabulary of characters is in the order of their code points, and id 0 is the unknown character.  Where a model
 has no unknown symbol, one is added: it is read as the mean of all symbols, and written with e^-30 of the probability of

@@ -30,7 +30,7 @@ _NESTED = ("state_dict", "model_state_dict", "model", "state")  # where checkpoi
 
 @dataclasses.dataclass(frozen=True)
 class Roles:
-    """Which tensor is what, where names and shapes do not say it."""
+    """Names of tensors, given where their names and shapes leave a choice."""
 
     recurrent: str = setting("", "PyTorch: the recurrent module, such as rnn, if there are several.")
     embedding: str = setting(
@@ -232,7 +232,7 @@ def _ends(rest: Tensors, E: int, H: int, roles: Roles, source: Path) -> tuple[st
 
 
 def _by_bias(pairs: list[tuple[str, str]], rest: Tensors) -> list[tuple[str, str]]:
-    """Those whose output layer has a bias, and whose embedding has none."""
+    """Returns the pairs whose output layer has a bias, and whose embedding has none."""
     return [(e, o) for e, o in pairs if _bias_name(o) in rest and (e == o or _bias_name(e) not in rest)]
 
 

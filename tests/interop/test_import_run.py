@@ -18,7 +18,7 @@ from charlstm.interop.import_run import import_model
 from charlstm.interop.torch_weights import Roles
 from charlstm.run import run_directory
 from charlstm.run.checkpoint import Checkpoints
-from launch import cli, evaluate, export, inspect, train
+from launch import cli, evaluate, export, inspect, sample, serve, train
 from launch import import_model as program
 from tests.fuzzing import fuzzed, sentence, spoiled
 from tests.interop.conftest import BYTES, MODELS, assert_close, drawn, logits_of, needs, run
@@ -61,6 +61,20 @@ def test_the_run_writes_and_scores_with_the_same_bits_as_the_model_that_was_expo
     again = theirs.export(folder.with_name("again"))
     ours, other = ((path / "model.safetensors").read_bytes() for path in (folder, again))
     assert ours == other
+
+
+def test_a_model_that_reads_backward_stays_one_and_what_writes_from_left_to_right_refuses_it(tmp_path):
+    model = drawn("lstm", reverse=True, reset_state="document", document_separator="ab")
+    import_model(model.export(tmp_path / "folder"), tmp_path / "theirs")
+    theirs = api.load(tmp_path / "theirs")
+    assert theirs.config.streams.reverse and theirs.separator == model.separator
+    assert theirs.separator == tuple(model.vocabulary.encode("ab")[::-1])
+    assert theirs.sample("ab", 20, seed=3) == model.sample("ab", 20, seed=3)
+    assert "reads backward" in refusal(sample.main, f"--run_dir={tmp_path / 'theirs'}", "--interactive")
+    with pytest.raises(ValueError, match="this model reads backward"):
+        model.export(tmp_path / "page", "html")
+    pytest.importorskip("uvicorn", reason="the server's packages are not installed")
+    assert "reads backward" in refusal(serve.main, f"--run_dir={tmp_path / 'theirs'}")
 
 
 def test_every_program_works_on_it_or_says_in_a_sentence_that_it_has_no_text(exported, tmp_path, capsys):
