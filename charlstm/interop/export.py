@@ -30,8 +30,11 @@ def export(exported: Exported, output: str | os.PathLike[str], format: str) -> P
     folder = expand_user(os.fspath(output))
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"output={folder} is there already: name a new directory, or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise ValueError(f"output={folder} cannot be written: {error.strerror}") from None
     try:
         importlib.import_module(f"charlstm.interop.{FORMATS[format][0]}").write(exported, staging)
         staging.chmod(0o755)

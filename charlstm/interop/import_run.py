@@ -123,8 +123,11 @@ def _write(imported: Imported, source: Path, folder: Path) -> None:
     step, params = distributed.put(mesh, distributed.REPLICATED, (np.int32(0), imported.params))
     nothing: Any = ()  # there was no training here
     state = TrainState(step, params, nothing, nothing, nothing, nothing, nothing)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise ValueError(f"run_dir={folder} cannot be written: {error.strerror}") from None
     try:
         note = f"# imported from {os.fspath(source)!a}{_digest(source)}"
         run_directory.create(staging, config, identity, [note, *flags_of(config)])

@@ -77,6 +77,15 @@ def test_a_model_that_reads_backward_stays_one_and_what_writes_from_left_to_righ
     assert "reads backward" in refusal(serve.main, f"--run_dir={tmp_path / 'theirs'}")
 
 
+def test_where_nothing_can_be_written_is_said_in_a_sentence(exported, tmp_path):
+    model, folder, _ = exported
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"output=.*file/x cannot be written: "):
+        model.export(tmp_path / "file" / "x")
+    with pytest.raises(ValueError, match=r"run_dir=.*file/x cannot be written: "):
+        import_model(folder, tmp_path / "file" / "x")
+
+
 def test_every_program_works_on_it_or_says_in_a_sentence_that_it_has_no_text(exported, tmp_path, capsys):
     _, _, run_dir = exported
     assert run_dir.stat().st_mode & 0o777 == 0o755 and list(run_dir.parent.iterdir()) == [run_dir]
