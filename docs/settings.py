@@ -5,7 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch import flags, train
+from launch import train
+from launch.support import flags
 
 PAGE = Path(__file__).with_suffix(".md")
 MARK = "<!-- From here on written by docs/settings.py -->\n"

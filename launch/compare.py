@@ -27,7 +27,7 @@ from charlstm.report import curves, history, page
 from charlstm.report.history import History
 from data_pipeline.atomic_files import atomic_write, expand_user
 from data_pipeline.settings import check_choices, setting
-from launch import cli, flags
+from launch.support import cli, flags
 
 
 @dataclasses.dataclass(frozen=True)

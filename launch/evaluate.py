@@ -36,7 +36,7 @@ from data_pipeline.atomic_files import expand_user
 from data_pipeline.progress import bar, say_on_stderr
 from data_pipeline.settings import check_choices, setting
 from data_pipeline.shards import Corpus
-from launch import cli, flags, jax_setup, score_text
+from launch.support import cli, flags, jax_setup, score_text
 
 FORMATS = ("text", "json", "jsonl")
 

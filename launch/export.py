@@ -20,7 +20,7 @@ from charlstm.run import corpus as corpus_lib
 from charlstm.run import run_directory
 from data_pipeline.progress import say_on_stderr
 from data_pipeline.settings import check_choices, setting
-from launch import cli, flags, jax_setup
+from launch.support import cli, flags, jax_setup
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from charlstm.interop import import_run
 from charlstm.interop.torch_weights import Roles
 from data_pipeline import signals
 from data_pipeline.settings import setting
-from launch import cli, flags, jax_setup
+from launch.support import cli, flags, jax_setup
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,7 +36,7 @@ from data_pipeline import signals
 from data_pipeline.atomic_files import atomic_write, expand_user
 from data_pipeline.settings import check_choices, setting
 from data_pipeline.shards import ArraySplit
-from launch import cli, flags, jax_setup
+from launch.support import cli, flags, jax_setup
 
 MOST_SHOWN = 20_000  # characters of a page
 MOST_SURVEYED = 200_000  # symbols of a split that a page is made of

@@ -14,9 +14,7 @@ if __name__ == "__main__":  # before what takes seconds to import
     startup.attach("launch.local")
 
 import contextlib
-import ctypes
 import dataclasses
-import functools
 import math
 import os
 import shutil
@@ -26,18 +24,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from charlstm.run.log import Lines
 from charlstm.run.step_directory import StepDirectory
 from data_pipeline import signals
 from data_pipeline.atomic_files import expand_user
 from data_pipeline.settings import setting
-from launch import cli, flags, train
-
-TRAIN = (sys.executable, "-m", "launch.train")
+from launch import train
+from launch.support import cli, flags
+from launch.support.child_processes import TRAIN, ChildProcesses
 
 ENDED_WELL = (cli.DONE, cli.STOPPED)
 # A restarted job would end in the same way.
@@ -63,47 +60,6 @@ class LocalFlags:
         for name, least in (("processes", 1), ("devices_per_process", 0), ("restarts", 0), ("grace", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
-
-
-class ChildProcesses:
-    """Child processes that receive the signals sent to this program, and die with it.
-
-    Attributes:
-      told_to_stop: Ctrl-C or SIGTERM was passed on.
-      killed: a second Ctrl-C has killed them.
-    """
-
-    def __init__(self) -> None:
-        self.told_to_stop = self.killed = False
-        self.started: list[subprocess.Popen] = []
-
-    def start(self, command: Sequence[str], **options: Any) -> subprocess.Popen:
-        """Starts a child, in a session of its own: Ctrl-C comes to this program alone, which passes it on."""
-        on_start = functools.partial(_die_with, os.getpid())
-        self.started.append(subprocess.Popen(command, start_new_session=True, preexec_fn=on_start, **options))
-        return self.started[-1]
-
-    def send(self, number: int) -> None:
-        """Sends a signal to every child that lives."""
-        for process in self.started:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-
-    @contextlib.contextmanager
-    def signals_passed_on(self) -> Iterator[None]:
-        """In this block, Ctrl-C and SIGTERM go to all children, as SIGTERM; a second Ctrl-C kills them."""
-
-        def pass_on(number: int) -> None:
-            if self.told_to_stop and number == signal.SIGINT:
-                self.killed = True
-                self.send(signal.SIGKILL)
-            else:
-                self.told_to_stop = True
-                self.send(signal.SIGTERM)
-                signals.say("told to stop: what runs finishes its step and is saved; Ctrl-C again kills it")
-
-        with signals.reacting(pass_on):
-            yield
 
 
 class Job(ChildProcesses):
@@ -274,15 +230,6 @@ def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return free.getsockname()[1]
-
-
-def _die_with(parent: int) -> None:
-    """Runs in a child: unblocks signals, and has the kernel kill it when `parent`, this program, dies (Linux only)."""
-    signals.unblock()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it died before the call
-        os._exit(cli.LOST)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from data_pipeline.progress import bar, say_on_stderr
 from data_pipeline.settings import CorpusSettings, setting
 from data_pipeline.shards import open_corpus, verify_corpus
 from data_pipeline.stores import checked_url, is_remote
-from launch import cli, flags
+from launch.support import cli, flags
 
 
 @dataclasses.dataclass(frozen=True)

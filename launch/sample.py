@@ -60,7 +60,7 @@ from data_pipeline import signals
 from data_pipeline.atomic_files import expand_user
 from data_pipeline.settings import LARGEST_INT, check_choices, setting
 from data_pipeline.vocabulary import Vocabulary
-from launch import cli, flags, interactive, jax_setup
+from launch.support import cli, flags, interactive, jax_setup
 
 MOST_SAMPLES = 1 << 16  # side by side, each with a state and with noise of its own
 ENDING = 2.0  # seconds in which a text that is interrupted may come to its end: it is whole UTF-8, and a line

@@ -27,7 +27,7 @@ from charlstm.serving import loading
 from data_pipeline import signals
 from data_pipeline.atomic_files import expand_user
 from data_pipeline.settings import setting
-from launch import cli, flags, jax_setup
+from launch.support import cli, flags, jax_setup
 
 if TYPE_CHECKING:
     from charlstm.serving.app import Server

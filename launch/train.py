@@ -21,12 +21,12 @@ from charlstm.run import start as start_lib
 from charlstm.run.metrics import Diverged
 from data_pipeline.atomic_files import expand_user
 from data_pipeline.settings import check_choices, setting
-from launch import cli, cluster, flags, jax_setup
-from launch.cluster import JobFlags
-from launch.event_files import TensorboardFlags
-from launch.prometheus import MonitorFlags
-from launch.services import STATUS, ProgramServices
-from launch.watchdog import WatchdogFlags
+from launch.support import cli, cluster, flags, jax_setup
+from launch.support.cluster import JobFlags
+from launch.support.event_files import TensorboardFlags
+from launch.support.prometheus import MonitorFlags
+from launch.support.services import STATUS, ProgramServices
+from launch.support.watchdog import WatchdogFlags
 
 
 @dataclasses.dataclass(frozen=True)

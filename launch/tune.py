@@ -39,8 +39,8 @@ from data_pipeline import signals
 from data_pipeline.atomic_files import atomic_write, expand_user, locked
 from data_pipeline.progress import bar
 from data_pipeline.settings import check_choices, setting
-from launch import cli, flags, trials
-from launch.trials import PARTS
+from launch.support import cli, flags, trials
+from launch.support.trials import PARTS
 
 with contextlib.suppress(ImportError):  # an extra, which main asks for
     import optuna

@@ -17,7 +17,8 @@ import pytest
 import charlstm as cl
 from charlstm.config import Config
 from charlstm.model import language_model
-from launch import cli, sample, train
+from launch import sample, train
+from launch.support import cli
 from tests.compiling import xla_flags
 from tests.conftest import ROOT
 

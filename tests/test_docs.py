@@ -15,7 +15,7 @@ import pytest
 from charlstm import api
 from data_pipeline.build.datasets import NAMES
 from data_pipeline.settings import CorpusSettings
-from launch.flags import Help
+from launch.support.flags import Help
 from tests.jobs import ROOT
 
 DOCUMENTS = [*(ROOT / name for name in ("README.md", "WORKSPACE.md", "CONTRIBUTING.md")), *(ROOT / "docs").glob("*.md")]

@@ -29,6 +29,7 @@ FOLDERS = {
         "reference",
     ],
     "data_pipeline": ["", "build"],
+    "launch": ["support", ""],
 }
 # What the model and its training may know of the pipeline: types, formulas and settings, no files.
 MODEL_MAY_IMPORT = {
@@ -137,14 +138,14 @@ def test_every_file_of_the_library_lies_in_a_folder_of_the_law():
         ("optuna", {"launch.tune"}),
         ("tqdm", {"data_pipeline.progress"}),
         ("onnx", {"charlstm.interop.onnx_model"}),
-        ("tensorboardX", {"launch.event_files"}),
+        ("tensorboardX", {"launch.support.event_files"}),
         ("uniplot", {"charlstm.report.curves"}),
         ("matplotlib", {"charlstm.report.curves"}),
-        ("prometheus_client", {"launch.prometheus"}),
+        ("prometheus_client", {"launch.support.prometheus"}),
         ("starlette", {"charlstm.serving.app"}),
         ("uvicorn", {"launch.serve"}),
-        ("absl.flags", {"launch.flags"}),
-        ("absl", {"launch.flags"}),
+        ("absl.flags", {"launch.support.flags"}),
+        ("absl", {"launch.support.flags"}),
         ("flax", {"benchmarks.peers.autodiff"}),
         ("optax", {"benchmarks.peers.autodiff"}),
         (

@@ -18,7 +18,7 @@ from data_pipeline.batch import Batch
 from data_pipeline.loader import open_windows
 from data_pipeline.shards import open_corpus
 from data_pipeline.streams import StreamPlan
-from launch import jax_setup
+from launch.support import jax_setup
 
 
 def config_of(shape: Shape, **changes: object) -> Config:

@@ -27,7 +27,7 @@ class Outcome(enum.Enum):
 
 
 class Services:
-    """The quiet services of a run in a notebook; `launch.services` has those of a program.
+    """The quiet services of a run in a notebook; `launch.support.services` has those of a program.
 
     Attributes:
       end: called with the error of a device that failed while others may wait for it; None: the error is raised.

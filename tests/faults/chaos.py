@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from charlstm.run.step_directory import StepDirectory
-from launch import cli
+from launch.support import cli
 from tests.compiling import xla_flags
 from tests.faults import disturbances
 from tests.jobs import ROOT, last_line

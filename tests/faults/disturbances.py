@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from charlstm.run.step_directory import StepDirectory
-from launch import cli
+from launch.support import cli
 from tests.jobs import ROOT, children
 
 OF_THE_JOB = ("coordinator", "num_processes", "process_id")

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from charlstm.run.step_directory import StepDirectory
-from launch import cli
+from launch.support import cli
 from tests.compiling import xla_flags
 from tests.faults import disturbances
 from tests.faults.by_hand import slow_reader

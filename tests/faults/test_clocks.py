@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import cli
+from launch.support import cli
 from tests.faults.by_hand import processes, slow_reader, statuses, whole_steps
 from tests.faults.conftest import Seen
 from tests.jobs import has_saved, last_line, wait_for

@@ -14,7 +14,7 @@ from data_pipeline.build.prepare import prepare
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import open_corpus
 from data_pipeline.streams import StreamPlan
-from launch import cli
+from launch.support import cli
 from tests.faults.by_hand import processes, slow_reader, statuses, whole_steps
 from tests.faults.conftest import Seen
 from tests.jobs import ROOT, has_saved, job, last_line, wait_for

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from charlstm.run.step_directory import StepDirectory
-from launch import cli
+from launch.support import cli
 from tests.faults.by_hand import (
     fill,
     held_to_permissions,

@@ -11,7 +11,7 @@ import signal
 import pytest
 
 from charlstm.run.step_directory import StepDirectory
-from launch import cli
+from launch.support import cli
 from tests.faults.by_hand import whole_steps
 from tests.faults.conftest import Seen
 from tests.jobs import ROOT, children, has_saved, job, last_line, wait_for

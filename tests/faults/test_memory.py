@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from launch import cli
+from launch.support import cli
 from tests.compiling import xla_flags
 from tests.faults.conftest import Seen
 from tests.jobs import ROOT
@@ -19,7 +19,8 @@ SOON = 20.0  # seconds from the first step on; XLA aborts after 60
 TOO_LITTLE = """
 import resource
 from charlstm.run import memory
-from launch import cli, train
+from launch import train
+from launch.support import cli
 
 def leave_too_little(update, mesh):
     most = memory._of_file("/proc/self/status", "VmSize:") + 3 * update.held + 3 * update.temporary // 2

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from charlstm.run.step_directory import StepDirectory
-from launch import cli
+from launch.support import cli
 from tests.faults.conftest import Seen
 from tests.jobs import alive, children, has_saved, job, last_line, wait_for
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from charlstm.run import step_directory
-from launch import cli
+from launch.support import cli
 from tests.compiling import xla_flags
 from tests.faults import restorers
 from tests.faults.by_hand import free_port, needs_mounts, processes, seeing, statuses, whole_steps

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from launch import cli
+from launch.support import cli
 from tests.compiling import xla_flags
 from tests.faults.conftest import Seen
 from tests.faults.test_processes import lost

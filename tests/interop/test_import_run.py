@@ -18,8 +18,9 @@ from charlstm.interop.import_run import import_model
 from charlstm.interop.torch_weights import Roles
 from charlstm.run import run_directory
 from charlstm.run.checkpoint import Checkpoints
-from launch import cli, evaluate, export, inspect, sample, serve, train
+from launch import evaluate, export, inspect, sample, serve, train
 from launch import import_model as program
+from launch.support import cli
 from tests.fuzzing import fuzzed, sentence, spoiled
 from tests.interop.conftest import BYTES, MODELS, assert_close, drawn, logits_of, needs, run
 from tests.jobs import ROOT

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from charlstm.run import step_directory
-from launch import cli, train
+from launch import train
+from launch.support import cli
 from tests.compiling import xla_flags
 from tests.conftest import ROOT
 

@@ -13,7 +13,8 @@ from charlstm.run.checkpoint import Checkpoints
 from charlstm.run.loop import Training
 from charlstm.run.metrics import MetricAggregator
 from charlstm.training import step as step_lib
-from launch import cli, evaluate, sample, train
+from launch import evaluate, sample, train
+from launch.support import cli
 from tests.launch.conftest import refusal
 from tests.training.test_divergence import flipped
 from tests.training.test_step import assert_equal_bits

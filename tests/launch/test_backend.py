@@ -9,7 +9,8 @@ from charlstm import config as config_lib
 from charlstm import distributed
 from charlstm.config import Config
 from charlstm.run import backend, estimate
-from launch import cli, evaluate, sample, train
+from launch import evaluate, sample, train
+from launch.support import cli
 from tests.launch.conftest import refusal
 from tests.launch.test_evaluate import make_run
 

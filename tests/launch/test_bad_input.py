@@ -15,10 +15,11 @@ from charlstm.model.layer import CELLS
 from charlstm.run import run_directory, step_directory
 from data_pipeline.build.prepare import prepare
 from data_pipeline.settings import CorpusSettings
-from launch import cli, evaluate, train
-from launch.prometheus import MonitorFlags
-from launch.services import ProgramServices
-from launch.watchdog import WatchdogFlags
+from launch import evaluate, train
+from launch.support import cli
+from launch.support.prometheus import MonitorFlags
+from launch.support.services import ProgramServices
+from launch.support.watchdog import WatchdogFlags
 from tests.jobs import last_line
 from tests.launch.conftest import SMALL, TINY, flip, process, refusal, steps, tree
 
@@ -334,7 +335,8 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_status_2(name, flags, sentence
 DISTURBED = """
 import os, pathlib, resource, signal, sys, time
 from charlstm.run.metrics import MetricAggregator
-from launch import cli, train
+from launch import train
+from launch.support import cli
 add, run_dir = MetricAggregator.add, pathlib.Path(sys.argv[1].removeprefix("--run_dir="))
 def add_and_disturb(self, step, metrics):
     add(self, step, metrics)

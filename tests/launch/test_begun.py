@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from charlstm.run import run_directory
-from launch import cli, evaluate, sample, train, tune
+from launch import evaluate, sample, train, tune
+from launch.support import cli
 from tests.jobs import last_line
 from tests.launch.conftest import flip, refusal, steps, tree
 

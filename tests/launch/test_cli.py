@@ -8,13 +8,13 @@ from functools import partial
 
 import pytest
 
-from launch import cli
+from launch.support import cli
 from tests.conftest import ROOT
 
 # Ctrl-C that comes while a finalizer runs: a KeyboardInterrupt would be reported, and nothing else.
 INTERRUPTED_IN_A_FINALIZER = """
 import os, signal, time
-from launch import cli
+from launch.support import cli
 class Dying:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGINT)
@@ -37,7 +37,7 @@ def test_a_ctrl_c_that_falls_into_a_finalizer_is_not_lost():
 # Ctrl-C that comes while the main thread is in a compiler, say, and sees no Python for long.
 INTERRUPTED_OUTSIDE_OF_PYTHON = """
 import ctypes, os, signal, threading, time
-from launch import cli
+from launch.support import cli
 def main(argv):
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     ctypes.CDLL(None).sleep(30)
@@ -46,7 +46,7 @@ cli.run("launch.test", main)
 # Ctrl-C when all is done, and the interpreter takes itself down.
 INTERRUPTED_AT_THE_END = """
 import atexit, os, signal, sys, time
-from launch import cli
+from launch.support import cli
 def interrupt():
     os.kill(os.getpid(), getattr(signal, sys.argv[1]))
     time.sleep(60)
@@ -58,7 +58,7 @@ cli.run("launch.test", main)
 # A signal that changes nothing: the status is that of the program.
 SIGNALLED = """
 import os, signal, sys, time
-from launch import cli
+from launch.support import cli
 def main(argv):
     os.kill(os.getpid(), getattr(signal, sys.argv[1]))
     time.sleep(0.5)
@@ -100,10 +100,10 @@ def test_the_first_signal_in_training_is_acknowledged_at_once_and_a_second_ctrl_
     code = (
         "import os, signal, sys, time\n"
         "from pathlib import Path\n"
-        "from launch import cli\n"
-        "from launch.prometheus import MonitorFlags\n"
-        "from launch.services import ProgramServices\n"
-        "from launch.watchdog import WatchdogFlags\n"
+        "from launch.support import cli\n"
+        "from launch.support.prometheus import MonitorFlags\n"
+        "from launch.support.services import ProgramServices\n"
+        "from launch.support.watchdog import WatchdogFlags\n"
         "def main(argv):\n"
         "    services = ProgramServices(WatchdogFlags(), MonitorFlags())\n"
         "    with services.opened(Path(sys.argv[2])), services.watching(None), services.pause('evaluating'):\n"
@@ -137,7 +137,7 @@ def test_an_output_that_is_closed_or_full_is_no_traceback():
 
 TELLS = """
 import sys
-from launch import cli
+from launch.support import cli
 def main(argv):
     for n in range(1000):
         print("so far", n, file=sys.stderr, flush=True)
@@ -155,7 +155,7 @@ def test_a_result_is_written_to_its_end_where_nothing_more_can_be_said_on_stderr
 
 
 def test_a_pipe_that_breaks_is_the_end_of_the_text_only_where_it_is_that_of_stdout():
-    code = "from launch import cli\ndef main(argv): raise BrokenPipeError(32, 'Broken pipe')\n"
+    code = "from launch.support import cli\ndef main(argv): raise BrokenPipeError(32, 'Broken pipe')\n"
     ended, said = python(code + "cli.run('launch.test', main)")
     assert (ended, said) == (cli.MISTAKE, "launch.test: [Errno 32] Broken pipe\n")
 
@@ -168,7 +168,7 @@ def test_sigterm_where_nothing_is_to_be_saved_is_one_line_and_its_own_status():
 
 def test_memory_that_runs_out_is_one_sentence():
     code = (
-        "from launch import cli\n"
+        "from launch.support import cli\n"
         "def main(argv): raise RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.')\n"
         "cli.run('launch.test', main)\n"
     )

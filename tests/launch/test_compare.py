@@ -10,7 +10,8 @@ import time
 import pytest
 
 from charlstm.report import curves, history
-from launch import cli, compare, train
+from launch import compare, train
+from launch.support import cli
 from tests.launch.conftest import refusal
 
 LOOKS = ("--evaluate_every=10", "--sample_every=20", "--sample_length=20", "--log_every=10")

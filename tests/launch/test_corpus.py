@@ -8,7 +8,8 @@ from charlstm.run import corpus as corpus_lib
 from data_pipeline.build.prepare import prepare
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import Corpus, open_corpus
-from launch import cli, train
+from launch import train
+from launch.support import cli
 from tests.launch.conftest import refusal
 
 

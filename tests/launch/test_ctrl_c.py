@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import cli
+from launch.support import cli
 from tests.compiling import xla_flags
 from tests.conftest import ROOT
 from tests.jobs import wait_for

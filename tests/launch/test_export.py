@@ -15,7 +15,8 @@ from charlstm.interop.folder import load_numpy
 from charlstm.run import run_directory
 from charlstm.run.checkpoint import Checkpoints
 from charlstm.training import train_state
-from launch import cli, export, train
+from launch import export, train
+from launch.support import cli
 from tests.launch.conftest import refusal, tree
 
 

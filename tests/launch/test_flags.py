@@ -22,12 +22,13 @@ from charlstm.run.checkpoint import Checkpoints
 from charlstm.training import train_state
 from data_pipeline.build.prepare import prepare
 from data_pipeline.settings import CorpusSettings
-from launch import cli, evaluate, flags, sample, train, tune
-from launch.cluster import JobFlags
-from launch.event_files import TensorboardFlags
-from launch.prometheus import MonitorFlags
+from launch import evaluate, sample, train, tune
+from launch.support import cli, flags
+from launch.support.cluster import JobFlags
+from launch.support.event_files import TensorboardFlags
+from launch.support.prometheus import MonitorFlags
+from launch.support.watchdog import WatchdogFlags
 from launch.train import TrainFlags
-from launch.watchdog import WatchdogFlags
 from tests.conftest import ROOT
 from tests.fuzzing import fuzzed
 from tests.jobs import last_line

@@ -8,7 +8,8 @@ from charlstm import api
 from charlstm.run import run_directory
 from charlstm.run.initial_checkpoint import shared_symbols
 from data_pipeline.vocabulary import Vocabulary
-from launch import cli, train
+from launch import train
+from launch.support import cli
 from tests.jobs import last_line
 from tests.launch.conftest import refusal
 from tests.launch.test_begun import Killed, dies_before_it_trains  # noqa: F401

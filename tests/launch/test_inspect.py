@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import charlstm as cl
-from launch import cli, evaluate, inspect, sample
+from launch import evaluate, inspect, sample
+from launch.support import cli
 from tests.launch.conftest import refusal
 
 

@@ -7,7 +7,8 @@ import signal
 import pytest
 
 from charlstm.run.validation import Validation
-from launch import cli, train
+from launch import train
+from launch.support import cli
 from tests.launch.conftest import steps
 
 FLAGS = (

@@ -17,8 +17,8 @@ from charlstm.run import estimate
 from charlstm.training import step as step_lib
 from charlstm.training import train_state
 from data_pipeline.batch import Batch
-from launch import jax_setup
-from launch.cluster import JobFlags
+from launch.support import jax_setup
+from launch.support.cluster import JobFlags
 from tests import compiling
 from tests.jobs import ROOT, last_line
 
@@ -64,7 +64,7 @@ def test_a_home_that_cannot_be_written_stops_nothing(arguments, tmp_path):
 PROGRAM = """
 import resource, sys, threading
 import numpy as np
-from launch import jax_setup
+from launch.support import jax_setup
 jax_setup.keep_freed_memory(int(sys.argv[1]))
 
 def faults():

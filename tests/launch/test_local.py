@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from charlstm.run.step_directory import StepDirectory
-from launch import cli, local
+from launch import local
+from launch.support import cli
 from tests.jobs import STEPS, alive, children, has_saved, job, last_line, wait_for
 from tests.launch.conftest import process, refusal
 
@@ -112,7 +113,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 OF_THE_TALKATIVE = """
 import sys
-from launch import local, cli
+from launch import local
+from launch.support import cli
 local.TRAIN = (sys.executable, "-c", sys.argv.pop(1))
 cli.run("launch.local", local.main)
 """

@@ -18,7 +18,8 @@ from charlstm.config import Config
 from charlstm.run import memory
 from charlstm.run.memory import Limit
 from charlstm.training import train_state
-from launch import cli, train
+from launch import train
+from launch.support import cli
 from tests.compiling import xla_flags
 from tests.conftest import ROOT
 from tests.launch.conftest import refusal
@@ -28,7 +29,7 @@ ONE_FAILS = """
 import jax, jax.numpy as jnp, numpy as np, resource
 from charlstm import distributed
 from charlstm.run import memory
-from launch import cli
+from launch.support import cli
 
 def main(argv):
     mesh = distributed.make()

@@ -11,7 +11,8 @@ import pytest
 from charlstm import distributed
 from charlstm.run.metrics import FIGURES, MetricAggregator
 from charlstm.training import step as step_lib
-from launch import cli, evaluate, train
+from launch import evaluate, train
+from launch.support import cli
 
 # Checkpoints of 10, 20, 30 and 40 between lines of 7, 14, 21, 28, 35 and 40; evaluations, saved too, of 12, 24 and 36.
 FLAGS = (

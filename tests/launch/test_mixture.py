@@ -14,7 +14,8 @@ import pytest
 import charlstm as cl
 from charlstm import config as config_lib
 from charlstm.run import run_directory
-from launch import cli, evaluate, train
+from launch import evaluate, train
+from launch.support import cli
 from tests.compiling import xla_flags
 from tests.conftest import ROOT
 from tests.launch.conftest import SMALL, TINY, refusal

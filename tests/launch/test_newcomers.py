@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 from charlstm.run import presets, run_directory
-from launch import cli, evaluate, prepare, sample, train
+from launch import evaluate, prepare, sample, train
+from launch.support import cli
 from tests.conftest import ROOT
 from tests.launch.conftest import refusal, steps
 from tests.launch.test_begun import Killed, dies_before_it_trains  # noqa: F401

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from launch import flags, prepare
+from launch import prepare
+from launch.support import flags
 from tests.conftest import ROOT
 from tests.data_pipeline.build.test_prepare import POEM
 from tests.launch.conftest import refusal
@@ -115,7 +116,7 @@ def test_a_full_disk_is_one_line_with_the_name_of_the_file_and_status_74(tmp_pat
     (tmp_path / "a.txt").write_text(POEM * 10)
     code = (
         "import resource, sys\n"
-        "from launch import cli, prepare\n"
+        "from launch import prepare; from launch.support import cli\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
         "cli.run('launch.prepare', prepare.main)\n"
     )

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.manifest import read_manifest
-from launch import cli, flags, prepare
+from launch import prepare
+from launch.support import cli, flags
 from tests.conftest import ROOT
 from tests.launch.conftest import refusal
 

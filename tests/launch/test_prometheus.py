@@ -18,8 +18,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from charlstm import distributed
 from charlstm.run.step_directory import SEAL
-from launch import cli, prometheus, train
-from launch.prometheus import METRICS, Monitor, MonitorFlags
+from launch import train
+from launch.support import cli, prometheus
+from launch.support.prometheus import METRICS, Monitor, MonitorFlags
 from tests.jobs import job, last_line, wait_for
 from tests.launch.conftest import refusal, tree
 

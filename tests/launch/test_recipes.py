@@ -22,7 +22,7 @@ from data_pipeline.batch import Batch
 from data_pipeline.build.corpora import resolve
 from data_pipeline.shards import open_corpus
 from data_pipeline.streams import StreamPlan
-from launch import flags
+from launch.support import flags
 from tests.compiling import xla_flags
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -14,7 +14,8 @@ from data_pipeline import block_cache, stores
 from data_pipeline.build import corpora
 from data_pipeline.build.prepare import prepare
 from data_pipeline.settings import CorpusSettings
-from launch import cli, evaluate, train
+from launch import evaluate, train
+from launch.support import cli
 from tests.data_pipeline.faulty import serving, some
 from tests.data_pipeline.test_stores import upload_to
 from tests.launch.conftest import process, refusal
@@ -82,7 +83,8 @@ def test_a_cache_too_small_for_the_streams_is_refused_before_anything_is_written
 SLOW_TO_ANSWER = """
 import sys
 from data_pipeline import stores
-from launch import cli, train
+from launch import train
+from launch.support import cli
 stores.TOLD_AFTER, stores.REQUEST_SECONDS, stores.BACKOFF = 0.5, 1, (0.05, 0.2)
 from data_pipeline import symbols
 symbols.REMOTE_RUN_SYMBOLS = 16  # so that every step asks the store

@@ -8,7 +8,8 @@ import pytest
 
 import charlstm as cl
 from charlstm.inspect import inspection, units
-from launch import cli, evaluate, inspect, sample, train
+from launch import evaluate, inspect, sample, train
+from launch.support import cli
 from tests.launch.conftest import SMALL, TINY, refusal
 
 SPLITS = ("train", "valid", "test")

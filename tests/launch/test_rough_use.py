@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from charlstm.run import run_directory, step_directory
-from launch import cli, evaluate, train
+from launch import evaluate, train
+from launch.support import cli
 from tests.compiling import xla_flags
 from tests.conftest import ROOT
 from tests.jobs import last_line

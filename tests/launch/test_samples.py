@@ -7,7 +7,8 @@ import time
 
 import pytest
 
-from launch import cli, sample, train
+from launch import sample, train
+from launch.support import cli
 from tests.launch.conftest import refusal
 
 FLAGS = ("--sample_every=15", "--sample_prompt=abc", "--sample_length=40", "--sample_temperature=0.7")

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from launch import cli, train
+from launch import train
+from launch.support import cli
 from tests.launch.conftest import refusal, steps
 
 # Nothing is learned, so that no evaluation but the first, of step 10, is a gain.

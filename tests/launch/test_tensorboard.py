@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from charlstm.config import Config
-from launch import cli, train
-from launch.event_files import EventFiles
+from launch import train
+from launch.support import cli
+from launch.support.event_files import EventFiles
 from tests.launch.conftest import refusal
 
 pytest.importorskip("tensorboardX", reason="extra tensorboard is not installed")

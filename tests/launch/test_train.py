@@ -24,7 +24,8 @@ from charlstm.run import corpus, digest, run_directory, step_directory
 from charlstm.run.checkpoint import Checkpoints
 from charlstm.training import train_state
 from data_pipeline.streams import StreamPlan
-from launch import cli, flags, train
+from launch import train
+from launch.support import cli, flags
 from tests.compiling import xla_flags
 from tests.conftest import ROOT
 

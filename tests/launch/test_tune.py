@@ -16,7 +16,8 @@ import pytest
 from charlstm import config as config_lib
 from charlstm.config import Config
 from charlstm.run import estimate, run_directory, search_space
-from launch import cli, evaluate, trials, tune
+from launch import evaluate, tune
+from launch.support import cli, trials
 from tests.conftest import ROOT
 from tests.jobs import alive, children, wait_for
 from tests.launch.conftest import SMALL, TINY, refusal
@@ -58,7 +59,7 @@ def stand_in(monkeypatch) -> None:
 def worker(command: list[str], **environment: str) -> Iterator[subprocess.Popen]:
     """A worker in a process of its own, whose trials are of the stand-in."""
     program_text = (
-        "from launch import cli, trials, tune\n"
+        "from launch import tune; from launch.support import cli, trials\n"
         f"trials.TRAIN, trials.LOOK_EVERY = ({sys.executable!r}, {str(STAND_IN)!r}), 0.05\n"
         "cli.run('launch.tune', tune.main)\n"
     )

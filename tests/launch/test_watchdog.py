@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from launch import cli, watchdog
-from launch.watchdog import Watchdog, WatchdogFlags
+from launch.support import cli, watchdog
+from launch.support.watchdog import Watchdog, WatchdogFlags
 from tests.conftest import ROOT
 from tests.jobs import wait_for
 
 HANGING = """
 import sys, time
 from pathlib import Path
-from launch.watchdog import Watchdog, WatchdogFlags
+from launch.support.watchdog import Watchdog, WatchdogFlags
 watch = Watchdog(WatchdogFlags(10.0, 0.05, 0.5), 3, Path(sys.argv[1]), period=0.02)
 steps, pause = int(sys.argv[2]), sys.argv[3] == "pause"
 for step in range(steps):
@@ -46,7 +46,7 @@ def test_what_takes_too_long_ends_the_process_with_the_stacks_of_its_threads(ste
     assert 'File "<string>"' in done.stderr and "watchdog.py" in done.stderr
 
 
-IMPATIENT = HANGING.replace("watch = ", "from launch import watchdog; watchdog.PATIENCE = 0.5; watch = ")
+IMPATIENT = HANGING.replace("watch = ", "from launch.support import watchdog; watchdog.PATIENCE = 0.5; watch = ")
 
 
 def test_a_file_system_that_hangs_keeps_no_process_from_ending(tmp_path):

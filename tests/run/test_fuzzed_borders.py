@@ -23,12 +23,13 @@ from data_pipeline.build.corpora import resolve
 from data_pipeline.build.prepare import prepare
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.vocabulary import UNKNOWN, Vocabulary
-from launch import evaluate, flags, sample
-from launch.cluster import JobFlags
-from launch.prometheus import MonitorFlags
+from launch import evaluate, sample
 from launch.sample import Sample, SampleFlags
+from launch.support import flags
+from launch.support.cluster import JobFlags
+from launch.support.prometheus import MonitorFlags
+from launch.support.watchdog import WatchdogFlags
 from launch.train import TrainFlags
-from launch.watchdog import WatchdogFlags
 from tests.conftest import ROOT
 from tests.fuzzing import ANY_TEXT, TOO_DEEP, damaged, fuzzed, replaced, sentence, spoiled, standing
 

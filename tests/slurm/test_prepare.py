@@ -8,7 +8,7 @@ import pytest
 from data_pipeline.build.by_parts import Sizes, prepare_by_parts
 from data_pipeline.manifest import read_manifest
 from data_pipeline.settings import CorpusSettings
-from launch import cli
+from launch.support import cli
 from tests.conftest import ROOT
 from tests.slurm.conftest import Cluster, wait_for
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from charlstm.run.step_directory import StepDirectory
-from launch import cli
+from launch.support import cli
 from tests.compiling import xla_flags
 from tests.conftest import ROOT
 from tests.jobs import last_line

@@ -21,8 +21,8 @@ from data_pipeline.manifest import NAME, Manifest, read_manifest
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import open_corpus, verify_corpus
 from data_pipeline.vocabulary import UNKNOWN
-from launch import cli
 from launch.prepare import main
+from launch.support import cli
 from tests.fuzzing import TOO_DEEP, damaged, fuzzed, replaced, sentence, spoiled, standing
 
 # A prepared corpus.

@@ -165,7 +165,7 @@ def _flags_of(path: str, values: flags.FlagValues, within: tuple[str, ...]) -> l
     try:
         lines = expand_user(path).read_text("utf-8").split("\n")
     except OSError as error:
-        there = Path(__file__).parent.parent / path
+        there = Path(__file__).parents[2] / path
         remedy = f"; --flagfile={there} is there" if there.is_file() else ""
         raise ValueError(f"flagfile={path} cannot be read: {error.strerror}{remedy}") from None
     except UnicodeDecodeError as error:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.settings import setting
-from launch import cli
+from launch.support import cli
 
 SILENT = 5.0  # seconds without a heartbeat after which a process is reported as silent
 STARVED = 1.0  # seconds by which a thread may be late on a busy machine

@@ -11,8 +11,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from data_pipeline import signals
-from launch import cli
-from launch.local import TRAIN, ChildProcesses
+from launch.support import cli
+from launch.support.child_processes import TRAIN, ChildProcesses
 
 PARTS = 10  # evaluations of a trial, at equal distances; trials are compared after equally many
 LOOK_EVERY = 0.5  # seconds between two looks at a trial

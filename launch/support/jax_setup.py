@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from charlstm import distributed
 from charlstm.config import Config
 from charlstm.training import placement
-from launch.cluster import JobFlags
+from launch.support.cluster import JobFlags
 
 COMPILED = "~/.cache/charlstm/compiled"
 LARGE = 32 << 20  # bytes; glibc keeps smaller blocks by itself, and better, as its threads do not share an arena

@@ -13,10 +13,10 @@ from charlstm.run.loop import Outcome, Training
 from charlstm.run.services import Services
 from charlstm.run.start import Run
 from data_pipeline import signals
-from launch import cli, prometheus
-from launch.event_files import EventFiles, TensorboardFlags
-from launch.prometheus import MonitorFlags
-from launch.watchdog import Watchdog, WatchdogFlags
+from launch.support import cli, prometheus
+from launch.support.event_files import EventFiles, TensorboardFlags
+from launch.support.prometheus import MonitorFlags
+from launch.support.watchdog import Watchdog, WatchdogFlags
 
 STATUS = {Outcome.FINISHED: cli.DONE, Outcome.STOPPED: cli.STOPPED, Outcome.NOT_SAVED: cli.NOT_SAVED}
 

@@ -16,13 +16,14 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from data_pipeline import signals
 from data_pipeline.atomic_files import DISK_ERRORS
 from data_pipeline.stores import Unreachable
-from launch.flags import Help
+from launch.support.flags import Help
 
 DONE, MISTAKE, DIVERGED, UNREACHABLE, HANGS, LOST, NOT_SAVED, STOPPED, INTERRUPTED = 0, 2, 3, 69, 70, 71, 74, 75, 130
 
@@ -85,6 +86,7 @@ def explain(name: str, error: Exception, out_of_memory: bool = False) -> int:
 def _hush_the_background() -> None:
     """Silences background writes: a failed save is reported in one line, its writes would add a traceback per array."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     show = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:

@@ -11,7 +11,7 @@ from typing import NoReturn
 from charlstm import distributed
 from data_pipeline import signals
 from data_pipeline.settings import check_choices, setting
-from launch import cli
+from launch.support import cli
 
 ALIKE = 5.0  # seconds within which all processes end if they end for the same reason
 

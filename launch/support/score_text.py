@@ -12,7 +12,7 @@ from charlstm.inference.score import Score
 from charlstm.inspect import surprise, trace
 from data_pipeline.atomic_files import expand_user
 from data_pipeline.shards import ArraySplit
-from launch import cli
+from launch.support import cli
 
 
 def main(run_dir: Path, checkpoint: str, file: str, how: str) -> int:
