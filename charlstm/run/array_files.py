@@ -8,6 +8,8 @@ has it.  By default Orbax writes a slice of each copy: where the copies differ, 
 
 import asyncio
 import contextlib
+import itertools
+import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +25,7 @@ from charlstm import distributed
 from charlstm.run.digest import named_leaves
 
 Result = TypeVar("Result")
+READ_TOGETHER = 1 << 24  # bytes
 
 
 def named_items(trees: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -81,13 +84,31 @@ def read(directory: Path, abstract: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_to_host(directory: Path, names: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Each array with its name, "item.leaf", one after the other.  No device is asked, and no other process."""
-    for full_name in names:
-        item, _, name = full_name.partition(".")
-        args = {name: ocp.RestoreArgs(restore_type=np.ndarray)}
-        restore = ocp.args.PyTreeRestore({name: 0}, args, partial_restore=True)
-        yield full_name, _apart_from_event_loops(_restore, directory / item, restore)[name]
+def read_to_host(directory: Path, arrays: dict[str, dict[str, Any]]) -> Iterator[tuple[str, np.ndarray]]:
+    """Each array with its name, "item.leaf", in some order.  No device is asked, and no other process.
+
+    Holds one array at a time; small ones are read together, as Orbax takes as long to begin as to read megabytes.
+
+    Args:
+      arrays: name -> {dtype, shape}, as in a seal.
+    """
+    sizes = {name: math.prod(held["shape"]) * np.dtype(held["dtype"]).itemsize for name, held in arrays.items()}
+    for item, group in itertools.groupby(sizes, lambda name: name.partition(".")[0]):
+        for names in _together(list(group), sizes):
+            leaves = {name.partition(".")[2]: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+            restore = ocp.args.PyTreeRestore(dict.fromkeys(leaves, 0), leaves, partial_restore=True)
+            found = _apart_from_event_loops(_restore, directory / item, restore)
+            for name in names:
+                yield name, found.pop(name.partition(".")[2])
+
+
+def _together(names: list[str], sizes: dict[str, int]) -> Iterator[list[str]]:
+    """Lists of names in turn, each of one array or of some that are small together."""
+    while names:
+        totals = itertools.accumulate(sizes[name] for name in names)
+        count = max(1, sum(total <= READ_TOGETHER for total in totals))
+        yield names[:count]
+        names = names[count:]
 
 
 def refuse_other_arrays(checkpoint: str, held: dict[str, Any], wanted: dict[str, Any]) -> None:

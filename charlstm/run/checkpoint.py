@@ -225,10 +225,10 @@ class Checkpoints:
         self._files.promote(staging, meta["step"])
 
     def _read_back(self, directory: Path, meta: dict[str, Any]) -> None:
-        """Raises ValueError or OSError where the files do not hold the arrays of `meta`.  Holds one array at a time."""
+        """Raises ValueError or OSError where the files do not hold the arrays of `meta`."""
         step_directory.forget_cached(directory)
         arrays = meta["arrays"]
-        for name, array in array_files.read_to_host(directory, list(arrays)):
+        for name, array in array_files.read_to_host(directory, arrays):
             found = {"dtype": str(array.dtype), "shape": list(array.shape), "digest": host_digest(array)}
             if found != arrays[name]:
                 raise ValueError(f"{name} is {found} and not {arrays[name]}")
