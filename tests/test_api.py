@@ -76,8 +76,7 @@ def test_the_ten_lines_in_a_plain_interpreter_have_the_bits_of_the_program(tmp_p
     assert 0 < float(bits) < 8 and text.startswith("line") and len(text) >= 20
     flags = [f"--{name}={value}" for name, value in SETTINGS.items()]
     flags += [f"--corpus={arguments[0]}", f"--cache_dir={arguments[1]}", f"--run_dir={tmp_path / 'program'}"]
-    program = subprocess.run([sys.executable, "-m", "launch.train", *flags], **how)
-    assert program.returncode == 0, program.stderr
+    assert train.main(["train", *flags]) == cli.DONE
     assert digest(tmp_path / "run") == digest(tmp_path / "program")
 
 

@@ -125,7 +125,7 @@ def test_without_locks_one_of_many_takes_over_from_the_dead(file_system, tmp_pat
     for holder in holders:
         holder.start()
     for holder in holders:
-        holder.join(timeout=60)
+        holder.join(timeout=300)
     assert len(most) == 8 and max(most) == 1
     assert not list(tmp_path.iterdir())
 

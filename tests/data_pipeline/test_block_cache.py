@@ -210,7 +210,7 @@ def test_a_disk_that_takes_nothing_turns_the_cache_off_with_one_line(server, tmp
         f"split = open_corpus({server.address!r}, cache=Path({str(tmp_path)!r}), cache_bytes=2**30).train\n"
         "for _ in range(2): print(int(split.read(0, 60_000).astype(int).sum()))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout.split() == [str(int(IDS[:60_000].astype(int).sum()))] * 2, done.stderr
     assert done.stderr == f"{tmp_path} is used no more: File too large\n"
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

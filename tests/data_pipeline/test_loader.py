@@ -177,7 +177,7 @@ def test_a_program_that_ends_with_windows_read_ahead_ends_at_once_and_adds_no_no
     path = tmp_path / "program.py"
     path.write_text(PROGRAM + ending)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, path], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, path], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == status, done.stderr
     assert "ignored" not in done.stderr and done.stderr.count("Traceback") == (1 if last_line else 0)
     assert last_line in done.stderr.splitlines() if last_line else done.stderr == ""

@@ -67,7 +67,7 @@ def test_signals_are_held_back_before_anything_is_imported():
         "from data_pipeline import startup\n"
         "startup.attach('test')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (done.stdout, done.stderr) == (f"{[int(signal.SIGINT), int(signal.SIGTERM)]}\n", "")
 
 

@@ -22,7 +22,7 @@ def written(text, *turns):
     return [np.concatenate([chunk[i] for chunk in made], axis=1)[0].tolist() for i in (0, 1)]
 
 
-@pytest.mark.parametrize("separator", [(), (3, 5)], ids=str)
+@pytest.mark.parametrize("separator", [pytest.param((), marks=pytest.mark.long), (3, 5)], ids=str)
 @pytest.mark.parametrize("prompt", [PROMPT, PROMPT[:0], PROMPT[:1]], ids=len)
 def test_turns_of_any_length_make_the_text_of_one_go(prompt, separator):
     text = Continuation(CONFIG, make_params(), separator=separator)

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -44,6 +45,21 @@ MODELS: dict[str, dict] = {
     "mlstm mogrifier": {"embedding_size": 5, "mogrifier_rounds": 2, "train_initial_state": True},
     "layer_norm_lstm mogrifier": {"embedding_size": 5, "mogrifier_rounds": 3},
 }
+
+# Of all MODELS, those that together have everything.
+SHORT = (
+    "lstm last layer",
+    "lstm zoneout",
+    "gru initial state",
+    "rnn relu",
+    "mlstm capped",
+    "layer_norm_lstm mogrifier",
+)
+
+
+def each(names: Iterable[str], short: tuple[str, ...] = SHORT) -> list:
+    """The names as parameters of a test; those that are not in `short` are for `make long`."""
+    return [name if name in short else pytest.param(name, marks=pytest.mark.long) for name in names]
 
 
 def drawn(name: str, vocabulary: Vocabulary = CHARACTERS, **settings) -> Model:

@@ -13,7 +13,7 @@ from charlstm import config as config_lib
 from charlstm.api import Model
 from data_pipeline.vocabulary import Vocabulary
 from launch import export
-from tests.interop.conftest import BYTES, CHARACTERS, MODELS, drawn, needs, run
+from tests.interop.conftest import BYTES, CHARACTERS, MODELS, drawn, each, needs, run
 from tests.jobs import ROOT
 
 TEXT = "\nhe fed a big bag éin hie'chief ääßb😀 f\n"  # é is not in the vocabulary
@@ -103,7 +103,7 @@ def test_the_same_model_has_the_same_bytes(tmp_path):
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in FITS])
+@pytest.mark.parametrize("name", each([name for name in MODELS if name not in FITS]))
 def test_what_flair_has_no_place_for_is_refused_by_name(name, tmp_path):
     with pytest.raises(ValueError, match=r"^format=flair has no place for (\w+)=.*; format=safetensors has one$"):
         drawn(name).export(tmp_path / "out", "flair")

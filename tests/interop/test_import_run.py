@@ -22,7 +22,7 @@ from launch import evaluate, export, inspect, sample, serve, train
 from launch import import_model as program
 from launch.support import cli
 from tests.fuzzing import fuzzed, sentence, spoiled
-from tests.interop.conftest import BYTES, MODELS, assert_close, drawn, logits_of, needs, run
+from tests.interop.conftest import BYTES, MODELS, assert_close, drawn, each, logits_of, needs, run
 from tests.jobs import ROOT
 from tests.launch.conftest import TINY, refusal
 
@@ -34,7 +34,7 @@ def bits(params) -> list[bytes]:
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", each(MODELS))
 def test_an_exported_model_comes_back_with_its_bits_and_its_settings(name, tmp_path):
     model = drawn(name)
     back = import_run.read(model.export(tmp_path / "folder"), "", Roles())

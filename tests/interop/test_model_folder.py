@@ -13,7 +13,18 @@ import charlstm as cl
 from charlstm.interop import model_card
 from charlstm.interop.folder import load_numpy
 from charlstm.interop.model_folder import MISSING, PROGRAMS, module_of
-from tests.interop.conftest import BYTES, CHARACTERS, MODELS, assert_close, drawn, logits_of, needs, run, windows_of
+from tests.interop.conftest import (
+    BYTES,
+    CHARACTERS,
+    MODELS,
+    assert_close,
+    drawn,
+    each,
+    logits_of,
+    needs,
+    run,
+    windows_of,
+)
 from tests.jobs import ROOT
 
 FILES = {"README.md", "config.json", "load_numpy.py", "load_torch.py", "model.safetensors", "vocabulary.json"}
@@ -46,7 +57,7 @@ torch.nn.Linear(8, 17).load_state_dict({name: weights[f"linear.{name}"] for name
 """
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", each(MODELS))
 def test_the_numpy_program_has_the_models_logits_over_windows_with_carried_state(name, tmp_path):
     model = drawn(name)
     read = load_numpy.Model(model.export(tmp_path / "folder"))
@@ -99,7 +110,7 @@ def test_the_numpy_program_runs_where_there_is_numpy_and_the_pytorch_one_refuses
     assert "(mlstm): use load_numpy.py" in run(other_python, "-c", refused, cwd=folder)
 
 
-@pytest.mark.parametrize("name", IN_PYTORCH)
+@pytest.mark.parametrize("name", each(IN_PYTORCH, ("lstm capped", "lstm last layer", "gru one-hot", "rnn")))
 def test_arrays_have_pytorchs_names_and_shapes_where_it_has_the_layer(name, tmp_path):
     model = drawn(name)
     found = load_file(model.export(tmp_path / "folder") / "model.safetensors")
@@ -121,7 +132,7 @@ def test_arrays_have_pytorchs_names_and_shapes_where_it_has_the_layer(name, tmp_
     assert {name: array.shape for name, array in found.items()} == expected
 
 
-@pytest.mark.parametrize("name", sorted(set(MODELS) - set(IN_PYTORCH)))
+@pytest.mark.parametrize("name", each(sorted(set(MODELS) - set(IN_PYTORCH))))
 def test_other_cells_have_names_of_their_own_which_no_layer_of_pytorch_takes(name, tmp_path):
     folder = drawn(name).export(tmp_path / "folder")
     assert not [array for array in load_file(folder / "model.safetensors") if "_l0" in array]

@@ -15,7 +15,7 @@ from charlstm.run import run_directory
 from data_pipeline.shards import ArraySplit
 from data_pipeline.vocabulary import Vocabulary
 from tests.browser import chromium
-from tests.interop.conftest import BYTES, CHARACTERS, MODELS, assert_close, drawn, logits_of, windows_of
+from tests.interop.conftest import BYTES, CHARACTERS, MODELS, assert_close, drawn, each, logits_of, windows_of
 
 WRITE = """(settings => {
   for (const [name, value] of Object.entries(settings)) form.elements[name].value = value;
@@ -74,15 +74,6 @@ COLORS = """["body", ".paper", "textarea", ".write"].map(name => {
 })"""
 BARS = "[...document.querySelectorAll('.bars button')].map(b => [b.firstChild.textContent, b.lastChild.textContent])"
 STATUS = "document.querySelector('.status').textContent"
-# Of all MODELS, those that together have everything.
-SHORT = (
-    "lstm last layer",
-    "lstm zoneout",
-    "gru initial state",
-    "rnn relu",
-    "mlstm capped",
-    "layer_norm_lstm mogrifier",
-)
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +111,7 @@ def check_logits(browser, model: Model, folder: Path, format: str) -> None:
     assert_close(found, logits_of(rounded(model, format), ids_NBT))
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in SHORT else pytest.param(name, marks=pytest.mark.long) for name in MODELS]
-)
+@pytest.mark.parametrize("name", each(MODELS))
 def test_logits_over_three_windows_are_those_of_the_rounded_model(name, browser, tmp_path):
     check_logits(browser, drawn(name), tmp_path, "float16")
 

@@ -21,7 +21,7 @@ from tests.training.test_step import assert_equal_bits
 
 # So fast that the score soon goes up and down.
 FLAGS = (
-    "--evaluate_every=2", "--log_every=1", "--checkpoint_every=5", "--keep_checkpoints=40", "--logical_shards=2",
+    "--evaluate_every=2", "--log_every=1", "--checkpoint_every=0", "--keep_checkpoints=40", "--logical_shards=2",
     "--learning_rate=1", "--schedule=plateau", "--plateau_patience=1", "--decay_rate=0.9", "--average=asgd",
     "--average_patience=2", "--evaluation_batch_size=5", "--short_window_probability=0.4",
 )  # fmt: skip
@@ -148,9 +148,10 @@ def test_the_average_is_what_is_validated_evaluated_and_sampled(straight, capsys
 ROLLBACK = (
     "--on_divergence=rollback",
     "--schedule=constant",
-    "--evaluate_every=10",
+    "--evaluate_every=0",
+    "--checkpoint_every=25",
     "--short_window_probability=0",
-)  # checkpoints of 5, 10, ...
+)
 EMA, ASGD = ("--average=ema",), ("--average=asgd", "--average_patience=0")
 
 
@@ -191,6 +192,7 @@ def test_a_run_that_goes_back_has_the_average_of_the_checkpoint(average, go, dis
     assert len(seen[28]) == 2 and np.isfinite(seen[39][0].average.b_out).all()
 
 
+@pytest.mark.long
 def test_a_bit_of_the_average_that_flips_on_one_device_is_found(go, disturbed):
     disturbed(28, lambda state: state._replace(average=state.average._replace(b_out=flipped(state.average.b_out, 1))))
     run_dir = go("flipped", 2, None, *ROLLBACK, *EMA, "--check_replicas_every=5")

@@ -60,13 +60,13 @@ def test_of_what_is_left_open_the_fastest_way_is_taken(settings, taken, words, m
     assert chosen == (config_lib.replace(config, lstm_backend=taken), words)
 
 
-def test_what_a_gpu_has_trained_is_scored_and_sampled_where_there_is_none(tmp_path, capsys):
+@pytest.mark.parametrize("how", [(), pytest.param(("--dynamic",), marks=pytest.mark.long)], ids=["static", "dynamic"])
+def test_what_a_gpu_has_trained_is_scored_and_sampled_where_there_is_none(how, tmp_path, capsys):
     run_dir = make_run(tmp_path, {5: None}, "bytes", hidden_size=128)
     path = run_dir / "config.json"
     before = path.read_text()
     path.write_text(before.replace('"lstm_backend": "scan"', '"lstm_backend": "fused"'))
     assert path.read_text() != before
-    for flags_ in ((), ("--dynamic",)):
-        assert evaluate.main(["evaluate", f"--run_dir={run_dir}", "--split=valid", *flags_]) == cli.DONE
-        assert "bits per byte" in capsys.readouterr().out
+    assert evaluate.main(["evaluate", f"--run_dir={run_dir}", "--split=valid", *how]) == cli.DONE
+    assert "bits per byte" in capsys.readouterr().out
     assert sample.main(["sample", f"--run_dir={run_dir}", "--length=5", "--format=json"]) == cli.DONE

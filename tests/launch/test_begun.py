@@ -53,6 +53,7 @@ def test_a_first_try_that_has_failed_is_begun_anew_with_other_settings(arguments
     assert "the first try" not in (run_dir / "metrics.jsonl").read_text()
 
 
+@pytest.mark.long
 def test_a_first_try_on_another_text_is_begun_anew(arguments, folder, dies_before_it_trains, tmp_path):
     run = [*arguments, f"--run_dir={tmp_path / 'run'}", "--num_steps=1"]
     with pytest.raises(Killed):
@@ -123,7 +124,10 @@ def test_a_run_killed_before_its_first_checkpoint_takes_the_same_parameters_agai
     assert last_line(tmp_path / "run")["state_digest"] == last_line(tmp_path / "straight")["state_digest"]
 
 
-@pytest.mark.parametrize("fault", ["gone", "damaged", "another", "no run"])
+LONG = [pytest.param(fault, marks=pytest.mark.long) for fault in ("damaged", "no run")]
+
+
+@pytest.mark.parametrize("fault", ["gone", "another", *LONG])
 def test_where_they_are_gone_or_others_now_it_is_refused(fault, started, copied, tmp_path):
     checkpoints = copied / "checkpoints"
     if fault == "gone":

@@ -128,7 +128,7 @@ def test_in_a_browser_without_a_network_a_run_can_be_hidden_and_that_outlives_a_
     for address in (f"file://{clicked}", f"file://{page}#1"):  # the latter is what a click leaves in the address
         how = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={page.parent / 'browser'}"]
         command = [browser, *how, "--host-resolver-rules=MAP * ~NOTFOUND", "--dump-dom", address]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"HOME": "/tmp"})
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"HOME": "/tmp"})
         assert re.search(r'<tr data-run="0"( class="")?>', done.stdout), done.stderr
         assert '<tr data-run="1" class="off">' in done.stdout
         assert re.search(r'id="curve-1" style="display: none;"', done.stdout)

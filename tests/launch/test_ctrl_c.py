@@ -39,7 +39,7 @@ def interrupted(arguments: tuple[str, ...], run_dir: Path, moment: float | None)
                 wait_for(lambda: holds_back(running.pid, signal.SIGINT))
                 time.sleep(moment)
             running.send_signal(signal.SIGINT)
-            _, said = running.communicate(timeout=120)  # which a signal that is swallowed outlasts
+            _, said = running.communicate(timeout=300)  # which a signal that is swallowed outlasts
         finally:
             running.kill()
     assert "Traceback" not in said, said

@@ -52,6 +52,7 @@ def test_a_larger_model_of_other_symbols_begins_with_the_logits_of_the_trained_o
     np.testing.assert_allclose(np.asarray(large(large.vocabulary.encode(text))[0])[:, 1:], logits, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.long
 def test_killed_before_its_first_checkpoint_it_is_grown_in_the_same_way_again(
     larger, trained, tmp_path, monkeypatch, request
 ):

@@ -39,6 +39,7 @@ def test_a_setting_that_is_not_the_runs_own_is_refused(copied):
     )
 
 
+@pytest.mark.long
 def test_a_run_that_was_killed_before_its_first_checkpoint_goes_on_by_its_directory(
     copied,
     trained,

@@ -41,7 +41,7 @@ def test_a_preparation_that_is_interrupted_says_in_one_line_how_to_go_on(workers
         os.environ | {"PYTHONPATH": ROOT},
     )
     # Its stderr ends when the last of its processes has ended.
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, start_new_session=True, timeout=60)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, start_new_session=True, timeout=300)
     said = done.stderr.splitlines()
     assert (done.returncode, said[1:]) == (130, ["launch.prepare: interrupted; the same command goes on"]), said
     assert said[0].startswith(f"preparing {tmp_path}/a.txt: ")

@@ -275,7 +275,7 @@ def test_both_processes_of_a_job_are_scraped_while_it_trains(job_flags, tmp_path
         wait_for(lambda: values_of(port)["step"] >= first["step"] + 20)
         texts = [get(port + number)[0] for number in (0, 1)]
         running.send_signal(signal.SIGTERM)
-        _, said = running.communicate(timeout=120)
+        _, said = running.communicate(timeout=300)
     assert running.returncode == cli.STOPPED, said
     for number, found in enumerate(map(scraped, texts)):
         assert {labels["process"] for _, labels, _ in found.values()} == {str(number)}

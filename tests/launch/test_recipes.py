@@ -57,6 +57,7 @@ def test_the_tinyshakespeare_recipe_is_char_rnns_to_the_letter(corpora: Path, tm
     assert corpus.vocabulary.decode(held_out) == text[7 * 22_300 + 21_150 : 8 * 22_300]
 
 
+@pytest.mark.long
 def test_the_large_flagfile_with_sizes_turned_down_trains_on_8_devices(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 400)
@@ -101,7 +102,7 @@ def test_a_recipe_has_as_many_parameters_as_is_published(name):
 @pytest.mark.parametrize(
     "name",
     [
-        "enwik8_awd", "enwik8_mogrifier48m", "amazon_mlstm4096",
+        "enwik8_awd", "enwik8_mogrifier48m", pytest.param("amazon_mlstm4096", marks=pytest.mark.long),
         *(pytest.param(f"enwik8_{name}", marks=pytest.mark.long) for name in ("melis46m", "mlstm46m", "lstm48m")),
         pytest.param("flair_news", marks=pytest.mark.long),
     ],

@@ -15,6 +15,7 @@ from charlstm import distributed
 from charlstm.run import run_directory
 from charlstm.run.checkpoint import Checkpoints
 from charlstm.training import train_state
+from launch import train as launch_train
 from tests.compiling import xla_flags
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -47,11 +48,26 @@ def text(tmp_path_factory) -> Path:
     return path
 
 
+def of_run(run_dir: Path, text: Path, *flags: str) -> list[str]:
+    own = [f"--run_dir={run_dir}", f"--flagfile={ROOT / 'configs' / 'tiny.flags'}", f"--corpus={text}"]
+    return [*own, f"--cache_dir={text.parent / 'cache'}", "--checkpoint_every=20", "--evaluate_every=0", *flags]
+
+
 def train(run_dir: Path, text: Path, *flags: str, devices: int = 1, program: tuple[str, ...] = ("-m", "launch.train")):
     environment = os.environ | {"XLA_FLAGS": xla_flags(devices)}
-    command = [sys.executable, *program, f"--run_dir={run_dir}", "--flagfile=configs/tiny.flags", f"--corpus={text}"]
-    command += [f"--cache_dir={text.parent / 'cache'}", "--checkpoint_every=20", "--evaluate_every=0", *flags]
+    command = [sys.executable, *program, *of_run(run_dir, text, *flags)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_20_steps_and_kill_9_and_20_resumed_are_40_to_the_bit_of_a_small_one_on_other_devices(text, tmp_path):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    flags = ("--num_layers=1", "--hidden_size=8", "--num_steps=40", "--logical_shards=8")
+    assert launch_train.main(["train", *of_run(straight, text, *flags)]) == 0
+    died = train(killed, text, *flags, program=("-c", KILLED_AT_27))
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert launch_train.main(["train", *of_run(killed, text, *flags)]) == 0
+    assert "continuing from the checkpoint of step 20" in (killed / "log.txt").read_text()
+    assert_same_end(straight, killed)
 
 
 def last_line(run_dir: Path) -> dict:
@@ -73,33 +89,25 @@ def assert_same_end(one: Path, other: Path):
     assert last_line(one)["state_digest"] == last_line(other)["state_digest"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "flags",
     [
         ("--cell=lstm", "--num_layers=1"),
-        pytest.param(
-            (
-                "--cell=gru",
-                "--reset_state=document",
-                r"--document_separator=\x20a",
-                "--zoneout=.1",
-                "--train_initial_state",
-            ),
-            marks=pytest.mark.long,
+        (
+            "--cell=gru",
+            "--reset_state=document",
+            r"--document_separator=\x20a",
+            "--zoneout=.1",
+            "--train_initial_state",
         ),
-        pytest.param(
-            (
-                *("--cell=rnn", "--nonlinearity=relu", "--optimizer=rmsprop", "--norotate_streams"),
-                *("--schedule=step", "--drop_epochs=1,2", "--decay_rate=.1"),  # at steps 27 and 54
-            ),
-            marks=pytest.mark.long,
+        (
+            *("--cell=rnn", "--nonlinearity=relu", "--optimizer=rmsprop", "--norotate_streams"),
+            *("--schedule=step", "--drop_epochs=1,2", "--decay_rate=.1"),  # at steps 27 and 54
         ),
-        pytest.param(
-            (
-                *("--cell=mlstm", "--compute_dtype=bfloat16", "--optimizer=adagrad", "--logical_shards=4"),
-                *("--vocabulary=characters", "--embedding_size=0", "--embedding_dropout=0"),
-            ),
-            marks=pytest.mark.long,
+        (
+            *("--cell=mlstm", "--compute_dtype=bfloat16", "--optimizer=adagrad", "--logical_shards=4"),
+            *("--vocabulary=characters", "--embedding_size=0", "--embedding_dropout=0"),
         ),
     ],
     ids=["lstm", "gru", "rnn", "mlstm bfloat16"],

@@ -88,7 +88,9 @@ def test_a_run_that_starts_from_the_parameters_of_the_other_direction_says_so(ra
     assert f"{runs[0]} reads the text backward, this run does not" in (run / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("flags", [("--format=json",), ("--format=json", "--dynamic")])
+@pytest.mark.parametrize(
+    "flags", [("--format=json",), pytest.param(("--format=json", "--dynamic"), marks=pytest.mark.long)]
+)
 def test_the_scores_are_those_of_the_flipped_text(runs, capsys, flags):
     one, other = (json.loads(printed(evaluate.main, capsys, f"--run_dir={run}", *flags)) for run in runs)
     assert one | {"seconds": 0} == other | {"seconds": 0}

@@ -409,14 +409,13 @@ def test_a_run_without_checkpoints_is_refused(tmp_path):
 # The program as a process.
 
 
-def test_the_same_seed_makes_the_same_bytes_in_two_processes_and_only_those_are_on_stdout(run_for_bytes, bytes_run):
+def test_the_same_seed_makes_the_same_bytes_in_another_process_and_only_those_are_on_stdout(run_for_bytes, bytes_run):
     arguments, prompt = ["--num_samples=2", "--length=60", "--seed=9"], b"caf\xe9 \xc3"
     given = "--prompt=" + os.fsdecode(prompt)
-    with process(bytes_run, *arguments, given) as first, process(bytes_run, *arguments, "--prompt_file=-") as second:
-        texts = [first.communicate()[0], second.communicate(prompt)[0]]
-        assert (first.returncode, second.returncode) == (0, 0)
-    assert texts[0] == texts[1] == run_for_bytes(bytes_run, *arguments, given)
-    assert texts[0].startswith(prompt)
+    with process(bytes_run, *arguments, "--prompt_file=-") as other:
+        text = other.communicate(prompt)[0]
+        assert other.returncode == 0
+    assert text == run_for_bytes(bytes_run, *arguments, given) and text.startswith(prompt)
 
 
 def test_an_interrupt_and_a_closed_pipe_end_the_text_quietly(bytes_run):
@@ -430,6 +429,7 @@ def test_an_interrupt_and_a_closed_pipe_end_the_text_quietly(bytes_run):
         (rest, message), (_, complaint) = interrupted.communicate(), left.communicate()
         assert interrupted.returncode == 130
         assert rest.endswith(b"\n")
-        assert message.endswith(b"launch.sample: interrupted\n") and b"Traceback" not in message
+        assert b"launch.sample: interrupted\n" in message and b"Traceback" not in message
         assert left.returncode == 0
-        assert complaint.decode() == f"{bytes_run}: the checkpoint of step 3\n"
+        assert complaint.decode().startswith(f"{bytes_run}: the checkpoint of step 3\n")
+        assert b"Traceback" not in complaint

@@ -258,7 +258,7 @@ def test_two_workers_share_a_study_and_no_trial_is_run_twice_or_drawn_alike(comm
     with worker([*command, "--trials=8"]) as other:
         wait_for(lambda: starts(tmp_path, 0))
         assert tune.main([*command, "--trials=8"]) == cli.DONE
-        stderr = other.communicate(timeout=60)[1]
+        stderr = other.communicate(timeout=300)[1]
     assert other.returncode == cli.DONE, stderr
     assert set(states(tmp_path)) <= {"COMPLETE", "PRUNED"} and len(states(tmp_path)) == 8
     assert [len(starts(tmp_path, number)) for number in range(8)] == [1] * 8

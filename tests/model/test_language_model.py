@@ -47,8 +47,8 @@ def slow_apply(config, params, state, inputs_BT, reset_BT):
     ("cell", "changes"),
     [
         ("lstm", {"embedding_size": 4, "skip": True}),
-        ("lstm", {"embedding_size": 5}),
-        ("gru", {"embedding_size": H, "tie_embeddings": True, "num_layers": 3}),
+        pytest.param("lstm", {"embedding_size": 5}, marks=pytest.mark.long),
+        ("gru", {"embedding_size": H, "tie_embeddings": True}),
         pytest.param("rnn", {"embedding_size": 5}, marks=pytest.mark.long),
         ("mlstm", {}),
     ],
@@ -118,7 +118,9 @@ def test_each_symbol_is_projected_once_where_that_is_less_arithmetic_and_nothing
     ("kind", "length"),
     [
         ({"cell": "lstm", "state_dropout": 0.2, "weight_drop": 0.2, "skip": True}, 23),
-        ({"cell": "gru", "embedding_size": 5, "embedding_dropout": 0.2, "num_layers": 1}, 1),
+        pytest.param(
+            {"cell": "gru", "embedding_size": 5, "embedding_dropout": 0.2, "num_layers": 1}, 1, marks=pytest.mark.long
+        ),
         (
             {"cell": "lstm", "embedding_size": 5, "mogrifier_rounds": 2, "train_initial_state": True, "num_layers": 1},
             9,

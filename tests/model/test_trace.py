@@ -21,10 +21,14 @@ CASES = {
     "mlstm": {"cell": "mlstm"},
     "layer_norm_lstm": {"cell": "layer_norm_lstm"},
 }
-EVERY_CASE = pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
+LONG = ("lstm", "rnn", "relu")  # whose parts the others have
+EVERY_CASE = pytest.mark.parametrize(
+    "changes", [pytest.param(c, marks=pytest.mark.long if n in LONG else ()) for n, c in CASES.items()], ids=CASES
+)
 SOME = {name: CASES[name] for name in ("lstm, everything", "layer_norm_lstm", "gru")}
 SOME_CASES = pytest.mark.parametrize("changes", SOME.values(), ids=SOME)
-IN_TYPES = [("float64", name) for name in CASES] + [("float32", "lstm"), ("bfloat16", "lstm"), ("bfloat16", "mlstm")]
+IN_TYPES = [pytest.param("float64", name, marks=pytest.mark.long if name in LONG else ()) for name in CASES]
+IN_TYPES += [pytest.param("float32", "lstm", marks=pytest.mark.long), ("bfloat16", "lstm"), ("bfloat16", "mlstm")]
 
 traced = jax.jit(language_model.trace, static_argnums=(0, 5))
 applied = jax.jit(language_model.apply, static_argnums=0)

@@ -24,7 +24,7 @@ def run(program: str, *arguments: str) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
-        timeout=120,
+        timeout=300,
     )
 
 

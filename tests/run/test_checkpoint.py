@@ -89,7 +89,7 @@ def rewrite_seal(directory: Path, change: Callable[[dict], object]) -> None:
     step_directory.seal(directory, meta)
 
 
-@pytest.mark.parametrize("devices", [8, 4, 2, 1])
+@pytest.mark.parametrize("devices", [8, 1, *(pytest.param(count, marks=pytest.mark.long) for count in (4, 2))])
 def test_what_8_devices_saved_any_number_restores_bit_for_bit(tmp_path, devices):
     save_all(tmp_path, 7)
     wanted = abstract_state(devices)
@@ -186,7 +186,7 @@ def test_a_step_that_is_saved_again_is_replaced(tmp_path):
     assert names(tmp_path) == ["3"]
 
 
-@pytest.mark.parametrize("announced", [True, False])
+@pytest.mark.parametrize("announced", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_after_going_back_the_next_save_is_the_newest(tmp_path, announced):
     save_all(tmp_path, 10, (20, 1.0), (30, 0.5))
     with Checkpoints(tmp_path, log=print) as checkpoints:

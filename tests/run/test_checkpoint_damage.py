@@ -72,14 +72,17 @@ def test_a_flipped_bit_in_any_file_is_never_used(directory):
         path = candidates[trial % len(candidates)]
         whole, bit = path.read_bytes(), rng.randrange(8 * path.stat().st_size)
         flip(path, bit)
-        step, said = restored_by_a_reader(directory)
-        assert step == 1 and "checkpoint 2" in said[0] and "is damaged" in said[0], (path, bit, said)
+        with pytest.raises(step_directory.Damaged):
+            step_directory.verify(directory / "2")
+        if trial % 8 == 0:  # what a reader makes of that takes long
+            step, said = restored_by_a_reader(directory)
+            assert step == 1 and "checkpoint 2" in said[0] and "is damaged" in said[0], (path, bit, said)
         path.write_bytes(whole)
     assert restored_by_a_reader(directory) == (2, [])
 
 
 def test_each_file_shortened_emptied_lengthened_or_deleted_is_noticed(directory):
-    for path in files(directory / "2"):
+    for number, path in enumerate(files(directory / "2")):
         whole, name = path.read_bytes(), path.relative_to(directory / "2").as_posix()
         sentence = f"{name} has {{}} bytes, {len(whole)} were written"
         for content in (whole[:-1], b"", whole + b" "):
@@ -88,8 +91,11 @@ def test_each_file_shortened_emptied_lengthened_or_deleted_is_noticed(directory)
             with pytest.raises(step_directory.Damaged, match=re.escape(expected)):
                 step_directory.verify(directory / "2")
         path.unlink()
-        step, said = restored_by_a_reader(directory)
-        assert step == 1 and name in said[0], (path, said)
+        with pytest.raises(step_directory.Damaged, match=re.escape(name)):
+            step_directory.verify(directory / "2")
+        if number % 5 == 0:
+            step, said = restored_by_a_reader(directory)
+            assert step == 1 and name in said[0], (path, said)
         path.write_bytes(whole)
     assert restored_by_a_reader(directory) == (2, [])
 
@@ -372,7 +378,7 @@ def run(program: str, directory: Path, **streams) -> subprocess.Popen:
 
 def test_when_the_disk_is_full_the_run_goes_on_and_saves_again_once_there_is_room(tmp_path):
     child = run(FULL_DISK, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    out, err = child.communicate(timeout=120)
+    out, err = child.communicate(timeout=300)
     assert child.returncode == 0, err
     lines = out.splitlines()
     assert (lines[0], lines[4]) == ("saved 0 [1]", "again 0 [1, 5]")
@@ -399,7 +405,7 @@ with Checkpoints(Path(sys.argv[1]), keep=2, log=print) as checkpoints:
 
 def test_a_process_killed_at_any_moment_leaves_its_last_commit_whole(tmp_path):
     """A stopped process has on disk what a killed one has, so each stop is a kill; the last one is a kill indeed."""
-    rng, moments = random.Random(0), 8
+    rng, moments = random.Random(0), 4
     directory, said = tmp_path / "checkpoints", tmp_path / "said"
     with open(said, "w") as out:
         child = run(SAVE_FOR_EVER, directory, stdout=out)
@@ -433,7 +439,7 @@ def test_the_seal_is_checked_without_jax_and_without_orbax(directory):
         "assert not {'jax', 'orbax', 'numpy'} & sys.modules.keys()"
     )
     child = run(program, directory / "2", stdout=subprocess.PIPE, text=True)
-    assert (child.communicate(timeout=60)[0], child.returncode) == ("2\n", 0)
+    assert (child.communicate(timeout=300)[0], child.returncode) == ("2\n", 0)
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,9 @@ def test_where_none_is_kept_nothing_is_paid_for_it():
     assert (state.average, int(state.plateau.averaged)) == ((), 0)
 
 
-@pytest.mark.parametrize(("config", "others"), [(EMA, (1,)), (ASGD, ())], ids=["ema", "asgd"])
+@pytest.mark.parametrize(
+    ("config", "others"), [(EMA, (1,)), pytest.param(ASGD, (), marks=pytest.mark.long)], ids=["ema", "asgd"]
+)
 def test_the_average_has_the_same_bits_on_any_number_of_devices_and_leaves_training_alone(config, others):
     straight, _ = advance(SKIP, train_state.init(SKIP, V), range(3))
     state, _ = advance(config, train_state.init(config, V), range(3))
@@ -100,7 +102,7 @@ def test_the_average_has_the_same_bits_on_any_number_of_devices_and_leaves_train
         assert_equal_bits(state, advance(config, train_state.init(config, V), range(3), devices)[0])
 
 
-@pytest.mark.parametrize("config", [EMA, ASGD], ids=["ema", "asgd"])
+@pytest.mark.parametrize("config", [EMA, pytest.param(ASGD, marks=pytest.mark.long)], ids=["ema", "asgd"])
 def test_an_update_that_is_skipped_is_not_averaged(config):
     before, _ = advance(config, train_state.init(config, V), [0, 1])
     after, (metrics,) = advance(config, before, [beyond(config, 2)])

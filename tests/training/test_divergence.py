@@ -1,5 +1,7 @@
 """Updates that are not sound: skipped to the bit, poisoned rows zeroed and counted, spikes told from bad luck."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,8 +68,10 @@ def begun():
     return advance(SKIP, train_state.init(SKIP, V), [0, 1])[0]
 
 
-@pytest.mark.parametrize("devices", [4, 1])
-@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    ("value", "devices"),
+    [(np.nan, 4), (np.inf, 4), *(pytest.param(value, 1, marks=pytest.mark.long) for value in (np.nan, np.inf))],
+)
 def test_a_poisoned_row_of_state_costs_one_update_and_that_row_alone(value, devices, begun):
     state, (metrics,) = advance(SKIP, begun, [2], devices, with_row(5, value))
     accepted, (good,) = advance(SKIP, begun, [2], devices)
@@ -174,9 +178,13 @@ def test_going_back_leaves_windows_out_and_carries_nothing_over(begun):
     assert_equal_bits(again.recurrent_state, begun.recurrent_state)
 
 
-@pytest.mark.parametrize("in_host_memory", [True, False])
-@pytest.mark.parametrize("devices", [2, 8])
-@pytest.mark.parametrize("odd", [0, 1])
+@pytest.mark.parametrize(
+    ("odd", "devices", "in_host_memory"),
+    [
+        pytest.param(*of, marks=() if of in ((0, 2, True), (1, 8, False)) else pytest.mark.long)
+        for of in itertools.product((0, 1), (2, 8), (True, False))
+    ],
+)
 def test_a_bit_that_flips_on_one_device_is_found_and_the_device_named(odd, devices, in_host_memory, begun, monkeypatch):
     monkeypatch.setattr(distributed, "is_in_host_memory", lambda mesh: in_host_memory)  # a GPU's is not
     mesh = distributed.make(jax.devices()[:devices])

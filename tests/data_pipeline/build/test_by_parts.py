@@ -152,7 +152,7 @@ prepare_by_parts({how!r}, Path({out!r}), share=share, workers=1, sizes=Sizes(102
 def killed(how: CorpusSettings, out: Path, after: int, share: str = "") -> int:
     """The status of a preparation that is killed at its `after`-th call of the system that matters."""
     code = KILLED.replace("{how!r}", repr(how)).replace("{out!r}", repr(str(out)))
-    return subprocess.run([sys.executable, "-c", code, str(after), share], cwd=ROOT, timeout=120).returncode
+    return subprocess.run([sys.executable, "-c", code, str(after), share], cwd=ROOT, timeout=300).returncode
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.long)])
