@@ -9,6 +9,7 @@ devices of one process are neighbors, so a process holds one run of rows.
 """
 
 import itertools
+import json
 import os
 import re
 from collections import defaultdict
@@ -42,14 +43,20 @@ Result = TypeVar("Result")
 def join(coordinator: str, count: int, index: int, heartbeat_timeout: int) -> None:
     """Makes this process number `index` of the `count` of a job; before anything asks for devices.
 
+    Anybody who reaches the coordinator may take part: it asks for no password.  One named as "localhost" or 127.0.0.1
+    is reached from this machine alone; any other listens on all networks of process 0.
+
     Args:
       coordinator: HOST:PORT at which process 0 can be reached.
       heartbeat_timeout: seconds after which a process that is not heard of is lost; the others are then aborted.
     """
+    host, _, port = coordinator.rpartition(":")
+    loopback = {"localhost": "127.0.0.1", "127.0.0.1": "127.0.0.1", "[::1]": "[::1]"}.get(host)
     jax.distributed.initialize(
-        coordinator,
+        f"{loopback or host}:{port}",
         count,
         index,
+        coordinator_bind_address=f"{loopback}:{port}" if loopback else None,
         heartbeat_timeout_seconds=heartbeat_timeout,
         shutdown_timeout_seconds=heartbeat_timeout,
     )
@@ -214,6 +221,20 @@ def all_gather_str(word: str, apart: str = "main") -> list[str]:
     return [words[process] for process in range(jax.process_count())]
 
 
+def latest_of_all(name: str, value: float) -> dict[int, float]:
+    """Publishes `value`, and on the first process returns the latest that each has published, by process.
+
+    Nobody waits for anybody, so some of them are of the call before, or missing; elsewhere, only the own is returned.
+    """
+    client, own = distributed.global_state.client, jax.process_index()
+    assert client is not None, "several processes have joined through it"
+    if own:
+        client.key_value_set(f"charlstm/{name}/{own}", str(value), allow_overwrite=True)
+        return {own: value}
+    told = client.key_value_dir_get(f"charlstm/{name}/")
+    return {0: value} | {int(key.rpartition("/")[2]): float(word) for key, word in told}
+
+
 def any_process(flag: bool) -> bool:
     """True if `flag` is true on any process."""
     return "yes" in all_gather_str("yes" if flag else "no")
@@ -224,23 +245,40 @@ def run_on_all(act: Callable[[], Result], apart: str = "main") -> Result:
 
     Raises:
       ValueError, OSError, RuntimeError: what `act` raised on this process.
-      ValueError: it raised one of these on another process only.
+      ValueError, OSError: it raised one of these on another process only.
     """
     try:
         result = act()
     except FAILURES as error:
-        all_gather_str(str(error) or type(error).__name__, apart)
+        words = str(error) or type(error).__name__
+        all_gather_str(json.dumps([getattr(error, "errno", None), words]), apart)
         raise
     for process, failure in enumerate(all_gather_str("", apart)):
         if failure:
-            raise ValueError(f"process {process}: {failure}")
+            raise _as_of_another(process, *json.loads(failure))
     return result
+
+
+def _as_of_another(process: int, number: int | None, words: str) -> Exception:
+    """The failure of another process, with its errno if it has one, by which this process ends with the same status."""
+    sentence = f"process {process}: {words}"
+    if number is None:
+        return ValueError(sentence)
+    error = OSError(sentence)
+    error.errno = number
+    return error
 
 
 def run_on_first(act: Callable[[], object], apart: str = "main") -> None:
     """Runs `act` on the first process when all have come here; all go on when it is done.  Raises as `run_on_all`."""
     all_gather_str("", apart)  # nobody reads any more what is to be written
     run_on_all(lambda: act() if is_first_process() else None, apart)
+
+
+def take_from_first(act: Callable[[], str], apart: str = "main") -> str:
+    """Runs `act` on the first process alone; returns its result on all.  Raises as `run_on_all`."""
+    found = run_on_all(lambda: act() if is_first_process() else "", apart)
+    return all_gather_str(found, apart)[0]
 
 
 def exit_barrier(seconds: float) -> bool:

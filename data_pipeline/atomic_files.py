@@ -16,6 +16,18 @@ from typing import BinaryIO
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # the disk is full or fails
 
 
+class InUse(ValueError):
+    """A lock is held by another process, which is to be waited for."""
+
+    errno = errno.EBUSY
+
+
+class Unreachable(OSError):
+    """An object store did not answer for as long as one was ready to wait."""
+
+    errno = errno.EHOSTUNREACH
+
+
 def expand_user(path: Path | str) -> Path:
     """Expands a leading ~ to the home directory.  Raises ValueError if there is no such home."""
     try:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from data_pipeline.atomic_files import expand_user
+from data_pipeline.atomic_files import Unreachable, expand_user
 from data_pipeline.directory import Directory
 
 SCHEMES = ("s3", "gs", "az", "https", "http")
@@ -28,10 +28,6 @@ _refusal = re.compile(r"non-2xx status code: (\d+)")
 _again = {"408", "425", "429"}  # of the 4xx, those that may pass
 _metadata = ("169.254.169.254", "metadata.google")  # where a machine outside of a cloud finds no credentials
 Result = TypeVar("Result")
-
-
-class Unreachable(OSError):
-    """A store did not answer for as long as one was ready to wait."""
 
 
 class Missing(ValueError):

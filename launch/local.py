@@ -3,9 +3,10 @@
     python -m launch.local --processes=2 --restarts=3 -- --flagfile=configs/large.flags --run_dir=runs/mine
 
 Arguments after the -- are those of launch.train.  On CPUs the processes have --devices_per_process simulated devices
-each, on GPUs one GPU each.  Their output is printed here with the number of the process before each line, and kept in
-the run directory as logs/process-N.txt.  When one process dies the others are ended, and with --restarts the job is
-restarted from its newest checkpoint.  Ctrl-C and SIGTERM are passed on to all; a second Ctrl-C kills them.
+each, on GPUs one GPU each, of those in CUDA_VISIBLE_DEVICES if that is set.  Their output is printed here with the
+number of the process before each line, and kept in the run directory as logs/process-N.txt.  When one process dies the
+others are ended, and with --restarts the job is restarted from its newest checkpoint.  Ctrl-C and SIGTERM are passed on
+to all; a second Ctrl-C kills them.
 """
 
 if __name__ == "__main__":  # before what takes seconds to import
@@ -15,8 +16,10 @@ if __name__ == "__main__":  # before what takes seconds to import
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -38,7 +41,7 @@ from launch.support.child_processes import TRAIN, ChildProcesses
 
 ENDED_WELL = (cli.DONE, cli.STOPPED)
 # A restarted job would end in the same way.
-FINAL = (cli.MISTAKE, cli.DIVERGED, cli.UNREACHABLE, cli.NOT_SAVED, cli.INTERRUPTED)
+FINAL = (cli.MISTAKE, cli.DIVERGED, cli.UNREACHABLE, cli.IN_USE, cli.NOT_SAVED, cli.INTERRUPTED)
 MAX_DEATHS_AT_A_CHECKPOINT = 2  # consecutive deaths at the same checkpoint, after which it is no longer trusted
 LONGEST_PAUSE = 60.0  # seconds
 
@@ -69,12 +72,13 @@ class Job(ChildProcesses):
         super().__init__()
         self._chosen, self._log_dir = chosen, log_dir
         self._stopped: dict[int, float] = {}  # pid -> since when
-        coordinator, pumps = f"localhost:{_free_port()}", []
+        coordinator, pumps = f"127.0.0.1:{_free_port()}", []
+        devices = _devices(chosen)
         for number in range(chosen.processes):
             own = [f"--coordinator={coordinator}", f"--num_processes={chosen.processes}", f"--process_id={number}"]
             process = self.start(
                 [*TRAIN, *arguments, *own],
-                env=os.environ | _devices(number, chosen.devices_per_process),
+                env=os.environ | devices[number],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -218,17 +222,43 @@ def _divided(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     )
 
 
-def _devices(number: int, count: int) -> dict[str, str]:
-    """Returns the environment variables that choose the devices of process `number`."""
-    if count:
+def _devices(chosen: LocalFlags) -> list[dict[str, str]]:
+    """Returns, for each process, the environment variables that choose its devices.
+
+    Raises:
+      ValueError: there are fewer GPUs than processes.
+    """
+    if count := chosen.devices_per_process:
         given = os.environ.get("XLA_FLAGS", "")
-        return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{given} --xla_force_host_platform_device_count={count}".strip()}
-    return {"CUDA_VISIBLE_DEVICES": str(number)} if shutil.which("nvidia-smi") else {}
+        simulated = f"{given} --xla_force_host_platform_device_count={count}".strip()
+        return [{"JAX_PLATFORMS": "cpu", "XLA_FLAGS": simulated}] * chosen.processes
+    gpus, where = _gpus()
+    if gpus is None:
+        return [{}] * chosen.processes
+    if len(gpus) < chosen.processes:
+        raise ValueError(
+            f"processes={chosen.processes} need a GPU each, and {where} has {len(gpus)}: start fewer, or give "
+            "--devices_per_process=1 for simulated CPU devices"
+        )
+    return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus[: chosen.processes]]
+
+
+def _gpus() -> tuple[list[str] | None, str]:
+    """Returns the GPUs that may be used, by index or UUID, and who names them; None if this machine has none."""
+    if not shutil.which("nvidia-smi") or os.environ.get("JAX_PLATFORMS") == "cpu":
+        return None, ""
+    if (given := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        gpus = [word.strip() for word in given.split(",")]
+        # As CUDA reads it: what comes behind the first word that names nothing is not visible.
+        named = itertools.takewhile(lambda word: word and not word.startswith("-") and word != "NoDevFiles", gpus)
+        return list(named), f"CUDA_VISIBLE_DEVICES={given}"
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    return [str(number) for number in range(len(re.findall("^GPU ", listed, re.M)))], "this machine"
 
 
 def _free_port() -> int:
     with socket.socket() as free:
-        free.bind(("localhost", 0))
+        free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 

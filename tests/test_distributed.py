@@ -41,9 +41,11 @@ def test_what_a_disk_or_this_process_raises_does_not(error):
 
 
 AGREE = """
-import sys
+import errno, sys
+from pathlib import Path
 from charlstm import distributed
-from tests.conftest import ROOT
+from data_pipeline.atomic_files import InUse
+from data_pipeline.stores import Unreachable
 
 class Counted:
     def __init__(self, client):
@@ -63,10 +65,34 @@ for meeting in range(20):
     assert words == [f"{meeting} of {process}" for process in range(count)], words
 print(counted.calls)
 state.client = counted.client
+
+if index == 0:  # where it listens: on the loopback (127.0.0.1, as the kernel writes it), and nowhere else
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path("/proc/net", name).read_text().splitlines()[1:]]
+    print({row[1].partition(":")[0][-8:] for row in rows if row[3] == "0A" and row[1].endswith(f":{port:04X}")})
+
+def fail(error):
+    if index == 1:
+        raise error
+
+for error in (OSError(errno.ENOSPC, "full", "x"), Unreachable("silent"), InUse("held"), ValueError("bad")):
+    try:
+        distributed.run_on_all(lambda: fail(error))
+    except distributed.FAILURES as told:
+        assert getattr(told, "errno", None) == getattr(error, "errno", None), told
+        assert isinstance(told, OSError) == hasattr(told, "errno") or index == 1, told
+        assert str(told) == (str(error) if index == 1 else f"process 1: {error}"), told
+assert distributed.take_from_first(lambda: f"of {index}") == "of 0"
+
+latest = distributed.latest_of_all("wait", float(index))
+assert latest[index] == index and (index == 0 or latest == {index: index}), latest
+distributed.all_gather_str("")
+if index == 0:
+    assert distributed.latest_of_all("wait", 0.0) == {process: float(process) for process in range(count)}
+distributed.all_gather_str("")
 """
 
 
-def test_what_a_process_asks_the_coordination_service_does_not_grow_with_the_processes():
+def test_what_a_process_asks_of_the_coordination_service_does_not_grow_with_the_processes_and_a_failure_is_told():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -79,5 +105,6 @@ def test_what_a_process_asks_the_coordination_service_does_not_grow_with_the_pro
         ]
         ended = [process.communicate(timeout=300) for process in started]
         assert [process.returncode for process in started] == [0] * count, ended
-        calls[count] = {int(out) for out, _ in ended}
+        calls[count] = {int(out.splitlines()[0]) for out, _ in ended}
+        assert ended[0][0].splitlines()[1] == "{'0100007F'}"
     assert calls[2] == calls[5] == {20 * 4 - 1}

@@ -130,7 +130,12 @@ def refuse_other_arrays(checkpoint: str, held: dict[str, Any], wanted: dict[str,
 
 
 def _restore(item: Path, restore: Any) -> Any:
-    return _handler().restore(epath.Path(item), args=restore)
+    try:
+        return _handler().restore(epath.Path(item), args=restore)
+    except distributed.FAILURES:
+        raise
+    except Exception as error:  # of any kind: a process that went its own way would leave the others waiting
+        raise ValueError(f"{item.name} cannot be read ({type(error).__name__}: {error})") from error
 
 
 def _apart_from_event_loops(function: Callable[..., Result], *arguments: Any) -> Result:

@@ -25,9 +25,10 @@ import jax
 import numpy as np
 
 from charlstm import distributed
-from charlstm.run import array_files, replicas, step_directory
+from charlstm.run import array_files, replicas, sealing, step_directory
 from charlstm.run.digest import describe, digests, host_digest
-from charlstm.run.step_directory import Damaged, StepDirectory
+from charlstm.run.sealing import Damaged
+from charlstm.run.step_directory import StepDirectory
 from charlstm.types import ModelParams, TrainState
 
 Wanted = int | Literal["best"] | None  # a step, the best on validation, or the newest
@@ -35,22 +36,31 @@ Found = TypeVar("Found")
 
 
 class Checkpoints:
-    """The checkpoints of one run, in one directory.
+    """The checkpoints of one run, in one directory.  Close it, or use it in a `with`.
 
     One writer at a time; readers (`writable=False`) change nothing and may come and go.  In a run of several processes
-    each of them makes the same calls, and the first does what is done once.  Close it, or use it in a `with`.
+    each of them makes the same calls, and the first does what is done once.
 
     Attributes:
       failed_saves: saves that failed since the last one that succeeded.
       last_failure: the sentence about the latest of these; None when there is none.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 3, writable: bool = True, log: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep: int = 3,
+        writable: bool = True,
+        log: Callable[[str], None],
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
         """Opens `directory`; a writer makes it and clears up what a killed process left unfinished.
 
         Args:
           keep: the newest checkpoints to keep (1 or more); the best on validation is kept besides.
           log: takes one line; called from a background thread too.
+          beat: called again and again while files are verified: it takes long, and gets on.
 
         Raises:
           ValueError: the directory cannot be written.
@@ -59,7 +69,7 @@ class Checkpoints:
         self.failed_saves = 0
         self.last_failure: str | None = None
         self.newest: int | None = None  # step that is whole on disk, as far as this process has saved or restored it
-        self._files = StepDirectory(directory.absolute())
+        self._files = StepDirectory(directory.absolute(), beat)
         self._keep, self._writable, self._log = keep, writable, log
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
@@ -157,7 +167,6 @@ class Checkpoints:
         """The state that was saved, and its meta (as `read_meta`).
 
         Without `step`, damaged checkpoints are logged and skipped; a writer that finds a whole one sets them aside.
-        With `step`, that checkpoint is restored or ValueError is raised.
 
         Args:
           abstract: a jax.ShapeDtypeStruct for each leaf, with the sharding it shall have, on any number of devices.
@@ -186,9 +195,7 @@ class Checkpoints:
         """Goes back: later steps are set aside, so that none of them is ever taken for the newest."""
         assert self._writable
         self.wait()
-        distributed.run_on_first(
-            lambda: self._set_aside([later for later in self.steps() if later > step], "abandoned")
-        )
+        distributed.run_on_first(lambda: self._set_aside([at for at in self.steps() if at > step], "abandoned"))
 
     def _make_staging(self, step: int, items: dict[str, Any]) -> None:
         """Makes the directories that all processes write in."""
@@ -214,10 +221,10 @@ class Checkpoints:
     def _name(self, meta: dict[str, Any]) -> None:
         staging = self._files.staging(meta["step"])
         array_files.finalize(staging)
-        step_directory.seal(staging, meta)
+        sealing.seal(staging, meta)
         try:
             self._read_back(staging, meta)
-        except (*distributed.FAILURES, KeyError, TypeError) as error:
+        except distributed.FAILURES as error:
             kept = ""
             if not self.failed_saves:  # keep only the first of several in a row, to look into; all would fill the disk
                 kept = f"; kept as {self._files.set_aside_staging(meta['step'], 'corrupt')}"
@@ -226,7 +233,7 @@ class Checkpoints:
 
     def _read_back(self, directory: Path, meta: dict[str, Any]) -> None:
         """Raises ValueError or OSError where the files do not hold the arrays of `meta`."""
-        step_directory.forget_cached(directory)
+        sealing.forget_cached(directory)
         arrays = meta["arrays"]
         for name, array in array_files.read_to_host(directory, arrays):
             found = {"dtype": str(array.dtype), "shape": list(array.shape), "digest": host_digest(array)}
@@ -273,12 +280,19 @@ class Checkpoints:
     def _read(self, step: int, trees: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Checks files, then names, shapes and types; reads the arrays; checks their digests.  All processes agree.
 
-        Errors of Orbax on whole files are not caught: out of memory, say, does not mean that the checkpoint is damaged.
+        Each checks its share of the files, and all of them only where the arrays cannot be read then.  Errors of Orbax
+        on whole files are not caught: out of memory, say, does not mean that the checkpoint is damaged.
         """
-        meta = self._files.read_by_all(step, trees, distributed.all_gather_str)
+        share = distributed.process_number(), distributed.number_of_processes()
+        meta = self._files.read_by_all(step, trees, distributed.all_gather_str, share)
         held = {name: array for name, array in meta["arrays"].items() if name.partition(".")[0] in trees}
         array_files.refuse_other_arrays(f"checkpoint {step} in {self._files.path}", held, describe(trees))
-        restored = distributed.run_on_all(lambda: array_files.read(self._files.step(step), trees))
+        try:
+            restored = distributed.run_on_all(lambda: array_files.read(self._files.step(step), trees))
+        except distributed.FAILURES:
+            if distributed.is_one_of_several():
+                self._files.read_by_all(step, trees, distributed.all_gather_str)
+            raise
         wrong = ""
         for name, digest in digests(restored).items():
             if digest != held[name]["digest"]:

@@ -4,9 +4,11 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from charlstm import config as config_lib
+from charlstm import distributed
 from charlstm.config import Config
 from data_pipeline import direction, mixture
 from data_pipeline.atomic_files import atomic_write, expand_user
@@ -15,8 +17,9 @@ from data_pipeline.build import corpora
 from data_pipeline.build.datasets import NAMES
 from data_pipeline.build.splits import cut
 from data_pipeline.eval_chunks import ChunkPlan
+from data_pipeline.manifest import is_prepared
 from data_pipeline.mixture import Mixture
-from data_pipeline.progress import bar, say_on_stderr
+from data_pipeline.progress import announced, bar, say_on_stderr
 from data_pipeline.segments import Member, SegmentPlan, automatic_segment
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import Corpus
@@ -62,17 +65,30 @@ def open_for(config: Config, given: Sequence[str]) -> tuple[Corpus, Config]:
 def load(config: Config) -> Corpus:
     """The corpus or mixture that `config` names, each text prepared into the cache if absent.
 
+    All processes of a job call it together: the first looks for the text, and prepares it, while the others wait.
+
     Raises:
-      ValueError: it cannot be had.
+      ValueError, OSError: it cannot be had; on all processes.
     """
 
     def open_one(name: str) -> Corpus:
-        return corpora.open_resolved(dataclasses.replace(config.corpus, corpus=name), bar(), say_on_stderr)
+        settings = dataclasses.replace(config.corpus, corpus=name)
+        waits = not distributed.is_first_process()
+        with announced("waiting for the first process, which looks at the text") if waits else nullcontext():
+            found = distributed.take_from_first(lambda: str(corpora.resolve(settings, bar(), say_on_stderr)))
+        return distributed.run_on_all(lambda: corpora.open_prepared(_seen_here(found, settings), settings))
 
     mixed = config.streams.mixture
     if not (mixed or config.corpus.corpus or config.corpus.train):
         raise ValueError("this model was imported and has no corpus of its own: give --text, or --corpus")
     return mixture.load(mixture.parse(mixed), open_one) if mixed else open_one(config.corpus.corpus)
+
+
+def _seen_here(found: str, settings: CorpusSettings) -> Path | str:
+    """The prepared directory that the first process has found, or one of this host's own if it cannot be seen here."""
+    if is_remote(found) or is_prepared(Path(found)):
+        return found
+    return corpora.resolve(settings, bar(), say_on_stderr)
 
 
 def as_read(config: Config, corpus: Corpus) -> Corpus:

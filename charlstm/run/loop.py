@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 from charlstm import distributed
-from charlstm.run import announce, digest, memory, replicas, run_directory, samples
+from charlstm.run import announce, digest, memory, replicas, run_directory, run_lock, samples
 from charlstm.run.checkpoint import Checkpoints
 from charlstm.run.log import RunLog
 from charlstm.run.metrics import Diverged, MetricAggregator, finite_score
@@ -37,7 +37,7 @@ def train(run: Run, services: Services, given: Sequence[str] = (), terminal: Tex
       Diverged: training diverged, and rollback is off or max_rollbacks is used up.
     """
     with contextlib.ExitStack() as opened:
-        distributed.run_on_first(lambda: opened.enter_context(run_directory.lock_run_directory(run.run_dir)))
+        distributed.run_on_first(lambda: opened.enter_context(run_lock.lock_run_directory(run.run_dir)))
         opened.enter_context(services.opened(run.run_dir))
         if not run.resumed:
             distributed.run_on_first(
@@ -48,8 +48,8 @@ def train(run: Run, services: Services, given: Sequence[str] = (), terminal: Tex
         opened.enter_context(log.collecting("data_pipeline"))
         for remark in run.remarks:
             log.info(remark)
-        keep = run.config.training.keep_checkpoints
-        checkpoints = opened.enter_context(Checkpoints(run.run_dir / "checkpoints", keep=keep, log=log.info))
+        place, keep = run.run_dir / "checkpoints", run.config.training.keep_checkpoints
+        checkpoints = opened.enter_context(Checkpoints(place, keep=keep, log=log.info, beat=services.beat))
         return Training(run, checkpoints, log, services).train()
 
 

@@ -157,8 +157,12 @@ class MetricAggregator:
         record = self._record(step, "train", score) | self._speed()
         record |= {k: self._latest[k] for k in ("learning_rate", "grad_norm")}
         if distributed.is_one_of_several():
-            waits = distributed.all_gather_str(str(record["input_wait"]))
-            record["input_wait_of_processes"] = [float(wait) for wait in waits]
+            waits = distributed.latest_of_all("input_wait", record["input_wait"])
+            longest = max(waits, key=lambda process: waits[process])
+            record["input_wait_of_processes"] = {
+                **{"min": min(waits.values()), "mean": round(sum(waits.values()) / len(waits), 4)},
+                **{"max": waits[longest], "process": longest},
+            }
         self.records["train"] = record
         self._reset()
         return record

@@ -12,9 +12,8 @@ import dataclasses
 import importlib.metadata
 import json
 import os
-import platform
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,14 +23,16 @@ from charlstm import config as config_lib
 from charlstm import distributed
 from charlstm.config import Config
 from charlstm.run.checkpoint import Checkpoints, Wanted
-from charlstm.run.step_directory import SEAL, StepDirectory
+from charlstm.run.run_lock import LOCK
+from charlstm.run.sealing import SEAL
+from charlstm.run.step_directory import StepDirectory
 from charlstm.training import train_state
 from charlstm.types import ModelParams
-from data_pipeline.atomic_files import atomic_write, expand_user, locked, owner_file
+from data_pipeline.atomic_files import atomic_write, expand_user
 from data_pipeline.batch import Separator
 from data_pipeline.vocabulary import Vocabulary
 
-LOCK, INITIAL = ".lock", "initial_checkpoint.json"
+INITIAL = "initial_checkpoint.json"
 
 
 class OtherRun(ValueError):
@@ -123,32 +124,6 @@ def create(
 def write_config(run_dir: Path, config: Config) -> None:
     """Keeps the settings with which a run goes on."""
     _write(run_dir / "config.json", config_lib.to_json(config))
-
-
-@contextlib.contextmanager
-def lock_run_directory(run_dir: Path) -> Iterator[None]:
-    """Locks the run directory for this job, and makes it if absent.  A killed process holds no lock.
-
-    Raises:
-      ValueError: another job has it, or it cannot be written.
-    """
-    lock = run_dir / LOCK
-
-    def refuse() -> None:
-        owner = lock.read_text("utf-8", "replace").strip() if lock.exists() else ""
-        remedy = "wait for it to end, or name another"
-        if (marker := owner_file(lock)).exists():  # a file system without locks
-            remedy += f"; if it is dead, on another machine, delete {marker}"
-        raise ValueError(f"run_dir={run_dir} is in use by {owner or 'another process'}: {remedy}")
-
-    with contextlib.ExitStack() as lock_held:
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            lock_held.enter_context(locked(lock, refuse))
-            lock.write_text(f"process {os.getpid()} on {platform.node()}\n")
-        except OSError as error:
-            raise ValueError(f"run_dir={run_dir} cannot be written ({error.strerror or error}): name another") from None
-        yield
 
 
 def exists(run_dir: Path) -> bool:

@@ -56,6 +56,9 @@ class Services:
     def tick(self, step: int) -> None:
         """Is told that the run has come to the end of `step`."""
 
+    def beat(self) -> None:
+        """Is told, again and again, that a pause which may last gets on."""
+
     def ended(self, outcome: Outcome) -> None:
         """Is told how the run ended, when all is saved."""
 

@@ -1,11 +1,6 @@
-"""The files of checkpoints: the seal of one step, and the names of all the steps.  Needs neither JAX nor Orbax.
-
-A step is whole if, and only if, its seal `checkpoint.json` is there, the bytes of the seal are exactly those that its
-content encodes to, and every other file has the size and sha256 that the seal gives.
-"""
+"""The directories of checkpoints, one a step, each with its seal (see `sealing`).  Needs neither JAX nor Orbax."""
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -16,88 +11,17 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from charlstm.run.sealing import ALONE, Damaged, read_meta, verify
 from data_pipeline.atomic_files import sync
 
-SEAL = "checkpoint.json"
 FORMAT = 4
 _STEP = re.compile(r"0|[1-9][0-9]*")
 _LEFTOVER = re.compile(r"(0|[1-9][0-9]*)\.(saving|removed).*")
 _WHOLE, _OTHER_FORMAT, _DAMAGED, _UNREAD = range(4)  # what a process finds of a step; the worst counts for all
-# What reading a lost or rotten file raises.  Anything else (no permission, out of handles) proves nothing of the file.
-_PROOF_OF_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
-
-
-class Damaged(Exception):
-    """A checkpoint is not what was saved; the sentence says where."""
 
 
 class OtherFormat(ValueError):
     """A checkpoint is of another version of this program, and may be whole."""
-
-
-def seal(directory: Path, meta: dict[str, Any]) -> None:
-    """Makes all files of `directory` durable and lists them in its seal, beside `meta` (plain JSON, finite numbers).
-
-    Raises:
-      OSError: the disk is full, or fails; there is no seal then.
-    """
-    files = {}
-    for path in sorted(directory.rglob("*")):
-        if path.is_file():
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-                os.fsync(file.fileno())
-            files[path.relative_to(directory).as_posix()] = {"size": path.stat().st_size, "sha256": digest}
-    beside = directory / f"{SEAL}.unfinished"
-    with open(beside, "wb") as file:
-        file.write(_encode(meta, files))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, directory / SEAL)
-    for folder in [directory, *(path for path in directory.rglob("*") if path.is_dir())]:
-        sync(folder)
-
-
-def forget_cached(directory: Path) -> None:
-    """Drops the files of `directory` from the page cache, so that they are next read from disk."""
-    for path in directory.rglob("*"):
-        if path.is_file() and hasattr(os, "posix_fadvise"):
-            with open(path, "rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def read_meta(directory: Path) -> dict[str, Any]:
-    """The `meta` of the seal; of the other files nothing is read.
-
-    Raises:
-      Damaged: there is no seal, or it is not as it was written.
-    """
-    return _read(directory)[0]
-
-
-def verify(directory: Path, items: Collection[str] | None = None) -> dict[str, Any]:
-    """The `meta` of the seal, after every file was read again and compared with it.
-
-    Args:
-      items: subdirectories to read, besides the files at the top; None for all.
-
-    Raises:
-      Damaged: the seal or a file is missing, shortened or changed.
-    """
-    meta, files = _read(directory)
-    for name, written in files.items():
-        if items is not None and "/" in name and name.partition("/")[0] not in items:
-            continue
-        try:
-            with open(directory / name, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size != written["size"]:
-                    raise Damaged(f"{name} has {size} bytes, {written['size']} were written")
-                if hashlib.file_digest(file, "sha256").hexdigest() != written["sha256"]:
-                    raise Damaged(f"{name} was changed after it was written")
-        except OSError as error:
-            raise _as_damage(error, name) from error
-    return meta
 
 
 class StepDirectory:
@@ -107,8 +31,13 @@ class StepDirectory:
     step was set aside; it is kept for inspection.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, beat: Callable[[], None] = lambda: None) -> None:
+        """Names a directory, which need not be there.
+
+        Args:
+          beat: called again and again while files are verified, as `verify` does.
+        """
+        self.path, self._beat = path, beat
 
     def require_seen(self) -> None:
         """Raises ValueError on a process of a job that does not see what another one has made."""
@@ -162,14 +91,15 @@ class StepDirectory:
         scores = {step: meta["bits_per_symbol"] for step, meta in self.sealed().items()}
         return sorted((step for step in scores if scores[step] is not None), key=lambda step: scores[step])
 
-    def read(self, step: int, items: Collection[str] | None = None) -> dict[str, Any]:
-        """The `meta` of `step`; with `items`, after all files of these were verified (see `verify`).
+    def read(self, step: int, items: Collection[str] | None = None, share: tuple[int, int] = ALONE) -> dict[str, Any]:
+        """The `meta` of `step`; with `items`, after all files of these were verified, or a `share` (see `verify`).
 
         Raises:
           Damaged: the step is not what was saved.
           OtherFormat: its format is not one that this version reads.
         """
-        meta = read_meta(self.step(step)) if items is None else verify(self.step(step), items)
+        place = self.step(step)
+        meta = read_meta(place) if items is None else verify(place, items, share, self._beat)
         if meta["format"] != FORMAT:
             raise OtherFormat(
                 f"checkpoint {step} in {self.path} has format {meta['format']} and this version reads {FORMAT}: use "
@@ -180,7 +110,11 @@ class StepDirectory:
         return meta
 
     def read_by_all(
-        self, step: int, items: Collection[str] | None, gather: Callable[[str], list[str]]
+        self,
+        step: int,
+        items: Collection[str] | None,
+        gather: Callable[[str], list[str]],
+        share: tuple[int, int] = ALONE,
     ) -> dict[str, Any]:
         """Reads a step on all processes of a job; raises on all if not all find the same step whole.
 
@@ -188,6 +122,7 @@ class StepDirectory:
 
         Args:
           gather: all-gathers one string per process, in process order.
+          share: the part of the files that this process verifies, if others verify the rest.
 
         Raises:
           Damaged: the step is damaged on a process, or differs between processes.
@@ -195,7 +130,7 @@ class StepDirectory:
           OSError, ValueError: a process cannot read the step, which may be whole; OSError on that process.
         """
         try:
-            meta, error = self.read(step, items), None
+            meta, error = self.read(step, items, share), None
             own = [_WHOLE, hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()]
         except (Damaged, OtherFormat, OSError) as found:
             meta, error = {}, found
@@ -261,39 +196,12 @@ class StepDirectory:
                 continue
             if found[2] == "saving" and not self.step(int(found[1])).exists():
                 with contextlib.suppress(Damaged):
-                    verify(path)  # killed between the seal and the rename: it is whole, and may be the only one
+                    verify(
+                        path, beat=self._beat
+                    )  # killed between the seal and the rename: it is whole, and may be the only one
                     self.promote(path, int(found[1]))
                     continue
             shutil.rmtree(path, ignore_errors=True)
 
     def _unique(self, step: int, why: str) -> Path:
         return self.path / f"{step}.{why}-{uuid.uuid4().hex[:12]}"  # the same step may be damaged twice
-
-
-def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    try:
-        content = (directory / SEAL).read_bytes()
-    except OSError as error:
-        raise _as_damage(error, SEAL) from error
-    try:
-        document = json.loads(content)
-        meta, files = document["meta"], document["files"]
-        if content == _encode(meta, files):
-            return meta, files
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise Damaged(f"{SEAL} cannot be read ({type(error).__name__})") from error
-    raise Damaged(f"{SEAL} was changed after it was written")
-
-
-def _encode(meta: dict[str, Any], files: dict[str, Any]) -> bytes:
-    """The canonical encoding of the content, with its sha256: a change of any byte is detected."""
-    content = {"meta": meta, "files": files}
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
-    text = json.dumps({**content, "sha256": digest}, sort_keys=True, allow_nan=False, indent=1)
-    return text.encode() + b"\n"
-
-
-def _as_damage(error: OSError, name: str) -> Exception:
-    if error.errno in _PROOF_OF_DAMAGE:
-        return Damaged(f"{name} cannot be read ({error.strerror})")
-    return error

@@ -17,21 +17,20 @@ def load(
     settings: CorpusSettings, progress: Progress | None = None, say: Callable[[str], None] | None = None
 ) -> Corpus:
     """The corpus that `settings` name, opened; arguments and errors as of `resolve`."""
-    corpus = open_resolved(settings, progress, say)
+    corpus = open_prepared(resolve(settings, progress, say), settings)
     if "train" not in corpus.splits:
         raise ValueError(f"{corpus.directory} has no training split")
     return corpus
 
 
-def open_resolved(
-    settings: CorpusSettings, progress: Progress | None = None, say: Callable[[str], None] | None = None
-) -> Corpus:
-    """The corpus that `settings` name, which need not have a training split; arguments and errors as of `resolve`."""
+def open_prepared(directory: Path | str, settings: CorpusSettings) -> Corpus:
+    """Opens a corpus that `resolve` has found, which need not have a training split; errors as of `open_corpus`."""
     return open_corpus(
-        resolve(settings, progress, say),
+        directory,
         patience=settings.remote_patience,
         cache=expand_user(settings.cache_dir) / "blocks",
         cache_bytes=settings.cache_bytes,
+        check_sizes=False,
     )
 
 
@@ -42,7 +41,8 @@ def resolve(
 
     A URL is that of a prepared directory, and is returned as it is, unless it is a glob or ends as a file of text does.
 
-    A prepared directory is used as it is: then only `corpus` of the settings has an effect.  Safe to call in several
+    A prepared directory is used as it is: then only `corpus` of the settings has an effect; the sizes of its files are
+    checked.  Safe to call in several
     processes at a time: one prepares, the others wait for it.
 
     Raises:

@@ -7,6 +7,7 @@ Exit statuses:
     69  an object store did not answer for --remote_patience (EX_UNAVAILABLE): the same command resumes
     70  the run hung and its watchdog ended it (EX_SOFTWARE)
     71  another process of the job was lost (EX_OSERR): a restarted job resumes from its newest checkpoint
+    73  another machine has the run directory, and may be dead (EX_CANTCREAT): the same command, later, resumes
     74  the disk is full or fails: training ended, but its last checkpoint or its log could not be written (EX_IOERR)
     75  stopped by Ctrl-C or SIGTERM after saving: the same command resumes (EX_TEMPFAIL)
     130 interrupted by Ctrl-C with nothing to save, or by a second one before saving had ended; 143: by SIGTERM
@@ -21,11 +22,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from data_pipeline import signals
-from data_pipeline.atomic_files import DISK_ERRORS
-from data_pipeline.stores import Unreachable
+from data_pipeline.atomic_files import DISK_ERRORS, InUse, Unreachable
 from launch.support.flags import Help
 
-DONE, MISTAKE, DIVERGED, UNREACHABLE, HANGS, LOST, NOT_SAVED, STOPPED, INTERRUPTED = 0, 2, 3, 69, 70, 71, 74, 75, 130
+DONE, MISTAKE, DIVERGED, UNREACHABLE, HANGS, LOST, IN_USE, NOT_SAVED, STOPPED = 0, 2, 3, 69, 70, 71, 73, 74, 75
+INTERRUPTED = 130
+STATUS: dict[int | None, int] = {Unreachable.errno: UNREACHABLE, InUse.errno: IN_USE}
 
 
 def run(name: str, main: Callable[[Sequence[str]], int]) -> None:
@@ -78,9 +80,8 @@ def explain(name: str, error: Exception, out_of_memory: bool = False) -> int:
     if out_of_memory:
         sentence = f"out of memory ({sentence[:120]}): lower batch_size, window, hidden_size or num_samples"
     print(f"{name}: {sentence}", file=sys.stderr)
-    if isinstance(error, Unreachable):
-        return UNREACHABLE
-    return NOT_SAVED if isinstance(error, OSError) and error.errno in DISK_ERRORS else MISTAKE
+    number = getattr(error, "errno", None)  # of another process's error, too
+    return STATUS.get(number, NOT_SAVED if number in DISK_ERRORS else MISTAKE)
 
 
 def _hush_the_background() -> None:

@@ -25,7 +25,11 @@ class JobFlags:
         "auto: join the processes started by Slurm, Open MPI or Kubernetes, by JAX's own detection.",
         choices=("none", "auto"),
     )
-    coordinator: str = setting("", "HOST:PORT of process 0, if the processes are started in another way.")
+    coordinator: str = setting(
+        "",
+        "HOST:PORT of process 0, if the processes are started in another way.  The port has no password: localhost is "
+        "reached from this machine alone, any other belongs in a private network.",
+    )
     num_processes: int = setting(1, "Number of processes of the job, with --coordinator.")
     process_id: int = setting(0, "Number of this process, from 0, with --coordinator.")
     heartbeat_timeout: int = setting(

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from charlstm import distributed
-from charlstm.run.step_directory import SEAL, StepDirectory
+from charlstm.run.sealing import SEAL
+from charlstm.run.step_directory import StepDirectory
 from data_pipeline.settings import setting
 
 with contextlib.suppress(ImportError):  # an extra, which MonitorFlags asks for

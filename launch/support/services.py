@@ -41,8 +41,13 @@ class ProgramServices(Services):
         """Raises ValueError where the port cannot be had."""
         self._run_dir = run_dir
         with prometheus.of_this_process(self._monitor_flags, self.figures):
-            number = distributed.process_number()
-            self._watchdog = Watchdog(self._watchdog_flags, number, run_dir / "heartbeats", self.about)
+            self._watchdog = Watchdog(
+                self._watchdog_flags,
+                distributed.process_number(),
+                run_dir / "heartbeats",
+                self.about,
+                processes=distributed.number_of_processes(),
+            )
             try:
                 yield
             finally:
@@ -86,6 +91,9 @@ class ProgramServices(Services):
 
     def tick(self, step: int) -> None:
         self._watchdog.tick(step)
+
+    def beat(self) -> None:
+        self._watchdog.beat()
 
     def ended(self, outcome: Outcome) -> None:
         signals.settle(STATUS[outcome])

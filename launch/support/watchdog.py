@@ -1,8 +1,9 @@
 """Ends a run that hangs, with a report of where it hangs.
 
 A process that is stopped, or alive but stuck, blocks all others in a collective for ever: JAX detects dead ones only.
-So one thread of every process watches its steps.  Another thread writes a heartbeat every second, from which a person,
-or the watchdog of another process, sees its progress; it is a thread of its own as it may hang with the file system.
+So one thread of every process watches its steps.  Another thread writes a heartbeat every second (of 1,024 processes,
+every 8 seconds), from which a person, or the watchdog of another process, sees its progress; it is a thread of its own
+as it may hang with the file system.
 """
 
 import contextlib
@@ -17,14 +18,16 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.settings import setting
 from launch.support import cli
 
-SILENT = 5.0  # seconds without a heartbeat after which a process is reported as silent
+SILENT = 5.0  # seconds, or 3 heartbeats, without one, after which a process is reported as silent
+BEATS = 128  # a second, of all processes together: each is two changes in one directory of a shared file system
+LONGEST_PERIOD = 8.0  # seconds between heartbeats: that one waits must come round within the time that a step may take
 STARVED = 1.0  # seconds by which a thread may be late on a busy machine
 PATIENCE = 5.0  # seconds to wait, at the end of the process, for an operation that may hang
 KNOWN = 5  # steps that must be timed before one can count as too long
@@ -62,6 +65,7 @@ class Watchdog:
         directory: Path,
         about: Callable[[], dict[str, Any]] = dict,
         period: float = 1.0,
+        processes: int = 1,
     ) -> None:
         """Starts the threads.
 
@@ -70,12 +74,15 @@ class Watchdog:
           about: gives what a heartbeat says of the run, besides its step; called by another thread.  While it has the
             field "waiting", for what this process or another one waits that is no fault of the run, no time counts.
           period: seconds between two looks, and between two heartbeats.
+          processes: of the job; of more than `BEATS`, heartbeats come less often.
         """
         self._about, self._chosen, self._process, self._directory = about, chosen, process, directory
         self.step, self._times, self._since, self._pause = 0, deque[float](maxlen=99), time.monotonic(), "starting"
-        self._done, self._others_wait = threading.Event(), False
+        self._done, self._others_wait, self._got_on = threading.Event(), False, -math.inf
+        between = max(period, heartbeat_period(processes))
+        self._silent = max(SILENT, 3 * between)
         directory.mkdir(parents=True, exist_ok=True)
-        self._beating = threading.Thread(target=self._beat, args=(period,), name="heartbeat", daemon=True)
+        self._beating = threading.Thread(target=self._beat, args=(between,), name="heartbeat", daemon=True)
         self._watching = threading.Thread(target=self._watch, args=(period,), name="watchdog", daemon=True)
         self._beating.start()
         self._watching.start()
@@ -93,6 +100,10 @@ class Watchdog:
         self._since, self._pause = time.monotonic(), doing
         yield
         self._since = time.monotonic()
+
+    def beat(self) -> None:
+        """Records that a pause, which may last, gets on: its time begins anew, here and where others wait for it."""
+        self._since = self._got_on = time.monotonic()
 
     @property
     def doing(self) -> str:
@@ -135,11 +146,16 @@ class Watchdog:
         while not self._done.wait(period):
             with contextlib.suppress(OSError):  # a full disk stops no run
                 self._write_heartbeat()
-                late = time.monotonic() - self._since > SILENT
-                beats = _heartbeats(self._directory).items() if late else ()
-                self._others_wait = any(
-                    "waiting" in words and age < SILENT for p, (words, age) in beats if p != self._process
-                )
+                self._others_wait = time.monotonic() - self._since > SILENT and self._sees_others_wait()
+
+    def _sees_others_wait(self) -> bool:
+        """True if the heartbeat of another process says that it waits, or gets on.
+
+        The first process reads them all, and its own heartbeat passes it on: each of many reads one file, not all.
+        """
+        beats = _heartbeats([_heartbeat(self._directory, 0)] if self._process else _all(self._directory))
+        told = (words for p, (words, age) in beats.items() if p != self._process and age < self._silent)
+        return any("waiting" in words or "others_wait" in words for words in told)
 
     def _write_heartbeat(self) -> None:
         path = _heartbeat(self._directory, self._process)
@@ -148,8 +164,13 @@ class Watchdog:
         os.replace(beside, path)  # a reader must find it whole, but it need not survive a loss of power
 
     def _words(self) -> dict[str, Any]:
-        return {"process": self._process, "host": platform.node(), "pid": os.getpid(), "time": time.time(),
-                "step": self.step, **self._about()}  # fmt: skip
+        words = {"process": self._process, "host": platform.node(), "pid": os.getpid(), "time": time.time(),
+                 "step": self.step, **self._about()}  # fmt: skip
+        if time.monotonic() - self._got_on < SILENT:
+            words["waiting"] = self.doing
+        if self._process == 0 and self._others_wait:
+            words["others_wait"] = True
+        return words
 
     def _end(self, waited: float) -> None:
         """Reports what hangs, and where in the program, and exits: nothing can be saved any more."""
@@ -163,7 +184,9 @@ class Watchdog:
     def _say(self, waited: float, stacks: str) -> None:
         others = [""]
         look = threading.Thread(
-            target=lambda: others.append(behind(self._directory, self._process)), name="others", daemon=True
+            target=lambda: others.append(behind(self._directory, self._process, self._silent)),
+            name="others",
+            daemon=True,
         )
         look.start()
         look.join(PATIENCE)  # the file system may hang
@@ -173,6 +196,11 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
+
+
+def heartbeat_period(processes: int) -> float:
+    """Returns the seconds that must be between the heartbeats of each of so many processes."""
+    return min(processes / BEATS, LONGEST_PERIOD)
 
 
 def _stacks() -> str:
@@ -185,23 +213,27 @@ def _stacks() -> str:
         return text.read()
 
 
-def behind(directory: Path, own: int) -> str:
+def behind(directory: Path, own: int, silent: float = SILENT) -> str:
     """Describes the other processes that are silent, or behind the others, by their heartbeats."""
-    beats = {p: (int(words["step"]), age) for p, (words, age) in _heartbeats(directory).items()}
-    silent = [f"process {p} is silent since {age:.0f} s" for p, (_, age) in beats.items() if p != own and age > SILENT]
+    beats = {p: (int(words["step"]), age) for p, (words, age) in _heartbeats(_all(directory)).items()}
+    mute = [f"process {p} is silent since {age:.0f} s" for p, (_, age) in beats.items() if p != own and age > silent]
     most = max((step for step, _ in beats.values()), default=0)
     late = [f"process {p} is at step {step}, others at {most}" for p, (step, _) in beats.items() if step < most]
-    return "".join(f"; {words}" for words in silent + late)
+    return "".join(f"; {words}" for words in mute + late)
 
 
-def _heartbeats(directory: Path) -> dict[int, tuple[dict[str, Any], float]]:
-    """Returns the heartbeats of all processes, and their ages in seconds."""
+def _heartbeats(paths: Iterable[Path]) -> dict[int, tuple[dict[str, Any], float]]:
+    """Returns the heartbeats in these files, by process, and their ages in seconds."""
     beats = {}
-    for path in sorted(directory.glob("process-*.json")):
+    for path in paths:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             words = json.loads(path.read_text())
             beats[int(words["process"])] = (words | {"step": int(words["step"])}, time.time() - float(words["time"]))
     return beats
+
+
+def _all(directory: Path) -> list[Path]:
+    return sorted(directory.glob("process-*.json"))
 
 
 def _heartbeat(directory: Path, process: int) -> Path:

@@ -20,7 +20,7 @@ import numpy as np
 from charlstm import distributed
 from charlstm.run import array_files
 from charlstm.run.checkpoint import Checkpoints
-from charlstm.run.step_directory import SEAL
+from charlstm.run.sealing import SEAL
 from tests.run.test_checkpoint import IDENTITY, abstract_state, host_state, make_state, rewrite_seal
 
 LAYERS = 1

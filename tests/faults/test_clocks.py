@@ -60,8 +60,7 @@ def test_a_process_that_reads_slowly_stops_at_the_step_of_the_others_and_changes
     assert 180 <= stopped < 240 and f"stopped by a signal at step {stopped}, saved" in said
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     waits = [line["input_wait_of_processes"] for line in lines if "input_wait_of_processes" in line]
-    of_the_other, of_the_slow = (sum(each) for each in zip(*waits, strict=True))
-    assert of_the_slow > of_the_other
+    assert waits[-1]["process"] == 1 and waits[-1]["max"] > waits[-1]["min"]
     with processes(flags, tmp_path, 1) as running:
         ended = statuses(running)
     assert ended == [cli.DONE], (tmp_path / "0.txt").read_text()

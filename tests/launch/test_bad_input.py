@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from charlstm.model.layer import CELLS
-from charlstm.run import run_directory, step_directory
+from charlstm.run import run_directory, sealing
 from data_pipeline.build.prepare import prepare
 from data_pipeline.settings import CorpusSettings
 from launch import evaluate, train
@@ -410,7 +410,7 @@ def test_with_a_full_disk_the_run_goes_on_says_so_and_keeps_its_earlier_checkpoi
     assert last_line(run_dir)["step"] == 40
     assert steps(run_dir) == [10, 20]
     for step in (10, 20):
-        step_directory.verify(run_dir / "checkpoints" / str(step))
+        sealing.verify(run_dir / "checkpoints" / str(step))
     assert train.main(["train", *arguments, f"--run_dir={run_dir}"]) == cli.DONE
     assert last_line(run_dir)["state_digest"] == last_line(trained)["state_digest"]
 

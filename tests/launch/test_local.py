@@ -97,6 +97,38 @@ def test_what_a_process_refuses_the_job_refuses_once_and_is_not_started_again(jo
     assert "starting again" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("given", "processes", "found"),
+    [
+        (None, 2, ["0", "1"]),
+        ("3,5", 2, ["3", "5"]),
+        ("5, 3,4", 2, ["5", "3"]),
+        ("GPU-8932f937-d72c,MIG-4b5c", 2, ["GPU-8932f937-d72c", "MIG-4b5c"]),
+        (None, 4, "this machine has 3: start fewer"),
+        ("6", 2, "processes=2 need a GPU each, and CUDA_VISIBLE_DEVICES=6 has 1: start fewer"),
+        ("1,-1,2", 2, "CUDA_VISIBLE_DEVICES=1,-1,2 has 1: start fewer"),
+        ("", 1, "CUDA_VISIBLE_DEVICES= has 0: start fewer"),
+    ],
+)
+def test_each_process_gets_one_of_the_gpus_that_are_given(given, processes, found, tmp_path, monkeypatch):
+    listing = "".join(f"GPU {number}: H200 (UUID: GPU-{number})\n  MIG 1g Device 0\n" for number in range(3))
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{listing}'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if given is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    chosen = local.LocalFlags(processes=processes)
+    if isinstance(found, str):
+        sentence = refusal(local.main, f"--processes={processes}", "--", f"--run_dir={tmp_path / 'run'}")
+        assert found in sentence
+    else:
+        assert local._devices(chosen) == [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in found]
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert local._devices(chosen) == [{}] * processes
+
+
 # Of a job whose processes say more than a pipe holds; the first start dies, the second diverges.
 TALKATIVE = """
 import os, signal, sys

@@ -17,7 +17,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from charlstm import distributed
-from charlstm.run.step_directory import SEAL
+from charlstm.run.sealing import SEAL
 from launch import train
 from launch.support import cli, prometheus
 from launch.support.prometheus import METRICS, Monitor, MonitorFlags

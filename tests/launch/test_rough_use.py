@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from charlstm.run import run_directory, step_directory
+from charlstm.run import run_lock, sealing, step_directory
 from launch import evaluate, train
 from launch.support import cli
 from tests.compiling import xla_flags
@@ -47,18 +47,18 @@ def test_a_second_job_in_a_run_directory_is_refused_while_the_first_lives_and_no
     tmp_path,
 ):
     go_on = (*arguments, f"--run_dir={copied}", "--num_steps=41")
-    holder = "import sys, time; from pathlib import Path; from charlstm.run import run_directory\n"
-    holder += "with run_directory.lock_run_directory(Path(sys.argv[1])): print('held', flush=True); time.sleep(1000)"
-    before = {name: content for name, content in tree(copied).items() if name != run_directory.LOCK}
+    holder = "import sys, time; from pathlib import Path; from charlstm.run import run_lock\n"
+    holder += "with run_lock.lock_run_directory(Path(sys.argv[1])): print('held', flush=True); time.sleep(1000)"
+    before = {name: content for name, content in tree(copied).items() if name != run_lock.LOCK}
     with subprocess.Popen([sys.executable, "-c", holder, copied], cwd=ROOT, stdout=subprocess.PIPE, text=True) as first:
         try:
             assert first.stdout.readline() == "held\n"
             assert f"is in use by process {first.pid} on " in refusal(train.main, *go_on)
         finally:
             first.send_signal(signal.SIGKILL)
-    assert {name: content for name, content in tree(copied).items() if name != run_directory.LOCK} == before
+    assert {name: content for name, content in tree(copied).items() if name != run_lock.LOCK} == before
     assert train.main(["train", *go_on]) == cli.DONE
-    assert not (copied / run_directory.LOCK).exists()
+    assert not (copied / run_lock.LOCK).exists()
 
 
 def test_a_run_directory_inside_of_its_text_is_refused(arguments, tmp_path):
@@ -86,7 +86,7 @@ def test_a_text_of_two_names_is_refused(folder, arguments, tmp_path):
 
 def test_a_continuation_that_is_refused_changes_no_setting(copied, arguments):
     for step in step_directory.StepDirectory(copied / "checkpoints").steps():
-        (copied / "checkpoints" / str(step) / step_directory.SEAL).write_text("{")
+        (copied / "checkpoints" / str(step) / sealing.SEAL).write_text("{")
     before = (copied / "config.json").read_bytes()
     assert "is whole" in refusal(train.main, *arguments, f"--run_dir={copied}", "--num_steps=65")
     assert (copied / "config.json").read_bytes() == before

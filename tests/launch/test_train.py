@@ -20,7 +20,7 @@ import pytest
 from charlstm import config as config_lib
 from charlstm import distributed
 from charlstm.config import Config
-from charlstm.run import corpus, digest, run_directory, step_directory
+from charlstm.run import corpus, digest, run_directory, sealing
 from charlstm.run.checkpoint import Checkpoints
 from charlstm.training import train_state
 from data_pipeline.streams import StreamPlan
@@ -134,7 +134,7 @@ def test_a_run_directory_has_the_documented_files_and_no_other(trained):
     steps = {path.name for path in (trained / "checkpoints").iterdir()}
     assert steps == {"5", "8", "10", "15", "16", "20"}
     for step in steps:
-        step_directory.verify(trained / "checkpoints" / step)
+        sealing.verify(trained / "checkpoints" / step)
 
 
 def test_config_json_has_every_setting_of_the_command_and_the_numbers_that_a_zero_stood_for(trained, arguments):

@@ -1,6 +1,7 @@
 """What takes too long ends its process, with the place where it hangs.  Of jobs, see tests/faults."""
 
 import contextlib
+import json
 import math
 import os
 import subprocess
@@ -100,6 +101,55 @@ def test_a_timeout_of_0_is_none(tmp_path):
     watch = Watchdog(WatchdogFlags(pause_timeout=0.0), 0, tmp_path, period=1000)
     assert watch.allowed() == math.inf
     watch.stop()
+
+
+def test_a_pause_that_gets_on_is_not_too_long_and_is_told_for_as_long_as_it_gets_on(tmp_path, monkeypatch):
+    watch = Watchdog(WatchdogFlags(10.0, 2.0, 50.0), 3, tmp_path, period=1000)
+    watch.stop()
+    now = [watchdog.time.monotonic()]
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+    beats, ended = iter([40.0] * 5 + [49.0, math.inf]), list[float]()  # seconds after which it gets on, at last never
+    next_beat = [next(beats)]
+
+    class Clock:
+        def wait(self, period: float) -> bool:
+            now[0] += 1
+            if now[0] - watch._since >= next_beat[0]:
+                assert "waiting" not in watch._words()
+                watch.beat()
+                assert watch._words()["waiting"] == "starting"
+                next_beat[0] = next(beats)
+            return bool(ended)
+
+    watch._done, watch._end = Clock(), ended.append
+    watch._watch(period=1.0)
+    assert next_beat == [math.inf] and 50 < ended[0] < 53
+
+
+def test_each_of_many_processes_reads_one_heartbeat_and_the_first_passes_on_that_another_one_waits(tmp_path):
+    watch = {number: Watchdog(WatchdogFlags(), number, tmp_path / str(number), period=1000) for number in (0, 1)}
+    for one in watch.values():
+        one.stop()
+        one._directory = tmp_path
+
+    def write(process: int, **words: object) -> None:
+        written = {"process": process, "step": 1, "time": watchdog.time.time()} | words
+        (tmp_path / f"process-{process}.json").write_text(json.dumps(written))
+
+    write(0)
+    write(7, waiting="starting")
+    assert watch[0]._sees_others_wait() and not watch[1]._sees_others_wait()
+    watch[0]._others_wait = True
+    write(**watch[0]._words())
+    assert watch[1]._sees_others_wait()
+    write(7, waiting="starting", time=watchdog.time.time() - 9999)
+    assert not watch[0]._sees_others_wait()
+
+
+def test_heartbeats_of_many_processes_are_at_most_128_a_second_and_come_round_in_a_step():
+    for processes in (1, 8, 128, 1024):
+        assert processes / max(1.0, watchdog.heartbeat_period(processes)) <= 128
+        assert watchdog.SILENT + 3 * watchdog.heartbeat_period(processes) < WatchdogFlags().step_timeout_least
 
 
 def test_a_process_that_gets_on_is_left_alone_and_leaves_no_heartbeat(tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from charlstm.run import step_directory
+from charlstm.run import sealing
 from charlstm.run.checkpoint import Checkpoints
 from charlstm.types import CellParams, CellState, DivergenceState, ModelParams, PlateauState, TrainState
 
@@ -83,10 +83,10 @@ def save_all(directory: Path, *steps: int | tuple[int, float | None], keep: int 
 
 def rewrite_seal(directory: Path, change: Callable[[dict], object]) -> None:
     """Seals the directory again, as it is now, with its meta changed: damage that the files' digests cannot show."""
-    meta = json.loads((directory / step_directory.SEAL).read_text())["meta"]
+    meta = json.loads((directory / sealing.SEAL).read_text())["meta"]
     change(meta)
-    (directory / step_directory.SEAL).unlink()
-    step_directory.seal(directory, meta)
+    (directory / sealing.SEAL).unlink()
+    sealing.seal(directory, meta)
 
 
 @pytest.mark.parametrize("devices", [8, 1, *(pytest.param(count, marks=pytest.mark.long) for count in (4, 2))])
@@ -274,7 +274,7 @@ def test_another_format_is_refused_and_never_taken_for_damage(tmp_path):
 def test_what_a_kill_left_unfinished_is_removed_by_the_next_writer_only(tmp_path):
     save_all(tmp_path, 1, 2)
     os.rename(tmp_path / "2", tmp_path / "2.saving")
-    (tmp_path / "2.saving" / step_directory.SEAL).unlink()
+    (tmp_path / "2.saving" / sealing.SEAL).unlink()
     for left in ("3.saving.orbax-checkpoint-tmp", "4.removed-0123", "notes", "5.corrupt-0123"):
         (tmp_path / left).mkdir()
         (tmp_path / left / "file").write_text("something")

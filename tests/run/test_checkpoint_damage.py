@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 
-from charlstm.run import replicas, step_directory
+from charlstm.run import replicas, sealing
 from charlstm.run.checkpoint import Checkpoints
 from charlstm.types import TrainState
 from tests.conftest import ROOT
@@ -87,9 +87,9 @@ def test_each_file_shortened_emptied_lengthened_or_deleted_is_noticed(directory)
         sentence = f"{name} has {{}} bytes, {len(whole)} were written"
         for content in (whole[:-1], b"", whole + b" "):
             path.write_bytes(content)
-            expected = step_directory.SEAL if path.name == step_directory.SEAL else sentence.format(len(content))
-            with pytest.raises(step_directory.Damaged, match=re.escape(expected)):
-                step_directory.verify(directory / "2")
+            expected = sealing.SEAL if path.name == sealing.SEAL else sentence.format(len(content))
+            with pytest.raises(sealing.Damaged, match=re.escape(expected)):
+                sealing.verify(directory / "2")
         path.unlink()
         with pytest.raises(step_directory.Damaged, match=re.escape(name)):
             step_directory.verify(directory / "2")
@@ -161,7 +161,7 @@ def test_what_is_written_is_the_copy_that_was_digested(directory, monkeypatch):
 
 def test_a_write_that_goes_wrong_is_a_failed_save_and_costs_no_checkpoint(directory, monkeypatch):
     """What the disk keeps is not what it was given, and the sums of the files are made of what it kept."""
-    whole, said = step_directory.seal, list[str]()
+    whole, said = sealing.seal, list[str]()
 
     def on_a_bad_disk(staging: Path, meta: dict) -> None:
         values = np.asarray(host_state(meta["step"]).params.cells[0].w_h).tobytes()
@@ -170,7 +170,7 @@ def test_a_write_that_goes_wrong_is_a_failed_save_and_costs_no_checkpoint(direct
         whole(staging, meta)
 
     with Checkpoints(directory, keep=1, log=said.append) as checkpoints:
-        monkeypatch.setattr(step_directory, "seal", on_a_bad_disk)
+        monkeypatch.setattr(sealing, "seal", on_a_bad_disk)
         for step in (3, 4):
             checkpoints.save(make_state(step), IDENTITY, None)
             checkpoints.wait()
@@ -186,14 +186,14 @@ def test_a_write_that_goes_wrong_is_a_failed_save_and_costs_no_checkpoint(direct
 
 
 def test_a_file_that_cannot_be_read_back_is_a_failed_save(directory, monkeypatch):
-    whole, said = step_directory.seal, list[str]()
+    whole, said = sealing.seal, list[str]()
 
     def on_a_bad_disk(staging: Path, meta: dict) -> None:
         for path in files(staging / "opt_state"):
             os.truncate(path, path.stat().st_size // 2)
         whole(staging, meta)
 
-    monkeypatch.setattr(step_directory, "seal", on_a_bad_disk)
+    monkeypatch.setattr(sealing, "seal", on_a_bad_disk)
     with Checkpoints(directory, keep=1, log=said.append) as checkpoints:
         checkpoints.save(make_state(3), IDENTITY, None)
         checkpoints.wait()
@@ -240,7 +240,7 @@ def test_an_empty_step_directory_does_not_stand_in_the_way_of_a_save(directory):
 
 def test_the_same_step_damaged_twice_is_set_aside_twice(directory):
     for _ in range(2):
-        (directory / "2" / step_directory.SEAL).write_text("{}")
+        (directory / "2" / sealing.SEAL).write_text("{}")
         with Checkpoints(directory, log=print) as checkpoints:
             assert int(checkpoints.restore(abstract_state())[0].step) == 1
             checkpoints.save(make_state(2), IDENTITY, None)
@@ -259,7 +259,7 @@ def test_a_step_that_was_asked_for_is_that_one_or_an_error(directory):
         ):
             with pytest.raises(ValueError, match=r"checkpoint 2 in .* is damaged: .*name another one"):
                 restore()
-        (directory / "2" / step_directory.SEAL).unlink()
+        (directory / "2" / sealing.SEAL).unlink()
         with pytest.raises(ValueError, match=r"checkpoint 2 in .* is damaged: checkpoint.json"):
             checkpoints.read_meta(2)
     assert names(directory) == before
@@ -305,7 +305,7 @@ def test_a_process_out_of_file_handles_does_not_take_its_trouble_for_damage(dire
         resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
         try:
             with pytest.raises(OSError, match="Too many open files"):
-                step_directory.verify(directory / "2")
+                sealing.verify(directory / "2")
             with pytest.raises(OSError, match="Too many open files"):
                 checkpoints.restore(abstract_state(), step=2)
         finally:
@@ -426,7 +426,7 @@ def test_a_process_killed_at_any_moment_leaves_its_last_commit_whole(tmp_path):
             assert bits(state) == bits(host_state(meta["step"]))
             assert all(name.isdecimal() for name in names(left)), names(left)  # nothing was damaged, nothing left over
             for step in checkpoints.steps():
-                step_directory.verify(left / str(step))
+                sealing.verify(left / str(step))
     finally:
         child.kill()
         child.wait()
@@ -434,8 +434,8 @@ def test_a_process_killed_at_any_moment_leaves_its_last_commit_whole(tmp_path):
 
 def test_the_seal_is_checked_without_jax_and_without_orbax(directory):
     program = (
-        "import sys; from pathlib import Path; from charlstm.run import step_directory\n"
-        "print(step_directory.verify(Path(sys.argv[1]))['step'])\n"
+        "import sys; from pathlib import Path; from charlstm.run import sealing\n"
+        "print(sealing.verify(Path(sys.argv[1]))['step'])\n"
         "assert not {'jax', 'orbax', 'numpy'} & sys.modules.keys()"
     )
     child = run(program, directory / "2", stdout=subprocess.PIPE, text=True)
@@ -446,11 +446,11 @@ def test_the_seal_is_checked_without_jax_and_without_orbax(directory):
     "content", [b"", b"null", b"[]", b"{}", b'{"meta": {}, "files": {}}', b"\xff\xfe", b'{"meta": 1']
 )
 def test_a_seal_that_is_empty_or_malformed_is_damage(directory, content):
-    (directory / "2" / step_directory.SEAL).write_bytes(content)
+    (directory / "2" / sealing.SEAL).write_bytes(content)
     assert restored_by_a_reader(directory)[0] == 1
 
 
 def test_a_seal_written_by_another_hand_is_damage_even_if_it_says_the_same(directory):
-    seal = directory / "2" / step_directory.SEAL
+    seal = directory / "2" / sealing.SEAL
     seal.write_text(json.dumps(json.loads(seal.read_text())))
     assert restored_by_a_reader(directory)[0] == 1

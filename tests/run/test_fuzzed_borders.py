@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from charlstm import config as config_lib
 from charlstm.config import Config
-from charlstm.run import run_directory
+from charlstm.run import run_directory, sealing
 from charlstm.run import step_directory as step_directory_lib
 from data_pipeline.build.corpora import resolve
 from data_pipeline.build.prepare import prepare
@@ -145,30 +145,30 @@ def step_directory(tmp_path_factory) -> step_directory_lib.StepDirectory:
         "sums": {"nats": 0.1, "symbols": 20, "steps": 1},
         "arrays": {"params.w": {"dtype": "float32", "shape": [16, 4], "digest": "0123456789abcdef"}},
     }
-    step_directory_lib.seal(folder / "7", meta)
+    sealing.seal(folder / "7", meta)
     return step_directory_lib.StepDirectory(folder)
 
 
 @fuzzed()
 @given(st.data())
 def test_a_seal_says_what_was_sealed_or_is_damage(step_directory, data):
-    path = step_directory.step(7) / step_directory_lib.SEAL
+    path = step_directory.step(7) / sealing.SEAL
     meta = step_directory.read(7)
     with standing(path, data.draw(spoiled(path.read_bytes()))):
         try:
             found = [step_directory.read(7), step_directory.read(7, ["params"])]
-        except step_directory_lib.Damaged as error:
-            assert step_directory_lib.SEAL in sentence(error) and not step_directory.sealed()
+        except sealing.Damaged as error:
+            assert sealing.SEAL in sentence(error) and not step_directory.sealed()
         else:
             assert {json.dumps(each) for each in found} == {json.dumps(meta)}
 
 
 @pytest.mark.parametrize(("old", "new"), [("", TOO_DEEP), ('"shape": [', f'"shape": [{"[" * 400}{"]" * 400},')])
 def test_a_seal_of_these_is_damage(step_directory, old, new):
-    path = step_directory.step(7) / step_directory_lib.SEAL
-    with standing(path, replaced(path.read_bytes(), old, new)), pytest.raises(step_directory_lib.Damaged) as caught:
+    path = step_directory.step(7) / sealing.SEAL
+    with standing(path, replaced(path.read_bytes(), old, new)), pytest.raises(sealing.Damaged) as caught:
         step_directory.read(7)
-    assert step_directory_lib.SEAL in sentence(caught.value)
+    assert sealing.SEAL in sentence(caught.value)
 
 
 # A flagfile.

@@ -180,6 +180,17 @@ def test_the_input_wait_is_the_share_of_the_time_spent_on_the_next_batch(clock):
     assert (line["input_wait"], line["symbols_per_second"]) == (0.0, 5.0)
 
 
+def test_of_many_processes_a_line_says_the_least_the_mean_and_the_longest_input_wait_and_meets_nobody(monkeypatch):
+    waits = dict.fromkeys(range(1024), 0.25) | {700: 0.75, 3: 0.0}
+    monkeypatch.setattr(metrics_lib.distributed, "is_one_of_several", lambda: True)
+    monkeypatch.setattr(metrics_lib.distributed, "latest_of_all", lambda name, value: waits)
+    monkeypatch.delattr(metrics_lib.distributed, "all_gather_str")
+    m = meter()
+    m.add(1, reported())
+    found = m.train_record()["input_wait_of_processes"]
+    assert found == {"min": 0.0, "mean": 0.2502, "max": 0.75, "process": 700}
+
+
 def test_the_time_of_evaluating_and_saving_is_left_out_of_the_speed_but_not_of_the_seconds(clock):
     m = meter()
     m.add(1, reported())

@@ -66,10 +66,11 @@ def test_what_would_end_so_again_is_not_requeued(status, cluster, stand_in, tmp_
     assert ending["Restarts"] == "0"
 
 
-def test_deaths_are_requeued_but_not_for_ever(cluster, stand_in, tmp_path):
+@pytest.mark.parametrize("status", [cli.LOST, cli.IN_USE])
+def test_deaths_and_the_lock_of_a_dead_node_are_requeued_but_not_for_ever(status, cluster, stand_in, tmp_path):
     log = tmp_path / "log.txt"
-    job = cluster.submit(log, PYTHON=stand_in, STATUS=str(cli.LOST), MAX_RESTARTS="1")
+    job = cluster.submit(log, PYTHON=stand_in, STATUS=str(status), MAX_RESTARTS="1")
     ending, said = cluster.ending(job, log), log.read_text()
-    assert (ending["JobState"], ending["ExitCode"], ending["Restarts"]) == ("FAILED", f"{cli.LOST}:0", "1"), said
-    assert f"status {cli.LOST}: requeued, as 0 times before" in said
-    assert f"status {cli.LOST} after 1 requeues: not requeued again" in said
+    assert (ending["JobState"], ending["ExitCode"], ending["Restarts"]) == ("FAILED", f"{status}:0", "1"), said
+    assert f"status {status}: requeued, as 0 times before" in said
+    assert f"status {status} after 1 requeues: not requeued again" in said
