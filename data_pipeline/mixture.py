@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline.manifest import SourceSummary
-from data_pipeline.segments import Member
+from data_pipeline.segments import Change, Member
 from data_pipeline.shards import Corpus, Split
 from data_pipeline.symbols import Places
 from data_pipeline.vocabulary import canonical_json
@@ -40,24 +40,20 @@ def parse(text: str) -> list[Part]:
     """Returns the parts of a mixture, written as [NAME=]CORPUS:WEIGHT,...
 
     Raises:
-      ValueError: a part has another form, a weight is not a positive number, or two parts have one name.
+      ValueError: a part has another form, a weight is not a number or negative, or two parts have one name.
     """
     parts: dict[str, Part] = {}
     for word in text.split(","):
         named, _, weight = word.strip().rpartition(":")
-        found = re.fullmatch(r"(?:([\w.-]+)=)?(.+)", named)
-        try:
-            number = Fraction(weight.strip())
-        except (ValueError, ZeroDivisionError):
-            number = None
+        found, number = re.fullmatch(r"(?:([\w.-]+)=)?(.+)", named), _number(weight)
         if not found or number is None:
             raise ValueError(
                 f"mixture={text!r}: {word!r} is not CORPUS:WEIGHT, such as data/web:0.6, or NAME=CORPUS:WEIGHT; a "
                 "corpus with a comma in its name cannot be mixed"
             )
         name, corpus = found[1] or re.sub(r"[^\w.-]", "", Path(found[2]).stem) or "text", found[2]
-        if number <= 0:
-            raise ValueError(f"mixture={text!r}: the weight of {name} is {weight}, and must be more than 0")
+        if number < 0:
+            raise ValueError(f"mixture={text!r}: the weight of {name} is {weight}, and must be 0 or more")
         if name in parts:
             raise ValueError(
                 f"mixture={text!r} names {name} twice, {parts[name].corpus} and {corpus}: leave one out, or tell them "
@@ -67,19 +63,56 @@ def parse(text: str) -> list[Part]:
     return list(parts.values())
 
 
+def _number(text: str) -> Fraction | None:
+    """Returns the number or fraction that is written; None if none is."""
+    try:
+        return Fraction(text.strip())
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def parse_changes(text: str, names: Sequence[str]) -> tuple[Change, ...]:
+    """Returns the changes of weights of a mixture of `names`, written as STEP:NAME:WEIGHT,...;STEP:NAME:WEIGHT,...
+
+    Raises:
+      ValueError: one has another form or begins no later than the one before it, or there is no corpus of that name.
+    """
+    changes: list[Change] = []
+    for piece in filter(None, map(str.strip, text.split(";"))):
+        step, _, rest = piece.partition(":")
+        weights = dict.fromkeys(names, Fraction(0))
+        for word in rest.split(","):
+            name, _, weight = word.strip().rpartition(":")
+            number = _number(weight)
+            if not step.isdecimal() or number is None or number < 0:
+                raise ValueError(
+                    f"mixture_from={text!r}: {piece!r} is not STEP:NAME:WEIGHT,... with weights of 0 or more, such as "
+                    "100000:web:0.2,books:0.8"
+                )
+            if name not in weights:
+                raise ValueError(f"mixture_from={text!r}: there is no {name!r} in the mixture, only {', '.join(names)}")
+            weights[name] = number
+        if int(step) <= (changes[-1].step if changes else 0):
+            raise ValueError(f"mixture_from={text!r}: step {step} must be more than 0 and than the steps before it")
+        changes.append(Change(int(step), tuple(slots([Part(name, "", weight) for name, weight in weights.items()]))))
+    return tuple(changes)
+
+
 def slots(parts: Sequence[Part]) -> list[int]:
     """Returns p_c, the slots of each part in a cycle: in proportion to the weights, exactly where P <= 10,000 permits.
 
     Raises:
-      ValueError: a weight is less than half a slot.
+      ValueError: a weight is more than 0 and less than half a slot, or all are 0.
     """
     total = sum(part.weight for part in parts)
+    if not total:
+        raise ValueError(f"the weights of {', '.join(part.name for part in parts)} are all 0: give one of them more")
     shares = [part.weight / total for part in parts]
     whole = math.lcm(*(share.denominator for share in shares))
     scale = whole if whole <= MOST_SLOTS else MOST_SLOTS - len(parts)  # rounding up adds less than a slot each
     found = [math.floor(share * scale + Fraction(1, 2)) for share in shares]
     for part, share, count in zip(parts, shares, found, strict=True):
-        if not count:
+        if share and not count:
             raise ValueError(
                 f"the weight of {part.name} is {float(share):.3g} of the mixture, and rounds to 0 of {scale} slots: "
                 f"use at least {0.5 / scale:.3g}, or leave it out"

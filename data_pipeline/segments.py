@@ -4,9 +4,10 @@ In a turn, a stream reads a segment of L symbols of one corpus with carried stat
 Turn k of stream b of B has slot n = k B + b.  The corpora take the slots in a fixed cycle, in which corpus c has p_c of
 P slots: if n is slot j of corpus c, the turn reads segment j mod S of pass j // S over that corpus, which has S whole
 segments, in an order drawn for each pass.  There are no counters: any step is computed from its number alone, in the
-same time.
+same time.  Where the weights change at a step, another cycle begins with the first turn that begins there or later.
 """
 
+import bisect
 import dataclasses
 import functools
 import hashlib
@@ -29,6 +30,13 @@ class Member(NamedTuple):
     name: str
     symbols: int  # N_c: of its training split
     weight: int = 1  # p_c: slots in a cycle
+
+
+class Change(NamedTuple):
+    """Other weights of a mixture, from a step on."""
+
+    step: int
+    weights: tuple[int, ...]  # p_c of each member; 0: not read
 
 
 class Turn(NamedTuple):
@@ -73,6 +81,20 @@ class Cycle:
         member, before = self._slots[place]
         return member, cycle * self.weights[member] + before
 
+    def counts(self, number: int) -> list[int]:
+        """Returns how many of the first `number` slots each member has."""
+        cycle, place = divmod(number, len(self))
+        members = [member for member, _ in self._slots[:place]]
+        return [cycle * p + members.count(c) for c, p in enumerate(self.weights)]
+
+
+class Cycles(NamedTuple):
+    """The slots from a change of weights on."""
+
+    first: int  # slot
+    cycle: Cycle
+    before: list[int]  # slots that each member had before
+
 
 def permuted(index: int, size: int, key: str) -> int:
     """Returns the place of `index` in a permutation of range(size) that is drawn by `key`, without a table.
@@ -93,17 +115,18 @@ def permuted(index: int, size: int, key: str) -> int:
             return index
 
 
-def automatic_segment(members: Sequence[Member], batch_size: int, window: int) -> int:
+def automatic_segment(members: Sequence[Member], batch_size: int, window: int, changes: Sequence[Change] = ()) -> int:
     """Returns the largest power of two <= 2^20 such that each member has a segment for each of its streams."""
-    segment = USUAL_SEGMENT
-    while segment // 2 >= window and any(m.symbols // segment < _streams(members, m, batch_size) for m in members):
+    segment, streams = USUAL_SEGMENT, _streams(members, changes, batch_size)
+    while segment // 2 >= window and any(m.symbols // segment < n for m, n in zip(members, streams, strict=True)):
         segment //= 2
     return segment
 
 
-def _streams(members: Sequence[Member], member: Member, batch_size: int) -> int:
-    """Returns how many of the streams read `member` at a time, rounded up."""
-    return -(-batch_size * member.weight // sum(other.weight for other in members))
+def _streams(members: Sequence[Member], changes: Sequence[Change], batch_size: int) -> list[int]:
+    """Returns how many of the streams read each member at a time, rounded up, at the weights that give it most."""
+    weightings = [[member.weight for member in members], *(change.weights for change in changes)]
+    return [max(-(-batch_size * p[c] // sum(p)) for p in weightings) for c in range(len(members))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +139,8 @@ class SegmentPlan(StreamPlan):
     k W + ceil((b + 1) W / B), so that the states are not all reset at once, except at step 0 (first turns are shorter).
 
     With `rotate`, each pass cuts a member into segments from a new seeded offset.  What remains of the circle after S
-    segments is skipped in that pass.  With segment 0 turns are as long as can be: stream b always reads
+    segments is skipped in that pass.  After a change of weights each member is read on where its last turn ended: its
+    slots are counted over all changes.  With segment 0 turns are as long as can be: stream b always reads
     the member that has slot b, whose streams are evenly spaced on it, and begins anew when it has read its part.
 
     Raises:
@@ -126,6 +150,7 @@ class SegmentPlan(StreamPlan):
     members: tuple[Member, ...] = ()
     segment: int = 0  # L; 0: as long as a member allows
     shuffle: bool = True  # segments come in an order drawn for each pass, not that of the text
+    changes: tuple[Change, ...] = ()  # of the weights, by step
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,8 +158,15 @@ class SegmentPlan(StreamPlan):
         longest = self.window + 2 * self.deviation
         if 0 < self.segment < longest:
             raise ValueError(f"segment={self.segment} is shorter than a window, of up to {longest} symbols: use more")
+        if self.changes and not self.segment:
+            raise ValueError(
+                "mixture_from changes who takes the next segment, and with --segment=0 each corpus has streams of its "
+                "own: leave out one of them"
+            )
         least = self.segment or longest
         for member, streams in zip(self.members, self.streams, strict=True):
+            if not streams and self.segment:
+                raise ValueError(f"the weight of {member.name} is 0, and no --mixture_from gives it more: leave it out")
             if not streams:
                 raise ValueError(
                     f"{member.name} has {member.weight} of {len(self.cycle)} parts of the mixture, less than one of "
@@ -156,6 +188,25 @@ class SegmentPlan(StreamPlan):
         return Cycle([member.weight for member in self.members])
 
     @functools.cached_property
+    def _cycles(self) -> list[Cycles]:
+        found = [Cycles(0, self.cycle, [0] * len(self.members))]
+        for change in self.changes:
+            first, last = self.slots_before(change.step), found[-1]
+            had = zip(last.before, last.cycle.counts(first - last.first), strict=True)
+            found.append(Cycles(first, Cycle(change.weights), [a + b for a, b in had]))
+        return found
+
+    def slots_before(self, step: int) -> int:
+        """Returns how many turns of all streams have begun before `step`; their slots are the first ones."""
+        return step and self.batch_size + (step - 1) * self.batch_size // self.windows[0]
+
+    def slot(self, number: int) -> tuple[int, int]:
+        """Returns the member that has slot `number`, and how many slots it had before."""
+        at = self._cycles[bisect.bisect_right(self._cycles, number, key=lambda cycles: cycles.first) - 1]
+        member, before = at.cycle.slot(number - at.first)
+        return member, at.before[member] + before
+
+    @functools.cached_property
     def _circles(self) -> list[range]:
         """The part of the split that each member is."""
         stops = np.cumsum([member.symbols for member in self.members]).tolist()
@@ -168,9 +219,9 @@ class SegmentPlan(StreamPlan):
 
     @functools.cached_property
     def streams(self) -> list[int]:
-        """Returns the number of streams that read each member at a time, rounded up; with segment 0, at any time."""
+        """Returns the most streams that read each member at a time, rounded up; with segment 0, at any time."""
         if self.segment:
-            return [_streams(self.members, member, self.batch_size) for member in self.members]
+            return _streams(self.members, self.changes, self.batch_size)
         return [sum(member == number for member, _ in self._fixed) for number in range(len(self.members))]
 
     @functools.cached_property
@@ -205,7 +256,7 @@ class SegmentPlan(StreamPlan):
         windows = self.windows[0]
         late = -(-(stream + 1) * windows // self.batch_size)
         turn = (step + windows - late) // windows
-        number, ordinal = self.cycle.slot(turn * self.batch_size + stream)
+        number, ordinal = self.slot(turn * self.batch_size + stream)
         member = self.members[number]
         size = member.symbols // self.segment
         pass_number, segment = divmod(ordinal, size)
@@ -234,8 +285,9 @@ class SegmentPlan(StreamPlan):
 
     def passes(self, step: int) -> list[float]:
         """Returns how often each member has been read after `step` updates, with every corpus at its exact share."""
-        parts, whole = self.streams, self.batch_size
-        if self.segment:
-            parts, whole = [member.weight for member in self.members], len(self.cycle)
-        read = self.batch_size * self.clock(step)
-        return [read * part / whole / member.symbols for member, part in zip(self.members, parts, strict=True)]
+        weights = tuple(member.weight for member in self.members) if self.segment else tuple(self.streams)
+        pieces, read = [Change(0, weights), *self.changes], [0.0] * len(self.members)
+        for (first, parts), stop in zip(pieces, [*(change.step for change in self.changes), step], strict=True):
+            symbols = self.batch_size * max(0, self.clock(min(step, stop)) - self.clock(first))
+            read = [had + symbols * part / sum(parts) for had, part in zip(read, parts, strict=True)]
+        return [had / member.symbols for had, member in zip(read, self.members, strict=True)]

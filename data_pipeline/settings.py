@@ -202,6 +202,13 @@ class StreamSettings:
         "[NAME=]CORPUS:WEIGHT,... such as data/web:0.6,data/books:0.4.",
         mutable=True,  # a run is checked against the fingerprints and the weights, not against places
     )
+    mixture_from: str = setting(
+        "",
+        "Other weights of the mixture from a step on: STEP:NAME:WEIGHT,... such as 100000:web:0.2,books:0.8; further "
+        "ones follow after a semicolon.  A corpus that is not named is not read then.  A resumed run may change what "
+        "lies ahead of it.",
+        mutable=True,  # a run is checked against what it has read
+    )
     segment: int = setting(
         -1,
         "Symbols of a segment.  A stream reads one segment with carried state, then another of the corpus that has the "

@@ -51,6 +51,8 @@ def mixed(scores: Mapping[str, Score], percent: Mapping[str, float]) -> Score:
     """
     if len(scores) == 1:
         return next(iter(scores.values()))
+    if not any(percent[name] for name in scores):  # those in the text come without a score
+        percent = dict.fromkeys(scores, 1.0)
     whole, symbols = sum(percent[name] for name in scores), sum(score.symbols for score in scores.values())
     part = [percent[name] / whole * symbols / score.symbols for name, score in scores.items()]
 

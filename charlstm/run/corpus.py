@@ -20,7 +20,7 @@ from data_pipeline.eval_chunks import ChunkPlan
 from data_pipeline.manifest import is_prepared
 from data_pipeline.mixture import Mixture
 from data_pipeline.progress import announced, bar, say_on_stderr
-from data_pipeline.segments import Member, SegmentPlan, automatic_segment
+from data_pipeline.segments import Change, Member, SegmentPlan, automatic_segment
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import Corpus
 from data_pipeline.stores import is_remote
@@ -124,10 +124,33 @@ def fix_segment(config: Config, corpus: Corpus) -> Config:
     """Fills in a mixture's --segment left at -1 (automatic)."""
     if config.streams.segment >= 0 or not isinstance(corpus, Mixture):
         return config
-    streams = config.streams
+    streams, changes = config.streams, changes_of(config, corpus)
     return config_lib.replace(
-        config, segment=automatic_segment(corpus.members, streams.batch_size, streams.longest_window)
+        config, segment=automatic_segment(corpus.members, streams.batch_size, streams.longest_window, changes)
     )
+
+
+def changes_of(config: Config, corpus: Corpus) -> tuple[Change, ...]:
+    """Changes of a mixture's weights.  Raises ValueError if the corpus is none, or they are not of this one."""
+    text = config.streams.mixture_from
+    if text and not isinstance(corpus, Mixture):
+        raise ValueError(f"mixture_from={text!r} is of a mixture: give --mixture, or leave it out")
+    return mixture.parse_changes(text, list(corpus.corpora)) if isinstance(corpus, Mixture) else ()
+
+
+def check_what_was_read(then: Config, now: Config, windows: int) -> None:
+    """Raises ValueError where `now` has other weights of a mixture in the `windows` that were read as `then` says."""
+    read = []
+    for streams in (then.streams, now.streams):
+        names = [part.name for part in mixture.parse(streams.mixture)] if streams.mixture else []
+        changes = mixture.parse_changes(streams.mixture_from, names)
+        read.append([change for change in changes if change.step < windows])
+    if read[0] != read[1]:
+        raise ValueError(
+            f"mixture_from={now.streams.mixture_from!r} has other weights before step {windows}, up to where the run "
+            f"has read its text, than mixture_from={then.streams.mixture_from!r}: give this, with changes from step "
+            f"{windows} on, or name another run_dir"
+        )
 
 
 def plan_for(config: Config, corpus: Corpus) -> StreamPlan:
@@ -154,7 +177,9 @@ def plan_for(config: Config, corpus: Corpus) -> StreamPlan:
         plan = StreamPlan(*how)
         if isinstance(corpus, Mixture) or streams.segment > 0:
             members = corpus.members if isinstance(corpus, Mixture) else (Member("the corpus", plan.symbols),)
-            plan = SegmentPlan(*how, members, streams.segment, streams.shuffle_segments)
+            plan = SegmentPlan(*how, members, streams.segment, streams.shuffle_segments, changes_of(config, corpus))
+        else:
+            changes_of(config, corpus)
     except ValueError as error:
         refusals.insert(0, str(error))
     if refusals:
@@ -178,6 +203,10 @@ def description(plan: StreamPlan, num_steps: int) -> list[str]:
             f"{member.name}: {100 * share / whole:.3g} % ({of}) of what is read, {member.symbols:,} training symbols, "
             f"read {passes:.2f} times in {num_steps:,} steps"
         )
+    for change in plan.changes:
+        shares = zip(plan.members, change.weights, strict=True)
+        parts_then = ", ".join(f"{100 * p / sum(change.weights):.3g} % {member.name}" for member, p in shares)
+        lines.append(f"from step {change.step:,} on, as turns begin: {parts_then}")
     return [*lines, turns]
 
 

@@ -61,9 +61,11 @@ class RunLog:
             return
         logger, handler = logging.getLogger(name), _Handler(self.info)
         logger.addHandler(handler)
+        propagated, logger.propagate = logger.propagate, False  # a handler of the root would say it once more
         try:
             yield
         finally:
+            logger.propagate = propagated
             logger.removeHandler(handler)
 
     def progress(self, text: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 from charlstm import distributed
-from charlstm.run import announce, digest, memory, replicas, run_directory, run_lock, samples
+from charlstm.run import announce, corpus, digest, memory, replicas, run_directory, run_lock, samples
 from charlstm.run.checkpoint import Checkpoints
 from charlstm.run.log import RunLog
 from charlstm.run.metrics import Diverged, MetricAggregator, finite_score
@@ -83,8 +83,7 @@ class Training:
         state, _, sums = self.restore()
         # Nothing was written until here.
         distributed.run_on_first(lambda: run_directory.write_config(self.run.run_dir, config))
-        start = int(state.step)
-        self.log.rewind(start)
+        self.log.rewind(start := int(state.step))
         self.metrics.restart(sums, skipped_windows(state))
         nothing_left = announce.already_finished(self.run, self.metrics, start)
         if nothing_left and not self.metrics.evaluation_due:
@@ -167,7 +166,8 @@ class Training:
         run, V = self.run, self.run.corpus.vocabulary.size
         if distributed.any_process(bool(self.checkpoints.steps())):
             state, meta = self.checkpoints.restore(train_state.abstract(run.config, V, run.mesh))
-            run_directory.check_checkpoint(meta["identity"], run.config, run.identity, run.run_dir)
+            made_with = run_directory.check_checkpoint(meta["identity"], run.config, run.identity, run.run_dir)
+            corpus.check_what_was_read(made_with, run.config, int(state.divergence.next_window))
             self.log.info(f"continuing from the checkpoint of step {int(state.step)}")
             return state, meta["bits_per_symbol"], meta["sums"]
         state = train_state.place(run.mesh, train_state.init(run.config, V))

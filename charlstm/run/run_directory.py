@@ -275,19 +275,19 @@ def restore_params(
     return params, meta["step"]
 
 
-def check_checkpoint(checkpoint: dict[str, Any], config: Config, run: Identity, run_dir: Path) -> None:
-    """Raises ValueError where a checkpoint's identity is not that of the run in whose directory it lies."""
+def check_checkpoint(checkpoint: dict[str, Any], config: Config, run: Identity, run_dir: Path) -> Config:
+    """Settings that a checkpoint was made with.  Raises ValueError if it is not of the run in `run_dir`."""
     own = {"vocabulary_digest": run.vocabulary.digest, "corpus_fingerprint": run.corpus_fingerprint}
     others = [f"{name}: {checkpoint[name][:12]} -> {own[name][:12]}" for name in own if checkpoint[name] != own[name]]
     made_with = config_lib.from_json(
         json.dumps({"version": config_lib.VERSION, **checkpoint["config"]}), f"a checkpoint of {run_dir}"
     )
-    others += config_lib.diff(made_with, config)[0]
-    if others:
+    if others := others + config_lib.diff(made_with, config)[0]:
         raise ValueError(
             f"the checkpoints of {run_dir} belong to another run ({'; '.join(others)}): take them out, or name another "
             "run_dir"
         )
+    return made_with
 
 
 def _write(path: Path, text: str) -> None:

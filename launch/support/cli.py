@@ -76,12 +76,21 @@ def end_if_out_of_memory(error: RuntimeError) -> None:
 
 def explain(name: str, error: Exception, out_of_memory: bool = False) -> int:
     """Prints an error in one line and returns its exit status."""
-    sentence = " ".join(str(error).split())
+    sentence = " ".join((_of_a_file(error) or str(error)).split())
     if out_of_memory:
         sentence = f"out of memory ({sentence[:120]}): lower batch_size, window, hidden_size or num_samples"
     print(f"{name}: {sentence}", file=sys.stderr)
     number = getattr(error, "errno", None)  # of another process's error, too
     return STATUS.get(number, NOT_SAVED if number in DISK_ERRORS else MISTAKE)
+
+
+def _of_a_file(error: Exception) -> str:
+    """Returns what the system says of a file, and the remedy; "" if the error is another one."""
+    if not isinstance(error, OSError) or not error.errno or not error.strerror:
+        return ""
+    remedy = "name another place" if error.errno not in DISK_ERRORS else "make room there, or name another place"
+    name = f"{os.fsdecode(error.filename)} cannot be used " if isinstance(error.filename, str | bytes) else ""
+    return f"{name}({error.strerror}): {remedy}" if name else error.strerror
 
 
 def _hush_the_background() -> None:

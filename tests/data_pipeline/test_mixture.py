@@ -13,7 +13,7 @@ from data_pipeline import mixture
 from data_pipeline.batch import rows_of_process
 from data_pipeline.build import corpora
 from data_pipeline.loader import WindowSource, open_windows
-from data_pipeline.segments import Cycle, Member, SegmentPlan, automatic_segment, permuted
+from data_pipeline.segments import Change, Cycle, Member, SegmentPlan, automatic_segment, permuted
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.streams import StreamPlan
 
@@ -50,6 +50,10 @@ def plans(draw):
         batch_size = max(batch_size, sum(weights))
     sizes = [batch_size * max(segment, window + 2) + draw(st.integers(0, 90)) for _ in weights]
     seed, rotate, shuffle = draw(st.integers(0, 2**40)), draw(st.booleans()), draw(st.booleans())
+    if segment and draw(st.booleans()):
+        others = st.lists(st.integers(0, 4), min_size=len(weights), max_size=len(weights)).filter(any)
+        changes = draw(st.dictionaries(st.integers(1, 30), others.map(tuple), max_size=3))
+        how |= {"changes": tuple(Change(*item) for item in sorted(changes.items()))}
     members = list(zip(sizes, weights, strict=True))
     return make(members, batch_size, window, segment, seed=seed, rotate=rotate, shuffle=shuffle, **how)
 
@@ -77,9 +81,12 @@ def read_one_by_one(plan, steps):
     slots, W, B = slots_one_by_one(weights), plan.windows, plan.batch_size
     fixed = [next(slots) for _ in range(B)] if not plan.segment else None
     late = [math.ceil(Fraction((b + 1) * W[0], B)) % W[0] for b in range(B)]
-    reading, turns = [None] * B, [0] * B
+    reading, turns, changes = [None] * B, [0] * B, dict(plan.changes)
+    had = [0] * len(weights)
     for step in range(steps):
         row = []
+        if step in changes:
+            slots = slots_one_by_one(changes[step])
         for b in range(B):
             if plan.segment:
                 begins = step == 0 or step % W[0] == late[b]
@@ -87,6 +94,8 @@ def read_one_by_one(plan, steps):
                 begins = step % W[fixed[b][0]] == 0
             if begins:
                 member, ordinal = next(slots) if plan.segment else fixed[b]
+                if plan.segment:  # however often the weights have changed
+                    ordinal, had[member] = had[member], had[member] + 1
                 size = plan.members[member].symbols
                 if plan.segment:
                     times, number = divmod(ordinal, size // plan.segment)
@@ -181,7 +190,7 @@ def test_at_no_moment_is_a_corpus_a_slot_from_its_share_and_over_a_cycle_none_is
 
 
 @settings(max_examples=20, deadline=None)
-@given(plans().filter(lambda plan: plan.segment))
+@given(plans().filter(lambda plan: plan.segment and not plan.changes))
 def test_the_turns_that_have_begun_are_within_a_slot_of_the_weights_at_any_step(plan):
     weights = np.array([member.weight for member in plan.members])
     had, begun = np.zeros(len(weights)), 0
@@ -216,6 +225,28 @@ def test_the_order_of_segments_and_the_turns_are_the_same_in_every_version():
     assert [plan.length(0, 10), make([(10**6, 1)], 2, 20, 100, deviation=2).length(0, 11)] == [1280, LENGTH]
 
 
+def test_other_weights_hold_for_the_turns_that_begin_at_their_step_or_later_and_for_no_other():
+    change = Change(57, (0, 3, 2))
+    plain = make([(900, 2), (700, 1), (800, 1)], batch_size=8, window=5, segment=100, seed=3)
+    changed = make([(900, 2), (700, 1), (800, 1)], batch_size=8, window=5, segment=100, seed=3, changes=(change,))
+    had = np.zeros(3)
+    for step in range(400):
+        for b in range(8):
+            before, now = plain.turn(step, b), changed.turn(step, b)
+            assert (before.first, before.stop) == (now.first, now.stop)
+            if now.first < change.step:
+                assert before == now
+            elif now.first == step:
+                had[now.member] += 1
+                assert np.abs(had - had.sum() * np.array(change.weights) / 5).max() < 1
+    assert had[0] == 0 and had.sum() > 100
+    read = np.zeros(3)
+    for step in range(400):
+        for b in range(8):
+            read[changed.turn(step, b).member] += 5
+    assert np.abs(changed.passes(400) - read / [900, 700, 800]).max() < 1
+
+
 PERMUTED = [587233931, 187751117, 694509378]
 POSITIONS = [[410470102, 1060294281, 673203926, 1078972041], [1085490366, 380511078, 1081132222, 82762086]]
 LENGTH = 220
@@ -229,7 +260,7 @@ def test_each_pass_over_a_corpus_reads_every_segment_once(plan):
     for turn in range(12):
         for b in range(B):
             at = plan.turn(max(0, (turn - 1) * W + -(-(b + 1) * W // B)), b)
-            number, ordinal = plan.cycle.slot(turn * B + b)
+            number, ordinal = plan.slot(turn * B + b)
             assert number == at.member
             found[number][ordinal] = at.position
     for number, member in enumerate(plan.members):
@@ -309,6 +340,13 @@ def test_a_far_step_is_read_as_easily_as_the_first():
             "at least 200; give --segment=99, or more text",
         ),
         ([(1000, 9), (1000, 1)], {"segment": 0}, "m1 has 1 of 10 parts of the mixture, less than one of batch_size=4"),
+        ([(1000, 1), (1000, 0)], {}, "the weight of m1 is 0, and no --mixture_from gives it more: leave it out"),
+        ([(1000, 1)], {"segment": 0, "changes": (Change(9, (1,)),)}, "mixture_from changes who takes the next segment"),
+        (
+            [(1000, 1), (30, 1)],
+            {"changes": (Change(9, (1, 9)),), "segment": 10},
+            "m1 has 30 training symbols, too few for 10 in each of the 4 of batch_size=4 streams that read it",
+        ),
         ([(1000, 1), (9, 1)], {"segment": 0}, "m1 has 9 training symbols, too few for 5 in each of the 2 of"),
     ],
 )
@@ -321,6 +359,7 @@ def test_the_automatic_segment_is_the_largest_that_every_corpus_has_one_of_for_e
     big, small = Member("big", 2**40, 3), Member("small", 16 * 70_000, 1)
     assert automatic_segment([big], 64, 128) == 2**20
     assert automatic_segment([big, small], 64, 128) == 2**16
+    assert automatic_segment([big, small], 64, 128, [Change(5, (0, 1))]) == 2**14
     SegmentPlan(big.symbols + small.symbols, 64, 128, members=(big, small), segment=2**16)
     assert automatic_segment([Member("tiny", 10, 1)], 64, 128) == 128  # which the plan refuses
 
@@ -358,14 +397,39 @@ def test_weights_of_any_kind_are_met_to_a_slot_of_no_more_than_10000(weights):
         ("a:.5,b", "'b' is not CORPUS:WEIGHT, such as data/web:0.6"),
         ("a:.5,:.5", "':.5' is not CORPUS:WEIGHT"),
         ("a:.5,b:many", "'b:many' is not CORPUS:WEIGHT"),
-        ("a:1,b:0", "the weight of b is 0, and must be more than 0"),
-        ("a:1,b:-1", "the weight of b is -1, and must be more than 0"),
+        ("a:1,b:-1", "the weight of b is -1, and must be 0 or more"),
         ("x/a:.5,y/a:.5", "names a twice, x/a and y/a: leave one out, or tell them apart by a2=y/a:.5"),
     ],
 )
 def test_a_mixture_that_is_none_is_refused(text, sentence):
     with pytest.raises(ValueError) as caught:
         mixture.parse(text)
+    assert sentence in str(caught.value)
+
+
+def test_changes_of_weights_are_read_as_whole_numbers_and_who_is_not_named_has_none():
+    found = mixture.parse_changes("100:web:.2,books:.8; 2000:web:1", ["web", "books"])
+    assert found == (Change(100, (1, 4)), Change(2000, (1, 0)))
+    assert mixture.parse_changes("", ["web"]) == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("a:1", "'a:1' is not STEP:NAME:WEIGHT,... with weights of 0 or more"),
+        ("-3:a:1", "'-3:a:1' is not STEP:NAME:WEIGHT"),
+        ("5:a:1,b", "'5:a:1,b' is not STEP:NAME:WEIGHT"),
+        ("5:a:-1", "'5:a:-1' is not STEP:NAME:WEIGHT"),
+        ("5:a:1,d:1", "there is no 'd' in the mixture, only a, b"),
+        ("0:a:1", "step 0 must be more than 0"),
+        ("5:a:1;5:b:1", "step 5 must be more than 0 and than the steps before it"),
+        ("5:a:0", "the weights of a, b are all 0"),
+        ("5:a:1,b:0.00001", "the weight of b is 1e-05 of the mixture, and rounds to 0 of 9998 slots"),
+    ],
+)
+def test_changes_of_weights_that_are_none_are_refused(text, sentence):
+    with pytest.raises(ValueError) as caught:
+        mixture.parse_changes(text, ["a", "b"])
     assert sentence in str(caught.value)
 
 

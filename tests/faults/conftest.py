@@ -22,7 +22,19 @@ class Seen(NamedTuple):
     equal: str  # whether the final bits are those of the undisturbed run
 
 
-_seen: list[Seen] = []  # by all tests, whichever process ran them
+class SeenOfStore(NamedTuple):
+    """A line of the table on corpora in an object store."""
+
+    fault: str
+    times: int | str  # answers that were spoiled, or servers killed
+    end: str  # whether the final bits are those of the run from the disk, or how the run ended
+
+
+HEADS = {
+    "faults": Seen("fault", "times", "lost updates", "final bits equal"),
+    "remote data": SeenOfStore("fault", "times", "final bits equal to those from the disk"),
+}
+_seen: dict[str, list[list[str]]] = {name: [] for name in HEADS}  # by all tests, whichever process ran them
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,12 +48,21 @@ def table(record_property) -> Iterator[list[Seen]]:
     """Lines that the test adds to the table."""
     lines: list[Seen] = []
     yield lines
-    record_property("seen", [[str(cell) for cell in line] for line in lines])
+    record_property("faults", [[str(cell) for cell in line] for line in lines])
+
+
+@pytest.fixture
+def store_table(record_property) -> Iterator[list[SeenOfStore]]:
+    """Lines that the test adds to the table on object stores."""
+    lines: list[SeenOfStore] = []
+    yield lines
+    record_property("remote data", [[str(cell) for cell in line] for line in lines])
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "teardown":
-        _seen.extend(Seen(*line) for name, lines in report.user_properties if name == "seen" for line in lines)
+        for name, lines in report.user_properties:
+            _seen.get(name, []).extend(lines)
 
 
 @pytest.fixture(scope="session")
@@ -55,12 +76,11 @@ def half_done(job_flags, tmp_path_factory) -> Path:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not _seen:
-        return
-    rows = [Seen("fault", "times", "lost updates", "final bits equal"), *_seen]
-    widths = [max(len(str(row[column])) for row in rows) for column in range(len(Seen._fields))]
-    terminalreporter.section("faults")
-    for row in rows:
-        terminalreporter.line(
-            "  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        )
+    for name, lines in _seen.items():
+        if lines:
+            rows = [[str(cell) for cell in HEADS[name]], *lines]
+            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+            terminalreporter.section(name)
+            for row in rows:
+                cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+                terminalreporter.line("  ".join(cells).rstrip())

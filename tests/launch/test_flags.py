@@ -71,6 +71,7 @@ OTHER = {
     "reset_state": "document",
     "document_separator": " ",
     "mixture": "a:0.6,b:0.4",
+    "mixture_from": "9:a:1",
     "segment": 4096,
     "shuffle_segments": False,
     "vocabulary_of": "data/other",
@@ -351,7 +352,16 @@ def test_a_damaged_run_directory_is_refused_and_left_as_it_is(name, content, sen
 def test_free_settings_change_and_others_do_not():
     mutable = {name for name, (_, field) in config_lib.flatten(Config()).items() if field.metadata["mutable"]}
     assert mutable == {
-        *("mixture", "vocabulary_of", "corpus", "binary", "cache_dir", "cache_bytes", "remote_patience"),
+        *(
+            "mixture",
+            "mixture_from",
+            "vocabulary_of",
+            "corpus",
+            "binary",
+            "cache_dir",
+            "cache_bytes",
+            "remote_patience",
+        ),
         *("reader_threads", "read_ahead", "num_steps", "log_every", "evaluate_every"),
         *("checkpoint_every", "keep_checkpoints", "eval_chunk", "burn_in", "evaluation_batch_size"),
         *("reduction", "train", "valid", "test", "on_divergence", "spike_factor", "max_skips", "max_rollbacks"),

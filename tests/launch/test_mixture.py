@@ -1,5 +1,6 @@
 """Runs on a mixture: resumed to the bit, each corpus scored by itself, and refused in one sentence."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import pytest
 
 import charlstm as cl
 from charlstm import config as config_lib
-from charlstm.run import run_directory
+from charlstm.run import corpus, run_directory
 from launch import evaluate, train
 from launch.support import cli
 from tests.compiling import xla_flags
@@ -126,8 +127,8 @@ def test_the_library_goes_on_with_a_mixture_where_the_program_ended(texts, strai
     assert run_directory.read(run_dir)[0].streams.mixture == mixed.spec
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     logged = {line["split"]: line["bits_per_symbol"] for line in lines if line["step"] == model.step}
-    for name, corpus in mixed.corpora.items():
-        assert model.evaluate(corpus.valid).bits_per_symbol == pytest.approx(logged[f"valid/{name}"])
+    for name, one in mixed.corpora.items():
+        assert model.evaluate(one.valid).bits_per_symbol == pytest.approx(logged[f"valid/{name}"])
 
 
 def test_another_mixture_or_segment_on_the_way_is_refused_with_both(texts, flags, straight):
@@ -154,6 +155,49 @@ def test_what_cannot_be_mixed_is_refused_before_there_is_a_run(texts, flags, tmp
     none = refusal(train.main, *run, f"--mixture={a}:.5,{texts / 'nothing'}:.5")
     assert str(texts / "nothing") in none
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_change_may_be_given_when_a_run_is_resumed_but_for_no_text_that_it_has_read(
+    flags, straight, tmp_path
+):
+    run = [*flags, f"--run_dir={shutil.copytree(straight, tmp_path / 'run')}"]
+    why = refusal(train.main, *run, "--mixture_from=39:a:1,small:1")
+    assert (
+        "mixture_from='39:a:1,small:1' has other weights before step 40" in why and "with changes from step 40" in why
+    )
+    assert run_directory.read(tmp_path / "run")[0].streams.mixture_from == ""
+    assert train.main(["train", *run, "--mixture_from=40:a:2,small:1", "--num_steps=41"]) == cli.DONE
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "changed since the run was started or last continued: mixture_from:  -> 40:a:2,small:1" in log
+    assert "from step 40 on, as turns begin: 66.7 % a, 33.3 % small" in log
+    config, _ = run_directory.read(tmp_path / "run")
+    for changes, allowed in (("40:small:5,a:10;50:a:1", True), ("", False), ("40:small:1", False)):
+        now = config_lib.replace(config, mixture_from=changes)
+        with contextlib.nullcontext() if allowed else pytest.raises(ValueError, match="has other weights before step"):
+            corpus.check_what_was_read(config, now, 41)
+
+
+@pytest.mark.long
+def test_it_reads_what_it_would_have_read_had_they_been_known_from_the_beginning(flags, straight, tmp_path):
+    how, ends = [*flags, "--evaluate_every=0", "--segment=256"], []
+    for name, moves in (("known", (("25:small:1", 40),)), ("later", (("", 20), ("25:small:1", 40)))):
+        for changes, until in moves:
+            more = [f"--mixture_from={changes}", f"--num_steps={until}", f"--run_dir={tmp_path / name}"]
+            assert train.main(["train", *how, *more]) == cli.DONE
+        ends.append(last_line(tmp_path / name)["state_digest"])
+    assert ends[0] == ends[1] != last_line(straight)["state_digest"]
+
+
+def test_a_corpus_that_is_read_later_on_has_weight_0_until_then(texts, flags, tmp_path):
+    run = [*flags, f"--mixture=a={texts / 'a.txt'}:1,b={texts / 'b.txt'}:0", f"--run_dir={tmp_path / 'run'}"]
+    assert "the weight of b is 0, and no --mixture_from gives it more" in refusal(train.main, *run)
+    assert not (tmp_path / "run").exists()
+    why = refusal(train.main, *run, "--mixture=", f"--corpus={texts / 'a.txt'}", "--mixture_from=2:a:1")
+    assert "mixture_from='2:a:1' is of a mixture: give --mixture, or leave it out" in why
+    assert train.main(["train", *run, "--mixture_from=2:b:1", "--num_steps=20"]) == cli.DONE
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    score = {line["split"]: line.get("bits_per_symbol") for line in lines}
+    assert score["valid"] == pytest.approx(score["valid/a"]) and score["valid/a"] != score["valid/b"]
 
 
 def test_one_corpus_in_shuffled_segments_says_so_and_learns_other_text(texts, flags, tmp_path):

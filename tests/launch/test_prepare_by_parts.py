@@ -49,6 +49,50 @@ def test_ways_that_exclude_each_other_are_refused(options, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} <= {"text.txt", "cache"}
 
 
+@pytest.mark.parametrize(
+    ("disk", "status", "words"),
+    [
+        ("ro", cli.MISTAKE, "cannot be used (Read-only file system): name another place"),
+        ("size=64k", cli.NOT_SAVED, "cannot be used (No space left on device): make room there, or name another place"),
+    ],
+)
+@pytest.mark.parametrize("way", ["--engine=local", "--part=0/1", ""])
+def test_a_place_that_takes_nothing_is_named_in_a_sentence(way, disk, status, words, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "text.txt").write_bytes(b"0123456789" * 20_000)
+    done = in_a_disk(disk, tmp_path / "disk", way, tmp_path)
+    line = done.stderr.splitlines()[-1]
+    assert (done.returncode, line.startswith(f"launch.prepare: {tmp_path / 'disk'}")) == (status, True), done.stderr
+    assert line.endswith(words) and "Traceback" not in done.stderr
+
+
+def in_a_disk(disk: str, place: Path, way: str, folder: Path) -> subprocess.CompletedProcess:
+    """launch.prepare into a disk that it alone sees."""
+    own = [f"--input={folder / 'text.txt'}", f"--cache_dir={folder / 'cache'}", f"--output={place / 'out'}"]
+    command = [sys.executable, "-m", "launch.prepare", *own, *([way] if way else [])]
+    mounted = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o {disk} tmpfs {place} || exit 99; exec "$@"', "sh"]
+    try:
+        done = subprocess.run([*mounted, *command], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    except FileNotFoundError:
+        pytest.skip("there is no unshare here")
+    if done.returncode == 99 or "unshare" in done.stderr:
+        pytest.skip(f"a disk cannot be mounted here: {done.stderr}")
+    return done
+
+
+@pytest.mark.parametrize("way", ["--engine=local", "--part=0/1", ""])
+def test_a_place_below_a_file_or_taken_by_one_is_named_in_a_sentence(way, options, tmp_path, capsys):
+    (tmp_path / "file").write_text("taken")
+    how = [option for option in options if way or not option.startswith("--part_bytes")]
+    for place in ("file", "file/out", "file/a/out"):
+        with pytest.raises((ValueError, OSError)) as caught:
+            prepare.main(["prepare", *how, f"--output={tmp_path / place}", *([way] if way else [])])
+        assert cli.explain("launch.prepare", caught.value) == cli.MISTAKE
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert f"launch.prepare: {tmp_path / 'file'}" in line and ": " in line and "[Errno" not in line, line
+    assert (tmp_path / "file").read_text() == "taken"
+
+
 def test_the_job_of_kubernetes_runs_as_it_is_written(options, tmp_path):
     job = yaml.safe_load((ROOT / "launch" / "kubernetes" / "prepare.yaml").read_text())
     assert (job["apiVersion"], job["kind"], job["spec"]["completionMode"]) == ("batch/v1", "Job", "Indexed")
