@@ -204,5 +204,10 @@ def _heartbeats(directory: Path) -> dict[int, tuple[dict[str, Any], float]]:
     return beats
 
 
+def words_of_first(run_dir: Path) -> dict[str, Any]:
+    """Returns the heartbeat of the first process of the run in `run_dir`; {} where none lives."""
+    return _heartbeats(run_dir / "heartbeats").get(0, ({}, 0.0))[0]
+
+
 def _heartbeat(directory: Path, process: int) -> Path:
     return directory / f"process-{process}.json"
