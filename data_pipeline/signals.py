@@ -85,6 +85,14 @@ def say(line: str) -> None:
     print(("\r\033[K" if sys.stderr.isatty() else "") + line, file=sys.stderr, flush=True)
 
 
+def show(line: str) -> None:
+    """Shows a line on the terminal that the next one is written over; nothing if it is empty."""
+    if line:
+        with contextlib.suppress(OSError):
+            width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+            print("\r\033[K" + line[: width - 1], end="", file=sys.stderr, flush=True)
+
+
 def leave(number: int) -> NoReturn:
     """Ends the program after signal `number`.  Raises KeyboardInterrupt in a process that is not attached."""
     if not _name:

@@ -30,7 +30,7 @@ from charlstm.inference import evaluate as evaluate_lib
 from charlstm.inference.score import Score, mixed
 from charlstm.run import corpus as corpus_lib
 from charlstm.run import run_directory
-from charlstm.run.metrics import duration
+from charlstm.run.metrics import duration, time_left
 from charlstm.types import ModelParams
 from data_pipeline.atomic_files import expand_user
 from data_pipeline.progress import bar, say_on_stderr
@@ -171,16 +171,11 @@ def search(score: Scorer, split: str) -> tuple[float, dict[str, list[Score]]]:
 
 def _progress(doing: str) -> Callable[[int, int], None]:
     """Shows how far something is, and the time left: a bar on a terminal, otherwise a line a minute on stderr."""
-    show, calls, told = bar(), 0, time.monotonic()
-    first, since = 0, told  # how much was done when all was compiled, and when that was
+    show, left, told = bar(), time_left(), time.monotonic()
 
     def progress(done: int, total: int) -> None:
-        nonlocal calls, told, first, since
-        now, calls, text = time.monotonic(), calls + 1, doing
-        if calls == 2:
-            first, since = done, now
-        elif calls > 2:
-            text += f", {duration((now - since) * (total - done) / (done - first))} left"
+        nonlocal told
+        now, text = time.monotonic(), doing + left(done, total)
         show(text, done, total)
         if now - told >= 60 and not sys.stderr.isatty():
             told = now

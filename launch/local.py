@@ -38,6 +38,7 @@ from data_pipeline.settings import setting
 from launch import train
 from launch.support import cli, flags
 from launch.support.child_processes import TRAIN, ChildProcesses
+from launch.support.watchdog import words_of_first
 
 ENDED_WELL = (cli.DONE, cli.STOPPED)
 # A restarted job would end in the same way.
@@ -96,15 +97,19 @@ class Job(ChildProcesses):
         for line in process.stdout:  # to the end, whatever comes: a process whose pipe is full is blocked
             with contextlib.suppress(OSError):  # more is waiting for a full disk than is kept
                 log.add(line.rstrip("\n"))
-            print(f"[{number}] {line}", end="", file=sys.stderr, flush=True)
+            if not line.startswith("[Gloo]"):  # which says that it connects
+                signals.say(f"[{number}] {line.rstrip()}")
         with contextlib.suppress(OSError):  # the disk is still full
             log.close()
 
     def wait(self) -> list[int]:
         """Waits for all; returns their exit statuses, -N for signal N.  If one dies, the others are ended."""
-        deadline = None
+        deadline, shown = None, time.monotonic()
         while None in (statuses := [process.poll() for process in self.started]):
             time.sleep(0.05)
+            if sys.stderr.isatty() and time.monotonic() > shown + 1:
+                shown = time.monotonic()
+                signals.show(words_of_first(self._log_dir.parent).get("status", ""))
             if deadline is None and any(status not in (None, *ENDED_WELL) for status in statuses):
                 deadline = time.monotonic() + self._chosen.grace
             if deadline is not None and time.monotonic() > deadline:

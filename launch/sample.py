@@ -31,6 +31,7 @@ if __name__ == "__main__":  # before what takes seconds to import
 
 import dataclasses
 import io
+import itertools
 import json
 import math
 import sys
@@ -58,6 +59,7 @@ from charlstm.run import run_directory
 from charlstm.training.loss import NATS_PER_BIT
 from data_pipeline import signals
 from data_pipeline.atomic_files import expand_user
+from data_pipeline.progress import announced
 from data_pipeline.settings import LARGEST_INT, check_choices, setting
 from data_pipeline.vocabulary import Vocabulary
 from launch.support import cli, flags, interactive, jax_setup
@@ -173,6 +175,9 @@ def main(argv: Sequence[str]) -> int:
     before_stop = prompt if tuple(stop.tolist()) == separator else None
     samples = [Sample(vocabulary, prompt, stop, before_stop, errors, backward) for _ in range(chosen.num_samples)]
     began = time.monotonic()
+    with announced("compiling (once)"):
+        first = list(itertools.islice(chunks, 1))
+    chunks = itertools.chain(first, chunks)
     if chosen.format == "json":
         for _ in grow(samples, chunks):
             pass

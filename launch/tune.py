@@ -37,7 +37,6 @@ from charlstm.run import corpus as corpus_lib
 from charlstm.run import estimate, run_directory, search_space
 from data_pipeline import signals
 from data_pipeline.atomic_files import atomic_write, expand_user, locked
-from data_pipeline.progress import bar
 from data_pipeline.settings import check_choices, setting
 from launch.support import cli, flags, trials
 from launch.support.trials import PARTS
@@ -165,6 +164,7 @@ class Study:
         arguments = self._given + [f"--{name}={value}" for name, value in values.items()]
         steps = max(1, config.training.num_steps // PARTS) * PARTS
         if seconds := self._chosen.seconds_per_trial:
+            signals.say(f"trial {trial.number}: compiling, and timing a few updates")
             steps = trials.num_steps_within(seconds, arguments, directory.with_suffix(".txt"), self._environment)
         arguments += [f"--num_steps={steps}", f"--evaluate_every={steps // PARTS}", f"--run_dir={directory}"]
         if not any(flag.startswith("--sample_every=") for flag in arguments):
@@ -188,7 +188,7 @@ class Study:
             self.optuna.tell(trial, state=TrialState.FAIL)
             raise
         directory, num_steps = run_dir(self.directory, number), trial.user_attrs["num_steps"]
-        show = bar()
+        show = trials.following(f"trial {number}", directory, num_steps)
         reported = set(self.optuna.get_trials(deepcopy=False)[number].intermediate_values)
 
         def hopeless() -> bool:
@@ -196,7 +196,7 @@ class Study:
                 if (part := step * PARTS // num_steps) not in reported:
                     trial.report(bits, part)
                     reported.add(part)
-            show(f"trial {number}", max(reported, default=0), PARTS)
+            show()
             return bool(reported) and max(reported) < PARTS and trial.should_prune()
 
         signals.say(f"trial {number}: {trial.user_attrs['values']}, {num_steps} updates")
@@ -238,8 +238,8 @@ class Study:
                 seed = self._config.training.seed + repeat
                 signals.say(f"trial {best.number} again, with seed {seed}")
                 arguments = [*best.user_attrs["arguments"], f"--seed={seed}", f"--run_dir={directory}"]
-                log = directory.with_suffix(".txt")
-                ended = trials.run_child(arguments, log, environment=self._environment)
+                show = trials.following(f"seed {seed}", directory, best.user_attrs["num_steps"])
+                ended = trials.run_child(arguments, directory.with_suffix(".txt"), None, show, self._environment)
                 if ended.status != cli.DONE:
                     signals.say(f"{directory}: {ended.last_words}")
                     return cli.STOPPED if ended.told_to_stop else ended.status

@@ -10,6 +10,7 @@ from charlstm import distributed
 from charlstm.config import Config
 from charlstm.run import estimate
 from charlstm.run.memory import End
+from data_pipeline.progress import announced
 from data_pipeline.shards import Corpus
 from data_pipeline.streams import StreamPlan
 
@@ -39,9 +40,9 @@ def chosen(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, end: En
         ]
         return config_lib.replace(config, lstm_backend="scan"), f"lstm_backend=scan on {device}: {', '.join(reasons)}"
     ways = {name: config_lib.replace(config, lstm_backend=name) for name in names}
-    seconds = {
-        name: median(estimate.time_steps(way, corpus, plan, mesh, TIMED_STEPS, end=end)) for name, way in ways.items()
-    }
+    with announced(f"compiling and timing an update in {len(ways)} ways (lstm_backend=auto, once)"):
+        times = {name: estimate.time_steps(way, corpus, plan, mesh, TIMED_STEPS, end=end) for name, way in ways.items()}
+    seconds = {name: median(of) for name, of in times.items()}
     fastest = distributed.all_gather_str(min(seconds, key=lambda name: seconds[name]))[
         0
     ]  # the first process's, for all

@@ -22,6 +22,7 @@ from charlstm.run.metrics import duration
 from charlstm.training import averaging, placement, schedules, train_state
 from charlstm.training import step as step_lib
 from data_pipeline.batch import Batch
+from data_pipeline.progress import announced
 from data_pipeline.shards import Corpus
 from data_pipeline.streams import StreamPlan
 
@@ -46,9 +47,11 @@ def report(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, form: s
     even_plan = dataclasses.replace(plan, deviation=0, short_probability=0.0)
     longest = config_lib.replace(even, window=config.streams.longest_window)
     train_step = step_lib.make(longest, V, mesh, plan.steps_per_epoch)
-    update = memory.compiled_update(train_step, longest, V, corpus.splits["train"].dtype, mesh)
+    with announced("compiling the update"):
+        update = memory.compiled_update(train_step, longest, V, corpus.splits["train"].dtype, mesh)
     too_much = memory.too_much(update, config, mesh)
-    seconds, how = (None, "") if too_much else _seconds_a_step(even, corpus, even_plan, mesh, end)
+    with announced("timing a few updates"):
+        seconds, how = (None, "") if too_much else _seconds_a_step(even, corpus, even_plan, mesh, end)
     if form == "json":
         return json.dumps({"parameters": parameters, "flops_per_step": arithmetic, "seconds_per_step": seconds})
     remarks = schedules.remarks(config.optimizer, config.training, plan.steps_per_epoch, resumed=False)
@@ -95,12 +98,14 @@ def _eta(of_steps: float, config: Config, corpus: Corpus, mesh: Mesh) -> str:
     if valid:
         shards, most = placement.shards_per_device(config, mesh.size), training.evaluate_symbols
         score = evaluate_lib.make_evaluator(config, V, valid, mesh, separator, shards, most)
-        each = _seconds_of_windows(lambda doing: score(averaging.to_evaluate(state), doing))
+        with announced("timing a part of an evaluation"):
+            each = _seconds_of_windows(lambda doing: score(averaging.to_evaluate(state), doing))
         parts.append((f"evaluations ({evaluations:,})", evaluations * each))
     if training.sampled_every is not None:
         count, symbols = _times_due(last, training.sampled_every), min(training.sample_length, SAMPLED)
         short = config_lib.replace(config, sample_length=symbols)
-        each = _second_time(lambda: samples.draw(short, corpus.vocabulary, separator, averaging.to_evaluate(state)))
+        with announced("timing a sample"):
+            each = _second_time(lambda: samples.draw(short, corpus.vocabulary, separator, averaging.to_evaluate(state)))
         parts.append((f"samples ({count:,})", count * each * training.sample_length / max(1, symbols)))
     saves = max(evaluations, _times_due(last, training.checkpoint_every))
     parts.append((f"saves ({saves:,})", saves * _second_time(lambda: digest.state_digest(state))))

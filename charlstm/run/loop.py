@@ -1,7 +1,6 @@
 """The training loop: a run from its newest checkpoint to its end.
 
-Each step reads a batch and updates the parameters; at intervals the loop compares the devices, logs, evaluates and
-saves.  A run that diverges stops or rolls back.
+Each step reads a batch and updates the parameters; at intervals it logs, evaluates and saves.
 """
 
 import contextlib
@@ -15,7 +14,7 @@ from charlstm import distributed
 from charlstm.run import announce, corpus, digest, memory, replicas, run_directory, run_lock, samples
 from charlstm.run.checkpoint import Checkpoints
 from charlstm.run.log import RunLog
-from charlstm.run.metrics import Diverged, MetricAggregator, finite_score
+from charlstm.run.metrics import Diverged, MetricAggregator, finite_score, time_left
 from charlstm.run.services import Outcome, Services
 from charlstm.run.start import Run
 from charlstm.run.validation import Interrupted, Validation
@@ -215,10 +214,10 @@ class Training:
         Raises Interrupted if the run must stop.
         """
         assert self._valid is not None
-        began = time.monotonic()
+        began, left = time.monotonic(), time_left()
 
         def doing(done: int, windows: int) -> None:
-            self.log.status(f"step {step}: evaluating the validation split, {done / windows:.0%}")
+            self.log.status(f"step {step}: evaluating the validation split, {done / windows:.0%}{left(done, windows)}")
             if done < windows and self.told_to_stop():
                 self.log.info(f"step {step}: validation is interrupted, and made up for when the run goes on")
                 raise Interrupted
@@ -237,6 +236,7 @@ class Training:
         """Writes a sample of the model to samples.jsonl and the log; training is not affected."""
         self.metrics.settle()
         began, run = time.monotonic(), self.run
+        self.log.status(f"step {step}: writing a sample of {run.config.training.sample_length} symbols")
 
         def keep() -> None:
             drawn = samples.draw(run.config, run.corpus.vocabulary, run.separator, averaging.to_evaluate(state))

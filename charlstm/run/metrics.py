@@ -12,6 +12,8 @@ from charlstm.inference.score import FIGURES, Score
 from charlstm.training.loss import NATS_PER_BIT
 from charlstm.types import Metrics
 
+TOLD_AFTER = 5.0  # seconds of steps, by which the log says how long they all take
+
 
 class Diverged(Exception):
     """An update or score is not finite, or a device's copy differs; the message has the step and the streams.
@@ -48,7 +50,7 @@ class MetricAggregator:
         """Makes an aggregator for a run with `settings`.
 
         Args:
-          say: takes a line about what was skipped.
+          say: takes a line for the log: what was skipped, and how long the steps take.
           kind: what the symbols are: bytes or characters.
           of_ascii: every symbol of the training text is a character of one byte, and known.
         """
@@ -57,6 +59,8 @@ class MetricAggregator:
         self._skips, self._max_skips, self._say = settings.on_divergence == "skip", settings.max_skips, say
         self._spike_factor, self._stop_after = settings.spike_factor, settings.stop_after
         self._pending: tuple[int, Metrics] | None
+        self._first: tuple[int, float] | None = None  # the first step looked at, and when
+        self._told = False  # how long the steps take
         self._started, self._begun, self._earlier = time.monotonic(), False, 0.0
         self.records: dict[str, dict[str, Any]] = {}
         self.skipped, self.state_resets = 0, 0
@@ -126,6 +130,20 @@ class MetricAggregator:
             self._timed += int(metrics.symbols)
             self._steps += 1
             self._latest["grad_norm"] = float(metrics.grad_norm)
+        if not self._told:
+            self._tell_time_left(step)
+
+    def _tell_time_left(self, step: int) -> None:
+        """Says once how long the steps left take, unless a line of the log has come before."""
+        self._first = self._first or (step, time.monotonic())
+        steps, seconds = step - self._first[0], time.monotonic() - self._first[1]
+        if not self.records and (not steps or seconds < TOLD_AFTER):
+            return
+        self._told = True
+        if not self.records and (left := self._num_steps - step):
+            self._say(
+                f"the {left:,} steps left take about {duration(left * seconds / steps)}, by the first {steps + 1}"
+            )
 
     def _look_at_divergence(self, step: int, metrics: Metrics) -> None:
         what = _what_diverged(step, metrics, self._spike_factor)
@@ -238,6 +256,25 @@ def finite_score(step: int, record: dict[str, Any]) -> float:
     if not np.isfinite(score):
         raise Diverged(step, f"{record['split']} score={score} is not finite at step {step}")
     return score
+
+
+def time_left() -> Callable[[int, int], str]:
+    """Returns a function (done, total) -> ", 12s left", by what was done since its second call; "" before.
+
+    The first call comes before all is compiled.
+    """
+    calls, first, since = 0, 0, 0.0
+
+    def told(done: int, total: int) -> str:
+        nonlocal calls, first, since
+        now, calls = time.monotonic(), calls + 1
+        if calls == 2:
+            first, since = done, now
+        if calls < 3 or done <= first:
+            return ""
+        return f", {duration((now - since) * (total - done) / (done - first))} left"
+
+    return told
 
 
 def duration(seconds: float) -> str:

@@ -88,8 +88,7 @@ def dry_run(config: Config, corpus: Corpus, mesh: Mesh, form: str = "text", end:
     plan, config = check(config, corpus, mesh, dry=True), config_lib.fill_automatic(config, mesh.size)
     corpus = corpus_lib.as_read(config, corpus)
     config, _ = backend.chosen(config, corpus, plan, mesh, end)
-    with announced("compiling, and timing a few steps"):
-        return estimate.report(config, corpus, plan, mesh, form, end)
+    return estimate.report(config, corpus, plan, mesh, form, end)
 
 
 def start(

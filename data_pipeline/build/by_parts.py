@@ -67,7 +67,7 @@ def prepare_by_parts(
         begun; a part is missing; `output` holds something else.
     """
     cache, workers = expand_user(settings.cache_dir), workers or cores()
-    texts, described = find_texts(settings, cache, workers, progress)
+    texts, described, _ = find_texts(settings, cache, workers, progress)
     plan = make_plan(texts, settings, vocabulary_of(settings), sizes)
     place = _place(output, plan.key, settings, cache)
     if place.is_done():

@@ -20,8 +20,8 @@ BESIDE_TABLES = ("readme.md", "dataset_info.json", "dataset_infos.json", "datase
 
 def find_texts(
     settings: CorpusSettings, cache: Path, workers: int, progress: Progress | None
-) -> tuple[dict[str, Text], str]:
-    """Returns the texts ready to be decoded, and a description of them in one line.
+) -> tuple[dict[str, Text], str, int]:
+    """Returns the texts ready to be decoded, a description of them in one line, and how many files look binary.
 
     The texts are split -> its text, for explicit files; else "" -> the text to be cut into splits.
 
@@ -35,7 +35,7 @@ def find_texts(
     if settings.binary == "refuse":
         refuse_binary(plain, looks)
     by_file = dict(zip((file.identity for file in plain), looks, strict=True))
-    words, found = [], {}
+    words, found, binary = [], {}, 0
     for split, text in texts.items():
         files, odd = [], []
         for file in text.files:
@@ -45,7 +45,8 @@ def find_texts(
             files.append(file)
         found[split] = dataclasses.replace(text, files=tuple(files))
         words.append(f"{split or settings.corpus}: {remarks(text, odd)}")
-    return found, "; ".join(words)
+        binary += len(odd)
+    return found, "; ".join(words), binary
 
 
 def _chosen(text: Text, settings: CorpusSettings) -> Text:

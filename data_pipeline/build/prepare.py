@@ -62,14 +62,17 @@ def prepare(
     """
     cache, of_other = expand_user(settings.cache_dir), vocabulary_of(settings)
     workers = workers or cores()
-    texts, described = find_texts(settings, cache, workers, progress)
+    texts, described, binary = find_texts(settings, cache, workers, progress)
     processes = sum(text.bytes for text in texts.values()) > SMALL
     files = [file for text in texts.values() for file in text.files]
     local = iter(hash_files([file for file in files if not file.is_remote], cache / "memo", workers, progress))
     digests = [_identity(file) if file.is_remote else next(local) for file in files]
     key = _key(texts, digests, settings, of_other, [shard_bytes, block_bytes])
     output = expand_user(output or cache / "corpora" / f"{_label(texts)}-{key[:16]}").absolute()
+    say = say or (lambda line: None)
     if is_done(output, key):
+        if binary:
+            say(f"prepared before: {described}")
         return output
     refuse_inside(texts, output)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +81,6 @@ def prepare(
     with locked(output.with_name(f".{output.name}.lock"), lambda: report(waiting, 0, 0)):
         if is_done(output, key):
             return output
-        say = say or (lambda line: None)
         say(f"preparing {described}")
         # The workers end before the partial directory is left.
         with contextlib.ExitStack() as writing, parallel_map(workers, processes, progress) as parallel:

@@ -11,8 +11,10 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from data_pipeline import signals
+from data_pipeline.progress import bar
 from launch.support import cli
 from launch.support.child_processes import TRAIN, ChildProcesses
+from launch.support.watchdog import words_of_first
 
 PARTS = 10  # evaluations of a trial, at equal distances; trials are compared after equally many
 LOOK_EVERY = 0.5  # seconds between two looks at a trial
@@ -53,6 +55,18 @@ def run_child(
         signals.leave(signal.SIGINT)
     lines = log.read_text("utf-8", "replace").splitlines()
     return Ended(child.returncode, children.told_to_stop, pruned, lines[-1] if lines else "stopped")
+
+
+def following(doing: str, run_dir: Path, num_steps: int) -> Callable[[], bool]:
+    """Returns a function for `run_child` that shows on a terminal how far the run is, and the time left."""
+    show = bar()
+
+    def look() -> bool:
+        if step := words_of_first(run_dir).get("step", 0):
+            show(doing, step, num_steps)
+        return False
+
+    return look
 
 
 def num_steps_within(

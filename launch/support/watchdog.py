@@ -236,5 +236,10 @@ def _all(directory: Path) -> list[Path]:
     return sorted(directory.glob("process-*.json"))
 
 
+def words_of_first(run_dir: Path) -> dict[str, Any]:
+    """Returns the heartbeat of the first process of the run in `run_dir`; {} where none lives."""
+    return _heartbeats([_heartbeat(run_dir / "heartbeats", 0)]).get(0, ({}, 0.0))[0]
+
+
 def _heartbeat(directory: Path, process: int) -> Path:
     return directory / f"process-{process}.json"

@@ -50,6 +50,7 @@ def test_a_process_that_is_killed_takes_the_other_along_and_the_job_started_agai
         r"^starting again from step (\d+) \(0 restarts left\): process (\d) was killed by SIGKILL", said, re.M
     )
     assert again and int(again[1]) in (80, 160), said
+    assert "[Gloo]" not in said and "[Gloo]" in (run_dir / "logs" / "process-0.txt").read_text()
     assert_same_end(last_line(run_dir), undisturbed)
 
 

@@ -57,6 +57,14 @@ def test_the_tinyshakespeare_recipe_is_char_rnns_to_the_letter(corpora: Path, tm
     assert corpus.vocabulary.decode(held_out) == text[7 * 22_300 + 21_150 : 8 * 22_300]
 
 
+def test_the_hour_of_shakespeare_has_the_split_of_the_model_that_it_is_compared_with(corpora: Path, tmp_path):
+    where = [f"--corpus={corpora}/tinyshakespeare.txt", f"--cache_dir={tmp_path}"]
+    (config,), _ = flags.parse(["train", f"--flagfile={ROOT}/configs/shakespeare_hour.flags", *where], "", Config())
+    splits = {name: len(split) for name, split in open_corpus(resolve(config.corpus)).splits.items()}
+    assert splits == {"train": 1_003_854, "valid": 111_540}  # of 1,115,394: int(0.9 * n), and the rest
+    assert config.model.cap_input_gate and config.training.num_steps == 19 * 490  # windows of an epoch
+
+
 @pytest.mark.long
 def test_the_large_flagfile_with_sizes_turned_down_trains_on_8_devices(tmp_path):
     text = tmp_path / "text.txt"

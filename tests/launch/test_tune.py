@@ -324,3 +324,16 @@ def test_without_optuna_one_line_says_how_to_have_it(command, tmp_path, monkeypa
 
 def test_a_space_and_a_place_are_required(command):
     assert "--space and --study_dir are required" in refusal(tune.main, *command[1:-1])
+
+
+def test_a_trial_is_shown_by_the_step_that_its_process_is_at(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(trials, "bar", lambda: lambda *what: shown.append(what))
+    look = trials.following("trial 3", tmp_path, 1000)
+    assert not look()  # there is no heartbeat yet
+    (tmp_path / "heartbeats").mkdir()
+    for number, step in ((1, 250), (0, 240)):
+        words = {"process": number, "time": 0, "step": step}
+        (tmp_path / "heartbeats" / f"process-{number}.json").write_text(json.dumps(words))
+    assert not look()
+    assert shown == [("trial 3", 240, 1000)]

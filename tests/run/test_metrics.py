@@ -418,3 +418,34 @@ def test_before_any_step_was_looked_at_there_is_no_status():
 )  # fmt: skip
 def test_a_duration_is_in_words(seconds, words):
     assert duration(seconds) == words
+
+
+# How long it takes.
+
+
+def test_how_long_the_steps_take_is_said_once_by_those_after_the_first_which_compiles(clock):
+    said: list[str] = []
+    m = meter(num_steps=1003, say=said.append)
+    for step in range(1, 9):
+        m.add(step, reported())
+        clock.now += 60 if step == 1 else 2
+    m.settle()
+    assert said == ["the 999 steps left take about 33m18s, by the first 4"]
+
+
+def test_it_is_not_said_where_a_line_of_the_log_came_before(clock):
+    said: list[str] = []
+    m = meter(say=said.append)
+    for step in range(1, 5):
+        m.add(step, reported())
+        m.settle()
+        m.train_record()
+        clock.now += 60
+    assert said == []
+
+
+def test_the_time_left_counts_from_the_second_call_when_all_is_compiled(clock):
+    left, told = metrics_lib.time_left(), []
+    for clock.now, done in ((0.0, 0), (100.0, 10), (110.0, 10), (115.0, 20), (155.0, 100)):
+        told.append(left(done, 100))
+    assert told == ["", "", "", ", 2m00s left", ", 0s left"]

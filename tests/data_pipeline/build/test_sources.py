@@ -232,6 +232,7 @@ def test_the_line_of_a_preparation_has_its_files_and_bytes_and_names_what_looks_
     prepare(setting(train=f"{tmp_path}/in/*.txt", test=f"{tmp_path}/t.txt"), say=said.append)
     assert said == [
         f"preparing {tmp_path}/in: 3 files (2 .txt, 1 .mid), 1,814 bytes; c.mid looks binary",
+        f"prepared before: {tmp_path}/in: 3 files (2 .txt, 1 .mid), 1,814 bytes; c.mid looks binary",
         "preparing train: 2 files, 1,500 bytes; test: 1 file, 50 bytes",
     ]
 
