@@ -16,7 +16,6 @@ if __name__ == "__main__":  # before what takes seconds to import
 import dataclasses
 import json
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,7 +107,7 @@ def _aligned(rows: list[list[str]]) -> str:
 
 def _curves(runs: Sequence[History], value: str, by: str) -> str:
     width = max(20, min(100, shutil.get_terminal_size().columns - 12))
-    return curves.in_terminal(runs, value, by, width, color=sys.stdout.isatty())
+    return curves.in_terminal(runs, value, by, width, color=cli.terminal_colors() > 0)
 
 
 def _fields(runs: Sequence[History], value: str) -> dict[str, object]:

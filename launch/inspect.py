@@ -176,19 +176,11 @@ def _show_unit(chosen: InspectFlags, model: Model, text: bytes) -> None:
     if chosen.output:
         _write(chosen.output, heatmap.svg(shown, values, name, largest=largest))
         return
-    colors = _colors() if chosen.colors == "auto" else COLORS[chosen.colors]
+    colors = cli.terminal_colors() if chosen.colors == "auto" else COLORS[chosen.colors]
     width = min(100, os.get_terminal_size().columns) if sys.stdout.isatty() else heatmap.WIDTH
     print(f"{name} of step {model.step}: {heatmap.legend(colors, largest)}", flush=True)
     sys.stdout.buffer.write(heatmap.in_terminal(shown, values, colors, width, largest).encode("utf-8", "replace"))
     print(flush=True)
-
-
-def _colors() -> int:
-    """The colors of stdout: 0 where it is no terminal, or says that it has none."""
-    term = os.environ.get("TERM", "dumb")
-    if not sys.stdout.isatty() or os.environ.get("NO_COLOR") or term in ("dumb", "linux", "vt100"):
-        return 0
-    return 1 << 24 if os.environ.get("COLORTERM") in ("truecolor", "24bit") else 256
 
 
 def _print_ranking(found: ranking.Ranking, how: str) -> None:

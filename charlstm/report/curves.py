@@ -11,6 +11,7 @@ Points = tuple[list[float], list[float]]  # xs, ys
 
 # Okabe and Ito, Color Universal Design, 2008: they stay apart in print and for color-blind eyes.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
+SIGNS = "123456789abcdefghijklmnopqrstuvwxyz"  # of curves without color
 MISSING = "{} needs {}, which is not installed: pip install 'charlstm[compare]'"
 
 
@@ -105,6 +106,8 @@ def _as_svg(drawn: Any) -> str:
 def in_terminal(runs: Sequence[History], value: str, by: str, width: int, color: bool) -> str:
     """Validation curves, training's where there are fewer than two scores, in block characters.
 
+    Without color several curves are drawn with a digit or letter each, which the legend has, too.
+
     Raises:
       ValueError: uniplot is not installed.
     """
@@ -123,5 +126,7 @@ def in_terminal(runs: Sequence[History], value: str, by: str, width: int, color:
     if not xs:
         return "no run has measured anything yet"
     title = f"{value.replace('_', ' ')} by {BY[by]}"
-    drawn = plot_to_string(ys, xs, lines=True, color=color, legend_labels=names, width=width, height=14, title=title)
+    signs = {} if color or len(names) == 1 else {"character_set": "ascii", "force_ascii_characters": list(SIGNS)}
+    how: dict[str, Any] = {"lines": True, "color": color, "width": width, "height": 14, "title": title, **signs}
+    drawn = plot_to_string(ys, xs, legend_labels=names, **how)
     return drawn if isinstance(drawn, str) else "\n".join(drawn)

@@ -93,6 +93,14 @@ def _of_a_file(error: Exception) -> str:
     return f"{name}({error.strerror}): {remedy}" if name else error.strerror
 
 
+def terminal_colors() -> int:
+    """Returns how many colors stdout has: 0 where it is no terminal, or says that it has none or is to have none."""
+    term = os.environ.get("TERM", "dumb")
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR") or term in ("dumb", "linux", "vt100"):
+        return 0
+    return 1 << 24 if os.environ.get("COLORTERM") in ("truecolor", "24bit") else 256
+
+
 def _hush_the_background() -> None:
     """Silences background writes: a failed save is reported in one line, its writes would add a traceback per array."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import time
+import types
 
 import pytest
 
@@ -52,12 +53,34 @@ def test_the_json_has_each_run_in_figures(runs, capsys):
         assert row["settings"]["learning_rate"] == rate and row["settings"]["num_steps"] == step
 
 
-def test_the_terminal_shows_the_table_the_settings_that_differ_and_curves(runs, capsys):
+def test_the_terminal_shows_the_table_the_settings_that_differ_and_curves(runs, capsys, monkeypatch):
     pytest.importorskip("uniplot", reason="extra compare is not installed")
     table, settings, curves = shown(capsys, *runs).split("\n\n", 2)
     assert re.search(r"^first +finished +40/40 ", table, re.M) and re.search(r"^second +stopped +30/30 ", table, re.M)
     assert re.search(r"^learning_rate +0.01 +0.002$", settings, re.M) and "seed" not in settings
-    assert "bits per byte by step" in curves and "first" in curves and "\x1b" not in curves
+    assert "bits per byte by step" in curves and "11 first" in curves and "22 second" in curves
+    assert "\x1b" not in curves and all(re.search(rf"│[^│]*{sign * 2}", curves) for sign in "12")
+    monkeypatch.setattr(cli, "terminal_colors", lambda: 256)
+    assert re.search("\x1b.*██.* first", shown(capsys, *runs)) and "│ 11" not in shown(capsys, runs[0])
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "environment", "colors"),
+    [
+        (False, {"TERM": "xterm", "COLORTERM": "truecolor"}, 0),
+        (True, {"TERM": "xterm", "COLORTERM": "truecolor"}, 1 << 24),
+        (True, {"TERM": "xterm"}, 256),
+        (True, {"TERM": "xterm", "NO_COLOR": "1"}, 0),
+        (True, {"TERM": "dumb"}, 0),
+    ],
+)
+def test_a_terminal_has_the_colors_that_it_says(is_terminal, environment, colors, monkeypatch):
+    for name in ("TERM", "COLORTERM", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.stdout", types.SimpleNamespace(isatty=lambda: is_terminal))
+    assert cli.terminal_colors() == colors
 
 
 @pytest.mark.parametrize("by", ["steps", "symbols", "time"])
