@@ -72,8 +72,8 @@ def test_a_flipped_bit_in_any_file_is_never_used(directory):
         path = candidates[trial % len(candidates)]
         whole, bit = path.read_bytes(), rng.randrange(8 * path.stat().st_size)
         flip(path, bit)
-        with pytest.raises(step_directory.Damaged):
-            step_directory.verify(directory / "2")
+        with pytest.raises(sealing.Damaged):
+            sealing.verify(directory / "2")
         if trial % 8 == 0:  # what a reader makes of that takes long
             step, said = restored_by_a_reader(directory)
             assert step == 1 and "checkpoint 2" in said[0] and "is damaged" in said[0], (path, bit, said)
@@ -91,8 +91,8 @@ def test_each_file_shortened_emptied_lengthened_or_deleted_is_noticed(directory)
             with pytest.raises(sealing.Damaged, match=re.escape(expected)):
                 sealing.verify(directory / "2")
         path.unlink()
-        with pytest.raises(step_directory.Damaged, match=re.escape(name)):
-            step_directory.verify(directory / "2")
+        with pytest.raises(sealing.Damaged, match=re.escape(name)):
+            sealing.verify(directory / "2")
         if number % 5 == 0:
             step, said = restored_by_a_reader(directory)
             assert step == 1 and name in said[0], (path, said)
