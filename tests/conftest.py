@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("optimized"):
             item.add_marker(pytest.mark.skip(reason="is compiled as users do: add -m optimized"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Adds a line to the file CHARLSTM_TEST_TIMES: seconds of processors, those of programs it waited for, the test."""
+    before = os.times()
+    done = yield
+    if path := os.environ.get("CHARLSTM_TEST_TIMES"):
+        here, there = (sum(os.times()[of]) - sum(before[of]) for of in (slice(0, 2), slice(2, 4)))
+        with open(path, "a") as file:
+            file.write(f"{here + there:.2f} {there:.2f} {item.nodeid}\n")
+    return done
 
 
 @pytest.fixture(scope="session")

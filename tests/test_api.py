@@ -67,7 +67,7 @@ def digest(run_dir: Path) -> str:
 
 def test_the_ten_lines_in_a_plain_interpreter_have_the_bits_of_the_program(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
-    environment = os.environ | {"XLA_FLAGS": xla_flags(), "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(8), "PYTHONPATH": str(ROOT)}
     arguments = [str(tmp_path / name) for name in ("text.txt", "cache", "run")]
     how = {"env": environment, "capture_output": True, "text": True, "timeout": 300, "cwd": tmp_path}
     done = subprocess.run([sys.executable, "-c", TEN_LINES, *arguments], **how)

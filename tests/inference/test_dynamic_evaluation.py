@@ -101,7 +101,7 @@ def test_scores_and_gradients_are_those_of_the_plain_equations(monkeypatch):
 # Against the static score.
 
 
-@pytest.mark.parametrize("separator", [(), pytest.param((3,), marks=pytest.mark.long), (3, 4)])
+@pytest.mark.parametrize("separator", [*(pytest.param(each, marks=pytest.mark.long) for each in ((), (3,))), (3, 4)])
 def test_a_model_that_does_not_learn_has_the_static_score(separator):
     still = DynamicEvaluationConfig(dynamic_learning_rate=0, dynamic_decay=0)
     config, text = (

@@ -115,7 +115,7 @@ def test_log_probabilities_are_the_models_own_by_a_full_pass(cell, separator):
     np.testing.assert_allclose(log_probabilities, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("chunk", [1, 7])
+@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.long), 7])
 def test_the_text_does_not_depend_on_the_chunk_size(chunk):
     ids, log_probabilities = sampled(Sampling(), chunk=16)
     other_ids, other_log_probabilities = sampled(Sampling(), chunk=chunk)

@@ -84,7 +84,7 @@ print(faults(), faults())
     [
         ("", jax_setup.LARGE, True),
         ("", jax_setup.LARGE - 1, False),
-        ("MALLOC_ARENA_MAX", jax_setup.LARGE, False),
+        pytest.param("MALLOC_ARENA_MAX", jax_setup.LARGE, False, marks=pytest.mark.long),
         ("GLIBC_TUNABLES", jax_setup.LARGE, False),
     ],
 )
@@ -103,7 +103,7 @@ def test_memory_that_a_thread_has_freed_is_not_mapped_again_if_blocks_are_large_
 
 @pytest.mark.parametrize(
     "changes",
-    [{"hidden_size": 512, "num_layers": 3}, {"cell": "gru", "batch_size": 64}],
+    [{"hidden_size": 512, "num_layers": 3}, pytest.param({"cell": "gru", "batch_size": 64}, marks=pytest.mark.long)],
 )
 def test_the_temporaries_of_an_update_are_known_about_before_it_is_compiled(changes):
     config = config_lib.fill_automatic(config_lib.replace(Config(), **{"batch_size": 32, "window": 64} | changes), 1)
@@ -126,7 +126,7 @@ def test_a_number_of_devices_that_the_user_chose_is_left_alone():
 
 @pytest.mark.parametrize(
     ("given", "used", "expected"),
-    [({}, 2, 2), ({"JAX_NUM_CPU_DEVICES": "3"}, 1, 3)],
+    [({}, 2, 2), pytest.param({"JAX_NUM_CPU_DEVICES": "3"}, 1, 3, marks=pytest.mark.long)],
     ids=["two cores", "told otherwise"],
 )
 def test_a_run_has_the_cores_that_its_process_may_use(tmp_path, given, used, expected):

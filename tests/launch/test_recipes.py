@@ -110,7 +110,8 @@ def test_a_recipe_has_as_many_parameters_as_is_published(name):
 @pytest.mark.parametrize(
     "name",
     [
-        "enwik8_awd", "enwik8_mogrifier48m", pytest.param("amazon_mlstm4096", marks=pytest.mark.long),
+        "enwik8_awd",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("enwik8_mogrifier48m", "amazon_mlstm4096")),
         *(pytest.param(f"enwik8_{name}", marks=pytest.mark.long) for name in ("melis46m", "mlstm46m", "lstm48m")),
         pytest.param("flair_news", marks=pytest.mark.long),
     ],

@@ -59,11 +59,11 @@ def train(run_dir: Path, text: Path, *flags: str, devices: int = 1, program: tup
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_20_steps_and_kill_9_and_20_resumed_are_40_to_the_bit_of_a_small_one_on_other_devices(text, tmp_path):
+def test_20_steps_and_kill_9_and_20_resumed_are_40_to_the_bit_of_a_small_one(text, tmp_path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     flags = ("--num_layers=1", "--hidden_size=8", "--num_steps=40", "--logical_shards=8")
     assert launch_train.main(["train", *of_run(straight, text, *flags)]) == 0
-    died = train(killed, text, *flags, program=("-c", KILLED_AT_27))
+    died = train(killed, text, *flags, devices=8, program=("-c", KILLED_AT_27))
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert launch_train.main(["train", *of_run(killed, text, *flags)]) == 0
     assert "continuing from the checkpoint of step 20" in (killed / "log.txt").read_text()

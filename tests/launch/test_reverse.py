@@ -74,6 +74,7 @@ def test_training_and_validation_have_the_bits_of_the_flipped_text(runs):
     assert "does not occur" not in (runs[0] / "log.txt").read_text()
 
 
+@pytest.mark.long
 def test_a_run_that_goes_on_has_the_bits_of_one_that_was_not_stopped_and_never_turns_around(ran, runs):
     flags = "--reverse", "--document_separator=<>", "--sample_prompt=he"
     for steps in (10, 20):

@@ -32,7 +32,8 @@ def test_a_run_goes_on_when_the_terminal_it_was_started_in_goes_away(trained, ar
     assert " step 40: validation " in log[-2] and " finished: 40 steps" in log[-1]
 
 
-@pytest.mark.parametrize("closed", ["2>&-", pytest.param(">/dev/full 2>/dev/full", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("closed", ["2>&-", ">/dev/full 2>/dev/full"])
 def test_closed_and_full_outputs_stop_no_training(closed, arguments, tmp_path):
     command = f'exec "$0" -m launch.train "$@" {closed}'
     run = [*arguments, "--num_steps=2", f"--run_dir={tmp_path / 'run'}"]

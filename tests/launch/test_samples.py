@@ -60,6 +60,7 @@ def test_a_sample_is_the_text_that_launch_sample_draws_from_the_checkpoint_of_it
     assert found["bits_per_byte"] == pytest.approx(kept["bits_per_symbol"])
 
 
+@pytest.mark.long
 def test_a_resumed_run_has_each_sample_once_and_the_very_texts(sampled, arguments, tmp_path):
     run_dir = shutil.copytree(sampled[0], tmp_path / "resumed")
     for step in ("30", "40"):  # as if it had been killed after the sample of 30 and before the save

@@ -82,6 +82,7 @@ def test_event_files_have_the_lines_the_samples_and_the_settings_of_the_run(draw
     assert b"hidden_size" in settings.metadata.plugin_data.content
 
 
+@pytest.mark.long
 def test_a_resumed_run_has_each_step_once(drawn, arguments, tmp_path):
     run_dir = shutil.copytree(drawn, tmp_path / "resumed")
     for step in ("30", "40"):
