@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from charlstm import distributed
-from charlstm.run import array_files
+from charlstm.run import array_files, sealing
 from charlstm.run.checkpoint import Checkpoints
 from charlstm.run.sealing import SEAL
 from tests.run.test_checkpoint import IDENTITY, abstract_state, host_state, make_state, rewrite_seal
@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
     name: str
     damage: dict[int, Damage]
-    step: int | None
+    step: int | tuple[int, ...] | None  # a tuple: one of these
 
 
 def save(folder: Path) -> None:
@@ -58,14 +58,26 @@ def flips(whole: Path, count: int) -> Iterator[Case]:
         for number, step in enumerate(FLIPPED, first):
             files = files_of(whole, step)
             file = files[number % len(files)]
-            damage[chance.randrange(2)].append(flip(file, chance.randrange(8 * (whole / file).stat().st_size)))
+            process = verifies(whole, file, chance.randrange(2))
+            damage[process].append(flip(file, chance.randrange(8 * (whole / file).stat().st_size)))
         yield Case("flipped bits", {process: all_of(*each) for process, each in damage.items()}, 1)
+
+
+def verifies(whole: Path, file: Path, otherwise: int) -> int:
+    """The process in whose share a file is; `otherwise` where both read it."""
+    step, name = whole / file.parts[0], Path(*file.parts[1:]).as_posix()
+    sizes = {name: written["size"] for name, written in sealing._read(step)[1].items()}
+    shares = [sealing.shared(sizes, process, 2) for process in (0, 1)]
+    return otherwise if (name in shares[0]) == (name in shares[1]) else int(name in shares[1])
 
 
 def cases(whole: Path) -> Iterator[Case]:
     for number, file in enumerate(files_of(whole, 3)):
         for name, damage in (("shortened", shortened), ("emptied", emptied), ("deleted", deleted)):
-            yield Case(f"a file {name}", {number % 2: damage(file)}, 2)
+            process = verifies(whole, file, number % 2)
+            yield Case(f"a file {name}", {process: damage(file)}, 2)
+            # The other one notices what it reads of it, and need not notice what it does not.
+            yield Case(f"verified by the other, a file {name}", {1 - process: damage(file)}, (2, 3))
     for process in (0, 1):
         for name, damage, step in ONE_SIDED:
             yield Case(f"{name} on process {process}", {process: damage}, step)
