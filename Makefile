@@ -30,7 +30,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 SAY := printf '%s\n'
 NO_PACKAGES := the packages could not be installed: see above.  With the network and some 2 GB of disk there, type make again.
 OTHERS := onnx onnxruntime openai flair
-BENCHMARKS := train_step sampling end_to_end input scaling
+BENCHMARKS := train_step sampling end_to_end input remote readers parts scaling
 
 .PHONY: train test long faults chaos soak bench gpu notebooks interop lint lock clean
 

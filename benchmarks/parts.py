@@ -1,27 +1,29 @@
 """Preparing by parts, beside a preparation at once: MB of text for a second of processor time, and the peak of memory.
 
-    python -m benchmarks.parts [MB of text] [kind ...]
+    python -m benchmarks.parts [--quick] [--rounds=2] [--megabytes=200] [--kinds=txt,jsonl.zst,characters]
 
-Both prepare the same generated file on one core, alternately, twice, each in a process of its own.  The kinds are
-txt, jsonl.zst and characters (txt in a vocabulary of characters).  Processor time includes that of the system, and of
-starting the process.  Parts and shards have 4 MiB, so that what is counted and written again where a split ends is a
-small share of the text, as it is of a large corpus with parts of 256 MiB.
+Both prepare the same generated files, of up to 250 MB of text, on one core, alternately, each in a process of its own.
+The kinds are txt, jsonl.zst and characters (txt in a vocabulary of characters).  Processor time includes that of the
+system, and of starting the process; the best round counts.  Parts and shards have 4 MiB, so that what is counted and
+written again where a split ends is a small share of the text, as it is of a large corpus with parts of 256 MiB.
 """
 
-import argparse
 import json
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from backports import zstd
 
+from benchmarks import rows as rows_lib
+from benchmarks.rows import Rows
 from data_pipeline.manifest import read_manifest
 
-KINDS = ("txt", "jsonl.zst", "characters")
-ROUNDS = 2
+FILE = 250  # MB of text, at most
 DOCUMENT = 6000  # characters
 PROGRAM = """
 import resource, sys
@@ -40,44 +42,53 @@ print(used.ru_utime + used.ru_stime, used.ru_maxrss)
 """
 
 
-def generate(path: Path, megabytes: int) -> None:
-    """Writes a file of words drawn at random, some of them of several bytes."""
+def generate(folder: Path, ending: str, megabytes: int) -> None:
+    """Fills a folder with files of words drawn at random, some of them of several bytes."""
     draw = random.Random(1)
     words = ["".join(draw.choices("etaoinshrdlucmfwypé漢", k=draw.randint(1, 9))) for _ in range(20_000)]
-    opened = zstd.open(path, "wt", encoding="utf-8") if path.suffix == ".zst" else path.open("w", encoding="utf-8")
-    with opened as out:
-        left = megabytes * 1_000_000
-        while left > 0:
-            text = " ".join(draw.choices(words, k=DOCUMENT // 6))
-            left -= len(text.encode())
-            out.write(json.dumps({"text": text}) + "\n" if path.suffix == ".zst" else text + "\n")
+    count = -(-megabytes // FILE)
+    for number in range(count):
+        path, left = folder / f"{number:03}.{ending}", megabytes * 1_000_000 // count
+        opened = (
+            zstd.open(path, "wt", encoding="utf-8") if ending.endswith(".zst") else path.open("w", encoding="utf-8")
+        )
+        with opened as out:
+            while left > 0:
+                text = " ".join(draw.choices(words, k=DOCUMENT // 6))
+                left -= len(text.encode())
+                out.write(json.dumps({"text": text}) + "\n" if ending.endswith(".zst") else text + "\n")
 
 
-def main(megabytes: int, kinds: list[str]) -> None:
-    with tempfile.TemporaryDirectory(prefix="parts_") as directory:
-        for kind in kinds:
-            text = Path(directory) / ("text.jsonl.zst" if kind == "jsonl.zst" else "text.txt")
-            generate(text, megabytes)
-            best: dict[str, tuple[float, int]] = {}
-            for number in range(ROUNDS):
-                for way in ("at once", "by parts"):
-                    out = Path(directory) / f"{kind}-{way[:2]}-{number}"
-                    vocabulary = "characters" if kind == "characters" else "bytes"
-                    command = [sys.executable, "-c", PROGRAM, str(text), str(out), vocabulary, way]
-                    seconds, peak = subprocess.run(command, check=True, capture_output=True).stdout.split()
-                    best[way] = min(best.get(way, (1e9, 0)), (float(seconds), int(peak)))
-                    size = sum(split.bytes for split in read_manifest(out).splits.values())
-                    subprocess.run(["rm", "-r", str(out), f"{out}.cache"], check=True)
-            rows = {f"MB/s {way}": round(size / 1e6 / seconds, 1) for way, (seconds, _) in best.items()}
-            peaks = {f"MiB {way}": peak // 1024 for way, (_, peak) in best.items()}
-            ratio = round(best["at once"][0] / best["by parts"][0], 2)
-            print(json.dumps({"kind": kind, "MB": megabytes} | rows | {"ratio": ratio} | peaks), flush=True)
-            text.unlink()
+def run(rows: Rows, quick: bool, rounds: int, megabytes: int, kinds: str) -> None:
+    megabytes, rounds = (2, 1) if quick else (megabytes, rounds)
+    for kind in kinds.split(","):
+        with tempfile.TemporaryDirectory(prefix="parts_") as folder:
+            (Path(folder) / "text").mkdir()
+            generate(Path(folder) / "text", "jsonl.zst" if kind == "jsonl.zst" else "txt", megabytes)
+            timed = {way: partial(prepared, Path(folder), kind, way) for way in ("at once", "by parts")}
+            reports = rows_lib.alternate(timed, rounds)
+            speeds = {way: max(speed for speed, _ in each) for way, each in reports.items()}
+            for way, each in reports.items():
+                rows.add(
+                    kind=kind,
+                    megabytes=megabytes,
+                    prepared=way,
+                    megabytes_per_second_of_a_core=speeds[way],
+                    of_at_once=round(speeds[way] / speeds["at once"], 2),
+                    peak_mebibytes=min(peak for _, peak in each),
+                )
+
+
+def prepared(folder: Path, kind: str, way: str) -> tuple[float, int]:
+    """Prepares the text; returns MB of text for a second of processor time, and the peak of memory in MiB."""
+    out, vocabulary = folder / "out", "characters" if kind == "characters" else "bytes"
+    command = [sys.executable, "-c", PROGRAM, str(folder / "text"), str(out), vocabulary, way]
+    seconds, peak = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.split()
+    size = sum(split.bytes for split in read_manifest(out).splits.values())
+    shutil.rmtree(out)
+    shutil.rmtree(f"{out}.cache", ignore_errors=True)
+    return round(size / 1e6 / float(seconds), 1), int(peak) // 1024
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("megabytes", type=int, nargs="?", default=200)
-    parser.add_argument("kinds", nargs="*", default=list(KINDS))
-    given = parser.parse_args()
-    main(given.megabytes, given.kinds)
+    rows_lib.main("parts", run, rounds=2, megabytes=200, kinds="txt,jsonl.zst,characters")

@@ -1,6 +1,6 @@
 """Reading documents, beside the bare decoder: MB of text for a second of processor time, on one core.
 
-    python -m benchmarks.readers [MB of text]
+    python -m benchmarks.readers [--quick] [--megabytes=32]
 
 A row for each kind of file: what its reader takes, and what the library that it rests on takes alone.
 """
@@ -13,7 +13,6 @@ import io
 import json
 import lzma
 import re
-import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterable
@@ -26,6 +25,8 @@ import pyarrow
 from backports import zstd
 from pyarrow import parquet
 
+from benchmarks import rows as rows_lib
+from benchmarks.rows import Rows
 from data_pipeline.build.decompress import Decompressed
 from data_pipeline.build.documents import BadDocuments
 from data_pipeline.build.tables import READERS
@@ -102,22 +103,30 @@ def decompressed_bare(decoder: Callable[..., Any], data: bytes) -> Iterable[byte
     return chunks(decoder(fileobj=io.BytesIO(data)) if decoder is gzip.GzipFile else decoder(io.BytesIO(data)))
 
 
-def main() -> None:
+def run(rows: Rows, quick: bool, megabytes: int) -> None:
     csv.field_size_limit(64 << 20)
-    size = int(sys.argv[1]) << 20 if len(sys.argv) > 1 else 32 << 20
+    size = (1 if quick else megabytes) << 20
     sources = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
     text = re.sub("[^\t\n -\U0010ffff]", "", "".join(path.read_text("utf-8", "ignore") for path in sources)[:size])
     texts = [text[start : start + PAGE] for start in range(0, len(text), PAGE)]
     count = len(text.encode())
+
+    def add(kind: str, ours: Callable[[], Iterable[Any]], bare: Callable[[], Iterable[Any]]) -> None:
+        speeds = speed(count, ours), speed(count, bare)
+        rows.add(
+            kind=kind,
+            megabytes_per_second_of_a_core=speeds[0],
+            bare_decoder=speeds[1],
+            of_bare=round(speeds[0] / speeds[1], 2),
+        )
+
     for form, data in files(texts).items():
-        ours = speed(count, functools.partial(documents, form, data))
-        print(json.dumps({"kind": form, "MB/s": ours, "bare": speed(count, functools.partial(BARE[form], data))}))
+        add(form, functools.partial(documents, form, data), functools.partial(BARE[form], data))
     for ending, (compress, decoder) in COMPRESSED.items():
         data = compress(text.encode())
-        ours = speed(count, functools.partial(decompressed, ending, data))
-        bare = speed(count, functools.partial(decompressed_bare, decoder, data))
-        print(json.dumps({"kind": ending, "MB/s": ours, "bare": bare}), flush=True)
+        bare = functools.partial(decompressed_bare, decoder, data)
+        add(ending, functools.partial(decompressed, ending, data), bare)
 
 
 if __name__ == "__main__":
-    main()
+    rows_lib.main("readers", run, megabytes=32)

@@ -4,15 +4,18 @@ CHARLSTM_SHORT=1     in the environment makes every run tiny: the notebooks are 
 CHARLSTM_RUNS=DIR    where the runs live; runs/notebooks by default
 """
 
+import atexit
 import concurrent.futures
 import contextlib
 import dataclasses
 import importlib
+import importlib.util
 import io
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
@@ -85,6 +88,22 @@ class Run:
     def pace(self) -> float:
         """Symbols a second between two records, of the fastest: when other programs left the processor alone."""
         return max(record["symbols_per_second"] for record in self.records("train"))
+
+
+def stored(directory: Path) -> str:
+    """URL of a copy of a corpus in an S3 server that lives as long as this process; its path where there is none."""
+    from tests.data_pipeline import servers
+
+    if servers.weed() is None or importlib.util.find_spec("obstore") is None:
+        return str(directory)
+    from data_pipeline.build.upload import upload
+
+    held = contextlib.ExitStack()
+    atexit.register(held.close)
+    folder = Path(held.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+    os.environ |= servers.s3_environment(held.enter_context(servers.seaweedfs(folder)))
+    upload(directory, "s3://bucket/corpus")
+    return "s3://bucket/corpus"
 
 
 def parameters(config: ModelConfig, vocabulary_size: int) -> int:

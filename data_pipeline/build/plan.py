@@ -18,9 +18,9 @@ from data_pipeline.build.texts import Decoding
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.vocabulary import Vocabulary, canonical_json
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2  # 1 did not cut tables
 PART_BYTES, LEAST_PART_BYTES = 256 << 20, 1024
-CUT_FORMS = ("text", "jsonl")  # read from any place on; of others a file is one part
+CUT_FORMS = ("text", "jsonl", "parquet")  # read from any place on; of others a file is one part
 
 
 class Part(NamedTuple):

@@ -16,18 +16,39 @@ from data_pipeline.build.documents import (
 ROWS = 1024  # of a table, read at a time
 
 
-def read_parquet(file: BinaryIO, name: str, field: str, bad: BadDocuments) -> Documents:
-    """Yields the column `field` of each row of a Parquet table; reads no other column."""
+def read_parquet(
+    file: BinaryIO, name: str, field: str, bad: BadDocuments, span: tuple[int, int] | None = None
+) -> Documents:
+    """Yields the column `field` of each row of a Parquet table; reads no other column.
+
+    Args:
+      span: only the row groups that begin in these bytes of the file.
+    """
     pyarrow = _pyarrow(name)
     from pyarrow import parquet
 
     def batches() -> Iterator[Any]:
         table = parquet.ParquetFile(file, buffer_size=CHUNK, page_checksum_verification=True)
         _require_column(table.schema_arrow, field, name)
-        for batch in table.iter_batches(ROWS, columns=[field], use_threads=False):
+        groups = (
+            list(range(table.num_row_groups)) if span is None else _groups_in(table.metadata, span, file.seek(0, 2))
+        )
+        for batch in table.iter_batches(ROWS, groups, columns=[field], use_threads=False) if groups else ():
             yield batch.column(0)
 
     yield from _rows(pyarrow, batches, name, bad)
+
+
+def _groups_in(metadata: Any, span: tuple[int, int], size: int) -> list[int]:
+    """Returns the row groups that begin in a span of a file, whose spans have each group once, in order."""
+    found, place = [], 0
+    for number in range(metadata.num_row_groups):
+        column = metadata.row_group(number).column(0)
+        begins = column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset
+        place = min(max(place, begins), size - 1)
+        if span[0] <= place < span[1]:
+            found.append(number)
+    return found
 
 
 def read_arrow(file: BinaryIO, name: str, field: str, bad: BadDocuments) -> Documents:
@@ -106,7 +127,7 @@ def _rows(pyarrow: Any, batches: Callable[[], Iterator[Any]], name: str, bad: Ba
 class Reader(NamedTuple):
     """A reader of one form of file."""
 
-    read: Callable[[BinaryIO, str, str, BadDocuments], Documents]  # (file, its name for messages, field, bad)
+    read: Callable[..., Documents]  # (file: BinaryIO, its name for messages, field, bad); a table that is cut: span
     unit: str  # that documents are counted in
     seeks: bool = False  # whether it needs more than a stream
 

@@ -91,7 +91,7 @@ def decode_file(
     """Adds the documents of a file to texts; returns their number, and those that were left out.
 
     Args:
-      file: the file, or a span of it: the lines or characters that begin in these bytes.
+      file: the file, or a span of it: the lines, characters or groups of rows that begin in these bytes.
       how: the settings.
       directory: for what has no name and takes disk.
       output: returns the text to which a document goes, given a function that returns its sha256.
@@ -112,7 +112,8 @@ def decode_file(
         return int(bool(first) and not (file.span and file.span[0])), bad
     count, separator = 0, how.document_separator
     with _opened(file, how.patience, directory if reader.seeks else None) as stream:
-        for number, document in reader.read(stream, name, how.text_field, bad):
+        span = (file.span,) if file.span and reader.seeks else ()  # of a stream, `_opened` has cut it out
+        for number, document in reader.read(stream, name, how.text_field, bad, *span):
             try:
                 data = document.encode() if isinstance(document, str) else document
                 if isinstance(document, bytes):
@@ -159,7 +160,7 @@ def _opened(file: TextFile, patience: float, seekable_in: Path | None) -> Any:
 
     What is decompressed cannot seek, and goes through a file that has no name.
     """
-    if file.span:
+    if file.span and seekable_in is None:
         opened: Any = Ranges(file, patience) if file.is_remote else file.path.open("rb", 0)
         return io.BufferedReader(_Span(opened, file), RANGE if file.is_remote else BUFFER)
     raw: Any = io.BufferedReader(Ranges(file, patience), RANGE) if file.is_remote else file.path.open("rb", BUFFER)

@@ -94,3 +94,23 @@ def test_devices_and_processes_are_timed(peers):
     ]
     assert all(row["milliseconds"] > 0 and row["serial_milliseconds"] > 0 for row in devices)
     assert [row["processes"] for row in processes] == [1, 2]
+
+
+def test_every_reader_is_timed_beside_its_bare_decoder():
+    pytest.importorskip("pyarrow", reason="pyarrow is absent: pip install charlstm[inputs]")
+    rows = quick("readers")
+    assert [row["kind"] for row in rows] == ["jsonl", "csv", "parquet", "arrow", "xml", ".gz", ".bz2", ".xz", ".zst"]
+    assert all(row["megabytes_per_second_of_a_core"] > 0 and row["of_bare"] > 0.05 for row in rows)
+
+
+@pytest.mark.long
+def test_preparing_by_parts_is_timed_beside_at_once_and_a_store_beside_a_disk():
+    pytest.importorskip("pyarrow", reason="pyarrow is absent: pip install charlstm[inputs]")
+    assert [(row["kind"], row["prepared"]) for row in quick("parts")] == [
+        (kind, way) for kind in ("txt", "jsonl.zst", "characters") for way in ("at once", "by parts")
+    ]
+    pytest.importorskip("obstore", reason="obstore is absent: pip install charlstm[remote]")
+    rows = quick("remote")
+    assert {row["place"] for row in rows if "place" in row} >= {"disk"}
+    assert [row["corpus"] for row in rows if row.get("at") == "resume"] == ["1 MB", "1 GB"]
+    assert all(0 <= row["input_wait"] < 1 for row in rows if "input_wait" in row)

@@ -167,6 +167,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         else:
             self.respond(path.read_bytes(), *self.asked(path.stat().st_size))
 
+    def do_HEAD(self) -> None:
+        self.answer(200, b"", {}, declared=(self.served.root / self.path.lstrip("/")).stat().st_size)
+
     def asked(self, size: int) -> tuple[bool, int, int, str]:
         """Returns whether a range is asked for, which one, and the fault of the answer."""
         name = self.path.rpartition("/")[2]

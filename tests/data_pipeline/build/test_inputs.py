@@ -18,6 +18,7 @@ from data_pipeline.shards import open_corpus
 from data_pipeline.stores import Remote
 from launch import prepare as launch_prepare
 from tests.data_pipeline.build.test_readers import json_lines, table_arrow, table_parquet, text_of
+from tests.data_pipeline.faulty import first, serving
 from tests.data_pipeline.servers import nginx, s3_environment, seaweedfs
 
 
@@ -168,6 +169,12 @@ def test_texts_in_a_store_give_the_corpus_that_they_give_on_disk(tmp_path, setti
             store.upload("sub/large.txt", folder / "b.txt")
             with pytest.raises(ValueError, match=r"sub/large\.txt was changed while it was read"):
                 opened.read(100)
+        store.upload("corpus/manifest.json", folder / "b.txt")
+        with pytest.raises(ValueError, match="s3://raw/in/corpus is a prepared corpus, not text"):
+            find_remote("s3://raw/in/corpus", 5.0)
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "blind")
+        with pytest.raises(ValueError, match=r"s3://raw/in\S* is refused with these credentials"):
+            find_remote("s3://raw/in/*.txt", 6.0)  # another patience, another connection
 
 
 def test_a_file_of_a_web_server_is_read_and_a_directory_refused(tmp_path, setting):
@@ -177,6 +184,14 @@ def test_a_file_of_a_web_server_is_read_and_a_directory_refused(tmp_path, settin
         for name in ("*.jsonl", "none.jsonl"):
             with pytest.raises(ValueError, match=r"cannot be: name one file|does not exist: check"):
                 prepare(at(setting, f"{address}/{name}"))
+
+
+def test_a_web_server_without_ranges_is_refused(tmp_path, setting):
+    made(tmp_path / "in", {"b.jsonl": json_lines(["one", "two"])})
+    with serving(tmp_path / "in") as server:
+        server.fault = first(99, "whole")
+        with pytest.raises(ValueError, match=r"b\.jsonl: the server answers without ranges: copy the corpus to a disk"):
+            prepare(at(setting, f"{server.address}/b.jsonl"))
 
 
 def test_a_manifest_does_not_grow_with_the_number_of_files(tmp_path, setting):
