@@ -29,6 +29,7 @@ BENCH_EXTRAS ?= bench
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null)
 SAY := printf '%s\n'
 NO_PACKAGES := the packages could not be installed: see above.  With the network and some 2 GB of disk there, type make again.
+NO_VENV := the environment $(VENV) could not be made: see above.  With some 2 GB of free disk there, type make again.
 OTHERS := onnx onnxruntime openai flair
 BENCHMARKS := train_step sampling end_to_end input remote readers parts scaling
 
@@ -88,7 +89,7 @@ $(VENV)/python-$(VERSION):
 	@$(PYTHON) -c 'import venv, ensurepip' 2> /dev/null || \
 		{ $(SAY) "this Python has no venv: on Debian and Ubuntu, sudo apt install python3-venv"; exit 1; }
 	rm -rf $(VENV)
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { $(SAY) "$(NO_VENV)"; exit 1; }
 	touch $@
 
 .venv-bench/installed: requirements.lock pyproject.toml

@@ -26,6 +26,8 @@ from charlstm.report import curves, history
 PARTS = 8  # evaluations
 OF_STEPS = 0.85  # part of the time that is for steps; the rest is for compiling and for evaluations
 VALID = 0.1
+OURS = "charlstm, configs/small.flags"
+PEERS = {"PyTorch nn.LSTM": "lstm", "PyTorch transformer": "transformer"}
 
 
 class Text(NamedTuple):
@@ -51,23 +53,27 @@ def run(rows: Rows, quick: bool, text: str, minutes: float, plot: str, seed: int
     with tempfile.TemporaryDirectory() as folder:
         parts = split(Path(text).read_bytes() if text else standard_library()[: 10**5 if quick else None], Path(folder))
         small = ["--hidden_size=32", "--num_layers=1", "--batch_size=8"] if quick else []
-        found = {"charlstm, configs/small.flags": ours(parts, 60 * minutes, seed, small)}
-        seconds = found["charlstm, configs/small.flags"].seconds[-1]
-        for name, kind in {"PyTorch nn.LSTM": "lstm", "PyTorch transformer": "transformer"}.items():
-            found[name] = peer(kind, parts, seconds, seed, small)
-    for name, scores in found.items():
-        rows.add(
-            contestant=name,
-            parameters=scores.parameters,
-            steps=scores.steps,
-            seconds=round(scores.seconds[-1], 1),
-            bits_per_byte=round(scores.bits[-1], 4),
-            best=round(min(scores.bits), 4),
-            seed=seed,
-        )
+        found = {OURS: ours(parts, 60 * minutes, seed, small)}
+        rows.add(**fields(OURS, found[OURS], seed))  # as it comes: the others take as long again
+        for name, kind in PEERS.items():
+            found[name] = peer(kind, parts, found[OURS].seconds[-1], seed, small)
+            rows.add(**fields(name, found[name], seed))
     if plot:
         lines = {name: (scores.seconds, scores.bits) for name, scores in found.items()}
         Path(plot).write_text(curves.lines_svg(lines, "seconds", "bits per byte, validation"))
+
+
+def fields(name: str, scores: Scores, seed: int) -> dict[str, Any]:
+    """Returns the row of a contestant."""
+    return {
+        "contestant": name,
+        "parameters": scores.parameters,
+        "steps": scores.steps,
+        "seconds": round(scores.seconds[-1], 1),
+        "bits_per_byte": round(scores.bits[-1], 4),
+        "best": round(min(scores.bits), 4),
+        "seed": seed,
+    }
 
 
 def standard_library() -> bytes:
@@ -78,7 +84,7 @@ def standard_library() -> bytes:
 
 def split(content: bytes, folder: Path) -> Text:
     """Writes the text and its parts into `folder`."""
-    border = round((1 - VALID) * len(content))
+    border = int((1 - VALID) * len(content))  # as nanoGPT cuts
     parts = {"whole": content, "train": content[:border], "valid": content[border:]}
     for name, part in parts.items():
         (folder / f"{name}.txt").write_bytes(part)

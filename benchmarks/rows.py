@@ -38,7 +38,7 @@ def _cell(value: Any) -> str:
     if isinstance(value, list | tuple):
         return " to ".join(_cell(v) for v in value)
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"  # 1.814 bits
     return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 

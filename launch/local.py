@@ -45,6 +45,7 @@ ENDED_WELL = (cli.DONE, cli.STOPPED)
 FINAL = (cli.MISTAKE, cli.DIVERGED, cli.UNREACHABLE, cli.IN_USE, cli.NOT_SAVED, cli.INTERRUPTED)
 MAX_DEATHS_AT_A_CHECKPOINT = 2  # consecutive deaths at the same checkpoint, after which it is no longer trusted
 LONGEST_PAUSE = 60.0  # seconds
+NOISE = ("[Gloo]", "preemption_notifier.cc")  # lines that say that all is well; the logs have them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Job(ChildProcesses):
         for line in process.stdout:  # to the end, whatever comes: a process whose pipe is full is blocked
             with contextlib.suppress(OSError):  # more is waiting for a full disk than is kept
                 log.add(line.rstrip("\n"))
-            if not line.startswith("[Gloo]"):  # which says that it connects
+            if not any(word in line for word in NOISE):
                 signals.say(f"[{number}] {line.rstrip()}")
         with contextlib.suppress(OSError):  # the disk is still full
             log.close()

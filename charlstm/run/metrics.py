@@ -213,11 +213,11 @@ class MetricAggregator:
         step = latest["step"]
         left = (self._num_steps - step) * symbols / steps / max(speed["symbols_per_second"], 1e-9)
         per_symbol, unit = ("bpb", "bytes") if self._of_bytes else ("bpc", "chars")
-        speeds = f"{speed['symbols_per_second']:,.0f} {unit}/s  input wait {speed['input_wait']:.0%}"
-        return (
-            f"step {step}/{self._num_steps}  epoch {self._epochs(step):.2f}  "
-            f"{nats / symbols / NATS_PER_BIT:.3f} {per_symbol}  {speeds}  ETA {duration(left)}"
+        speeds = (
+            f"{speed['symbols_per_second']:,.0f} {unit}/s  ETA {duration(left)}  input wait {speed['input_wait']:.0%}"
         )
+        where = f"step {step}/{self._num_steps}  epoch {self._epochs(step):.2f}"
+        return f"{where}  {nats / symbols / NATS_PER_BIT:.3f} {per_symbol}  {speeds}"  # a terminal may cut the end off
 
     def _record(self, step: int, split: str, score: Score | None) -> dict[str, Any]:
         return {

@@ -24,14 +24,16 @@ FORMER = {"recurrence": "lstm_backend", "piece": "eval_chunk", "between_dropout"
 # What the flags of other programs are called here; of several, the first that the program has.
 ELSEWHERE: dict[str, tuple[str, ...]] = {
     "lr": ("learning_rate",), "start": ("prompt", "sample_prompt"), "seed_text": ("prompt", "sample_prompt"),
-    "config": ("flagfile",), "config_file": ("flagfile",), "corpus": ("input",), "input": ("corpus",),
+    "config": ("flagfile",), "config_file": ("flagfile",), "preset": ("flagfile",),
+    "corpus": ("input",), "input": ("corpus",),
     "data": ("corpus", "input"), "data_dir": ("corpus", "input"), "dataset": ("corpus", "input"),
     "out_dir": ("run_dir", "output"), "output_dir": ("run_dir", "output"), "out": ("run_dir", "output"),
     "model": ("run_dir",), "model_dir": ("run_dir",), "resume": ("run_dir",), "init_from": ("initial_checkpoint",),
+    "epochs": ("num_steps",),
     "steps": ("num_steps",), "iters": ("num_steps",), "max_iters": ("num_steps",), "max_steps": ("num_steps",),
     "rnn_size": ("hidden_size",), "units": ("hidden_size",), "layers": ("num_layers",), "n_layer": ("num_layers",),
     "dropout": ("layer_dropout",), "block_size": ("window",), "seq_length": ("window",), "seq_len": ("window",),
-    "max_new_tokens": ("length",), "temp": ("temperature",), "patience": ("stop_after",),
+    "max_new_tokens": ("length",), "num_tokens": ("length",), "temp": ("temperature",), "patience": ("stop_after",),
 }  # fmt: skip
 
 
@@ -166,6 +168,10 @@ def _flags_of(path: str, values: flags.FlagValues, within: tuple[str, ...]) -> l
         lines = expand_user(path).read_text("utf-8").split("\n")
     except OSError as error:
         there = Path(__file__).parents[2] / path
+        if not there.is_file():
+            presets = {preset.stem: preset for preset in (Path(__file__).parents[2] / "configs").glob("*.flags")}
+            near = difflib.get_close_matches(Path(path).stem, presets, 1)
+            there = presets[near[0]] if near else there
         remedy = f"; --flagfile={there} is there" if there.is_file() else ""
         raise ValueError(f"flagfile={path} cannot be read: {error.strerror}{remedy}") from None
     except UnicodeDecodeError as error:

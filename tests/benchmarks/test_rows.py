@@ -28,13 +28,13 @@ def test_rows_with_the_same_fields_share_a_table(capsys):
     table = rows.Rows("any")
     table.add(size=1, speed=1234.5)
     table.add(size=2, speed=None)
-    table.add(other=[1.5, 2.5])
+    table.add(other=[1.5, 2.5], bits=1.8141)
     assert [json.loads(line)["benchmark"] for line in capsys.readouterr().out.splitlines()] == ["any"] * 3
     table.tables()
     first, second = capsys.readouterr().out.strip().split("\n\n")
     assert first.splitlines()[0] == "| size | speed | load |"
     assert first.splitlines()[2].startswith("| 1 | 1,234 |") and first.splitlines()[3].startswith("| 2 |  |")
-    assert "1.5 to 2.5" in second
+    assert "| 1.5 to 2.5 | 1.814 |" in second
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])

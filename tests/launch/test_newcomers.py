@@ -72,6 +72,8 @@ def test_a_new_run_without_a_preset_is_told_of_one_and_a_resumed_one_is_not(argu
         (train.main, "--start=x", "sample_prompt"),
         (sample.main, "--start=x", "prompt"),
         (train.main, "--config=configs/tiny.flags", "flagfile"),
+        (train.main, "--preset=small", "flagfile"),
+        (train.main, "--epochs=3", "num_steps"),
         (train.main, "--data=x", "corpus"),
         (prepare.main, "--corpus=x", "input"),
         (evaluate.main, "--model=x", "run_dir"),
@@ -91,5 +93,6 @@ def test_a_backslash_and_an_n_in_a_prompt_is_said_not_to_be_a_line_break(trained
 
 def test_a_recipe_named_from_another_folder_is_refused_with_where_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = refusal(train.main, "--flagfile=configs/tiny.flags")
-    assert said.endswith(f"; --flagfile={ROOT / 'configs' / 'tiny.flags'} is there")
+    for named in ("configs/tiny.flags", "tiny", "configs/tinny.flag"):
+        said = refusal(train.main, f"--flagfile={named}")
+        assert said.endswith(f"; --flagfile={ROOT / 'configs' / 'tiny.flags'} is there")

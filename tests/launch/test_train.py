@@ -40,6 +40,8 @@ SETTINGS = (
     "--burn_in=16", "--sample_every=0", "--logical_shards=8", "--vocabulary=characters",
 )  # fmt: skip
 
+SLOW = "the "  # of the line that says how long the steps take, where the machine is slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
@@ -205,7 +207,9 @@ def test_log_txt_tells_the_run_in_plain_lines(trained):
     assert texts[1].startswith("model: lstm, 1 x 8, ") and texts[1].endswith(" parameters; 0.71 epochs of the text")
     assert texts[2].startswith("training on 1 x cpu in 1 process: step 0 of 20, ")
     assert re.fullmatch(r"finished: 20 steps, \w+ in this process", texts[-1])
-    told = [re.match(r"step \d+(?:/20)?(?=  epoch|: validation)", text) for text in texts[3:-1]]
+    told = [
+        re.match(r"step \d+(?:/20)?(?=  epoch|: validation)", text) for text in texts[3:-1] if not text.startswith(SLOW)
+    ]
     assert [each and each.group() for each in told] == [
         "step 6/20", "step 8", "step 12/20", "step 16", "step 18/20", "step 20/20", "step 20",
     ]  # fmt: skip
@@ -218,8 +222,8 @@ def test_log_txt_tells_the_run_in_plain_lines(trained):
 def test_a_terminal_shows_one_live_line_under_the_plain_ones_and_leaves_the_plain_ones(written):
     on_screen = frames(written, COLUMNS)
     live = re.compile(
-        r"step (\d+)/20  epoch \d+\.\d\d  \d\.\d{3} bpc  [\d,]+ chars/s  input wait \d+%  ETA \w+|"
-        r"step (\d+): evaluating the validation split, \d+%"
+        r"step (\d+)/20  epoch \d+\.\d\d  \d\.\d{3} bpc  [\d,]+ chars/s  ETA \w+  input wait \d+%|"
+        r"step (\d+): evaluating the validation split, \d+%(?:, \w+ left)?"
     )
     shown = []
     for *above, foot in on_screen:
@@ -227,7 +231,7 @@ def test_a_terminal_shows_one_live_line_under_the_plain_ones_and_leaves_the_plai
         if match := live.fullmatch(foot):
             shown.append(int(match.group(1) or match.group(2)))
     assert len(set(shown)) > 10 and shown == sorted(shown)
-    plain = [line for line in on_screen[-1] if not line.startswith(("compiling", "text: ", "model: "))]
+    plain = [line for line in on_screen[-1] if not line.startswith(("compiling", "text: ", "model: ", SLOW))]
     first, *validations, last, after = plain
     assert first.startswith("training on 1 x cpu")
     assert [re.match(r"step \d+: validation ", line).group() for line in validations] == [

@@ -399,7 +399,7 @@ def test_the_status_line_has_step_epoch_bits_speed_wait_and_the_time_left(clock)
         m.next_of(iter(["batch"]))
         m.add(step, reported(2.5 * BIT))
     # Three steps of 20 symbols looked at, in 2 s: 30 a second; 997 steps are left.
-    assert m.status() == "step 3/1000  epoch 0.38  2.500 bpb  30 bytes/s  input wait 0%  ETA 11m04s"
+    assert m.status() == "step 3/1000  epoch 0.38  2.500 bpb  30 bytes/s  ETA 11m04s  input wait 0%"
 
 
 def test_before_any_step_was_looked_at_there_is_no_status():
