@@ -5,6 +5,7 @@ neighboring characters are nearly the same example: one third is learned from, o
 one gives the figures.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -28,7 +29,8 @@ class Probe(NamedTuple):
     """A sparse linear detector of a pattern."""
 
     pattern: str
-    auc: float  # on blocks that neither the weights nor the penalty have seen
+    auc: float  # on what neither the weights nor the penalty have seen, as is the accuracy
+    accuracy: float  # share that is called right
     strength: float  # C, as chosen
     weights: tuple[tuple[Unit, float], ...]  # those that are not 0, by size, for values as they are shown
     offset: float
@@ -40,21 +42,52 @@ def probe(model: "Model", text: str | bytes, pattern: str | Pattern) -> Probe:
     Raises:
       ValueError: scikit-learn is not installed, or a third of the text is all inside the pattern or all outside.
     """
+    split = ArraySplit(text, model.vocabulary)
+    split = ArraySplit(model.vocabulary.decode_bytes(split.read(0, min(len(split), MOST_SYMBOLS))), model.vocabulary)
+    decoded, lengths = symbols_of(model.vocabulary, split.read(0, len(split)))
+    inside = np.repeat(pattern_of(pattern)(decoded), lengths)
+    third = np.arange(len(inside)) // min(BLOCK, max(1, len(inside) // 12)) % 3
+    name = pattern if isinstance(pattern, str) else getattr(pattern, "__name__", "pattern")
+    return _fitted(model, name, _inputs(model, split), inside, third)
+
+
+def probe_texts(model: "Model", texts: Sequence[str | bytes], labels: Sequence[bool]) -> Probe:
+    """Fits a probe on the states after each of many texts, such as reviews and whether they are content.
+
+    A third of the texts of each label is learned from, one chooses the penalty, one gives the figures.
+
+    Args:
+      labels: of each text, one of two classes.
+
+    Raises:
+      ValueError: scikit-learn is not installed, a text is empty, or a label has fewer than three texts.
+    """
+    is_on = np.asarray(labels, bool)
+    third = np.zeros(len(is_on), int)
+    for value in (False, True):
+        third[is_on == value] = np.arange((is_on == value).sum()) % 3
+    if not all(texts):
+        raise ValueError("a text is empty: leave it out")
+    last = [_inputs(model, ArraySplit(text, model.vocabulary))[-1] for text in texts]
+    return _fitted(model, "labels", np.stack(last), is_on, third)
+
+
+def _inputs(model: "Model", split: ArraySplit) -> np.ndarray:
+    """The values that are shown of all units at each symbol of a text, `[symbols, units]`."""
+    config, names = model.config.model, list(dict.fromkeys(unit.name for unit in all_units(model.config.model)))
+    found = trace.whole(model, split, names)
+    return np.concatenate([np.asarray(shown(config, n.partition(".")[2], a)) for n, a in found.items()], axis=1)
+
+
+def _fitted(model: "Model", name: str, inputs: np.ndarray, inside: np.ndarray, third: np.ndarray) -> Probe:
+    """Fits on third 0, chooses the penalty on third 1, and takes the figures on third 2."""
     try:
         from sklearn.linear_model import LogisticRegression
         from sklearn.metrics import roc_auc_score
     except ImportError:
         raise ValueError(MISSING) from None
-    split = ArraySplit(text, model.vocabulary)
-    split = ArraySplit(model.vocabulary.decode_bytes(split.read(0, min(len(split), MOST_SYMBOLS))), model.vocabulary)
-    decoded, lengths = symbols_of(model.vocabulary, split.read(0, len(split)))
-    inside = np.repeat(pattern_of(pattern)(decoded), lengths)
-    config, units = model.config.model, all_units(model.config.model)
-    found = trace.whole(model, split, list(dict.fromkeys(unit.name for unit in units)))
-    inputs = np.concatenate([np.asarray(shown(config, name.partition(".")[2], a)) for name, a in found.items()], axis=1)
-    third = np.arange(len(inside)) // min(BLOCK, max(1, len(inside) // 12)) % 3
     if any(inside[third == part].all() or not inside[third == part].any() for part in range(3)):
-        raise ValueError("the pattern is inside or outside throughout a third of the text: give a longer text")
+        raise ValueError("a third of the examples is all inside or all outside: give a longer text, or more texts")
     best, best_auc = None, -1.0
     for strength in STRENGTHS:
         fitted = LogisticRegression(l1_ratio=1, C=strength, solver="liblinear", random_state=0)
@@ -63,9 +96,9 @@ def probe(model: "Model", text: str | bytes, pattern: str | Pattern) -> Probe:
         if auc > best_auc + 1e-4:  # of nearly equal ones that with fewer weights
             best, best_auc = fitted, auc
     assert best is not None
-    auc = roc_auc_score(inside[third == 2], best.decision_function(inputs[third == 2]))
+    decided, units = best.decision_function(inputs[third == 2]), all_units(model.config.model)
+    auc, accuracy = roc_auc_score(inside[third == 2], decided), ((decided > 0) == inside[third == 2]).mean()
     (weights,) = best.coef_
     order = [place for place in np.argsort(-np.abs(weights), kind="stable").tolist() if weights[place]]
-    name = pattern if isinstance(pattern, str) else getattr(pattern, "__name__", "pattern")
     chosen = tuple((units[place], float(weights[place])) for place in order)
-    return Probe(name, float(auc), best.C, chosen, float(best.intercept_[0]))
+    return Probe(name, float(auc), float(accuracy), best.C, chosen, float(best.intercept_[0]))
