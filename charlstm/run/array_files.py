@@ -1,5 +1,8 @@
 """Arrays in files, as Orbax writes them: the only module that knows Orbax.  What it returns is not verified here.
 
+They are read by TensorStore, the library below Orbax, which is imported where arrays are written: that takes half a
+second, and most programs only read.
+
     <directory>/<item>/...      one field of the state: its leaves, by name
 
 Of an array that lies whole on every device one copy is written, the one on the mesh's first device, by the process that
@@ -12,15 +15,17 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
+import tensorstore
 
 from charlstm import distributed
 from charlstm.run.digest import named_leaves
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 Result = TypeVar("Result")
 
@@ -37,6 +42,9 @@ def start_writing(directory: Path, trees: dict[str, Any]) -> Callable[[], None]:
     come to them, and the others would wait there, or take its next step for an answer.  What is returned waits until
     all is written, and raises what has failed.
     """
+    import orbax.checkpoint as ocp
+    from etils import epath
+
     writes, failures = list[Any](), list[Exception]()
 
     def start() -> None:
@@ -65,18 +73,20 @@ def start_writing(directory: Path, trees: dict[str, Any]) -> Callable[[], None]:
 
 def finalize(directory: Path) -> None:
     """Joins what all processes have written; the first process does it when they are done."""
+    from etils import epath
+
     for item in directory.iterdir():
         _apart_from_event_loops(_handler().finalize, epath.Path(item))
 
 
 def read(directory: Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    """The arrays of these items, with the shardings of `abstract`.  All processes read together."""
-    found = {}
-    for item, leaves in named_items(abstract).items():
-        restore = ocp.args.PyTreeRestore(leaves, ocp.checkpoint_utils.construct_restore_args(leaves))
-        found[item] = _apart_from_event_loops(_restore, directory / item, restore)
+    """The arrays of these items, with the shardings of `abstract`; each process reads all for its own devices."""
+
+    def one(item: str, name: str, leaf: Any) -> jax.Array:
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, _read_one(directory / item, name).__getitem__)
+
     return {
-        item: jax.tree.unflatten(jax.tree.structure(tree), [found[item][name] for name in named_leaves(tree)])
+        item: jax.tree.unflatten(jax.tree.structure(tree), [one(item, *leaf) for leaf in named_leaves(tree).items()])
         for item, tree in abstract.items()
     }
 
@@ -85,15 +95,18 @@ def read_to_host(directory: Path, names: list[str]) -> Iterator[tuple[str, np.nd
     """Each array with its name, "item.leaf", one after the other.  No device is asked, and no other process."""
     for full_name in names:
         item, _, name = full_name.partition(".")
-        args = {name: ocp.RestoreArgs(restore_type=np.ndarray)}
-        restore = ocp.args.PyTreeRestore({name: 0}, args, partial_restore=True)
-        yield full_name, _apart_from_event_loops(_restore, directory / item, restore)[name]
+        yield full_name, _read_one(directory / item, name)
+
+
+def _read_one(item: Path, name: str) -> np.ndarray:
+    kvstore = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{item}/"}, "path": f"{name}/"}
+    return tensorstore.open({"driver": "auto", "kvstore": kvstore}).result().read().result()
 
 
 def refuse_other_arrays(checkpoint: str, held: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raises ValueError where the arrays that a seal lists are not those wanted, each `name -> {dtype, shape}`.
 
-    Orbax would cast another type in silence, and what it says of another shape helps nobody.
+    What JAX would say of another shape helps nobody.
     """
 
     def words(array: dict[str, Any] | None) -> str:
@@ -108,10 +121,6 @@ def refuse_other_arrays(checkpoint: str, held: dict[str, Any], wanted: dict[str,
             )
 
 
-def _restore(item: Path, restore: Any) -> Any:
-    return _handler().restore(epath.Path(item), args=restore)
-
-
 def _apart_from_event_loops(function: Callable[..., Result], *arguments: Any) -> Result:
     """Calls `function` in a thread if an event loop runs here (Jupyter): Orbax runs event loops of its own."""
     try:
@@ -122,7 +131,9 @@ def _apart_from_event_loops(function: Callable[..., Result], *arguments: Any) ->
         return thread.submit(function, *arguments).result()
 
 
-def _handler() -> ocp.PyTreeCheckpointHandler:
+def _handler() -> "ocp.PyTreeCheckpointHandler":
+    import orbax.checkpoint as ocp
+
     # Weights are noise: compression saves 8 % and takes most of the time.  OCDBT puts many arrays, and the pieces that
     # many devices hold, in few files.
     handlers = ocp.type_handlers

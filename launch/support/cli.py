@@ -12,6 +12,7 @@ Exit statuses:
     130 interrupted by Ctrl-C with nothing to save, or by a second one before saving had ended; 143: by SIGTERM
 """
 
+import gc
 import logging
 import os
 import signal
@@ -30,6 +31,8 @@ DONE, MISTAKE, DIVERGED, UNREACHABLE, HANGS, LOST, NOT_SAVED, STOPPED, INTERRUPT
 
 def run(name: str, main: Callable[[Sequence[str]], int]) -> None:
     """Runs `main(argv)` and exits with its status, or with the status of the error that it raised."""
+    gc.freeze()  # what was imported is never looked at again
+    gc.enable()
     signals.attach(name)
     _hush_the_background()
     try:

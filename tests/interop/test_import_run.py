@@ -100,8 +100,11 @@ def test_every_program_works_on_it_or_says_in_a_sentence_that_it_has_no_text(exp
         flags = [f"--run_dir={run_dir}", *(["--unit=1:3"] if other is inspect.main else [])]
         assert "this model was imported and has no corpus of its own: give --text" in refusal(other, *flags)
     (tmp_path / "long.txt").write_text("bade a cab dig a fig\n" * 300)
-    flags = [TINY, f"--corpus={tmp_path / 'long.txt'}", f"--cache_dir={tmp_path}", f"--run_dir={run_dir}"]
-    assert f"--initial_checkpoint={run_dir}" in refusal(train.main, *flags)
+    flags = [TINY, f"--corpus={tmp_path / 'long.txt'}", f"--cache_dir={tmp_path}"]
+    for text in (flags, [], ["--corpus=nowhere"]):
+        sentence = refusal(train.main, *text, f"--run_dir={run_dir}")
+        assert "an imported model" in sentence
+        assert f"--flagfile={run_dir}/flags.txt --initial_checkpoint={run_dir} --corpus=TEXT" in sentence
 
 
 def test_a_run_starts_from_it_with_its_flags_on_another_text_of_other_symbols(exported, tmp_path):

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 import charlstm as cl
 from charlstm import distributed
 from charlstm.interop.folder import load_numpy
+from charlstm.run import corpus as corpus_lib
 from charlstm.run import run_directory
 from charlstm.run.checkpoint import Checkpoints
 from charlstm.training import train_state
@@ -99,6 +100,22 @@ def test_a_page_has_the_score_of_its_rounded_weights_beside_that_of_the_run(run_
     score = model.evaluate(cl.load_corpus(model.config.corpus.corpus, cache_dir=model.config.corpus.cache_dir).valid)
     assert f"{score.bits_per_symbol:.4f} as trained" in said and "with weights of float16" in said
     assert f"{score.bits_per_symbol:.3f} before its weights" in (tmp_path / "page" / "index.html").read_text("utf-8")
+
+
+def test_a_page_of_a_mixture_has_the_score_by_the_shares_of_its_texts(folder, arguments, tmp_path, capsys):
+    texts = [folder / f"mixed {name}.txt" for name in ("letters", "digits")]
+    for path, letters in zip(texts, ("abcdefgh\n", "12345678\n"), strict=True):
+        path.write_text("".join(np.random.default_rng(0).choice(list(letters), 9000)), "utf-8")
+    others = [flag for flag in arguments if not flag.startswith(("--corpus=", "--num_steps"))]
+    named = f"--mixture=letters={texts[0]}:3,digits={texts[1]}:1"
+    run_dir = f"--run_dir={folder / 'mixed'}"
+    assert train.main(["train", *others, "--corpus=", named, "--num_steps=1", run_dir]) == cli.DONE
+    capsys.readouterr()
+    assert export.main(["export", run_dir, "--format=html", f"--output={tmp_path / 'page'}"]) == cli.DONE
+    model, said = cl.load(folder / "mixed"), capsys.readouterr().err
+    corpus = corpus_lib.load(model.config)
+    one, other = (model.evaluate(text).bits_per_symbol for text in corpus.texts("valid").values())
+    assert f"{0.75 * one + 0.25 * other:.4f} as trained" in said and abs(one - other) > 1e-3
 
 
 def test_a_page_of_a_run_whose_text_has_gone_has_no_score_and_says_so(run_dir, tmp_path, capsys, monkeypatch):
