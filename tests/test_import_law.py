@@ -146,7 +146,7 @@ def test_every_file_of_the_library_lies_in_a_folder_of_the_law():
         ("starlette", {"charlstm.serving.app"}),
         ("uvicorn", {"launch.serve"}),
         ("absl.flags", {"launch.support.flags"}),
-        ("absl", {"launch.support.flags"}),
+        ("absl", {"launch.support.flags", "charlstm.run.checkpoint"}),
         ("flax", {"benchmarks.peers.autodiff"}),
         ("optax", {"benchmarks.peers.autodiff"}),
         (

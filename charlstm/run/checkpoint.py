@@ -21,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import absl.logging
 import jax
 import numpy as np
 
@@ -63,7 +64,8 @@ class Checkpoints:
         self._keep, self._writable, self._log = keep, writable, log
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
-        logging.getLogger("absl").addFilter(_not_from_orbax)  # failures are told by `log`, in one line
+        # Failures are told by `log`, in one line.  The logger is Abseil's own kind, which knows who has called it.
+        absl.logging.get_absl_logger().addFilter(_not_from_orbax)
         if writable:
             distributed.run_on_first(self._open)
             distributed.run_on_all(self._files.require_seen)

@@ -12,6 +12,7 @@ Exit statuses:
     130 interrupted by Ctrl-C with nothing to save, or by a second one before saving had ended; 143: by SIGTERM
 """
 
+import errno
 import gc
 import logging
 import os
@@ -64,6 +65,8 @@ def _status(name: str, main: Callable[[Sequence[str]], int]) -> int:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Returns whether the host or a device has run out of memory."""
+    if isinstance(error, OSError):  # a full disk is RESOURCE_EXHAUSTED, too
+        return error.errno == errno.ENOMEM
     return "out of memory" in str(error).lower() or "RESOURCE_EXHAUSTED" in str(error)
 
 

@@ -1,5 +1,6 @@
 """An imported model is a run: of our own export with the same bits, and of PyTorch's files with PyTorch's logits."""
 
+import errno
 import json
 import re
 import subprocess
@@ -139,7 +140,11 @@ def test_what_fails_leaves_nothing_behind(exported, tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoints, "_make_staging", full)
     with pytest.raises(OSError, match="No space left"):
         import_model(folder, tmp_path / "run")
-    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    monkeypatch.setattr(Checkpoints, "_name", full)
+    with pytest.raises(OSError, match=r"run was not written: .*No space left") as caught:
+        import_model(folder, tmp_path / "run")
+    assert caught.value.errno == errno.EIO and not list(tmp_path.iterdir())
 
 
 def test_the_note_of_a_run_says_where_it_comes_from_and_its_flags_are_a_flagfile(exported):

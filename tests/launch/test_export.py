@@ -1,5 +1,6 @@
 """launch.export on a run: what it prints, writes and refuses, and that the weights are those that are evaluated."""
 
+import io
 import json
 from pathlib import Path
 
@@ -92,6 +93,21 @@ def test_what_it_cannot_do_is_refused_in_one_sentence_and_leaves_nothing(run_dir
     before = tree(tmp_path)
     sentence = refusal(export.main, f"--run_dir={run_dir}", f"--output={tmp_path / 'full'}")
     assert "is there already: name a new directory" in sentence and tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("format", ["safetensors", "html"])
+def test_a_full_disk_is_told_of_in_a_sentence_and_leaves_nothing(run_dir, tmp_path, monkeypatch, format):
+    model, open_file = cl.load(run_dir), io.open
+
+    def opened(path, mode="r", *rest, **more):
+        if "w" in mode and str(path).endswith((".safetensors", ".html")):
+            path = "/dev/full"
+        return open_file(path, mode, *rest, **more)
+
+    monkeypatch.setattr(io, "open", opened)
+    with pytest.raises(OSError, match=f"No space left on device: output={tmp_path / 'made'} was not written"):
+        model.export(tmp_path / "made", format)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_page_has_the_score_of_its_rounded_weights_beside_that_of_the_run(run_dir, tmp_path, capsys):
