@@ -233,12 +233,15 @@ class Model:
         yield sample.take(last=True)
 
     def export(
-        self, output: str | os.PathLike[str], format: str = "safetensors", held_out: evaluate_lib.Split | None = None
+        self,
+        output: str | os.PathLike[str],
+        format: str = "safetensors",
+        held_out: evaluate_lib.Split | Corpus | None = None,
     ) -> Path:
         """Writes the model as a directory that other programs read, and returns its path; as `launch.export`.
 
         Args:
-          held_out: a split that a format which rounds the weights is scored on.
+          held_out: a split that a format which rounds the weights is scored on, or a corpus or mixture for its own.
 
         Raises:
           ValueError: the format has no place for such a model, or `output` is there already.

@@ -9,8 +9,11 @@ def attach(name: str, hint: str = "") -> None:
     Exits with status 2 where this Python is not the one that the project was installed into.
     """
     _signal.pthread_sigmask(_signal.SIG_BLOCK, (_signal.SIGINT, _signal.SIGTERM))
+    import gc
     import sys
     from importlib.util import find_spec
+
+    gc.disable()  # what is imported stays; to look for garbage in it takes a tenth of the time (`cli.run` enables it)
 
     if not (find_spec("absl") and find_spec("jax")):
         print(

@@ -14,12 +14,12 @@ import dataclasses
 from collections.abc import Sequence
 
 from charlstm import api
-from charlstm.inference.evaluate import Split
 from charlstm.interop.export import FORMATS
 from charlstm.run import corpus as corpus_lib
 from charlstm.run import run_directory
 from data_pipeline.progress import say_on_stderr
 from data_pipeline.settings import check_choices, setting
+from data_pipeline.shards import Corpus
 from launch.support import cli, flags, jax_setup
 
 
@@ -54,8 +54,8 @@ def main(argv: Sequence[str]) -> int:
     return cli.DONE
 
 
-def _held_out(model: api.Model) -> Split | None:
-    """Returns the validation split of the run's corpus; None, saying why, where it cannot be had."""
+def _held_out(model: api.Model) -> Corpus | None:
+    """Returns the corpus of the run, or its mixture; None, saying why, where it cannot be had."""
     assert model.run_dir is not None
     try:
         corpus = corpus_lib.load(model.config)
@@ -66,10 +66,7 @@ def _held_out(model: api.Model) -> Split | None:
     except ValueError as error:
         say_on_stderr(f"no held-out text: {error}")
         return None
-    texts = list(corpus.texts("valid").values())
-    if len(texts) != 1:
-        say_on_stderr(f"no held-out text: {corpus.name} has {len(texts)} validation splits")
-    return texts[0] if len(texts) == 1 else None
+    return corpus
 
 
 if __name__ == "__main__":

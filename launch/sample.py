@@ -41,6 +41,7 @@ from typing import Any
 
 import numpy as np
 
+from charlstm.config.model import ModelConfig
 from charlstm.inference import generate as generate_lib
 from charlstm.inference.continuation import Continuation
 from charlstm.inference.generate import Chunk
@@ -54,7 +55,7 @@ from charlstm.inference.text import (
     unknown_id,
     unseen_before,
 )
-from charlstm.inspect import units
+from charlstm.model.layer import Held
 from charlstm.run import run_directory
 from charlstm.training.loss import NATS_PER_BIT
 from data_pipeline import signals
@@ -140,7 +141,7 @@ def main(argv: Sequence[str]) -> int:
     separator = run_directory.separator(config, vocabulary)
     if remark := remark_on_escapes("prompt", chosen.prompt):
         signals.say(remark)
-    held = units.held(units.parse_clamp(chosen.clamp), config.model)
+    held = _held(chosen.clamp, config.model)
     backward = config.streams.reverse
     if backward and chosen.interactive:
         raise ValueError(f"--interactive writes from left to right, and {run_dir} reads backward: leave it out")
@@ -190,6 +191,15 @@ def main(argv: Sequence[str]) -> int:
     made, seconds = sum(len(sample.ids) for sample in samples), time.monotonic() - began
     print(f"{made:,} symbols in {seconds:.1f} s, {made / seconds:,.0f} a second", file=sys.stderr)
     return cli.DONE
+
+
+def _held(clamp: str, config: ModelConfig) -> tuple[Held, ...]:
+    """Returns the states to hold."""
+    if not clamp:
+        return ()
+    from charlstm.inspect import units  # which takes a quarter of a second to import
+
+    return units.held(units.parse_clamp(clamp), config)
 
 
 def _prompt(chosen: SampleFlags, vocabulary: Vocabulary) -> np.ndarray:

@@ -5,7 +5,8 @@
 A token is a symbol.  The same seed gives the same text, that of launch.sample, whatever else runs at the time.  What
 requests and answers have is in docs/interop.md.  stdout has the address, as soon as there are answers.
 
-SIGTERM ends the program when the requests that are there are answered, a second one at once; so does Ctrl-C.
+SIGTERM ends the program when the requests that are there are answered, after two minutes at most, a second one at
+once; so does Ctrl-C.
 """
 
 if __name__ == "__main__":  # before what takes seconds to import
@@ -19,7 +20,7 @@ import signal
 import socket
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from charlstm.interop import sampling_page
 from charlstm.run import run_directory
@@ -32,6 +33,7 @@ from launch.support import cli, flags, jax_setup
 if TYPE_CHECKING:
     from charlstm.serving.app import Server
 
+LAST_ANSWERS = 120  # seconds at most after SIGTERM: one client that never reads would hold it for ever
 INSTALL = "a server needs Starlette and uvicorn, not installed: pip install 'charlstm[serve]'"
 
 
@@ -91,9 +93,14 @@ def main(argv: Sequence[str]) -> int:
             best = partial(load, checkpoint="best")
             follower = loading.Follower(run_dir, best, model.step, server.slots.use, signals.say)
             running.callback(follower.stop)
-        listener = uvicorn.Server(
-            uvicorn.Config(server.app, log_level="warning", access_log=False, lifespan="off", ws="none", http="h11")
-        )
+        how: dict[str, Any] = {
+            "log_level": "error",
+            "access_log": False,
+            "lifespan": "off",
+            "ws": "none",
+            "http": "h11",
+        }
+        listener = uvicorn.Server(uvicorn.Config(server.app, **how, timeout_graceful_shutdown=LAST_ANSWERS))
         listener.capture_signals = contextlib.nullcontext  # type: ignore  # ours are caught already
         running.enter_context(signals.reacting(partial(_signalled, server, listener)))
         host, port = listening.getsockname()[:2]

@@ -130,6 +130,7 @@ def test_every_file_of_the_library_lies_in_a_folder_of_the_law():
     ("library", "licensed"),
     [
         ("orbax", {"charlstm.run.array_files"}),
+        ("tensorstore", {"charlstm.run.array_files"}),
         ("sklearn", {"charlstm.inspect.probe"}),
         ("grain", {"data_pipeline.loader", "benchmarks.sparse_corpus"}),
         ("obstore", {"data_pipeline.stores"}),
@@ -145,7 +146,7 @@ def test_every_file_of_the_library_lies_in_a_folder_of_the_law():
         ("starlette", {"charlstm.serving.app"}),
         ("uvicorn", {"launch.serve"}),
         ("absl.flags", {"launch.support.flags"}),
-        ("absl", {"launch.support.flags"}),
+        ("absl", {"launch.support.flags", "charlstm.run.checkpoint"}),
         ("flax", {"benchmarks.peers.autodiff"}),
         ("optax", {"benchmarks.peers.autodiff"}),
         (

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from charlstm.config.model import ModelConfig
@@ -103,12 +102,13 @@ class Continuation:
         choice = by_rows([sampling] * self._count, self._params.b_out.dtype)
         start_R = np.full(self._count, self._position, np.int32)
         gumbel_TRV = noise(self._keys, start_R, choice, self._mesh, SYMBOLS, self._params.b_out.shape[0])
-        state = jax.tree.map(lambda leaf: jnp.repeat(leaf, self._count, axis=0), self._after.state)
-        last_RK = jnp.tile(self._after.last_K, (self._count, 1))
+        # By NumPy: each operation on a device is a program of its own, which the first text would wait for.
+        state = jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf), self._count, axis=0), self._after.state)
+        last_RK = np.tile(self._after.last_K, (self._count, 1))
         how = self._mesh, self._config, self._unknown_id, self._separator, SYMBOLS
         _, _, made = make_chunk(self._params, state, last_RK, gumbel_TRV, choice, *how, keep=True)
         ids, log_probabilities = (np.asarray(array_TR).T[:1, :most] for array_TR in made[:2])
-        state = jax.tree.map(lambda leaf: leaf[len(ids[0]) - 1, :1], made.states)
+        state = jax.tree.map(lambda leaf: np.asarray(leaf)[len(ids[0]) - 1, :1], made.states)
         text = np.concatenate([self._after.last_K, ids[0]])
         self._after, self._position = Beginning(state, text[len(ids[0]) :]), self._position + len(ids[0])
         return Chunk(ids, log_probabilities)

@@ -126,12 +126,12 @@ def batch_of(params: ModelParams, rows: int) -> tuple[Mesh, int]:
 
 def row_keys(seed: int, name: str, numbers_R: np.ndarray) -> jax.Array:
     """Returns the random key of each sample, by its number, for the purpose `name`."""
-    return _folded(rng.named(jax.random.key(seed), name), np.asarray(numbers_R, np.int32))
+    return _row_keys(np.uint32(seed), np.asarray(numbers_R, np.int32), name)
 
 
-@compiler.jit
-def _folded(key: jax.Array, numbers_R: jax.Array) -> jax.Array:
-    return jax.vmap(partial(jax.random.fold_in, key))(numbers_R)
+@partial(compiler.jit, static_argnames="name")
+def _row_keys(seed, numbers_R, name):
+    return jax.vmap(partial(jax.random.fold_in, rng.named(jax.random.key(seed), name)))(numbers_R)
 
 
 def first_symbols(

@@ -39,6 +39,8 @@ def export(exported: Exported, output: str | os.PathLike[str], format: str) -> P
         importlib.import_module(f"charlstm.interop.{FORMATS[format][0]}").write(exported, staging)
         staging.chmod(0o755)
         os.replace(staging, folder)  # replaces an empty directory
+    except OSError as error:  # the disk is full, say
+        raise OSError(error.errno, f"{error.strerror}: output={folder} was not written") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder

@@ -11,6 +11,7 @@ from charlstm.config import Config
 from charlstm.inference.evaluate import Split
 from charlstm.model import layer
 from charlstm.types import ModelParams
+from data_pipeline.shards import Corpus
 from data_pipeline.vocabulary import Vocabulary
 
 
@@ -23,7 +24,7 @@ class Exported:
     params: ModelParams  # NumPy, float32; weight norm is folded into w_h
     step: int  # updates after which the parameters were saved
     run_dir: Path | None = None  # where its measurements are
-    held_out: Split | None = None  # text that it was not trained on, where it is at hand
+    held_out: Split | Corpus | None = None  # text that it was not trained on, or a corpus or mixture with such splits
 
 
 def folded(params: ModelParams) -> ModelParams:

@@ -3,6 +3,7 @@
 The run has a checkpoint of step 0, which holds the parameters alone, and no corpus.
 """
 
+import errno
 import hashlib
 import os
 import shutil
@@ -134,7 +135,7 @@ def _write(imported: Imported, source: Path, folder: Path) -> None:
         with Checkpoints(staging / "checkpoints", log=lambda line: None) as checkpoints:
             checkpoints.save(state, run_directory.checkpoint_identity(config, identity), None)
         if checkpoints.last_failure:
-            raise OSError(checkpoints.last_failure)
+            raise OSError(errno.EIO, f"run_dir={folder} was not written: {checkpoints.last_failure}")
         staging.chmod(0o755)
         os.replace(staging, folder)  # replaces an empty directory
     finally:

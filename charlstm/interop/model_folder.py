@@ -40,12 +40,13 @@ BEYOND_PYTORCH = ("mogrifier_rounds", "train_initial_state", "zoneout", "zoneout
 def write(exported: Exported, folder: Path) -> None:
     """Writes the files into a folder that is there.  Raises ValueError where safetensors is not installed."""
     try:
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
     except ModuleNotFoundError:
         raise ValueError(MISSING) from None
     config = describe(exported)
     weights = arrays(exported.params, config["module"])
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt" if config["module"] else "np"})
+    packed = save(weights, metadata={"format": "pt" if config["module"] else "np"})
+    (folder / "model.safetensors").write_bytes(packed)  # by ourselves, for errors of the disk that are an OSError
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     (folder / "vocabulary.json").write_text(json.dumps(exported.vocabulary.to_json(), indent=2) + "\n", "utf-8")
     count = sum(array.size for array in weights.values())

@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import html
 import json
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -22,16 +23,18 @@ import numpy as np
 
 from charlstm import distributed
 from charlstm.config import Config
-from charlstm.inference.evaluate import make_evaluator
+from charlstm.inference.evaluate import Split, make_evaluator
+from charlstm.inference.score import mixed
 from charlstm.interop.exported import Exported
 from charlstm.interop.model_card import texts_of
 from charlstm.run import run_directory
 from charlstm.types import ModelParams
 from data_pipeline.progress import say_on_stderr
+from data_pipeline.shards import Corpus
 
 MOST_PARAMETERS = 8_000_000  # a page of 10 MB, which writes some 60 symbols a second
 MOST_FLOAT16 = 1_000_000  # parameters: above, a page of float16 takes more than 2.7 MB
-MOST_SCORED = 200_000  # symbols of the held-out text, in evenly spaced chunks: a minute for the largest models
+MOST_SCORED = 200_000  # symbols of held-out text, in evenly spaced chunks: a minute for the largest models
 NAMES = {
     "lstm": "An LSTM",
     "gru": "A GRU",
@@ -134,18 +137,27 @@ def pack(params: ModelParams, format: str) -> tuple[list[list[Any]], bytes, Mode
 
 
 def scored(exported: Exported, rounded: ModelParams, format: str) -> str:
-    """Returns a sentence on the score of the rounded model; says it on stderr, beside that of the model itself."""
-    split, config = exported.held_out, exported.config
-    if split is None or len(split) < 2:
+    """Returns a sentence on the score of the rounded model; says it on stderr, beside that of the model itself.
+
+    The texts of a mixture have their shares in the score, as where a run is validated.
+    """
+    config, held_out = exported.config, exported.held_out
+    found: Mapping[str, Split]
+    if isinstance(held_out, Corpus):
+        found, percent = held_out.texts("valid"), held_out.percent
+    else:
+        found, percent = {"": held_out} if held_out else {}, {"": 100.0}
+    texts = {name: text for name, text in found.items() if len(text) > 1}
+    if not texts:
         say_on_stderr("index.html: the score of the rounded model was not measured, as no held-out text is at hand")
         return ""
     model = dataclasses.replace(config.model, compute_dtype="float32")  # as the page computes
     mesh, separator = distributed.make(), run_directory.separator(config, exported.vocabulary)
     as_page = dataclasses.replace(config, model=model)
-    evaluate = make_evaluator(as_page, exported.vocabulary.size, split, mesh, separator, most=MOST_SCORED)
-    exact, page = (
-        evaluate(distributed.put(mesh, distributed.REPLICATED, params)) for params in (exported.params, rounded)
-    )
+    size, most = exported.vocabulary.size, -(-MOST_SCORED // len(texts))
+    evaluate = {name: make_evaluator(as_page, size, text, mesh, separator, most=most) for name, text in texts.items()}
+    placed = (distributed.put(mesh, distributed.REPLICATED, params) for params in (exported.params, rounded))
+    exact, page = (mixed({name: one(params) for name, one in evaluate.items()}, percent) for params in placed)
     kind = exported.vocabulary.kind
     say_on_stderr(
         f"index.html: {page.in_words(kind)} with weights of {format}, {exact.bits_per_symbol:.4f} as trained, on "

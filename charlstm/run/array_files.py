@@ -1,5 +1,8 @@
 """Arrays in files, as Orbax writes them: the only module that knows Orbax.  What it returns is not verified here.
 
+They are read by TensorStore, the library below Orbax, which is imported where arrays are written: that takes half a
+second, and most programs only read.
+
     <directory>/<item>/...      one field of the state: its leaves, by name
 
 Of an array that lies whole on every device one copy is written, the one on the mesh's first device, by the process that
@@ -8,24 +11,23 @@ has it.  By default Orbax writes a slice of each copy: where the copies differ, 
 
 import asyncio
 import contextlib
-import itertools
-import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
-from etils import epath
+import tensorstore
 
 from charlstm import distributed
-from charlstm.run.digest import named_leaves
+from charlstm.run.digest import host_digest, named_leaves
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 Result = TypeVar("Result")
-READ_TOGETHER = 1 << 24  # bytes
 
 
 def named_items(trees: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -40,6 +42,9 @@ def start_writing(directory: Path, trees: dict[str, Any]) -> Callable[[], None]:
     come to them, and the others would wait there, or take its next step for an answer.  What is returned waits until
     all is written, and raises what has failed.
     """
+    import orbax.checkpoint as ocp
+    from etils import epath
+
     writes, failures = list[Any](), list[Exception]()
 
     def start() -> None:
@@ -68,53 +73,63 @@ def start_writing(directory: Path, trees: dict[str, Any]) -> Callable[[], None]:
 
 def finalize(directory: Path) -> None:
     """Joins what all processes have written; the first process does it when they are done."""
+    from etils import epath
+
     for item in directory.iterdir():
         _apart_from_event_loops(_handler().finalize, epath.Path(item))
 
 
 def read(directory: Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    """The arrays of these items, with the shardings of `abstract`.  All processes read together."""
-    found = {}
-    for item, leaves in named_items(abstract).items():
-        restore = ocp.args.PyTreeRestore(leaves, ocp.checkpoint_utils.construct_restore_args(leaves))
-        found[item] = _apart_from_event_loops(_restore, directory / item, restore)
+    """The arrays of these items, with the shardings of `abstract`; each process reads what its own devices hold."""
+
+    def one(item: str, name: str, leaf: Any) -> jax.Array:
+        store, pieces = _open(directory / item, name), dict[str, np.ndarray]()
+
+        def piece(index: tuple[slice, ...] | None) -> np.ndarray:
+            key = str(index)
+            if key not in pieces:  # several devices may hold the same
+                pieces[key] = _result(item, (store if index is None else store[index]).read())
+            return pieces[key]
+
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, piece)
+
     return {
-        item: jax.tree.unflatten(jax.tree.structure(tree), [found[item][name] for name in named_leaves(tree)])
+        item: jax.tree.unflatten(jax.tree.structure(tree), [one(item, *leaf) for leaf in named_leaves(tree).items()])
         for item, tree in abstract.items()
     }
 
 
-def read_to_host(directory: Path, arrays: dict[str, dict[str, Any]]) -> Iterator[tuple[str, np.ndarray]]:
-    """Each array with its name, "item.leaf", in some order.  No device is asked, and no other process.
+def check(directory: Path, arrays: dict[str, dict[str, Any]]) -> None:
+    """Raises ValueError or OSError where the files do not hold these arrays, "item.leaf" -> {dtype, shape, digest}.
 
-    Holds one array at a time; small ones are read together, as Orbax takes as long to begin as to read megabytes.
-
-    Args:
-      arrays: name -> {dtype, shape}, as in a seal.
+    Holds one array at a time.  No device is asked, and no other process.
     """
-    sizes = {name: math.prod(held["shape"]) * np.dtype(held["dtype"]).itemsize for name, held in arrays.items()}
-    for item, group in itertools.groupby(sizes, lambda name: name.partition(".")[0]):
-        for names in _together(list(group), sizes):
-            leaves = {name.partition(".")[2]: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
-            restore = ocp.args.PyTreeRestore(dict.fromkeys(leaves, 0), leaves, partial_restore=True)
-            found = _apart_from_event_loops(_restore, directory / item, restore)
-            for name in names:
-                yield name, found.pop(name.partition(".")[2])
+    for full_name, expected in arrays.items():
+        item, _, name = full_name.partition(".")
+        array = _result(item, _open(directory / item, name).read())
+        found = {"dtype": str(array.dtype), "shape": list(array.shape), "digest": host_digest(array)}
+        if found != expected:
+            raise ValueError(f"{full_name} is {found} and not {expected}")
 
 
-def _together(names: list[str], sizes: dict[str, int]) -> Iterator[list[str]]:
-    """Lists of names in turn, each of one array or of some that are small together."""
-    while names:
-        totals = itertools.accumulate(sizes[name] for name in names)
-        count = max(1, sum(total <= READ_TOGETHER for total in totals))
-        yield names[:count]
-        names = names[count:]
+def _open(item: Path, name: str) -> Any:
+    kvstore = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{item}/"}, "path": f"{name}/"}
+    return _result(item.name, tensorstore.open({"driver": "auto", "kvstore": kvstore}, read=True))
+
+
+def _result(item: str, future: Any) -> Any:
+    try:
+        return future.result()
+    except distributed.FAILURES:
+        raise
+    except Exception as error:  # of any kind: a process that went its own way would leave the others waiting
+        raise ValueError(f"{item} cannot be read ({type(error).__name__}: {error})") from error
 
 
 def refuse_other_arrays(checkpoint: str, held: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raises ValueError where the arrays that a seal lists are not those wanted, each `name -> {dtype, shape}`.
 
-    Orbax would cast another type in silence, and what it says of another shape helps nobody.
+    What JAX would say of another shape helps nobody.
     """
 
     def words(array: dict[str, Any] | None) -> str:
@@ -129,15 +144,6 @@ def refuse_other_arrays(checkpoint: str, held: dict[str, Any], wanted: dict[str,
             )
 
 
-def _restore(item: Path, restore: Any) -> Any:
-    try:
-        return _handler().restore(epath.Path(item), args=restore)
-    except distributed.FAILURES:
-        raise
-    except Exception as error:  # of any kind: a process that went its own way would leave the others waiting
-        raise ValueError(f"{item.name} cannot be read ({type(error).__name__}: {error})") from error
-
-
 def _apart_from_event_loops(function: Callable[..., Result], *arguments: Any) -> Result:
     """Calls `function` in a thread if an event loop runs here (Jupyter): Orbax runs event loops of its own."""
     try:
@@ -148,7 +154,9 @@ def _apart_from_event_loops(function: Callable[..., Result], *arguments: Any) ->
         return thread.submit(function, *arguments).result()
 
 
-def _handler() -> ocp.PyTreeCheckpointHandler:
+def _handler() -> "ocp.PyTreeCheckpointHandler":
+    import orbax.checkpoint as ocp
+
     # Weights are noise: compression saves 8 % and takes most of the time.  OCDBT puts many arrays, and the pieces that
     # many devices hold, in few files.
     handlers = ocp.type_handlers

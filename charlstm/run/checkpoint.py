@@ -21,12 +21,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import absl.logging
 import jax
 import numpy as np
 
 from charlstm import distributed
 from charlstm.run import array_files, replicas, sealing, step_directory
-from charlstm.run.digest import describe, digests, host_digest
+from charlstm.run.digest import describe, digests, quick_digests
 from charlstm.run.sealing import Damaged
 from charlstm.run.step_directory import StepDirectory
 from charlstm.types import ModelParams, TrainState
@@ -73,7 +74,8 @@ class Checkpoints:
         self._keep, self._writable, self._log = keep, writable, log
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
-        logging.getLogger("absl").addFilter(_not_from_orbax)  # failures are told by `log`, in one line
+        # Failures are told by `log`, in one line.  The logger is Abseil's own kind, which knows who has called it.
+        absl.logging.get_absl_logger().addFilter(_not_from_orbax)
         if writable:
             distributed.run_on_first(self._open)
             distributed.run_on_all(self._files.require_seen)
@@ -223,22 +225,14 @@ class Checkpoints:
         array_files.finalize(staging)
         sealing.seal(staging, meta)
         try:
-            self._read_back(staging, meta)
+            sealing.forget_cached(staging)
+            array_files.check(staging, meta["arrays"])
         except distributed.FAILURES as error:
             kept = ""
             if not self.failed_saves:  # keep only the first of several in a row, to look into; all would fill the disk
                 kept = f"; kept as {self._files.set_aside_staging(meta['step'], 'corrupt')}"
             raise ValueError(f"read back, it is not what was written: {error}{kept}") from error
         self._files.promote(staging, meta["step"])
-
-    def _read_back(self, directory: Path, meta: dict[str, Any]) -> None:
-        """Raises ValueError or OSError where the files do not hold the arrays of `meta`."""
-        sealing.forget_cached(directory)
-        arrays = meta["arrays"]
-        for name, array in array_files.read_to_host(directory, arrays):
-            found = {"dtype": str(array.dtype), "shape": list(array.shape), "digest": host_digest(array)}
-            if found != arrays[name]:
-                raise ValueError(f"{name} is {found} and not {arrays[name]}")
 
     def _failed(self, step: int, error: Exception) -> None:
         if distributed.is_first_process():
@@ -294,7 +288,7 @@ class Checkpoints:
                 self._files.read_by_all(step, trees, distributed.all_gather_str)
             raise
         wrong = ""
-        for name, digest in digests(restored).items():
+        for name, digest in quick_digests(restored).items():
             if digest != held[name]["digest"]:
                 wrong = f"{name} has digest {digest}, {held[name]['digest']} was saved"
         if distributed.any_process(bool(wrong)):

@@ -19,6 +19,7 @@ from jax import lax
 
 LANE_SEEDS = (0x9E3779B9, 0x7F4A7C15)
 PIECE = 1 << 16  # elements that the host's digest takes at once
+FEW = 1 << 24  # elements, at most 0.2 s of the host's digest: a program takes as long to be traced
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -50,6 +51,14 @@ def digests(tree: Any) -> dict[str, str]:
     sums = jax.device_get([_digests_at_once(held) for held in _by_devices(leaves)])
     sums = sums[0] | sums[1]
     return {name: to_hex(sums[name]) for name in leaves}
+
+
+def quick_digests(tree: Any) -> dict[str, str]:
+    """Returns the same as `digests`: by NumPy, where each device has all arrays whole and these are small."""
+    leaves = named_leaves(tree)
+    if sum(leaf.size for leaf in leaves.values()) > FEW or not all(a.is_fully_replicated for a in leaves.values()):
+        return digests(tree)
+    return {name: host_digest(np.asarray(leaf.addressable_data(0))) for name, leaf in leaves.items()}
 
 
 def host_digest(array: np.ndarray) -> str:

@@ -30,6 +30,20 @@ from data_pipeline.vocabulary import Vocabulary
 SHOWN = 20  # symbols that are named in a sentence
 
 
+def refuse_imported(run_dir: Path) -> None:
+    """Raises ValueError where a directory holds an imported model: says how to train on from it."""
+    try:
+        is_imported = not run_directory.read(run_dir)[1].corpus_fingerprint
+    except ValueError:  # there is no run, or a damaged one
+        return
+    if is_imported:
+        raise ValueError(
+            f"{run_dir} holds an imported model, without a text or a state of training to go on from: train from it in "
+            f"a run of its own, python -m launch.train --flagfile={run_dir / 'flags.txt'} "
+            f"--initial_checkpoint={run_dir} --corpus=TEXT --run_dir=runs/mine"
+        )
+
+
 class Taken(NamedTuple):
     """Parameters, and what is written down of them."""
 

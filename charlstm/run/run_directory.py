@@ -193,9 +193,6 @@ def resume_config(run_dir: Path, wanted: Config, identity: Identity, initial: st
       ValueError: it is not a run, or damaged.
     """
     run_config, run_identity = read(run_dir)
-    if not run_identity.corpus_fingerprint:
-        remedy = f"name another run_dir, and --initial_checkpoint={run_dir}"
-        raise OtherRun(f"{run_dir} holds an imported model, without a state of training to go on from: {remedy}")
     mixed, now = (config.streams.mixture or "none" for config in (run_config, wanted))
     check_identity(run_dir, run_identity, identity, f" (mixture: {mixed} -> {now})" if mixed != now else "")
     forbidden, free = config_lib.diff(run_config, wanted)

@@ -59,6 +59,7 @@ def open_corpus(config: Config, given: Sequence[str], run_dir: Path | None, mesh
     # Before a text is prepared, which may take hours.
     placement.shards_per_device(config_lib.fill_automatic(config, mesh.size), mesh.size)
     if run_dir:
+        initial_checkpoint.refuse_imported(run_dir)
         corpus_lib.refuse_inside(run_dir, config.corpus, config.streams.mixture)
     return corpus_lib.open_for(config, given)
 
@@ -105,6 +106,7 @@ def start(
     Raises:
       ValueError: this run cannot be had, in one sentence with the remedy.
     """
+    initial_checkpoint.refuse_imported(run_dir)
     check(config, corpus, choose_mesh(config))
     identity = Identity(corpus.vocabulary, corpus.fingerprint)
     initial = str(run_directory.named("initial_checkpoint", initial)) if initial else ""

@@ -13,6 +13,8 @@ Exit statuses:
     130 interrupted by Ctrl-C with nothing to save, or by a second one before saving had ended; 143: by SIGTERM
 """
 
+import errno
+import gc
 import logging
 import os
 import signal
@@ -32,6 +34,8 @@ STATUS: dict[int | None, int] = {Unreachable.errno: UNREACHABLE, InUse.errno: IN
 
 def run(name: str, main: Callable[[Sequence[str]], int]) -> None:
     """Runs `main(argv)` and exits with its status, or with the status of the error that it raised."""
+    gc.freeze()  # what was imported is never looked at again
+    gc.enable()
     signals.attach(name)
     _hush_the_background()
     try:
@@ -63,6 +67,8 @@ def _status(name: str, main: Callable[[Sequence[str]], int]) -> int:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Returns whether the host or a device has run out of memory."""
+    if isinstance(error, OSError):  # a full disk is RESOURCE_EXHAUSTED, too
+        return error.errno == errno.ENOMEM
     return "out of memory" in str(error).lower() or "RESOURCE_EXHAUSTED" in str(error)
 
 

@@ -1,5 +1,6 @@
 """An imported model is a run: of our own export with the same bits, and of PyTorch's files with PyTorch's logits."""
 
+import errno
 import json
 import re
 import subprocess
@@ -100,8 +101,11 @@ def test_every_program_works_on_it_or_says_in_a_sentence_that_it_has_no_text(exp
         flags = [f"--run_dir={run_dir}", *(["--unit=1:3"] if other is inspect.main else [])]
         assert "this model was imported and has no corpus of its own: give --text" in refusal(other, *flags)
     (tmp_path / "long.txt").write_text("bade a cab dig a fig\n" * 300)
-    flags = [TINY, f"--corpus={tmp_path / 'long.txt'}", f"--cache_dir={tmp_path}", f"--run_dir={run_dir}"]
-    assert f"--initial_checkpoint={run_dir}" in refusal(train.main, *flags)
+    flags = [TINY, f"--corpus={tmp_path / 'long.txt'}", f"--cache_dir={tmp_path}"]
+    for text in (flags, [], ["--corpus=nowhere"]):
+        sentence = refusal(train.main, *text, f"--run_dir={run_dir}")
+        assert "an imported model" in sentence
+        assert f"--flagfile={run_dir}/flags.txt --initial_checkpoint={run_dir} --corpus=TEXT" in sentence
 
 
 def test_a_run_starts_from_it_with_its_flags_on_another_text_of_other_symbols(exported, tmp_path):
@@ -136,7 +140,11 @@ def test_what_fails_leaves_nothing_behind(exported, tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoints, "_make_staging", full)
     with pytest.raises(OSError, match="No space left"):
         import_model(folder, tmp_path / "run")
-    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    monkeypatch.setattr(Checkpoints, "_name", full)
+    with pytest.raises(OSError, match=r"run was not written: .*No space left") as caught:
+        import_model(folder, tmp_path / "run")
+    assert caught.value.errno == errno.EIO and not list(tmp_path.iterdir())
 
 
 def test_the_note_of_a_run_says_where_it_comes_from_and_its_flags_are_a_flagfile(exported):

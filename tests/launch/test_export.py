@@ -1,5 +1,6 @@
 """launch.export on a run: what it prints, writes and refuses, and that the weights are those that are evaluated."""
 
+import io
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.numpy import load_file
 import charlstm as cl
 from charlstm import distributed
 from charlstm.interop.folder import load_numpy
+from charlstm.run import corpus as corpus_lib
 from charlstm.run import run_directory
 from charlstm.run.checkpoint import Checkpoints
 from charlstm.training import train_state
@@ -93,12 +95,43 @@ def test_what_it_cannot_do_is_refused_in_one_sentence_and_leaves_nothing(run_dir
     assert "is there already: name a new directory" in sentence and tree(tmp_path) == before
 
 
+@pytest.mark.parametrize("format", ["safetensors", "html"])
+def test_a_full_disk_is_told_of_in_a_sentence_and_leaves_nothing(run_dir, tmp_path, monkeypatch, format):
+    model, open_file = cl.load(run_dir), io.open
+
+    def opened(path, mode="r", *rest, **more):
+        if "w" in mode and str(path).endswith((".safetensors", ".html")):
+            path = "/dev/full"
+        return open_file(path, mode, *rest, **more)
+
+    monkeypatch.setattr(io, "open", opened)
+    with pytest.raises(OSError, match=f"No space left on device: output={tmp_path / 'made'} was not written"):
+        model.export(tmp_path / "made", format)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_page_has_the_score_of_its_rounded_weights_beside_that_of_the_run(run_dir, tmp_path, capsys):
     assert export.main(["export", f"--run_dir={run_dir}", "--format=html", f"--output={tmp_path / 'page'}"]) == cli.DONE
     model, said = cl.load(run_dir), capsys.readouterr().err
     score = model.evaluate(cl.load_corpus(model.config.corpus.corpus, cache_dir=model.config.corpus.cache_dir).valid)
     assert f"{score.bits_per_symbol:.4f} as trained" in said and "with weights of float16" in said
     assert f"{score.bits_per_symbol:.3f} before its weights" in (tmp_path / "page" / "index.html").read_text("utf-8")
+
+
+def test_a_page_of_a_mixture_has_the_score_by_the_shares_of_its_texts(folder, arguments, tmp_path, capsys):
+    texts = [folder / f"mixed {name}.txt" for name in ("letters", "digits")]
+    for path, letters in zip(texts, ("abcdefgh\n", "12345678\n"), strict=True):
+        path.write_text("".join(np.random.default_rng(0).choice(list(letters), 9000)), "utf-8")
+    others = [flag for flag in arguments if not flag.startswith(("--corpus=", "--num_steps"))]
+    named = f"--mixture=letters={texts[0]}:3,digits={texts[1]}:1"
+    run_dir = f"--run_dir={folder / 'mixed'}"
+    assert train.main(["train", *others, "--corpus=", named, "--num_steps=1", run_dir]) == cli.DONE
+    capsys.readouterr()
+    assert export.main(["export", run_dir, "--format=html", f"--output={tmp_path / 'page'}"]) == cli.DONE
+    model, said = cl.load(folder / "mixed"), capsys.readouterr().err
+    corpus = corpus_lib.load(model.config)
+    one, other = (model.evaluate(text).bits_per_symbol for text in corpus.texts("valid").values())
+    assert f"{0.75 * one + 0.25 * other:.4f} as trained" in said and abs(one - other) > 1e-3
 
 
 def test_a_page_of_a_run_whose_text_has_gone_has_no_score_and_says_so(run_dir, tmp_path, capsys, monkeypatch):
