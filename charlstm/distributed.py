@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -210,15 +210,25 @@ def all_gather_str(word: str, apart: str = "main") -> list[str]:
     client, own, place = distributed.global_state.client, jax.process_index(), f"charlstm/{apart}"
     meeting = next(_meetings[apart])
     assert client is not None, "several processes have joined through it"
-    client.key_value_set(f"{place}/{meeting}/{own}", word)
-    # A barrier and one read of a directory: a process asks the service thrice, however many processes there are.  The
-    # barrier is the same each time: the service would keep every one that it had ever seen.
+    # The first process reads all words, at once, and gives the others an answer that is short where most words are
+    # alike: neither the calls of a process nor what it reads grow with the processes.  The barrier is the same each
+    # time: the service would keep every one that it had ever seen.
+    key = f"{place}/{{}}/{own}" if own else f"{place}/answer/{{}}"
+    if own:
+        client.key_value_set(key.format(meeting), word)
     client.wait_at_barrier(place, PATIENCE_MS)
-    words = {int(key.rpartition("/")[2]): word for key, word in client.key_value_dir_get(f"{place}/{meeting}/")}
+    if own:
+        answer = client.blocking_key_value_get(f"{place}/answer/{meeting}", PATIENCE_MS)
+    else:
+        words = {int(name.rpartition("/")[2]): said for name, said in client.key_value_dir_get(f"{place}/{meeting}/")}
+        most = Counter([word, *words.values()]).most_common(1)[0][0]
+        answer = json.dumps([most, {process: said for process, said in {0: word, **words}.items() if said != most}])
+        client.key_value_set(key.format(meeting), answer)
     # Whoever came to this meeting has read all of the one before: a long run does not fill the service's memory.
     if meeting:
-        client.key_value_delete(f"{place}/{meeting - 1}/{own}")
-    return [words[process] for process in range(jax.process_count())]
+        client.key_value_delete(key.format(meeting - 1))
+    most, others = json.loads(answer)
+    return [others.get(str(process), most) for process in range(jax.process_count())]
 
 
 def latest_of_all(name: str, value: float) -> dict[int, float]:
