@@ -27,6 +27,7 @@ from tests.data_pipeline import servers
 from tests.data_pipeline.faulty import Proxy, no_fault
 from tests.faults.conftest import SeenOfStore
 from tests.jobs import ROOT, has_saved, last_line, wait_for
+from tests.launch.conftest import SMALL, TINY
 
 pytest.importorskip("obstore", reason="obstore is absent: pip install charlstm[remote]")
 
@@ -82,8 +83,9 @@ def stored(tmp_path_factory) -> Iterator[Stored]:
 
 
 @pytest.fixture(scope="module")
-def flags(job_flags) -> tuple[str, ...]:
-    return tuple(flag for flag in job_flags if not flag.startswith(("--corpus=", "--cache_dir=")))
+def flags() -> tuple[str, ...]:
+    often = ("--log_every=80", "--checkpoint_every=80", "--num_steps=240")
+    return (TINY, *SMALL, "--logical_shards=8", *often)
 
 
 @pytest.fixture(scope="module")
