@@ -104,7 +104,18 @@ PROGRAMS = [f"launch.{name}" for name in LAUNCHED]
 PROGRAMS += ["tests.faults.chaos", "tests.faults.soak", "benchmarks.cost_model"]
 PROGRAMS += [
     f"benchmarks.{name}"
-    for name in ("train_step", "sampling", "end_to_end", "input", "scaling", "gpu", "equal_time", "parts", "capping")
+    for name in (
+        "train_step",
+        "sampling",
+        "end_to_end",
+        "input",
+        "scaling",
+        "gpu",
+        "equal_time",
+        "parts",
+        "readers",
+        "capping",
+    )
 ]
 
 

@@ -27,6 +27,7 @@ from tests.data_pipeline import servers
 from tests.data_pipeline.faulty import Proxy, no_fault
 from tests.faults.conftest import SeenOfStore
 from tests.jobs import ROOT, has_saved, last_line, wait_for
+from tests.launch.conftest import SMALL, TINY
 
 pytest.importorskip("obstore", reason="obstore is absent: pip install charlstm[remote]")
 
@@ -82,8 +83,9 @@ def stored(tmp_path_factory) -> Iterator[Stored]:
 
 
 @pytest.fixture(scope="module")
-def flags(job_flags) -> tuple[str, ...]:
-    return tuple(flag for flag in job_flags if not flag.startswith(("--corpus=", "--cache_dir=")))
+def flags() -> tuple[str, ...]:
+    often = ("--log_every=80", "--checkpoint_every=80", "--num_steps=240")
+    return (TINY, *SMALL, "--logical_shards=8", *often)
 
 
 @pytest.fixture(scope="module")
@@ -166,8 +168,9 @@ def test_a_server_without_ranges_and_a_damaged_object_end_it_with_a_sentence(sto
     store_table.append(SeenOfStore("a bit flipped in the object itself", 1, "status 2, one sentence with the offset"))
 
 
-def killed_after(proxy: Proxy, requests: int, meanwhile: Callable[[], None]) -> threading.Thread:
-    """Kills the server after so many requests, and then does what is to be done."""
+@contextlib.contextmanager
+def killed_after(proxy: Proxy, requests: int, meanwhile: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Kills the server after so many requests, and then does what is to be done; it happens within the block."""
     killing, killed = Spoiling("killed", after=requests), threading.Event()
 
     def fault(name: str, start: int, stop: int) -> str:
@@ -181,9 +184,13 @@ def killed_after(proxy: Proxy, requests: int, meanwhile: Callable[[], None]) -> 
             meanwhile()
 
     proxy.fault = fault
-    thread = threading.Thread(target=wait)
-    thread.start()
-    return thread
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    try:
+        yield
+        assert killed.is_set()
+    finally:
+        waiting.join()
 
 
 def test_a_server_that_is_gone_for_5_s_is_waited_for_and_one_that_stays_away_ends_the_run_with_a_status_of_its_own(
@@ -193,18 +200,16 @@ def test_a_server_that_is_gone_for_5_s_is_waited_for_and_one_that_stays_away_end
         time.sleep(5)
         stored.proxy.start()
 
-    waiting = killed_after(stored.proxy, 300, back)
-    done = stored.train(*command)
-    waiting.join()
+    with killed_after(stored.proxy, 300, back):
+        done = stored.train(*command)
     assert done.returncode == cli.DONE, done.stderr
     equal = last_line(tmp_path / "run")["state_digest"] == from_disk
     store_table.append(SeenOfStore("the server gone for 5 s", 1, str(equal)))
     assert equal
 
-    waiting = killed_after(stored.proxy, 300, lambda: None)
     again = [*command, "--remote_patience=3", f"--run_dir={tmp_path / 'again'}", "--checkpoint_every=20"]
-    done = stored.train(*again)
-    waiting.join()
+    with killed_after(stored.proxy, 300):
+        done = stored.train(*again)
     assert done.returncode == cli.UNREACHABLE, done.stderr
     assert "s3://bucket/text has not answered for 3 s" in said(done) and "the same command goes on" in said(done)
     stored.proxy.fault = no_fault
