@@ -132,7 +132,9 @@ def _rows(model: "Model", split: Split, start: int, stop: int) -> Iterator[Rows]
 
 def _looked(model: "Model", windows: Iterator[Rows], with_gates: bool) -> Iterator[tuple[Rows, Any, dict[str, Any]]]:
     """Yields windows with what `_look` finds; while one is counted, the device reads the next."""
-    config, state, before = model.config.model, None, None
+    config = model.config.model
+    state: Any = None
+    before: Any = None
     for rows in windows:
         if state is None:
             state = first_state(config, model.params, len(rows.ids))
