@@ -87,13 +87,7 @@ def read(model: "Model", split: Split, patterns: Mapping[str, Pattern], *, patte
         stop = min(len(split), start + SEGMENT)
         labels = np.stack([*_labels(model, split, patterns, start, stop), np.ones(stop - start, bool)])
         half = (np.arange(start, stop) // min(BLOCK, max(1, len(split) // 8))) % 2
-        state = None
-        for rows in _rows(model, split, start, stop):
-            if state is None:
-                state = first_state(config, model.params, len(rows.ids))
-            state, levels, sums = _look(
-                model.params, state, rows.ids, rows.reset, rows.counted, config, not patterns_only
-            )
+        for rows, levels, sums in _looked(model, _rows(model, split, start, stop), not patterns_only):
             levels_BTU, position = np.asarray(levels), rows.position[rows.counted]
             _count(survey.levels, levels_BTU[rows.counted], labels[:, position], half[position])
             if patterns_only:
@@ -134,6 +128,22 @@ def _rows(model: "Model", split: Split, start: int, stop: int) -> Iterator[Rows]
         counted = (offset >= 0) & (offset < length) & (position < count)
         place = np.minimum(position + WARM_UP, len(ids) - 1)
         yield Rows(ids[place], reset[place], position, counted)
+
+
+def _looked(model: "Model", windows: Iterator[Rows], with_gates: bool) -> Iterator[tuple[Rows, Any, dict[str, Any]]]:
+    """Yields windows with what `_look` finds; while one is counted, the device reads the next."""
+    config = model.config.model
+    state: Any = None
+    before: Any = None
+    for rows in windows:
+        if state is None:
+            state = first_state(config, model.params, len(rows.ids))
+        state, levels, sums = _look(model.params, state, rows.ids, rows.reset, rows.counted, config, with_gates)
+        if before is not None:
+            yield before
+        before = rows, levels, sums
+    if before is not None:
+        yield before
 
 
 def _count(levels: np.ndarray, levels_NU: np.ndarray, labels_PN: np.ndarray, half_N: np.ndarray) -> None:

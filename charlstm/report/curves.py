@@ -126,7 +126,9 @@ def in_terminal(runs: Sequence[History], value: str, by: str, width: int, color:
     if not xs:
         return "no run has measured anything yet"
     title = f"{value.replace('_', ' ')} by {BY[by]}"
-    signs = {} if color or len(names) == 1 else {"character_set": "ascii", "force_ascii_characters": list(SIGNS)}
+    signs: dict[str, Any] = {}
+    if not color and len(names) > 1:
+        signs = {"character_set": "ascii", "force_ascii_characters": list(SIGNS)}
     how: dict[str, Any] = {"lines": True, "color": color, "width": width, "height": 14, "title": title, **signs}
     drawn = plot_to_string(ys, xs, legend_labels=names, **how)
     return drawn if isinstance(drawn, str) else "\n".join(drawn)
