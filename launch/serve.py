@@ -16,11 +16,12 @@ if __name__ == "__main__":  # before what takes seconds to import
 
 import contextlib
 import dataclasses
+import logging
 import signal
 import socket
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from charlstm.interop import sampling_page
 from charlstm.run import run_directory
@@ -93,14 +94,9 @@ def main(argv: Sequence[str]) -> int:
             best = partial(load, checkpoint="best")
             follower = loading.Follower(run_dir, best, model.step, server.slots.use, signals.say)
             running.callback(follower.stop)
-        how: dict[str, Any] = {
-            "log_level": "error",
-            "access_log": False,
-            "lifespan": "off",
-            "ws": "none",
-            "http": "h11",
-        }
-        listener = uvicorn.Server(uvicorn.Config(server.app, **how, timeout_graceful_shutdown=LAST_ANSWERS))
+        how = uvicorn.Config(server.app, log_level="error", access_log=False, lifespan="off", ws="none", http="h11")
+        how.timeout_graceful_shutdown = LAST_ANSWERS
+        listener = uvicorn.Server(how)
         listener.capture_signals = contextlib.nullcontext  # type: ignore  # ours are caught already
         running.enter_context(signals.reacting(partial(_signalled, server, listener)))
         host, port = listening.getsockname()[:2]
@@ -114,6 +110,7 @@ def _signalled(server: "Server", listener: object, number: int) -> None:
         signals.leave(number)
     server.is_draining = True
     listener.should_exit = True  # type: ignore[attr-defined]
+    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # an answer that is cut off is no error
     busy, waiting = server.slots.busy, server.slots.waiting
     signals.say(f"told to stop: ends when {busy + waiting} texts are written; a second signal ends it at once")
 

@@ -73,11 +73,11 @@ def runs(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def started(run_dir, *flags):
+def started(run_dir, *flags, program=("-m", "launch.serve")):
     """A server in a process of its own; yields the process and its address."""
     environment = os.environ | {"XLA_FLAGS": xla_flags(2), "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [sys.executable, "-m", "launch.serve", f"--run_dir={run_dir}", "--port=0", *flags],
+        [sys.executable, *program, f"--run_dir={run_dir}", "--port=0", *flags],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,

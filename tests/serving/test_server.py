@@ -193,6 +193,27 @@ def test_sigterm_drains_and_the_port_is_given_up(runs):
             get(address, "/health")
 
 
+@pytest.mark.long
+def test_clients_that_neither_write_nor_read_do_not_hold_a_server_that_is_told_to_stop(runs):
+    code = "import sys; from launch import serve; from launch.support import cli; serve.LAST_ANSWERS = 2; "
+    with started(runs["bytes"], "--slots=2", program=("-c", code + "cli.run('launch.serve', serve.main)")) as opened:
+        running, address = opened
+        host, port = address.removeprefix("http://").split(":")
+        body = json.dumps({"prompt": "a", "max_tokens": 4096, "stream": True, "logprobs": 20}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        with contextlib.ExitStack() as connections:
+            for sent in (head + body, head + body[:5]):
+                connection = connections.enter_context(socket.socket())
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+                connection.connect((host, int(port)))
+                connection.sendall(sent)
+            while busy(address) != (1, 0):
+                time.sleep(0.01)
+            running.send_signal(signal.SIGTERM)
+            assert running.wait(60) == 0
+    assert len(running.said) == 2 and "told to stop" in running.said[1]
+
+
 @pytest.mark.parametrize(
     ("numbers", "status"), [([signal.SIGINT], 130), ([signal.SIGTERM] * 2, 143)], ids=["^C", "TERM"]
 )
