@@ -40,7 +40,9 @@ class WatchdogFlags:
     step_timeout_factor: float = setting(
         30.0, "Abort if a step takes longer than max(this x the median step, --step_timeout_least); 0 disables."
     )
-    step_timeout_least: float = setting(30.0, "Seconds that any step may take.")
+    step_timeout_least: float = setting(
+        120.0, "Seconds that any step may take, also on a machine that does other work."
+    )
     pause_timeout: float = setting(
         1800.0, "Seconds that compiling, restoring, evaluating or saving may take; 0: no limit."
     )
