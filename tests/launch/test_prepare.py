@@ -123,5 +123,5 @@ def test_a_full_disk_is_one_line_with_the_name_of_the_file_and_status_74(tmp_pat
     options = (f"--input={tmp_path}/a.txt", f"--output={tmp_path}/out", f"--cache_dir={tmp_path}/cache")
     done = subprocess.run([sys.executable, "-c", code, *options], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (74, "", 2)  # with what the text is
-    assert "File too large" in done.stderr and f"{tmp_path}/.out.partial/train-00000.ids'" in done.stderr
+    assert "File too large" in done.stderr and f"{tmp_path}/.out.partial/train-00000.ids cannot be used" in done.stderr
     assert run(*options).returncode == 0
