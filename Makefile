@@ -6,7 +6,7 @@
 # make soak    a job for two hours with a fault every minute; prints its goodput
 # make bench   speed, memory and scaling beside PyTorch, flax and dm-haiku, in an environment of its own; hours
 # make gpu     on a machine with a GPU, eight minutes: its bits, its values beside float64, its speed beside PyTorch and flax
-# make notebooks   executes the notebooks again, for 20 minutes or so; CHARLSTM_SHORT=1 tries them, and leaves them as they are
+# make notebooks   executes the notebooks again, for 40 minutes or so; CHARLSTM_SHORT=1 tries them, and leaves them as they are
 # make interop models exchanged with PyTorch, onnxruntime, flair and OpenAI's client, in an environment that has these, without JAX
 # make lint    style and types
 #

@@ -19,8 +19,9 @@ def cells_and_texts(path):
     return notebook, cells, ["".join(data[kind]) for data in shown for kind in data if kind.startswith("text/")]
 
 
-def test_there_are_three():
-    assert [path.stem for path in NOTEBOOKS] == ["1_rnn_vs_lstm", "2_lstm_tuning", "3_large_corpus"]
+def test_there_are_four():
+    names = ["1_rnn_vs_lstm", "2_lstm_tuning", "3_large_corpus", "4_looking_inside"]
+    assert [path.stem for path in NOTEBOOKS] == names
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
