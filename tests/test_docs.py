@@ -115,6 +115,7 @@ PROGRAMS += [
         "parts",
         "readers",
         "capping",
+        "inside",
     )
 ]
 
