@@ -146,14 +146,14 @@ def _widened(drawn_JG: Array, old_JG: Array, H: int, H_old: int) -> Array:
 
 
 def _one_hot_rows(drawn_VG: Array, old_VG: Array, kept: Kept, H: int, H_old: int) -> Array:
-    """As `_widened`, for rows of symbols: those of other symbols are drawn, as no old symbol leads to them."""
+    """Widens rows of symbols as `_widened` does: those of other symbols are drawn, as no old symbol leads to them."""
     grown_VBH = drawn_VG.reshape(len(drawn_VG), -1, H).copy()
     grown_VBH[kept.here, :, :H_old] = old_VG.reshape(len(old_VG), -1, H_old)[kept.there]
     return grown_VBH.reshape(drawn_VG.shape)
 
 
 def _corner(drawn: Array, old: Array) -> Array:
-    """As `_widened`, of one block: a matrix or a bias of the mogrifier."""
+    """Widens one block, a matrix or a bias of the mogrifier, as `_widened` does."""
     if old.ndim == 1:
         return np.concatenate([old, drawn[len(old) :]])
     return _widened(drawn, old, drawn.shape[1], old.shape[1])

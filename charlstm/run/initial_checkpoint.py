@@ -138,7 +138,7 @@ def shared_symbols(there: Vocabulary, here: Vocabulary) -> Kept:
 
 
 def _symbols(vocabulary: Vocabulary) -> list[str | int]:
-    """What each id stands for: a character, a byte that is none by itself as its value, -1 for the unknown symbol."""
+    """Returns the symbol of each id: a character, the value of a byte that is none alone, -1 for the unknown one."""
     if vocabulary.kind == "bytes":
         return [chr(byte) if byte < 128 else byte for byte in range(256)]
     return [-1, *vocabulary.characters]

@@ -25,7 +25,7 @@ MOST_BODY = 16 << 20  # bytes of a request
 
 
 class Server:
-    """What the answers are made with.
+    """The model, slots and limits that answers are made with.
 
     Attributes:
       app: the ASGI application.

@@ -45,7 +45,7 @@ class Refused(Exception):
 
 
 class Limits(NamedTuple):
-    """What a request may ask for."""
+    """Limits of a request."""
 
     max_prompt: int  # symbols
     max_tokens: int
@@ -221,7 +221,7 @@ def _in_short(words: Any, most: int = 100) -> str:
 
 
 class Answer(NamedTuple):
-    """What all parts of an answer have in common."""
+    """Fields that all parts of an answer have in common."""
 
     id: str
     created: int

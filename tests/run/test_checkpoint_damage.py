@@ -201,6 +201,22 @@ def test_a_file_that_cannot_be_read_back_is_a_failed_save(directory, monkeypatch
     assert restored_by_a_reader(directory) == (2, [])
 
 
+def test_other_bits_than_were_written_are_a_failed_save_though_their_file_is_whole(directory, monkeypatch):
+    whole, said = sealing.seal, list[str]()
+
+    def on_a_lying_disk(staging: Path, meta: dict) -> None:
+        held = max(files(staging / "opt_state"), key=lambda path: path.stat().st_size)
+        flip(held, 4 * held.stat().st_size)
+        whole(staging, meta)  # of the file as it is
+
+    monkeypatch.setattr(sealing, "seal", on_a_lying_disk)
+    with Checkpoints(directory, keep=1, log=said.append) as checkpoints:
+        checkpoints.save(make_state(3), IDENTITY, None)
+        checkpoints.wait()
+        assert checkpoints.failed_saves == 1 and "read back, it is not what was written" in said[0]
+    assert restored_by_a_reader(directory) == (2, [])
+
+
 def test_a_step_under_another_name_is_refused(directory):
     os.rename(directory / "2", directory / "3")
     step, said = restored_by_a_reader(directory)
