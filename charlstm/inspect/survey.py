@@ -29,6 +29,7 @@ AROUND = 4096  # symbols on either side that a pattern sees, too; a longer match
 WARM_UP = 256  # symbols that a row reads before those that count
 LEAST_ROW = 4096  # symbols of a row at least
 MOST_ROWS, WINDOW = 64, 64
+MOST_PATTERNS = 60  # with the whole text and the half, bits of an int64
 BLOCK = 1000  # symbols; blocks of even number choose units, those of odd number score the choice
 TOP = 6  # places that are kept of each unit and end
 APART = 40  # symbols between two of them at least
@@ -68,11 +69,13 @@ def read(model: "Model", split: Split, patterns: Mapping[str, Pattern], *, patte
     """Reads a text or a split once; `patterns_only` leaves gates and ends out, which takes less time.
 
     Raises:
-      ValueError: the model reads backward.
+      ValueError: the model reads backward, or there are more than MOST_PATTERNS.
     """
     require_forward(model)
     config = model.config.model
     count, P = len(all_units(config)), len(patterns)
+    if P > MOST_PATTERNS:
+        raise ValueError(f"{P} patterns are more than can be looked for at once: give at most {MOST_PATTERNS}")
     gates = [gate for gate in arrays_of(config) if gate in SIGMOID]
     nowhere = np.array([[-1.0], [-1.0 - APART]])[None]
     survey = Survey(
@@ -147,16 +150,16 @@ def _looked(model: "Model", windows: Iterator[Rows], with_gates: bool) -> Iterat
 
 
 def _count(levels: np.ndarray, levels_NU: np.ndarray, labels_PN: np.ndarray, half_N: np.ndarray) -> None:
-    """Adds the levels of N symbols to the counts of their patterns and halves."""
+    """Adds the levels of N symbols to the counts of their patterns and halves: each kind of symbol is counted once."""
     U, L = levels.shape[2:]
-    flat_NU = levels_NU.astype(np.int32) + np.arange(U, dtype=np.int32)[None] * L
-    for half in (0, 1):
-        of_half = half_N == half
-        for number, label_N in enumerate(labels_PN):
-            chosen = of_half & label_N
-            if chosen.any():
-                found = np.bincount(flat_NU[chosen].ravel(), minlength=U * L)
-                levels[number, half] += found.reshape(U, L)
+    bits_N = (1 << np.arange(len(labels_PN))) @ labels_PN + (half_N << len(labels_PN))
+    kinds, kind_N = np.unique(bits_N, return_inverse=True)
+    counts_UKL = np.empty((U, len(kinds), L), np.int64)
+    for unit, level_N in enumerate(np.ascontiguousarray(levels_NU.T)):  # one by one, in the fastest cache
+        counts_UKL[unit] = np.bincount(level_N + kind_N * L, minlength=counts_UKL[unit].size).reshape(-1, L)
+    for number, kind in enumerate(kinds):
+        inside = (kind >> np.arange(len(labels_PN)) & 1).astype(bool)
+        levels[inside, kind >> len(labels_PN)] += counts_UKL[:, number]
 
 
 def _keep_ends(survey: Survey, levels_BTU: np.ndarray, rows: Rows, start: int) -> None:
@@ -185,7 +188,7 @@ def _look(
     params, state, ids_BT, reset_BT, counted_BT, config: ModelConfig, with_gates
 ) -> tuple[Any, Any, dict[str, Any]]:
     """Reads a window: (state, levels of the units [B, T, U], of each gate the sums of `Survey.gates`)."""
-    state, _, found = language_model.trace(config, params, state, ids_BT, reset_BT)
+    state, _, found = language_model.trace(config, params, state, ids_BT, reset_BT, with_gates=with_gates)
     layers, main = range(1, len(config.widths) + 1), main_array(config)
 
     def joined(name: str) -> Any:

@@ -111,18 +111,29 @@ def trace(
     reset_TB: jax.Array,
     compute_dtype: jax.typing.DTypeLike,
     held: Held = (),
+    with_gates: bool = True,
 ) -> tuple[CellState, Gates]:
     """Runs a window as `apply` without dropout: (the state after it, "h", "c" if any, and gates by name, `[T, B, H]`).
 
     Args:
       held: units whose state is replaced after each symbol, before anything reads it.
+      with_gates: False takes the step of `apply`, which is faster and does not give them; nothing can be held then.
     """
+    if not with_gates and config.has_custom_vjp:
+        cell = CELLS[config.cell]
+        of_window = (params.w_h, cell.bias(params), state, inputs_TBX, reset_TB, compute_dtype, config.variant)
+        state, states = scan.states(cell, *of_window)
+        return state, _named(states)
     inside: Any = params._replace(gain=None)
     if not config.mogrifier_rounds:
         inside = inside._replace(w_x=None)  # applied before
     inputs = inputs_TBX, reset_TB, (None, None)
     state, (states, gates) = autodiff_scan.trace(_step(config, held), inside, state, inputs, compute_dtype)
-    return state, {name: a for name, a in states._asdict().items() if a is not None} | gates
+    return state, _named(states) | gates
+
+
+def _named(states: CellState) -> Gates:
+    return {name: array for name, array in states._asdict().items() if array is not None}
 
 
 def _step(config: ModelConfig, held: Held = ()) -> autodiff_scan.Step:

@@ -110,6 +110,43 @@ def test_ends_are_where_a_unit_is_highest_and_lowest_and_gates_are_counted(model
         np.testing.assert_allclose(found.gates[gate], expected, atol=1.5)
 
 
+def test_levels_are_counted_by_patterns_that_overlap_and_by_halves(model):
+    text = text_of(3000)
+    found = survey.read(
+        model, ArraySplit(text, CHARACTERS), {name: patterns.expression(name) for name in (INSIDE, "[a-d]")}
+    )
+    inside = [*(patterns.expression(name)(text) for name in found.patterns), np.ones(len(text), bool)]
+    half = np.arange(len(text)) // min(survey.BLOCK, len(text) // 8) % 2
+    values = np.concatenate([np.tanh(model.trace(text, [f"{n}.c"])[f"{n}.c"]) for n in (1, 2)], axis=1)
+    for number, label in enumerate(inside):
+        for which in (0, 1):
+            expected = values[label & (half == which)].sum(0)
+            counted = found.levels[number, which]
+            assert (counted.sum(1) == (label & (half == which)).sum()).all()
+            np.testing.assert_allclose(counted @ units.LEVELS, expected, atol=len(text) / 500)
+    with pytest.raises(ValueError, match="61 patterns are more than"):
+        survey.read(model, ArraySplit(text, CHARACTERS), dict.fromkeys(map(str, range(61)), patterns.expression("a")))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"cell": "gru"}, {"cell": "mlstm"}, {"cell": "rnn"}, {"cap_input_gate": True}, {"zoneout": 0.1}]
+)
+def test_states_without_gates_are_those_of_a_trace(settings):
+    model, ids = drawn(embedding_size=12, **settings), np.arange(40).reshape(4, 10) % CHARACTERS.size
+    state = trace.first_state(model.config.model, model.params, 4)
+    reset = np.arange(40).reshape(4, 10) % 7 == 3
+    both = [
+        language_model.trace(model.config.model, model.params, state, ids, reset, with_gates=with_gates)
+        for with_gates in (True, False)
+    ]
+    (after, logits, named), (after_too, logits_too, states) = both
+    for a, b in zip(jax.tree.leaves((after, logits)), jax.tree.leaves((after_too, logits_too)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert {f"{n}.h" for n in (1, 2)} <= set(states) <= set(named)
+    for name, array in states.items():
+        np.testing.assert_allclose(array, named[name], atol=1e-5)
+
+
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_saliency_is_the_derivative_of_the_whole_text(cell):
     model, text = drawn(cell=cell), text_of(40)

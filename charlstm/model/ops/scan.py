@@ -162,6 +162,28 @@ def _backward(cell, compute_dtype, variant, residuals, cotangents):
 recurrence.defvjp(_forward, _backward)
 
 
+def states(
+    cell: Cell,
+    w_h: jax.Array,
+    b: jax.Array,
+    state: CellState,
+    z_TBG: jax.Array,
+    reset_TB: jax.Array,
+    compute_dtype: jax.typing.DTypeLike,
+    variant: str = "",
+) -> tuple[CellState, CellState]:
+    """Runs a window as `recurrence`: (the state after it, the state after every symbol, `[T, B, H]` each).  No VJP."""
+    matmul, b_1G = _matmuls(cell, w_h, compute_dtype, state.h.dtype), b.astype(state.h.dtype)[None]
+
+    def step(state, symbol):
+        z_BG, reset_B = symbol
+        prev = zero_where(reset_B, state)
+        new, _ = cell.forward(matmul, b_1G, prev, prev.h, z_BG.astype(prev.h.dtype), variant)
+        return new, new
+
+    return scan(step, state, (z_TBG, reset_TB))
+
+
 def zero_where(reset_B: jax.Array, state: CellState) -> CellState:
     """Zeroes the rows of streams that are reset.  Uses `where`, since 0 times NaN is NaN."""
     return jax.tree.map(lambda s_BH: jnp.where(reset_B[:, None], 0, s_BH), state)
