@@ -33,8 +33,13 @@ from benchmarks.workers import has_gpu
 SECONDS = {"tests": 120, "twins": 150, "bits": 200, "crossing": 150, "update": 200, "program": 120, "sampling": 60}
 SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # several processes share the GPU's memory
 ON_CPU = {"JAX_PLATFORMS": "cpu"}
-# The backend and the compute dtype of a run.
-RUNS = [("scan", "float32"), ("scan", "bfloat16"), ("fused", "float32"), ("fused", "bfloat16")]
+# The backend and the compute dtype of a run, and whether XLA's choice of kernels is fixed.
+RUNS = [
+    *((backend, dtype, False) for backend in ("scan", "fused") for dtype in ("float32", "bfloat16")),
+    ("scan", "bfloat16", True),
+    ("fused", "bfloat16", True),
+]
+FIXED = {"XLA_FLAGS": "--xla_gpu_exclude_nondeterministic_ops=true --xla_gpu_autotune_level=0"}
 Add = Callable[..., None]
 
 
@@ -130,21 +135,29 @@ def twins(programs: Programs, add: Add) -> None:
 def bits(programs: Programs, add: Add) -> None:
     """Four lives of each run: whole, whole again, killed, and resumed; all kinds of runs side by side."""
 
-    def digests(backend: str, dtype: str) -> dict[str, Any]:
+    def digests(backend: str, dtype: str, fixed: bool) -> dict[str, Any]:
+        kind = f"{backend}-{dtype}-{'fixed' if fixed else 'timed'}"
         flags = f"--lstm_backend={backend}", f"--compute_dtype={dtype}"
 
         def life(name: str, number: int, until: Path | None = None) -> dict[str, Any]:
-            place = programs.folder / f"{backend}-{dtype}-{name}"
-            compiled = {"JAX_COMPILATION_CACHE_DIR": f"{place}-compiled-{number}"}
+            place = programs.folder / f"{kind}-{name}"
+            compiled = {"JAX_COMPILATION_CACHE_DIR": f"{place}-compiled-{number}"} | (FIXED if fixed else {})
             return programs.train(place, *flags, environment=compiled, until=until)
 
         whole, again = life("whole", 0), life("again", 1)
-        life("killed", 2, programs.folder / f"{backend}-{dtype}-killed/checkpoints/40/checkpoint.json")
+        life("killed", 2, programs.folder / f"{kind}-killed/checkpoints/40/checkpoint.json")
         resumed = life("killed", 3)
         same = whole["state_digest"] == again["state_digest"], whole["state_digest"] == resumed["state_digest"]
-        return {"backend": backend, "dtype": dtype, "again": same[0], "killed_and_resumed": same[1], "ok": all(same)}
+        return {
+            "backend": backend,
+            "dtype": dtype,
+            "fixed": fixed,
+            "again": same[0],
+            "killed_and_resumed": same[1],
+            "ok": all(same),
+        }
 
-    runs = RUNS if has_gpu() else [("scan", "float32")]
+    runs = RUNS if has_gpu() else [("scan", "float32", False)]
     with ThreadPoolExecutor(len(runs)) as pool:
         for future in [pool.submit(digests, *run) for run in runs]:
             add(**future.result())

@@ -24,9 +24,20 @@ def beginning(run: Run, step: int) -> list[str]:
         f"training on {distributed.describe(run.mesh)}: step {step} of {training.num_steps}, "
         f"{run.plan.steps_per_epoch} steps an epoch, {training.logical_shards} logical shards",
     ]
+    if training.reduction == "exact" and (platform := run.mesh.devices.flat[0].platform) != "cpu":
+        lines.append(bits_on(platform))
     if optimizer.eval_params_field == "average":
         lines.append(f"what is evaluated is the average of the parameters (average={optimizer.average})")
     return lines
+
+
+def bits_on(platform: str) -> str:
+    """Says what was not verified of equal bits on other devices than CPUs, and what they rest on there."""
+    flags = "--xla_gpu_exclude_nondeterministic_ops=true --xla_gpu_autotune_level=0"
+    return (
+        f"equal bits were seen on CPUs, not yet on {platform}: there XLA times kernels when it compiles, and takes the "
+        f"fastest; XLA_FLAGS='{flags}' fixes the choice, at some cost in speed"
+    )
 
 
 def turn(optimizer: OptimizerConfig, step: int, before: PlateauState, now: PlateauState) -> list[str]:
