@@ -6,11 +6,16 @@ multiply-adds as well, which the older generator would have in some loops and no
 number of devices all the same.
 """
 
+import hashlib
 import os
 import platform
+import shutil
+from pathlib import Path
 
 UNOPTIMIZED = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 NO_EMITTERS = "--xla_cpu_use_fusion_emitters=false" + " --xla_cpu_max_isa=AVX" * (platform.machine() == "x86_64")
+
+MOST_KEPT = 1 << 30  # bytes
 
 
 def compile_quickly(devices: int) -> None:
@@ -19,6 +24,20 @@ def compile_quickly(devices: int) -> None:
     os.environ[UNOPTIMIZED] = "true"
     given = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{given} --xla_force_host_platform_device_count={devices} {NO_EMITTERS}"
+
+
+def kept(root: Path) -> Path:
+    """Returns the folder for what is compiled, one for each `requirements.lock`; empties it where it has grown."""
+    version = hashlib.sha256((root / "requirements.lock").read_bytes()).hexdigest()[:12]
+    folder = root / ".pytest_cache" / "compiled"
+    is_first = "PYTEST_XDIST_WORKER" not in os.environ
+    if is_first and (
+        any(other.name != version for other in folder.glob("*"))
+        or sum(file.stat().st_size for file in folder.glob("*/*")) > MOST_KEPT
+    ):
+        shutil.rmtree(folder, ignore_errors=True)
+    (folder / version).mkdir(parents=True, exist_ok=True)
+    return folder / version
 
 
 def xla_flags(devices: int = 0) -> str:

@@ -1,14 +1,11 @@
 """The suite runs on 8 simulated CPU devices, with implicit promotions refused."""
 
-import atexit
 import gc
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
@@ -20,11 +17,10 @@ if "CHARLSTM_TEST_ON_GPU" not in os.environ:  # for those marked gpu, on a machi
     compiling.compile_quickly(devices=8)
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
-# The tests, and the programs that they start, share what they compile, with each other and with no one else; with a
-# JAX_COMPILATION_CACHE_DIR of one's own they share it with the next run, too.
+# The tests, and the programs that they start, share what they compile, with each other and with the next run: some
+# megabytes, which go when the versions do or when it grows.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="charlstm-compiled-")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(compiling.kept(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
