@@ -36,7 +36,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -180,12 +181,8 @@ def main(argv: Sequence[str]) -> int:
         first = list(itertools.islice(chunks, 1))
     chunks = itertools.chain(first, chunks)
     if chosen.format == "json":
-        for _ in grow(samples, chunks):
-            pass
-        for number, sample in enumerate(samples, 1):
-            of_sample = _fields(sample, vocabulary, as_read(prompt, backward), backward)
-            fields = {"sample": number, **of_sample, "seed": chosen.seed, "checkpoint": step}
-            print(json.dumps(fields), flush=True)
+        fields = partial(_fields, vocabulary=vocabulary, prompt=as_read(prompt, backward), backward=backward)
+        _print_json(samples, chunks, fields, {"seed": chosen.seed, "checkpoint": step})
     else:
         _print_text(samples, chunks, errors)
     made, seconds = sum(len(sample.ids) for sample in samples), time.monotonic() - began
@@ -257,6 +254,15 @@ def _print_text(samples: list[Sample], chunks: Iterable[Chunk], errors: str = "r
             signals.leave(came[0])
     for number, sample in enumerate(others, 2):
         print(f"\n--- sample {number} of {len(samples)} ---\n{sample.take(last=True)}", flush=True)
+
+
+def _print_json(
+    samples: list[Sample], chunks: Iterable[Chunk], fields: Callable[[Sample], dict[str, Any]], common: dict[str, Any]
+) -> None:
+    for _ in grow(samples, chunks):
+        pass
+    for number, sample in enumerate(samples, 1):
+        print(json.dumps({"sample": number, **fields(sample), **common}), flush=True)
 
 
 def _fields(sample: Sample, vocabulary: Vocabulary, prompt: np.ndarray, backward: bool) -> dict[str, Any]:

@@ -74,10 +74,9 @@ def prepare_by_parts(
         return True
     if isinstance(output, Path):
         refuse_inside(texts, output.absolute())
-    processes = sum(text.bytes for text in texts.values()) > SMALL
-    may_abandon = False
+    may_abandon, is_large = False, sum(text.bytes for text in texts.values()) > SMALL
     try:
-        with engine(name, workers, processes, progress) as parallel:
+        with engine(name, workers, is_large, progress) as parallel:
             work = _Work(plan, place, share, parallel, progress)
             if only_join:
                 if not place.notes():
@@ -86,8 +85,7 @@ def prepare_by_parts(
             place.begin(plan)
             may_abandon = share is None  # of several workers, the others go on
             of = f", worker {share.number} of {share.of}" if share else ""
-            count = len(plan.parts)
-            say(f"preparing {described}; {count} part{'s' if count > 1 else ''}{of}")
+            say(f"preparing {described}; {len(plan.parts)} part{'s' * (len(plan.parts) > 1)}{of}")
             return work.run(say)
     except FileNotFoundError:  # another worker has joined the parts meanwhile
         if not place.is_done():
