@@ -2,8 +2,8 @@
 
     python -m benchmarks.sparse_corpus DIRECTORY STREAMS WINDOW COUNT [start] [cache=DIRECTORY]
 
-opens a corpus, of a directory or a URL, seeks to the last window of its epoch (or the first one), and reads COUNT
-windows more.
+opens a corpus, of a directory or a URL, seeks to the last window of the epoch that has step 10^9 (or to the first
+window of all), and reads COUNT windows more.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from data_pipeline.vocabulary import Vocabulary
 
 END = b"and so it ended."
 MEGABYTE = 2**20
+RESUMED = 10**9  # the step whose epoch is resumed at its end
 
 
 def make(directory: Path, shard_count: int, shard_bytes: int = SHARD_BYTES) -> Path:
@@ -70,7 +71,8 @@ def opened(
     began = time.perf_counter()
     split = open_corpus(directory, cache=cache, cache_bytes=2**33 if cache else 0).splits["train"]
     plan = StreamPlan(len(split), streams, window, rotate=False)
-    first = 0 if at_start else plan.steps_per_epoch - 1
+    epochs = RESUMED // plan.steps_per_epoch + 1
+    first = 0 if at_start else epochs * plan.steps_per_epoch - 1
     with open_windows(split, plan, rows=range(streams), start_step=first) as windows:
         batch = next(windows)
         seconds, resident = time.perf_counter() - began, _memory("VmRSS")
