@@ -88,7 +88,7 @@ def opened(
             "resident": resident,
             "resident_after": _memory("VmRSS"),
             "peak": _memory("VmHWM"),
-            "position": windows.position - plan.steps_per_epoch,
+            "position": windows.position - first - 1,
         }
 
 
