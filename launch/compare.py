@@ -4,7 +4,8 @@
     python -m launch.compare runs/a runs/b --plot=curves.svg --by=time
     python -m launch.compare runs/* --page=compare.html --follow=30
 
-The runs may go on meanwhile.  Scores are bits per byte if all runs have them, else bits per character, else per symbol.
+The runs may go on meanwhile.  Scores are bits per byte if all runs have them, else bits per character, else per symbol;
+of runs of characters alone, per character.
 The page is one file, which needs neither a server nor the network.
 """
 

@@ -89,11 +89,14 @@ def read_all(run_dirs: Sequence[Path]) -> list[History]:
 def common_figure(runs: Sequence[History]) -> str:
     """The figure by which all of `runs` can be compared: per byte if they have it, else per character, else per symbol.
 
-    Bits per symbol of different vocabularies are not the same unit.
+    Bits per symbol of different vocabularies are not the same unit.  Where all are of characters, it is per character,
+    which lines of training have, too.
     """
     lines = [record for run in runs for record in run.records if record["split"] == "valid"]
     lines = lines or [record for run in runs for record in run.records]
-    order = ("bits_per_byte", "bits_per_character", "bits_per_symbol")
+    order = ["bits_per_byte", "bits_per_character", "bits_per_symbol"]
+    if all(run.config.corpus.vocabulary == "characters" for run in runs):
+        order[:2] = order[1::-1]
     return next((figure for figure in order if all(line[figure] is not None for line in lines)), FIGURES[0])
 
 

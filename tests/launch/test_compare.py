@@ -7,9 +7,11 @@ import shutil
 import subprocess
 import time
 import types
+from pathlib import Path
 
 import pytest
 
+from charlstm.config import Config
 from charlstm.report import curves, history
 from launch import compare, train
 from launch.support import cli
@@ -51,6 +53,15 @@ def test_the_json_has_each_run_in_figures(runs, capsys):
         assert row["best"] == min(scores.values()) == scores[row["best_step"]] and row["last"] == scores[step]
         assert row["symbols"] == step * 16 * 16 and row["parameters"] == 256 * 4 + 12 * 32 + 64 + 8 * 256 + 256
         assert row["settings"]["learning_rate"] == rate and row["settings"]["num_steps"] == step
+
+
+def test_runs_of_characters_alone_are_compared_per_character_others_per_byte():
+    line = {"split": "valid", "bits_per_byte": 2.0, "bits_per_character": 2.0, "bits_per_symbol": 2.0}
+    a, b, c = (
+        history.History("run", Path("run"), Config(vocabulary=kind), 1, [line], [], "finished")
+        for kind in ("characters", "characters", "bytes")
+    )
+    assert history.common_figure([a, b]) == "bits_per_character" and history.common_figure([a, c]) == "bits_per_byte"
 
 
 def test_the_terminal_shows_the_table_the_settings_that_differ_and_curves(runs, capsys, monkeypatch):
