@@ -214,6 +214,8 @@ class Remote:
         path, kind = self.path(name), type(error).__name__
         if not self._traffic.answered and any(host in text for host in _metadata):
             raise ValueError(f"{self._url}: no credentials were found in the environment: see docs/data.md")
+        if "NoSuchBucket" in text:
+            raise Missing(f"{path}: there is no such bucket: check its name, or make it")
         if isinstance(error, FileNotFoundError) or kind == "NotFoundError" or status == "404":
             raise Missing(f"{path} does not exist: check the name, and that the corpus was uploaded whole")
         if kind in ("PermissionDeniedError", "UnauthenticatedError") or status in ("401", "403"):

@@ -6,6 +6,7 @@ import shutil
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -82,14 +83,14 @@ def upload_to(kind: str, disk: Path, folder: Path, monkeypatch):
                 monkeypatch.setenv(name, value)
             yield "gs://bucket/corpus"
         return
-    with servers.seaweedfs(folder) as address:
+    with {"s3": servers.seaweedfs, "ceph": servers.ceph}[kind](folder) as address:
         for name, value in servers.s3_environment(address).items():
             monkeypatch.setenv(name, value)
         assert upload(disk, "s3://bucket/corpus") and not upload(disk, "s3://bucket/corpus")
         yield "s3://bucket/corpus"
 
 
-@pytest.mark.parametrize("kind", ["nginx", "gcs", "s3"])
+@pytest.mark.parametrize("kind", ["nginx", "gcs", "s3", pytest.param("ceph", marks=pytest.mark.long)])
 def test_a_corpus_is_read_from_a_real_server_and_what_is_missing_there_is_said(kind, disk, tmp_path, monkeypatch):
     with upload_to(kind, disk, tmp_path / "server", monkeypatch) as place:
         corpus = open_corpus(place + "/", patience=20)
@@ -105,7 +106,7 @@ def test_a_corpus_is_read_from_a_real_server_and_what_is_missing_there_is_said(k
         ):
             with pytest.raises(ValueError, match=words):
                 refused()
-        if kind == "s3":
+        if kind in ("s3", "ceph"):
             monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
             with pytest.raises(ValueError, match="is refused with these credentials"):
                 open_corpus(place)
@@ -293,14 +294,14 @@ def test_windows_are_closed_at_once_while_the_store_does_not_answer(server):
     assert np.array_equal(split.read(5, 9000), IDS[5:9000]), "only the windows were closed"
 
 
-@pytest.mark.parametrize("kind", ["s3"])
+@servers.each_s3
 def test_a_corpus_is_prepared_into_a_store_with_its_manifest_last_and_never_over_another_one(
-    kind, tmp_path, monkeypatch, capsys
+    s3, tmp_path, monkeypatch, capsys
 ):
     text = tmp_path / "text.txt"
     text.write_bytes(bytes(range(256)) * 40)
     flags = ["prepare", f"--input={text}", f"--cache_dir={tmp_path / 'cache'}", "--output=s3://bucket/made"]
-    with servers.seaweedfs(tmp_path / "server") as address:
+    with s3(tmp_path / "server") as address:
         for name, value in servers.s3_environment(address).items():
             monkeypatch.setenv(name, value)
         store = open_store("s3://bucket/made")
@@ -319,11 +320,27 @@ def test_a_corpus_is_prepared_into_a_store_with_its_manifest_last_and_never_over
         assert open_corpus("s3://bucket/made").train.read(0, 256).tobytes() == bytes(range(256))
         with pytest.raises(ValueError, match=r"s3://bucket/made/manifest\.json is of another text or settings"):
             prepare_program.main([*flags, "--valid_fraction=0.2"])
+        if s3 is servers.ceph:  # SeaweedFS makes buckets
+            with pytest.raises(ValueError, match=r"s3://none/made/train-00000\.ids: there is no such bucket"):
+                prepare_program.main([*flags, "--output=s3://none/made"])
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "reader")
         assert open_corpus("s3://bucket/made").train.read(0, 256).tobytes() == bytes(range(256))
         for way in ([], ["--engine=local"], ["--part=0/1"]):
             with pytest.raises(ValueError, match=r"s3://bucket/other\S* is refused with these credentials \("):
                 prepare_program.main([*flags, "--output=s3://bucket/other", *way])
+
+
+@pytest.mark.long
+@servers.each_s3
+def test_of_many_that_create_an_object_at_once_one_does(s3, tmp_path, monkeypatch):
+    with s3(tmp_path / "server") as address:
+        for name, value in servers.s3_environment(address).items():
+            monkeypatch.setenv(name, value)
+        store = stores.Remote("s3://bucket/race")
+        with ThreadPoolExecutor(16) as at_once:
+            for turn in range(4):
+                done = list(at_once.map(lambda n: store.create(f"{turn}", b"%d" % n), range(16)))  # noqa: B023
+                assert sum(done) == 1 and int(bytes(store.read(f"{turn}"))) == done.index(True)
 
 
 def test_a_split_of_a_store_can_be_pickled(server):

@@ -1,7 +1,8 @@
 """A corpus in a real object store, through a proxy that spoils its answers: the bits of the run from the disk.
 
-Each run is a process of launch.train (or several of launch.local) that reads from SeaweedFS over S3.  The proxy hands
-signed requests on, and the store's answers back, but for those that a test has it spoil.
+Each run is a process of launch.train (or several of launch.local) that reads over S3, from SeaweedFS, and the last ones
+from Ceph's gateway.  The proxy hands signed requests on, and the store's answers back, but for those that a test has it
+spoil.
 """
 
 import contextlib
@@ -37,6 +38,10 @@ from data_pipeline import block_cache, stores, symbols
 block_cache.EXTENT_BYTES, stores.REQUEST_SECONDS, symbols.REMOTE_RUN_SYMBOLS = 512, 2, 64
 """
 MIXED = "first={}:0.7,second={}:0.3"
+STORES = {
+    "SeaweedFS": (servers.seaweedfs_process, servers.seaweedfs_process),
+    "Ceph's gateway": (servers.ceph_process, servers.ceph_gateway),
+}  # how each is started, and started again with what it had
 WEIGHTS = ("--segment=256", "--mixture_from=100:first:1,second:1;200:second:1")
 
 
@@ -44,8 +49,9 @@ class Stored(NamedTuple):
     """Two corpora in a store, and on the disk."""
 
     folder: Path  # has text and second, the same corpora
+    name: str  # of the store
     proxy: Proxy
-    weed: subprocess.Popen
+    process: subprocess.Popen  # the one that answers
     environment: dict[str, str]
 
     def train(self, *flags: str, devices: int = 1) -> subprocess.CompletedProcess:
@@ -57,8 +63,8 @@ class Stored(NamedTuple):
         )
 
 
-@pytest.fixture(scope="module")
-def stored(tmp_path_factory) -> Iterator[Stored]:
+@pytest.fixture(scope="module", params=["SeaweedFS"])
+def stored(request, tmp_path_factory) -> Iterator[Stored]:
     folder = tmp_path_factory.mktemp("stored")
     for name, power in (("text", 2), ("second", 3)):
         (folder / f"{name}.txt").write_text("".join(f"line {n**power} of a text\n" for n in range(330)))
@@ -70,14 +76,16 @@ def stored(tmp_path_factory) -> Iterator[Stored]:
     (damaged / "train-00001.ids").write_bytes(content)
     (folder / "path").mkdir()
     (folder / "path" / "sitecustomize.py").write_text(SMALL_READS)
-    with servers.seaweedfs_process(folder / "weed") as (address, weed), pytest.MonkeyPatch.context() as patch:
+    begin, _ = STORES[request.param]
+    with begin(folder / "server") as (address, process), pytest.MonkeyPatch.context() as patch:
         for name, value in servers.s3_environment(address).items():
             patch.setenv(name, value)
         for name in ("text", "second", "damaged"):
             upload(folder / name, f"s3://bucket/{name}")
         proxy = Proxy(address).start()
         path = {"PYTHONPATH": f"{folder / 'path'}:{ROOT}"}
-        yield Stored(folder, proxy, weed, {**os.environ, **servers.s3_environment(proxy.address), **path})
+        environment = {**os.environ, **servers.s3_environment(proxy.address), **path}
+        yield Stored(folder, request.param, proxy, process, environment)
         with contextlib.suppress(OSError):
             proxy.stop()
 
@@ -289,15 +297,29 @@ def test_a_mixture_killed_and_gone_on_with_on_other_processes_and_devices(stored
     assert equal
 
 
+CEPH = pytest.param("Ceph's gateway", marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("stored", [CEPH], indirect=True)
+def test_a_run_from_another_server_ends_as_the_one_from_the_disk(stored, command, from_disk, store_table, tmp_path):
+    done = stored.train(*command)
+    assert done.returncode == cli.DONE, done.stderr
+    equal = last_line(tmp_path / "run")["state_digest"] == from_disk
+    store_table.append(SeenOfStore(f"none: a run from {stored.name}", 0, str(equal)))
+    assert equal
+
+
+@pytest.mark.parametrize("stored", ["SeaweedFS", CEPH], indirect=True)
 def test_the_store_itself_is_killed_and_started_again(stored, command, from_disk, store_table, tmp_path):
-    """The last one: afterwards the store is another process."""
+    """The last one of each store: afterwards it is another process."""
     with contextlib.ExitStack() as opened:
 
         def kill() -> None:
-            stored.weed.kill()
-            stored.weed.wait()
-            address = opened.enter_context(servers.seaweedfs(stored.folder / "weed"))
-            stored.proxy.upstream = address
+            stored.process.kill()
+            stored.process.wait()
+            time.sleep(3)
+            _, again = STORES[stored.name]
+            stored.proxy.upstream, _ = opened.enter_context(again(stored.folder / "server"))
 
         told = Spoiling("reset", after=300, seconds=0.2)
         stored.proxy.fault = told
@@ -307,5 +329,5 @@ def test_the_store_itself_is_killed_and_started_again(stored, command, from_disk
         killing.join()
         assert done.returncode == cli.DONE, done.stderr
         equal = last_line(tmp_path / "run")["state_digest"] == from_disk
-        store_table.append(SeenOfStore("SeaweedFS killed (kill -9) and started again", 1, str(equal)))
+        store_table.append(SeenOfStore(f"{stored.name} killed (kill -9) and started again after 3 s", 1, str(equal)))
         assert equal

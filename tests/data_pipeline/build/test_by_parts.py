@@ -22,7 +22,7 @@ from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import open_corpus, verify_corpus
 from tests.conftest import ROOT
 from tests.data_pipeline.build.test_prepare import POEM, files_of, text_of
-from tests.data_pipeline.servers import s3_environment, seaweedfs
+from tests.data_pipeline.servers import each_s3, s3_environment
 
 SIZES = Sizes(part=1024, shard=700, block=64)
 SPLITS = ("train", "valid", "test")
@@ -290,14 +290,15 @@ def test_bad_documents_are_left_out_and_counted_over_all_parts(folder, tmp_path)
         prepare_by_parts(how, tmp_path / "other", sizes=Sizes(20_000), workers=1)
 
 
+@each_s3
 @pytest.mark.parametrize("values", [{}, {"vocabulary": "characters"}], ids=str)
-def test_parts_in_an_object_store_are_the_corpus_on_the_disk(folder, tmp_path, impatient, monkeypatch, values):
+def test_parts_in_an_object_store_are_the_corpus_on_the_disk(s3, folder, tmp_path, impatient, monkeypatch, values):
     pytest.importorskip("obstore", reason="obstore is absent: pip install charlstm[remote]")
     from data_pipeline.stores import Remote
 
     how = settings_of(folder, **values)
     prepare_by_parts(how, tmp_path / "local", sizes=SIZES, workers=1)
-    with seaweedfs(tmp_path / "weed") as endpoint:
+    with s3(tmp_path / "server") as endpoint:
         for name, value in s3_environment(endpoint).items():
             monkeypatch.setenv(name, value)
         url = "s3://bucket/out"

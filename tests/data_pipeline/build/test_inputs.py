@@ -10,7 +10,7 @@ import pytest
 from charlstm import config as config_lib
 from charlstm.run.corpus import open_for
 from data_pipeline.atomic_files import locked
-from data_pipeline.build import cache
+from data_pipeline.build import cache, remote_inputs
 from data_pipeline.build.prepare import prepare
 from data_pipeline.build.remote_inputs import RANGE, Ranges, find_remote, matches
 from data_pipeline.settings import CorpusSettings
@@ -19,7 +19,7 @@ from data_pipeline.stores import Remote
 from launch import prepare as launch_prepare
 from tests.data_pipeline.build.test_readers import json_lines, table_arrow, table_parquet, text_of
 from tests.data_pipeline.faulty import first, serving
-from tests.data_pipeline.servers import nginx, s3_environment, seaweedfs
+from tests.data_pipeline.servers import each_s3, nginx, s3_environment
 
 
 def made(folder: Path, files: dict[str, bytes]) -> Path:
@@ -137,7 +137,8 @@ def test_a_glob_of_a_store_is_matched_part_by_part(name, pattern, does):
     assert matches(name.split("/"), pattern.split("/")) is does
 
 
-def test_texts_in_a_store_give_the_corpus_that_they_give_on_disk(tmp_path, setting, monkeypatch):
+@each_s3
+def test_texts_in_a_store_give_the_corpus_that_they_give_on_disk(s3, tmp_path, setting, monkeypatch):
     files = {
         "a.jsonl.gz": gzip.compress(json_lines(["one", "two"] * 9)),
         "b.txt": b"three\n",
@@ -145,7 +146,8 @@ def test_texts_in_a_store_give_the_corpus_that_they_give_on_disk(tmp_path, setti
         "sub/large.txt": b"0123456789abcde\n" * (RANGE // 16) + b"more than a range\n",
     }
     folder = made(tmp_path / "in", files)
-    with seaweedfs(tmp_path / "weed") as endpoint:
+    remote_inputs._store.cache_clear()  # of the server before
+    with s3(tmp_path / "server") as endpoint:
         for name, value in s3_environment(endpoint).items():
             monkeypatch.setenv(name, value)
         store = Remote("s3://raw/in")
