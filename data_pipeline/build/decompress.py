@@ -19,12 +19,18 @@ class Decompressed(io.RawIOBase):
 
     Raises ValueError, in one sentence with `name` and the byte of the compressed file, if the file is damaged, ends
     early, has something else after its end, or expands as no text does.
+
+    Attributes:
+      passed: the byte of the file at which the first member at or after `mark` begins, or the file ends; None before.
     """
 
-    def __init__(self, file: BinaryIO, compression: str, name: str) -> None:
+    def __init__(self, file: BinaryIO, compression: str, name: str, start: int = 0, mark: int = 0) -> None:
+        """Begins at the member at byte `start`, where `file` is."""
         self._file, self._compression, self._name = file, compression, name
+        self.passed: int | None = None
+        self._mark = mark
         self._decoder: Any = None  # of the member that is read
-        self._input, self._taken, self._given = b"", 0, 0  # bytes not decoded yet; read of the file; produced
+        self._input, self._taken, self._given = b"", start, 0  # bytes not decoded yet; read of the file; produced
         self._members, self._member_given = 0, 0
 
     def readable(self) -> bool:
@@ -79,6 +85,9 @@ class Decompressed(io.RawIOBase):
                 break
             if self._members and self._compression in PADDED:
                 self._input = self._input.lstrip(b"\0")
+        place = self._taken - len(self._input)
+        if self.passed is None and place >= self._mark:
+            self.passed = place
         if not self._input and self._members:
             return False
         self._decoder, self._member_given = _decoder(self._compression, self._name), 0

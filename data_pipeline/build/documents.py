@@ -166,6 +166,7 @@ class _Pages:
         self._bytes, self._number = 0, 0
         parser.StartElementHandler, parser.EndElementHandler = self._start, self._end
         parser.CharacterDataHandler = self._add
+        parser.XmlDeclHandler = self._require_utf8
         # Dumps declare none; declared entities could expand without a bound.
         parser.StartDoctypeDeclHandler = lambda *_: self._refuse("declares a document type")
 
@@ -174,6 +175,11 @@ class _Pages:
             f"{self._name}, line {self._parser.CurrentLineNumber}: {why}, as no dump of MediaWiki does: read it as it "
             "is with --input_kind=text, or leave it out with --exclude"
         )
+
+    def _require_utf8(self, version: str, encoding: str | None, standalone: int) -> None:
+        """Refuses other encodings: a part of a dump is read without what is declared at its beginning."""
+        if encoding and encoding.lower() != "utf-8":
+            self._refuse(f"declares the encoding {encoding[:40]}")
 
     def _start(self, element: str, _: dict[str, str]) -> None:
         if not self._within and element != MEDIAWIKI:

@@ -18,9 +18,10 @@ from data_pipeline.build.texts import Decoding
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.vocabulary import Vocabulary, canonical_json
 
-PLAN_VERSION = 2  # 1 did not cut tables
+PLAN_VERSION = 3  # 1 did not cut tables, 2 not .bz2
 PART_BYTES, LEAST_PART_BYTES = 256 << 20, 1024
-CUT_FORMS = ("text", "jsonl", "parquet")  # read from any place on; of others a file is one part
+# Compression -> forms that are read from any place on; of others a file is one part.
+CUT_FORMS = {"": ("text", "jsonl", "parquet"), ".bz2": ("jsonl", "xml")}
 
 
 class Part(NamedTuple):
@@ -81,9 +82,9 @@ class Plan:
         return {
             "version": PLAN_VERSION,
             "files": [
-                [stream, file.name, file.bytes, file.etag or file.stamp[1], file.start, file.ending.hex(), *file.kind]
+                [stream, one.name, one.bytes, _version(one), one.start, one.ending.hex(), *one.kind]
                 for stream, text in self.texts.items()
-                for file in text.files
+                for one in text.files
             ],
             "settings": counted_settings(self.texts, self.settings, of_other),
             "sizes": [self.part_bytes, self.shard_bytes, self.block_bytes],
@@ -121,6 +122,11 @@ def make_plan(
     return Plan(tuple(parts), texts, settings, vocabulary, sizes[1], sizes[2], sizes[0])
 
 
+def _version(file: TextFile) -> str | int | None:
+    """Returns what tells that a file was changed."""
+    return file.etag if file.is_remote else file.stamp[1]
+
+
 def _length(file: TextFile) -> int:
     return file.span[1] - file.span[0] if file.span else file.bytes
 
@@ -128,7 +134,7 @@ def _length(file: TextFile) -> int:
 def _pieces(text: Text, most: int, is_whole: bool) -> Iterator[TextFile]:
     """Yields the files, cut into equal pieces of at most `most` bytes if they can be; `is_whole`: not plain texts."""
     for file in text.files:
-        can_be_cut = file.kind.form in CUT_FORMS and not file.kind.compression and not file.ending
+        can_be_cut = file.kind.form in CUT_FORMS.get(file.kind.compression, ()) and not file.ending
         if file.bytes <= most or not can_be_cut or (is_whole and file.kind.form == "text"):
             yield file
             continue

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from data_pipeline.build import magic
+from data_pipeline.build.bz2_spans import Bz2Span
 from data_pipeline.build.decompress import Decompressed
 from data_pipeline.build.documents import BadDocuments
 from data_pipeline.build.inspection import begun
@@ -91,7 +92,7 @@ def decode_file(
     """Adds the documents of a file to texts; returns their number, and those that were left out.
 
     Args:
-      file: the file, or a span of it: the lines, characters or groups of rows that begin in these bytes.
+      file: the file, or a span of it: the lines, characters, groups of rows or streams that begin in these bytes.
       how: the settings.
       directory: for what has no name and takes disk.
       output: returns the text to which a document goes, given a function that returns its sha256.
@@ -160,12 +161,14 @@ def _opened(file: TextFile, patience: float, seekable_in: Path | None) -> Any:
 
     What is decompressed cannot seek, and goes through a file that has no name.
     """
-    if file.span and seekable_in is None:
+    if file.span and seekable_in is None and not file.kind.compression:
         opened: Any = Ranges(file, patience) if file.is_remote else file.path.open("rb", 0)
         return io.BufferedReader(_Span(opened, file), RANGE if file.is_remote else BUFFER)
     raw: Any = io.BufferedReader(Ranges(file, patience), RANGE) if file.is_remote else file.path.open("rb", BUFFER)
     if not file.kind.compression:
         return raw
+    if file.span:
+        return io.BufferedReader(Bz2Span(raw, file), BUFFER)
     stream = io.BufferedReader(Decompressed(raw, file.kind.compression, file.shown), BUFFER)
     if seekable_in is None:
         return stream

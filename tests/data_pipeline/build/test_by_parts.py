@@ -21,6 +21,7 @@ from data_pipeline.manifest import read_manifest
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import open_corpus, verify_corpus
 from tests.conftest import ROOT
+from tests.data_pipeline.build.test_bz2_spans import multistream, streams
 from tests.data_pipeline.build.test_prepare import POEM, files_of, text_of
 from tests.data_pipeline.servers import each_s3, s3_environment
 
@@ -39,6 +40,9 @@ def folder(tmp_path) -> Path:
     (texts / "c.txt").touch()
     documents = ["".join(draw.choice("abc dé漢\n🙂") for _ in range(draw.randrange(120))) for _ in range(150)]
     (texts / "d.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    (texts / "da.xml.bz2").write_bytes(b"".join(multistream(documents, 9)))
+    lines = "".join(json.dumps({"text": text[::-1]}) + "\n" for text in documents).encode()
+    (texts / "db.jsonl.bz2").write_bytes(b"".join(streams(lines, range(700, len(lines), 700))))
     (texts / "e.txt.gz").write_bytes(gzip.compress(b"no line feed at its end", mtime=0))
     (texts / "f.txt.gz").write_bytes(gzip.compress(b"", mtime=0))
     (texts / "g.txt").write_text("漢" * 1000 + "é")  # cut within a character
