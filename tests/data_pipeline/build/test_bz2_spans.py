@@ -87,7 +87,9 @@ def test_spans_have_each_document_once_in_order_wherever_files_are_cut_and_strea
         places = list(range(0, size, data.draw(st.integers(max(size // 40, 3), max(size, 5)), "bytes of a span")))
     else:
         places = data.draw(st.lists(st.integers(0, size), max_size=12), "where spans end")
-    found = [document for span in spans(size, places) for document in read(path, span)]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(bz2_spans, "CHUNK", data.draw(st.sampled_from([7, 1 << 20]), "bytes read at a time"))
+        found = [document for span in spans(size, places) for document in read(path, span)]
     assert found == [one for one in documents if one] == read(path, None)
 
 
@@ -99,6 +101,15 @@ def test_spans_of_one_byte_have_each_document_once(form, tmp_path):
         path.write_bytes(b"".join(streams(text, list(range(step, len(text), step)))))
         size = path.stat().st_size
         assert [one for span in spans(size, list(range(size))) for one in read(path, span)] == documents
+
+
+def test_a_byte_order_mark_is_left_out_of_the_first_line_alone(tmp_path):
+    path, line = tmp_path / "a.jsonl.bz2", b'\xef\xbb\xbf{"text": "marked"}\n'
+    path.write_bytes(b"".join(map(bz2.compress, (line, written("jsonl", ["one"]), line, written("jsonl", ["two"])))))
+    size = path.stat().st_size
+    for cut in range(1, size):
+        found = [one for span in spans(size, [cut]) for one in read(path, span, bad_documents="drop")]
+        assert found == ["marked", "one", "two"], cut
 
 
 def test_a_dump_is_cut_into_parts_of_about_the_same_size_and_a_plain_text_is_not(tmp_path):
