@@ -27,7 +27,7 @@ from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import open_corpus
 from tests.data_pipeline.build.test_prepare import text_of
 from tests.data_pipeline.faulty import serving
-from tests.fuzzing import fuzzed, sentence
+from tests.fuzzing import damaged, fuzzed, sentence
 
 HEAD = '<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/"><siteinfo/>\n'
 LETTERS = st.sampled_from(["a", "b ", "\n", "é", "漢", "<page>", "</page>", "&", "BZh9"])
@@ -192,6 +192,28 @@ def test_a_damaged_stream_is_named_with_file_and_byte_wherever_the_damage_and_th
     with pytest.raises(ValueError, match=r"a\.xml\.bz2 has something else after its bz2 data"):
         by_parts(path, out)
     assert not list(path.parent.glob("*out*"))
+
+
+@pytest.mark.parametrize("form", ["jsonl", "xml"])
+@fuzzed(40)
+@given(data=st.data())
+def test_a_file_damaged_anywhere_gives_the_same_documents_in_spans_or_is_refused(form, data, tmp_path_factory):
+    path = tmp_path_factory.mktemp("in") / f"a.{form}.bz2"
+    text = written(form, ["one", "two\n", "", "<page>", "five" * 9])
+    parts = streams(text, range(31, len(text), 31))
+    if data.draw(st.booleans(), "whole streams lost, moved and doubled"):
+        content = b"".join(data.draw(st.lists(st.sampled_from(parts), min_size=1, max_size=len(parts) + 2)))
+    else:
+        content = data.draw(damaged(b"".join(parts), st.one_of(st.binary(max_size=4), st.just(bz2.compress(b"\n")))))
+    path.write_bytes(content)
+    found: list[list[str] | None] = []
+    for places in ([], data.draw(st.lists(st.integers(0, len(content)), max_size=6), "where spans end")):
+        try:
+            found.append([one for span in spans(len(content), places) for one in read(path, span if places else None)])
+        except ValueError as error:
+            assert sentence(error).startswith(str(path))
+            found.append(None)
+    assert found[0] == found[1]
 
 
 def with_bytes_within(stream: bytes, wanted: bytes) -> bytes:
