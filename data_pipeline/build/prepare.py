@@ -7,13 +7,14 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from data_pipeline.atomic_files import atomic_write, expand_user, locked, sync
 from data_pipeline.build.decode import decode
 from data_pipeline.build.encode import SMALL, parallel_map, plan, write_splits
 from data_pipeline.build.inputs import find_texts
 from data_pipeline.build.inspection import joined
-from data_pipeline.build.sources import Text, TextFile, hash_files
+from data_pipeline.build.sources import ParallelMap, Text, TextFile, hash_files
 from data_pipeline.build.splits import HashSplit
 from data_pipeline.build.texts import Decoding
 from data_pipeline.manifest import (
@@ -64,13 +65,11 @@ def prepare(
     workers = workers or cores()
     texts, described, binary = find_texts(settings, cache, workers, progress)
     processes = sum(text.bytes for text in texts.values()) > SMALL
-    files = [file for text in texts.values() for file in text.files]
-    local = iter(hash_files([file for file in files if not file.is_remote], cache / "memo", workers, progress))
-    digests = [_identity(file) if file.is_remote else next(local) for file in files]
-    key = _key(texts, digests, settings, of_other, [shard_bytes, block_bytes])
-    output = expand_user(output or cache / "corpora" / f"{_label(texts)}-{key[:16]}").absolute()
+    digests = _digests(texts, cache / "memo", workers, progress)
+    work = _Work(texts, digests, settings, of_other, shard_bytes, block_bytes)
+    output = expand_user(output or cache / "corpora" / f"{_label(texts)}-{work.key[:16]}").absolute()
     say = say or (lambda line: None)
-    if is_done(output, key):
+    if is_done(output, work.key):
         if binary:
             say(f"prepared before: {described}")
         return output
@@ -79,34 +78,72 @@ def prepare(
     report = progress or (lambda doing, done, total: None)
     waiting = f"waiting for another preparation of {output}"
     with locked(output.with_name(f".{output.name}.lock"), lambda: report(waiting, 0, 0)):
-        if is_done(output, key):
+        if is_done(output, work.key):
             return output
         say(f"preparing {described}")
         # The workers end before the partial directory is left.
         with contextlib.ExitStack() as writing, parallel_map(workers, processes, progress) as parallel:
-            partial = writing.enter_context(_partial_directory(output, key))
-            plain, documents, bad, first_bad = decode(texts, digests, decoding(settings), partial, parallel("decoding"))
-            if bad:
-                say(f"left out {bad:,} bad documents, the first: {first_bad}")
-            plain = {split: joined(text, settings.file_separator_bytes()) for split, text in plain.items()}
-            vocabulary, plans = plan(plain, settings, shard_bytes, parallel, of_other)
-            splits = write_splits(partial, vocabulary, plans, block_bytes, parallel("writing"))
+            partial = writing.enter_context(_partial_directory(output, work.key))
+            manifest, sources = work.write(partial, parallel, say)
             for text in texts.values():
                 text.check_unchanged()
-            sources = _sources(files, digests, documents)
-            separated = any(file.kind.form != "text" for file in files)
-            manifest = Manifest(
-                vocabulary=vocabulary,
-                splits=splits,
-                sources=summary(sources),
-                key=key,
-                block_bytes=block_bytes,
-                split=settings.split if "" in texts else "files",
-                document_separator=settings.document_separator if separated else "",
-                bad_documents=bad,
-            )
             _publish(partial, output, manifest, sources)
     return output
+
+
+class _Work(NamedTuple):
+    """Everything that determines the files of a corpus."""
+
+    texts: dict[str, Text]
+    digests: list[str]  # of all files, in their order
+    settings: CorpusSettings
+    of_other: Vocabulary | None
+    shard_bytes: int
+    block_bytes: int
+
+    @property
+    def key(self) -> str:
+        """A digest of it, in hex."""
+        rest = iter(self.digests)
+        content = {
+            split: [[next(rest), file.start, file.ending.hex(), *file.kind] for file in text.files]
+            for split, text in self.texts.items()
+        }
+        how = counted_settings(self.texts, self.settings, self.of_other)
+        sizes = [self.shard_bytes, self.block_bytes]
+        return hashlib.sha256(canonical_json([FORMAT_VERSION, content, how, sizes])).hexdigest()
+
+    def write(
+        self, partial: Path, parallel: Callable[[str], ParallelMap], say: Callable[[str], None]
+    ) -> tuple[Manifest, list[Source]]:
+        """Writes the shards into `partial`; returns the manifest and the list of sources, which are not written."""
+        settings = self.settings
+        how = decoding(settings)
+        plain, documents, bad, first_bad = decode(self.texts, self.digests, how, partial, parallel("decoding"))
+        if bad:
+            say(f"left out {bad:,} bad documents, the first: {first_bad}")
+        plain = {split: joined(text, settings.file_separator_bytes()) for split, text in plain.items()}
+        vocabulary, plans = plan(plain, settings, self.shard_bytes, parallel, self.of_other)
+        splits = write_splits(partial, vocabulary, plans, self.block_bytes, parallel("writing"))
+        files = [file for text in self.texts.values() for file in text.files]
+        sources = _sources(files, self.digests, documents)
+        manifest = Manifest(
+            vocabulary=vocabulary,
+            splits=splits,
+            sources=summary(sources),
+            key=self.key,
+            block_bytes=self.block_bytes,
+            split=settings.split if "" in self.texts else "files",
+            document_separator=settings.document_separator if any(file.kind.form != "text" for file in files) else "",
+            bad_documents=bad,
+        )
+        return manifest, sources
+
+
+def _digests(texts: dict[str, Text], memo: Path, workers: int, progress: Progress | None) -> list[str]:
+    files = [file for text in texts.values() for file in text.files]
+    local = iter(hash_files([file for file in files if not file.is_remote], memo, workers, progress))
+    return [_identity(file) if file.is_remote else next(local) for file in files]
 
 
 def refuse_inside(texts: dict[str, Text], output: Path) -> None:
@@ -122,23 +159,6 @@ def _sources(files: list[TextFile], digests: list[str], documents: list[int]) ->
         Source(file.name, file.bytes, None if file.is_remote else digest, file.etag, count)
         for file, digest, count in zip(files, digests, documents, strict=True)
     ]
-
-
-def _key(
-    texts: dict[str, Text],
-    digests: list[str],
-    settings: CorpusSettings,
-    vocabulary: Vocabulary | None,
-    sizes: list[int],
-) -> str:
-    """Returns a digest, in hex, of everything that determines the files."""
-    rest = iter(digests)
-    content = {
-        split: [[next(rest), file.start, file.ending.hex(), *file.kind] for file in text.files]
-        for split, text in texts.items()
-    }
-    how = counted_settings(texts, settings, vocabulary)
-    return hashlib.sha256(canonical_json([FORMAT_VERSION, content, how, sizes])).hexdigest()
 
 
 def counted_settings(texts: dict[str, Text], settings: CorpusSettings, vocabulary: Vocabulary | None) -> list[object]:
