@@ -35,8 +35,7 @@ from charlstm.run.step_directory import StepDirectory
 from data_pipeline import signals
 from data_pipeline.atomic_files import expand_user
 from data_pipeline.settings import setting
-from launch import train
-from launch.support import cli, flags
+from launch.support import cli, flags, train_flags
 from launch.support.child_processes import TRAIN, ChildProcesses
 from launch.support.watchdog import words_of_first
 
@@ -196,7 +195,7 @@ def _ending(status: int) -> str:
 def main(argv: Sequence[str]) -> int:
     own, arguments = _divided(argv)
     (chosen,), _ = flags.parse(own, __doc__ or "", LocalFlags())
-    of_the_run, *_ = train.parse(["train", *arguments])
+    of_the_run, *_ = train_flags.parse(["train", *arguments])
     if not of_the_run.run_dir:
         raise ValueError("--run_dir is required after the --: name a directory for the run")
     run_dir = expand_user(of_the_run.run_dir)

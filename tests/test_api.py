@@ -17,8 +17,8 @@ import pytest
 import charlstm as cl
 from charlstm.config import Config
 from charlstm.model import language_model
-from launch import sample, train
-from launch.support import cli
+from launch import sample
+from launch.support import cli, train_flags
 from tests.compiling import xla_flags
 from tests.conftest import ROOT
 
@@ -142,7 +142,7 @@ def test_mistakes_are_exceptions_and_write_nothing(config, corpus, tmp_path):
 def test_a_recipe_is_its_flagfile():
     recipe = cl.Config.recipe("tinyshakespeare")
     assert recipe == cl.Config.from_flagfile(ROOT / "configs" / "tinyshakespeare.flags")
-    (_, _, _, parsed, _) = train.parse(["train", f"--flagfile={ROOT / 'configs' / 'tinyshakespeare.flags'}"])
+    (_, _, _, parsed, _) = train_flags.parse(["train", f"--flagfile={ROOT / 'configs' / 'tinyshakespeare.flags'}"])
     assert recipe == parsed
 
 

@@ -97,9 +97,7 @@ def apply(
         return keep_mask(dropout_key, rate, f"{name}.{number}", (T, H)).swapaxes(0, 1)
 
     masks = (renewed(config.zoneout, "zoneout"), renewed(config.zoneout_cell, "zoneout_cell"))
-    inside: Any = params._replace(gain=None)
-    if not config.mogrifier_rounds:
-        inside = inside._replace(w_x=None)  # applied before
+    inside: Any = params._replace(gain=None, w_x=params.w_x if config.mogrifier_rounds else None)  # else applied before
     return autodiff_scan.recurrence(_step(config), inside, mask_BH, state, (inputs_TBX, reset_TB, masks), compute_dtype)
 
 
@@ -124,9 +122,7 @@ def trace(
         of_window = (params.w_h, cell.bias(params), state, inputs_TBX, reset_TB, compute_dtype, config.variant)
         state, states = scan.states(cell, *of_window)
         return state, _named(states)
-    inside: Any = params._replace(gain=None)
-    if not config.mogrifier_rounds:
-        inside = inside._replace(w_x=None)  # applied before
+    inside: Any = params._replace(gain=None, w_x=params.w_x if config.mogrifier_rounds else None)  # else applied before
     inputs = inputs_TBX, reset_TB, (None, None)
     state, (states, gates) = autodiff_scan.trace(_step(config, held), inside, state, inputs, compute_dtype)
     return state, _named(states) | gates

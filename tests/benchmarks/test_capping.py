@@ -10,7 +10,7 @@ from benchmarks import capping
 from benchmarks.capping import BOUNDS, Cell
 from benchmarks.rows import Rows
 from charlstm.run import estimate
-from launch import train as launch_train
+from launch.support import train_flags
 
 CELLS = capping.grid(["play"], [1, 2])
 
@@ -18,7 +18,7 @@ CELLS = capping.grid(["play"], [1, 2])
 def test_all_models_have_as_many_parameters_and_the_bounds_that_their_names_say():
     counts = []
     for cell in CELLS:
-        config = launch_train.parse(["train", *capping.settings(cell, 100_000)])[3]
+        config = train_flags.parse(["train", *capping.settings(cell, 100_000)])[3]
         counts.append(estimate.count_parameters(config, 256))
         assert config.model.cap_input_gate == (cell.bound == "capped") and config.model.num_layers == cell.layers
         assert config.streams.reset_probability == {"long": 0, "short": 0.25}[cell.carried]

@@ -23,12 +23,12 @@ from charlstm.training import train_state
 from data_pipeline.build.prepare import prepare
 from data_pipeline.settings import CorpusSettings
 from launch import evaluate, sample, train, tune
-from launch.support import cli, flags
+from launch.support import cli, flags, train_flags
 from launch.support.cluster import JobFlags
 from launch.support.event_files import TensorboardFlags
 from launch.support.prometheus import MonitorFlags
+from launch.support.train_flags import TrainFlags
 from launch.support.watchdog import WatchdogFlags
-from launch.train import TrainFlags
 from tests.conftest import ROOT
 from tests.fuzzing import fuzzed
 from tests.jobs import last_line
@@ -146,7 +146,7 @@ APART: tuple[dict[str, object], ...] = (
 
 
 def parse(*arguments: str) -> tuple[TrainFlags, Config, list[str]]:
-    chosen, _, _, config, given_ = train.parse(["train", *arguments])
+    chosen, _, _, config, given_ = train_flags.parse(["train", *arguments])
     return chosen, config, given_
 
 

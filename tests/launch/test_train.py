@@ -26,6 +26,7 @@ from charlstm.training import train_state
 from data_pipeline.streams import StreamPlan
 from launch import train
 from launch.support import cli, flags
+from launch.support.train_flags import TrainFlags
 from tests.compiling import xla_flags
 from tests.conftest import ROOT
 
@@ -148,7 +149,7 @@ def test_config_json_has_every_setting_of_the_command_and_the_numbers_that_a_zer
 
 def test_flags_txt_is_a_flagfile_that_means_the_same_run(trained, arguments):
     (wanted,), _ = flags.parse(["train", *arguments], "", Config())
-    (found, config), _ = flags.parse(["train", f"--flagfile={trained / 'flags.txt'}"], "", train.TrainFlags(), Config())
+    (found, config), _ = flags.parse(["train", f"--flagfile={trained / 'flags.txt'}"], "", TrainFlags(), Config())
     assert config == wanted
     assert found.run_dir == str(trained)
 

@@ -28,8 +28,8 @@ from launch.sample import Sample, SampleFlags
 from launch.support import flags
 from launch.support.cluster import JobFlags
 from launch.support.prometheus import MonitorFlags
+from launch.support.train_flags import TrainFlags
 from launch.support.watchdog import WatchdogFlags
-from launch.train import TrainFlags
 from tests.conftest import ROOT
 from tests.fuzzing import ANY_TEXT, TOO_DEEP, damaged, fuzzed, replaced, sentence, spoiled, standing
 
