@@ -97,7 +97,8 @@ def apply(
         return keep_mask(dropout_key, rate, f"{name}.{number}", (T, H)).swapaxes(0, 1)
 
     masks = (renewed(config.zoneout, "zoneout"), renewed(config.zoneout_cell, "zoneout_cell"))
-    inside: Any = params._replace(gain=None, w_x=params.w_x if config.mogrifier_rounds else None)  # else applied before
+    inside: Any = params._replace(gain=None)
+    inside = inside if config.mogrifier_rounds else inside._replace(w_x=None)  # which was applied before
     return autodiff_scan.recurrence(_step(config), inside, mask_BH, state, (inputs_TBX, reset_TB, masks), compute_dtype)
 
 
@@ -118,11 +119,11 @@ def trace(
       with_gates: False takes the step of `apply`, which is faster and does not give them; nothing can be held then.
     """
     if not with_gates and config.has_custom_vjp:
-        cell = CELLS[config.cell]
-        of_window = (params.w_h, cell.bias(params), state, inputs_TBX, reset_TB, compute_dtype, config.variant)
-        state, states = scan.states(cell, *of_window)
+        cell, window = CELLS[config.cell], (inputs_TBX, reset_TB, compute_dtype, config.variant)
+        state, states = scan.states(cell, params.w_h, cell.bias(params), state, *window)
         return state, _named(states)
-    inside: Any = params._replace(gain=None, w_x=params.w_x if config.mogrifier_rounds else None)  # else applied before
+    inside: Any = params._replace(gain=None)
+    inside = inside if config.mogrifier_rounds else inside._replace(w_x=None)  # which was applied before
     inputs = inputs_TBX, reset_TB, (None, None)
     state, (states, gates) = autodiff_scan.trace(_step(config, held), inside, state, inputs, compute_dtype)
     return state, _named(states) | gates
