@@ -99,6 +99,7 @@ def main(argv: Sequence[str]) -> int:
         ranking.pattern_of(chosen.find)
     if chosen.unit:
         units.parse(chosen.unit, run_directory.read(run_directory.named("run_dir", chosen.run_dir))[0].model)
+    jax_setup.keep_freed_memory()
     jax_setup.keep_compiled()
     model = api.load(chosen.run_dir, chosen.checkpoint)
     split = None if chosen.text else _own_split(model)
