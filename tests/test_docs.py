@@ -113,6 +113,7 @@ PROGRAMS += [
         "gpu",
         "equal_time",
         "parts",
+        "remote",
         "readers",
         "capping",
         "inside",
