@@ -17,12 +17,13 @@ from tests.faults.test_processes import lost
 from tests.jobs import ROOT, last_line
 
 TIMES = 12
+LIFE = 40  # lines of ten steps each, at most
 
 
 @pytest.fixture
 def command(job_flags):
-    # More steps than 12 lives of a few seconds make, and a save every 50, of which the first takes a second or two.
-    cadence = ("--num_steps=2500", "--log_every=10", "--checkpoint_every=50", "--keep_checkpoints=2")
+    # More steps than 12 lives make, and a save every 50, of which the first takes a second or two.
+    cadence = ("--num_steps=5000", "--log_every=10", "--checkpoint_every=50", "--keep_checkpoints=2")
     return [sys.executable, "-m", "launch.train", *job_flags, *cadence]
 
 
@@ -35,10 +36,12 @@ def test_killed_at_random_moments_it_comes_up_by_itself_and_ends_with_the_same_b
     while_saving = 0
     for _ in range(TIMES):
         with subprocess.Popen([*command, f"--run_dir={killed}"], **how) as running:
-            # Most lives are counted from their first step on, some from the start: what comes before takes seconds.
-            while random.random() > 0.1 and not re.search(r"^step \d+/", running.stderr.readline()):
-                pass
-            time.sleep(random.uniform(0.0, 3.0))
+            # Most lives are counted in steps, on a fast machine and a slow one; some end while the program starts.
+            steps = iter(lambda: re.search(r"^step \d+/", running.stderr.readline()) is not None, None)
+            for _ in range(random.integers(1, LIFE) * (random.random() > 0.1)):
+                while not next(steps):
+                    pass
+            time.sleep(random.uniform(0.0, 0.1))
             assert running.poll() is None
             running.send_signal(signal.SIGKILL)
         while_saving += bool(list((killed / "checkpoints").glob("*.saving*")))
