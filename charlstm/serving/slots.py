@@ -88,7 +88,7 @@ class Slots:
         return self.slots + self._queue
 
     def submit(self, texts: Sequence[Text]) -> None:
-        """Has texts written.  Raises Full where not all of them can be written or wait."""
+        """Takes texts to be written.  Raises Full where not all of them can be written or wait."""
         with self._changed:
             if self.busy + len(self._waiting) + len(texts) > self.capacity:
                 raise Full

@@ -37,7 +37,7 @@ class Group:
 
 
 class Prompt:
-    """What texts go on from; read once for all of them."""
+    """The beginning that texts go on from, read once for all of them."""
 
     def __init__(self, group: Group, ids: np.ndarray, after: Beginning | None = None, position: int = 0) -> None:
         """Takes what is to be read.
@@ -67,7 +67,7 @@ class Fetched:
 
     @functools.cached_property
     def logits_TRV(self) -> np.ndarray:
-        """What the symbols were chosen by."""
+        """The logits by which the symbols were chosen, `[T, R, V]`."""
         return np.asarray(self._made.logits_TRV)
 
     @functools.cached_property

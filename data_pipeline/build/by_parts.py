@@ -104,7 +104,7 @@ def _place(output: Path | str, key: str, settings: CorpusSettings, cache: Path) 
 
 
 class _Work:
-    """What one call does."""
+    """The work of one call: its parts, and the join."""
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ MARK_BYTES = 10
 
 
 class _Boundary(NamedTuple):
-    """Where documents of one form begin, and what makes some of them a whole file."""
+    """The mark at which documents of one form begin, and the bytes that make some of them a whole file."""
 
     mark: bytes
     kept: int  # bytes of the mark that belong to the document before

@@ -1,4 +1,4 @@
-"""Where parts are prepared: in processes of this machine, or on a Dask cluster.  The only file that knows Dask."""
+"""Engines that prepare parts: in processes of this machine, or on a Dask cluster.  The only file that knows Dask."""
 
 import concurrent.futures
 import contextlib
