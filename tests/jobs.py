@@ -49,7 +49,8 @@ def alive(pid: int) -> bool:
 
 
 def has_saved(run_dir: Path, step: int) -> Callable[[], bool]:
-    return lambda: step in StepDirectory(run_dir / "checkpoints").steps()
+    """Whether a checkpoint of that step or a later one is there: its own may be deleted before anyone looks."""
+    return lambda: max(StepDirectory(run_dir / "checkpoints").steps(), default=-1) >= step
 
 
 def last_line(run_dir: Path) -> dict:
