@@ -1,4 +1,4 @@
-"""How the notebooks' figures look: quiet axes, and colours that stay apart in print and for colour-blind eyes."""
+"""How the notebooks' figures look: quiet axes, and colors that stay apart in print and for color-blind eyes."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -6,7 +6,7 @@ from IPython.display import Markdown, display
 
 # Okabe and Ito, Color Universal Design, 2008.
 BLUE, ORANGE, GREEN, PINK, SKY, BLACK = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000"
-CELLS = {"rnn": ORANGE, "gru": GREEN, "lstm": BLUE}
+CELLS = {"RNN": ORANGE, "GRU": GREEN, "LSTM": BLUE, "capped LSTM": SKY}
 
 
 def style() -> None:
@@ -25,7 +25,7 @@ def style() -> None:
 
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
-    """The mean over `width` neighbours of each value, fewer at the ends."""
+    """The mean over `width` neighbors of each value, fewer at the ends."""
     kernel = np.ones(min(width, len(values)))
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 

@@ -178,7 +178,7 @@ def test_first_symbols_are_distributed_as_the_softmax_at_the_temperature(tempera
 
 
 def test_successive_symbols_are_drawn_independently():
-    """A model that has learnt nothing: all pairs of neighbors are as frequent, down a row and across rows."""
+    """A model that has learned nothing: all pairs of neighbors are as frequent, down a row and across rows."""
     flat = jax.tree.map(jnp.zeros_like, make_params())
     ids, _ = sampled(Sampling(), params=flat, rows=4096, length=16)
     for first, second in ((ids[:, :-1], ids[:, 1:]), (ids[:-1], ids[1:])):

@@ -154,7 +154,7 @@ def test_a_seed_program_and_the_model_have_the_same_losses_and_weights_over_100_
         loss, gradients = seed.loss_and_gradients(x_WTB[window], y_WTB[window])
         seed.update(gradients)
         expected.append(loss)
-    assert np.mean(expected[-10:]) < 0.75 * expected[0], "nothing was learnt"
+    assert np.mean(expected[-10:]) < 0.75 * expected[0], "nothing was learned"
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(seed.params(np.float64)), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-3)

@@ -188,7 +188,7 @@ def test_a_gradient_that_is_always_zero_moves_nothing(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_element_does_not_depend_on_its_neighbours(name):
+def test_an_element_does_not_depend_on_its_neighbors(name):
     rng = np.random.default_rng(0)
     optimizer = optimizers.make(OptimizerConfig(optimizer=name, momentum=0.9))
     params, grads = (jnp.asarray(rng.normal(size=1003), jnp.float32) for _ in range(2))
