@@ -94,17 +94,22 @@ def starts(rows: Rows, sparse: dict[str, Path], rounds: int) -> None:
 
 
 def waits(rows: Rows, corpus: Path, folder: Path, steps: int) -> None:
-    """Adds a row for a training run from a disk, and from a server that answers after some latency."""
+    """Adds a row for training runs from a disk, and from a server that answers after some latency.
+
+    Their models: one as small as a model can be, and one of the quickstart's size, for a fifth of the steps.
+    """
     with serving(corpus, LATENCY) as url:
-        for place, where in (("disk", str(corpus)), (f"HTTP, {LATENCY * 1000:.0f} ms", url)):
-            run_dir = folder / f"run {place}"
-            command = [sys.executable, "-m", "launch.train", f"--corpus={where}", f"--run_dir={run_dir}"]
-            command += ["--num_layers=1", "--hidden_size=16", "--batch_size=64", "--window=128", "--evaluate_every=0"]
-            command += [f"--num_steps={steps}", f"--log_every={max(1, steps // 4)}", f"--cache_dir={folder / 'blocks'}"]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
-            speed = last["symbols_per_second"]
-            rows.add(corpus="1 GB", trained_from=place, characters_per_second=speed, input_wait=last["input_wait"])
+        for units, of_model in ((16, steps), (256, steps // 5)):
+            for place, where in (("disk", str(corpus)), (f"HTTP, {LATENCY * 1000:.0f} ms", url)):
+                run_dir = folder / f"run {place} {units}"
+                command = [sys.executable, "-m", "launch.train", f"--corpus={where}", f"--run_dir={run_dir}"]
+                command += ["--num_layers=1", f"--hidden_size={units}", "--batch_size=64", "--window=128"]
+                command += ["--evaluate_every=0", f"--num_steps={of_model}", f"--log_every={max(1, of_model // 4)}"]
+                command += [f"--cache_dir={folder / 'blocks'}"]
+                subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+                speed, wait = last["symbols_per_second"], last["input_wait"]
+                rows.add(corpus="1 GB", trained_from=place, units=units, characters_per_second=speed, input_wait=wait)
 
 
 def _make(directory: Path, megabytes: int) -> None:

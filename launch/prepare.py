@@ -18,7 +18,7 @@ from data_pipeline.build import cache
 from data_pipeline.build.by_parts import Sizes, prepare_by_parts
 from data_pipeline.build.plan import PART_BYTES, Share
 from data_pipeline.build.prepare import prepare
-from data_pipeline.build.upload import upload
+from data_pipeline.build.upload import check_writable, upload
 from data_pipeline.manifest import is_prepared
 from data_pipeline.progress import bar, say_on_stderr
 from data_pipeline.settings import CorpusSettings, setting
@@ -114,6 +114,7 @@ def _prepare(settings: CorpusSettings, output: Path | str, workers: int) -> bool
     """Prepares the text; for an object store in the cache, from where it is copied.  Returns False if it was there."""
     progress = bar()
     if isinstance(output, str):
+        check_writable(output, settings.remote_patience)
         directory = prepare(settings, None, progress, say=say_on_stderr, workers=workers)
         return upload(directory, output, settings.remote_patience, progress)
     there = is_prepared(output)

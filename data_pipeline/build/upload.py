@@ -6,6 +6,25 @@ from data_pipeline.manifest import NAME, SOURCES, Manifest, parse_manifest, read
 from data_pipeline.progress import Progress
 from data_pipeline.stores import PATIENCE, Missing, Remote
 
+PROBE = ".writable"
+
+
+def check_writable(url: str, patience: float = PATIENCE) -> None:
+    """Writes an empty object at `url` and deletes it, so that hours of work do not end at a store that takes nothing.
+
+    Does nothing where a corpus is already.
+
+    Raises:
+      ValueError: there is no such bucket, or nothing may be written there.
+      Unreachable: the store does not answer.
+    """
+    store = Remote(url, patience)
+    try:
+        store.size(NAME)
+    except Missing:
+        store.create(PROBE, b"")
+        store.delete([PROBE])
+
 
 def upload(directory: Path, url: str, patience: float = PATIENCE, progress: Progress | None = None) -> bool:
     """Copies the prepared corpus in `directory` to `url`; returns False if it is there already.
