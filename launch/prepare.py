@@ -77,6 +77,10 @@ def main(argv: Sequence[str]) -> int:
     progress, done = bar(), []
     output = checked_url(chosen.output) if is_remote(chosen.output) else expand_user(chosen.output)
     if settings.corpus or settings.train:
+        if isinstance(output, str) and output.startswith("http"):
+            raise ValueError(
+                f"--output={output}: a web server is for reading: name a directory, or s3://, gs:// or az://"
+            )
         if chosen.by_parts:
             if not _prepare_by_parts(settings, output, chosen):
                 return cli.DONE

@@ -25,7 +25,7 @@ ENCODING = "encoding.json"
 
 
 class Encoding(NamedTuple):
-    """How symbols become ids, and where shards end besides their size."""
+    """The vocabulary that turns symbols into ids, and the places at which shards end besides their size."""
 
     vocabulary: Vocabulary
     cuts: dict[int, dict[str, list[int]]]  # number of a part -> stream -> symbols after which a split begins or ends
@@ -62,7 +62,7 @@ class PartTask:
 
 
 class Stream(NamedTuple):
-    """What a part has of a stream."""
+    """The shards of a part that belong to a stream, and the separator added to them."""
 
     shards: list[ShardNote]
     added: int
@@ -73,7 +73,7 @@ class Stream(NamedTuple):
 
 
 class PartNote(NamedTuple):
-    """What was written of a part."""
+    """The streams, documents and digests of a part that was written."""
 
     streams: dict[str, Stream]
     documents: list[int]  # of each file

@@ -1,5 +1,5 @@
-"""Where a preparation by parts keeps its plan, its notes and its shards until they are a corpus: a directory that all
-workers see, or an object store.
+"""Places where a preparation by parts keeps its plan, its notes and its shards until they are a corpus: a directory
+that all workers see, or an object store.
 
 Notes appear whole or not at all.  The same note or shard may be written several times: its content is the same.
 """

@@ -49,7 +49,7 @@ class Share(NamedTuple):
 
 
 class Length(NamedTuple):
-    """What a part has of a stream."""
+    """The symbols of a stream that lie in a part."""
 
     symbols: int
     added: int  # of these at its end, a separator that stands there only if a part with text follows
@@ -57,7 +57,7 @@ class Length(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is prepared, and how."""
+    """The parts, texts and settings of a preparation."""
 
     parts: tuple[Part, ...]
     texts: dict[str, Text]

@@ -88,6 +88,7 @@ def test_the_program_prepares_verifies_and_does_nothing_twice(tmp_path):
         (["--output=", "--input=x"], "--output is required: name the directory to make"),
         (["--output=", "--verify"], "--output is required: name the directory to make"),
         (["--input=x", "--train=x", "--output=y"], "--input and --train are both given: leave one out"),
+        (["--input=x", "--output=https://host/y"], "--output=https://host/y: a web server is for reading: name a"),
         (
             ["--input=x", "--output=y", "--vocabulary=byte"],
             "use one of bytes, characters; did you mean bytes?",
