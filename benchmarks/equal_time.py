@@ -1,13 +1,17 @@
-"""Three models on one text for equal minutes: ours, `torch.nn.LSTM` in a script, and a small transformer in another.
+"""One text and equal minutes: ours, `torch.nn.LSTM` in a script, and a small transformer in another.
 
     python -m benchmarks.equal_time --text=tinyshakespeare.txt --minutes=5 --plot=equal_time.svg
+    python -m benchmarks.equal_time --text=train.xz:valid.xz --flagfile=configs/large.flags --peers=lstm --minutes=10
 
-The first 90 % of the text are for training, the last 10 % are scored, by bytes.  Ours goes first, by
-configs/small.flags with as many steps as take about so many minutes here; the others have the seconds that it took.
-All seconds count from the start of a program: imports, compiling and evaluations, eight each, are included.
+The first 90 % of a text are for training, the last 10 % are scored, by bytes; or there is a training and a validation
+text.  Ours goes first, by a flagfile with as many steps as take about so many minutes here; the others have the seconds
+that it took, and ours has them once more with the flags in --also.  All seconds count from the start of a program:
+imports, compiling and evaluations, eight each, are included.  Of a validation text of more than some 260 KB pieces are
+scored meanwhile, and the whole at the end, when the clock has stopped.
 """
 
 import json
+import lzma
 import subprocess
 import sys
 import sysconfig
@@ -26,41 +30,61 @@ from charlstm.report import curves, history
 PARTS = 8  # evaluations
 OF_STEPS = 0.85  # part of the time that is for steps; the rest is for compiling and for evaluations
 VALID = 0.1
-OURS = "charlstm, configs/small.flags"
-PEERS = {"PyTorch nn.LSTM": "lstm", "PyTorch transformer": "transformer"}
+PIECES, PIECE = 16, 16_384  # of a long validation text
+PEERS = {"lstm": "PyTorch nn.LSTM", "transformer": "PyTorch transformer"}
 
 
 class Text(NamedTuple):
-    """A text on disk: whole, and its two parts."""
+    """Files of a text: what is trained on, what is scored meanwhile, and what is scored at the end."""
 
-    whole: Path
     train: Path
     valid: Path
+    final: Path
 
 
 class Scores(NamedTuple):
-    """Bits per byte of a contestant by its seconds."""
+    """Bits per byte of a contestant by its seconds, and those of the whole validation text at the end."""
 
     seconds: list[float]
     bits: list[float]
+    final: float
+    symbols: int
     steps: int
     parameters: int
 
 
-def run(rows: Rows, quick: bool, text: str, minutes: float, plot: str, seed: int) -> None:
+def run(
+    rows: Rows,
+    quick: bool,
+    text: str,
+    flagfile: str,
+    also: str,
+    peers: str,
+    minutes: float,
+    plot: str,
+    seed: int,
+    folder: str,
+) -> None:
     jax.config.update("jax_platforms", "cpu")  # parameters are only counted in this process
     minutes = 0.1 if quick else minutes
-    with tempfile.TemporaryDirectory() as folder:
-        parts = split(Path(text).read_bytes() if text else standard_library()[: 10**5 if quick else None], Path(folder))
+    with tempfile.TemporaryDirectory() as temporary:
+        into = Path(folder or temporary)
+        into.mkdir(parents=True, exist_ok=True)
+        parts = write_parts(*read(text, quick), into)
         small = ["--hidden_size=32", "--num_layers=1", "--batch_size=8"] if quick else []
-        found = {OURS: ours(parts, 60 * minutes, seed, small)}
-        rows.add(**fields(OURS, found[OURS], seed))  # as it comes: the others take as long again
-        for name, kind in PEERS.items():
-            found[name] = peer(kind, parts, found[OURS].seconds[-1], seed, small)
-            rows.add(**fields(name, found[name], seed))
+        name = f"charlstm, {flagfile}"
+        found = {name: ours(parts, flagfile, 60 * minutes, seed, small)}
+        rows.add(**fields(name, found[name], seed))  # as it comes: the others take as long again
+        if also:
+            found[f"{name} {also}"] = ours(parts, flagfile, 60 * minutes, seed, [*small, *also.split()])
+            rows.add(**fields(f"{name} {also}", found[f"{name} {also}"], seed))
+        for kind in filter(None, peers.split(",")):
+            found[PEERS[kind]] = peer(kind, parts, flagfile, found[name].seconds[-1], seed, small)
+            rows.add(**fields(PEERS[kind], found[PEERS[kind]], seed))
+        curve = {name: (scores.seconds, scores.bits) for name, scores in found.items()}
+        (into / "curves.json").write_text(json.dumps(curve))
     if plot:
-        lines = {name: (scores.seconds, scores.bits) for name, scores in found.items()}
-        Path(plot).write_text(curves.lines_svg(lines, "seconds", "bits per byte, validation"))
+        Path(plot).write_text(curves.lines_svg(curve, "seconds", "bits per byte, validation"))
 
 
 def fields(name: str, scores: Scores, seed: int) -> dict[str, Any]:
@@ -70,67 +94,100 @@ def fields(name: str, scores: Scores, seed: int) -> dict[str, Any]:
         "parameters": scores.parameters,
         "steps": scores.steps,
         "seconds": round(scores.seconds[-1], 1),
+        "characters_per_second": round(scores.symbols / scores.seconds[-1]),  # of all seconds, evaluations as well
         "bits_per_byte": round(scores.bits[-1], 4),
         "best": round(min(scores.bits), 4),
+        "final": round(scores.final, 4),
         "seed": seed,
     }
 
 
-def standard_library() -> bytes:
-    """A megabyte of Python, where no text is named."""
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    return b"".join(path.read_bytes() for path in files)[: 10**6]
+def read(text: str, quick: bool) -> tuple[bytes, bytes]:
+    """Returns the training and the validation text of TEXT or TRAIN:VALID; a megabyte of Python where none is named."""
+    train, _, valid = text.partition(":")
+    if valid:
+        return content(train), content(valid)
+    files = [] if text else sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    whole = content(text) if text else b"".join(path.read_bytes() for path in files)[: 10**5 if quick else 10**6]
+    border = int((1 - VALID) * len(whole))  # as nanoGPT cuts
+    return whole[:border], whole[border:]
 
 
-def split(content: bytes, folder: Path) -> Text:
-    """Writes the text and its parts into `folder`."""
-    border = int((1 - VALID) * len(content))  # as nanoGPT cuts
-    parts = {"whole": content, "train": content[:border], "valid": content[border:]}
-    for name, part in parts.items():
+def content(path: str) -> bytes:
+    return lzma.decompress(Path(path).read_bytes()) if path.endswith(".xz") else Path(path).read_bytes()
+
+
+def write_parts(train: bytes, valid: bytes, folder: Path) -> Text:
+    """Writes the texts into `folder`: of a long validation text pieces at equal distances, too."""
+    starts = [n * (len(valid) - PIECE) // (PIECES - 1) for n in range(PIECES)]
+    pieces = b"".join(valid[start : start + PIECE] for start in starts) if len(valid) > PIECES * PIECE else valid
+    for name, part in zip(Text._fields, (train, pieces, valid), strict=True):
         (folder / f"{name}.txt").write_bytes(part)
     return Text(*(folder / f"{name}.txt" for name in Text._fields))
 
 
-def ours(text: Text, seconds: float, seed: int, small: list[str]) -> Scores:
-    """Trains by configs/small.flags, as many steps as fill about `seconds`, a multiple of PARTS."""
+def ours(text: Text, flagfile: str, seconds: float, seed: int, small: list[str]) -> Scores:
+    """Trains by the flagfile, as many steps as fill about `seconds`, a multiple of PARTS."""
     command = [
-        *(sys.executable, "-m", "launch.train", "--flagfile=configs/small.flags", *small, f"--seed={seed}"),
-        *(f"--train={text.train}", f"--valid={text.valid}", f"--cache_dir={text.whole.parent / 'cache'}"),
+        *(sys.executable, "-m", "launch.train", f"--flagfile={flagfile}", *small, f"--seed={seed}", "--corpus="),
+        *(f"--train={text.train}", f"--valid={text.valid}", f"--test={text.final}"),
+        *(f"--cache_dir={text.train.parent / 'cache'}", "--log_every=50"),
         *("--evaluate_symbols=0", "--sample_every=0", "--checkpoint_every=0"),
     ]
     told = subprocess.run([*command, "--dry_run", "--dry_run_format=json"], check=True, stdout=subprocess.PIPE)
     steps = max(1, round(OF_STEPS * seconds / json.loads(told.stdout)["seconds_per_step"] / PARTS)) * PARTS
-    run_dir = text.whole.parent / "run"
+    run_dir = Path(tempfile.mkdtemp(prefix="run-", dir=text.train.parent)) / "run"
     flags = [f"--num_steps={steps}", f"--evaluate_every={steps // PARTS}", f"--run_dir={run_dir}"]
     began = time.monotonic()
     subprocess.run([*command, *flags], check=True)
+    ended = time.monotonic() - began
     of_run = history.read(run_dir)
     within, bits = of_run.curve("valid", "bits_per_byte", "time")
-    before = time.monotonic() - began - within[-1]  # the loop's own clock begins later
-    return Scores([before + at for at in within], bits, steps, of_run.parameters)
+    before = ended - within[-1]  # the loop's own clock begins later
+    score = [
+        *(sys.executable, "-m", "launch.evaluate", f"--run_dir={run_dir}", "--split=test"),
+        *("--checkpoint=latest", "--format=json"),
+    ]
+    final = bits[-1]
+    if text.final.stat().st_size > text.valid.stat().st_size:
+        printed = subprocess.run(score, check=True, stdout=subprocess.PIPE, text=True).stdout
+        final = json.loads(printed)["bits_per_byte"]
+    streams = of_run.config.streams
+    symbols = steps * streams.batch_size * streams.window
+    return Scores([before + at for at in within], bits, final, symbols, steps, of_run.parameters)
 
 
-def peer(kind: str, text: Text, seconds: float, seed: int, small: list[str]) -> Scores:
-    """Trains a PyTorch script for `seconds`."""
-    preset = Config.recipe("small")
+def peer(kind: str, text: Text, flagfile: str, seconds: float, seed: int, small: list[str]) -> Scores:
+    """Trains a PyTorch script for `seconds`, the LSTM of the flagfile's sizes, rates and batches."""
+    given = Config.from_flagfile(flagfile)
     settings: dict[str, Any] = {
-        **{name: getattr(preset.model, name) for name in ("embedding_size", "hidden_size", "num_layers")},
-        **{name: getattr(preset.streams, name) for name in ("batch_size", "window")},
+        **{name: getattr(given.model, name) for name in ("embedding_size", "hidden_size", "num_layers", "skip")},
+        **{name: getattr(given.model, name) for name in ("layer_dropout", "output_dropout", "compute_dtype")},
+        **{name: getattr(given.streams, name) for name in ("batch_size", "window")},
+        **{name: getattr(given.optimizer, name) for name in ("learning_rate", "beta1", "beta2", "final_fraction")},
+        "warmup_steps": given.optimizer.warmup_steps,
         **{flag[2:].partition("=")[0]: int(flag.partition("=")[2]) for flag in small},
-        "learning_rate": preset.optimizer.learning_rate,
-        "dropout": preset.model.layer_dropout,
         "began": time.time(),
         "seconds": seconds,
         "seed": seed,
     }
-    command = [sys.executable, "-m", "benchmarks.peers.equal_time", kind, str(text.train), str(text.valid)]
+    command = [sys.executable, "-m", "benchmarks.peers.equal_time", kind, *map(str, text)]
     done = subprocess.run([*command, json.dumps(settings)], check=True, stdout=subprocess.PIPE, text=True)
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    last = lines[-1]
-    return Scores(
-        [line["seconds"] for line in lines], [line["bits"] for line in lines], last["step"], last["parameters"]
-    )
+    *lines, last = [json.loads(line) for line in done.stdout.splitlines()]
+    by_time = [[line[name] for line in lines] for name in ("seconds", "bits")]
+    return Scores(*by_time, last["final"], last["symbols"], lines[-1]["step"], last["parameters"])
 
 
 if __name__ == "__main__":
-    rows_lib.main("equal_time", run, text="", minutes=5.0, plot="", seed=0)
+    rows_lib.main(
+        "equal_time",
+        run,
+        text="",
+        flagfile="configs/small.flags",
+        also="",
+        peers="lstm,transformer",
+        minutes=5.0,
+        plot="",
+        seed=0,
+        folder="",
+    )
