@@ -4,10 +4,11 @@
     python -m benchmarks.equal_time --text=train.xz:valid.xz --flagfile=configs/large.flags --peers=lstm --minutes=10
 
 The first 90 % of a text are for training, the last 10 % are scored, by bytes; or there is a training and a validation
-text.  Ours goes first, by a flagfile with as many steps as take about so many minutes here; the others have the seconds
-that it took, and ours has them once more with the flags in --also.  All seconds count from the start of a program:
-imports, compiling and evaluations, eight each, are included.  Of a validation text of more than some 260 KB pieces are
-scored meanwhile, and the whole at the end, when the clock has stopped.
+text.  Ours goes first, by a flagfile, with as many steps as take about so many minutes here or, without --minutes, with
+its own number; the others have the seconds that it took.  With --also ours is trained once more, with these flags
+(between commas).  All seconds count from the start of a program: imports, compiling and evaluations, eight each, are
+included.  Of a validation text of more than some 260 KB pieces are scored meanwhile, and the whole at the end, when the
+clock has stopped.
 """
 
 import json
@@ -75,12 +76,12 @@ def run(
         name = f"charlstm, {flagfile}"
         found = {name: ours(parts, flagfile, 60 * minutes, seed, small)}
         rows.add(**fields(name, found[name], seed))  # as it comes: the others take as long again
-        if also:
-            found[f"{name} {also}"] = ours(parts, flagfile, 60 * minutes, seed, [*small, *also.split()])
-            rows.add(**fields(f"{name} {also}", found[f"{name} {also}"], seed))
         for kind in filter(None, peers.split(",")):
             found[PEERS[kind]] = peer(kind, parts, flagfile, found[name].seconds[-1], seed, small)
             rows.add(**fields(PEERS[kind], found[PEERS[kind]], seed))
+        if also:
+            found[f"{name} {also}"] = ours(parts, flagfile, 60 * minutes, seed, [*small, *also.split(",")])
+            rows.add(**fields(f"{name} {also}", found[f"{name} {also}"], seed))
         curve = {name: (scores.seconds, scores.bits) for name, scores in found.items()}
         (into / "curves.json").write_text(json.dumps(curve))
     if plot:
@@ -127,15 +128,17 @@ def write_parts(train: bytes, valid: bytes, folder: Path) -> Text:
 
 
 def ours(text: Text, flagfile: str, seconds: float, seed: int, small: list[str]) -> Scores:
-    """Trains by the flagfile, as many steps as fill about `seconds`, a multiple of PARTS."""
+    """Trains by the flagfile, as many steps as fill about `seconds`, a multiple of PARTS; 0: as many as it says."""
     command = [
         *(sys.executable, "-m", "launch.train", f"--flagfile={flagfile}", *small, f"--seed={seed}", "--corpus="),
         *(f"--train={text.train}", f"--valid={text.valid}", f"--test={text.final}"),
         *(f"--cache_dir={text.train.parent / 'cache'}", "--log_every=50"),
         *("--evaluate_symbols=0", "--sample_every=0", "--checkpoint_every=0"),
     ]
-    told = subprocess.run([*command, "--dry_run", "--dry_run_format=json"], check=True, stdout=subprocess.PIPE)
-    steps = max(1, round(OF_STEPS * seconds / json.loads(told.stdout)["seconds_per_step"] / PARTS)) * PARTS
+    steps = Config.from_flagfile(flagfile).training.num_steps
+    if seconds:
+        told = subprocess.run([*command, "--dry_run", "--dry_run_format=json"], check=True, stdout=subprocess.PIPE)
+        steps = max(1, round(OF_STEPS * seconds / json.loads(told.stdout)["seconds_per_step"] / PARTS)) * PARTS
     run_dir = Path(tempfile.mkdtemp(prefix="run-", dir=text.train.parent)) / "run"
     flags = [f"--num_steps={steps}", f"--evaluate_every={steps // PARTS}", f"--run_dir={run_dir}"]
     began = time.monotonic()
@@ -186,7 +189,7 @@ if __name__ == "__main__":
         flagfile="configs/small.flags",
         also="",
         peers="lstm,transformer",
-        minutes=5.0,
+        minutes=0.0,
         plot="",
         seed=0,
         folder="",

@@ -1,6 +1,7 @@
 """The quick form of every benchmark gives its rows."""
 
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -10,11 +11,11 @@ import pytest
 from tests.conftest import ROOT
 
 
-def quick(benchmark: str) -> list[dict]:
-    """The rows of `python -m benchmarks.BENCHMARK --quick`, which ends with a table of them."""
+def quick(benchmark: str, *arguments: str) -> list[dict]:
+    """The rows of `python -m benchmarks.BENCHMARK --quick ARGUMENTS`, which ends with a table of them."""
     # Not with the suite's strict promotion, which is for our own modules.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_NUMPY_")}
-    command = [sys.executable, "-m", f"benchmarks.{benchmark}", "--quick"]
+    command = [sys.executable, "-m", f"benchmarks.{benchmark}", "--quick", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -67,6 +68,30 @@ def test_models_are_compared_after_equal_seconds(peers):
     assert all(2 < row["bits_per_byte"] < 8.5 and row["best"] <= row["bits_per_byte"] for row in found)
     seconds = [row["seconds"] for row in found]
     assert all(seconds[0] <= other < seconds[0] + 30 for other in seconds[1:])
+
+
+def test_a_flagfile_is_compared_on_a_text_of_its_own_and_scored_whole_at_the_end(peers, tmp_path):
+    lines = [f"{n} bottles of beer on the wall, {n * n} in the cellar\n" for n in range(9000)]
+    for name, part in (("train", lines[::2]), ("valid", lines[1::2])):
+        with lzma.open(tmp_path / f"{name}.xz", "wt") as file:
+            file.write("".join(part) * (1 if name == "train" else 2))
+    found = quick(
+        "equal_time",
+        f"--text={tmp_path}/train.xz:{tmp_path}/valid.xz",
+        "--flagfile=configs/twenty_minutes.flags",
+        "--also=--segment=0,--nocap_input_gate",
+        "--peers=lstm",
+        f"--folder={tmp_path}/kept",
+    )
+    assert [row["contestant"].rpartition(",")[2].split()[-1] for row in found] == [
+        "configs/twenty_minutes.flags",
+        "nn.LSTM",
+        "--nocap_input_gate",
+    ]
+    assert all(row["final"] != row["bits_per_byte"] and abs(row["final"] - row["bits_per_byte"]) < 0.2 for row in found)
+    assert len({row["parameters"] for row in found}) == 1
+    curves = json.loads((tmp_path / "kept" / "curves.json").read_text())
+    assert [seconds == sorted(seconds) for seconds, _ in curves.values()] == [True] * 3
 
 
 def test_the_pipeline_is_timed_beside_training_and_corpora_are_opened(peers):
