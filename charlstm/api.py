@@ -100,22 +100,19 @@ def train(config: Config, corpus: Corpus, run_dir: str | os.PathLike[str], *, in
     """
     distributed.use_cpu_cores()
     folder = run_directory.named("run_dir", os.fspath(run_dir))
-    where = {"corpus": str(corpus.directory), "mixture": ""}
-    if isinstance(corpus, Mixture):
-        where = {"corpus": "", "mixture": corpus.spec}
-    config = config_lib.replace(config, vocabulary=corpus.vocabulary.kind, train="", valid="", test="", **where)
-    services = InterruptibleServices()
-    outcome = loop.train(start(folder, config, corpus, choose_mesh, initial_checkpoint), services)
+    config = corpus_lib.taken(config, corpus)
+    begun = start(folder, config, corpus, choose_mesh, initial_checkpoint)
+    outcome = loop.train(begun, InterruptibleServices(), config_lib.to_flags(config))
     if outcome is Outcome.NOT_SAVED:
         raise OSError(f"the last checkpoint of {folder} could not be written: see {folder / 'log.txt'}")
     return load(folder)
 
 
-def load(run_dir: str | os.PathLike[str], checkpoint: str = "best") -> "Model":
+def load(run_dir: str | os.PathLike[str], checkpoint: str | int = "best") -> "Model":
     """The model of a run, on this machine's first device, whatever it was trained on.
 
     Args:
-      checkpoint: "best" on validation (the newest where none was validated), "latest", or a step in digits.
+      checkpoint: "best" on validation (the newest where none was validated), "latest", or a step.
 
     Raises:
       ValueError: there is no such run or checkpoint, or it is damaged.
@@ -124,7 +121,7 @@ def load(run_dir: str | os.PathLike[str], checkpoint: str = "best") -> "Model":
     folder = run_directory.named("run_dir", os.fspath(run_dir))
     config, identity = run_directory.read(folder)
     mesh = distributed.make(list(distributed.make().devices.flat[:1]))
-    params, step = run_directory.restore_params(folder, config, identity, mesh, checkpoint, _log.warning)
+    params, step = run_directory.restore_params(folder, config, identity, mesh, str(checkpoint), _log.warning)
     return Model(config, identity.vocabulary, params, step, folder)
 
 

@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from charlstm import api
+from charlstm import config as config_lib
 from charlstm.interop.export import FORMATS
 from charlstm.run import corpus as corpus_lib
 from charlstm.run import run_directory
@@ -38,6 +39,7 @@ class ExportFlags:
         check_choices(self)
 
 
+SECONDS_FOR_A_SCORE = 20.0  # that a store may be silent: the text is wanted for the score alone
 ROUNDED = ("html",)  # formats that round the weights, and so want a text to measure what that does
 
 
@@ -58,12 +60,13 @@ def _held_out(model: api.Model) -> Corpus | None:
     """Returns the corpus of the run, or its mixture; None, saying why, where it cannot be had."""
     assert model.run_dir is not None
     try:
-        corpus = corpus_lib.load(model.config)
+        patience = min(model.config.corpus.remote_patience, SECONDS_FOR_A_SCORE)
+        corpus = corpus_lib.load(config_lib.replace(model.config, remote_patience=patience))
         identity = run_directory.read(model.run_dir)[1]
         run_directory.check_identity(
             model.run_dir, identity, run_directory.Identity(corpus.vocabulary, corpus.fingerprint)
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         say_on_stderr(f"no held-out text: {error}")
         return None
     return corpus

@@ -121,6 +121,8 @@ class Job(ChildProcesses):
 
     def _end_the_stopped(self) -> None:
         """Kills processes stopped (SIGSTOP) for longer than --grace: a process cannot notice that it is stopped."""
+        if not hasattr(os, "waitid"):  # on a Mac from Python 3.13 on
+            return
         for process in self.started:
             with contextlib.suppress(ChildProcessError):
                 if os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOHANG):
@@ -195,7 +197,7 @@ def _ending(status: int) -> str:
 def main(argv: Sequence[str]) -> int:
     own, arguments = _divided(argv)
     (chosen,), _ = flags.parse(own, __doc__ or "", LocalFlags())
-    of_the_run, *_ = train_flags.parse(["train", *arguments])
+    of_the_run, *_ = train_flags.parse_for_run(["train", *arguments])
     if not of_the_run.run_dir:
         raise ValueError("--run_dir is required after the --: name a directory for the run")
     run_dir = expand_user(of_the_run.run_dir)

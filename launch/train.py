@@ -21,14 +21,11 @@ from launch.support.services import STATUS
 
 
 def main(argv: Sequence[str]) -> int:
-    chosen, job, services, config, given = train_flags.parse(argv, doc=__doc__)
+    chosen, job, services, config, given = train_flags.parse_for_run(argv, doc=__doc__)
     if not chosen.run_dir and not chosen.dry_run:
         raise ValueError("--run_dir is required: name a directory for the run, such as --run_dir=runs/mine")
     run_dir = expand_user(chosen.run_dir) if chosen.run_dir else None
     run_directory.named("run_dir", chosen.run_dir)
-    initial = chosen.initial_checkpoint
-    if run_dir:
-        config, initial = train_flags.of_the_run(run_dir, argv, given, config, initial)
     settings = run_directory.settings_of(run_dir, config) if run_dir else config
     memory.require_possible(settings, dry=chosen.dry_run)
     jax_setup.keep_freed_memory(estimate.estimate_temp_bytes(settings, distributed.usable_cores()))
@@ -41,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
         if chosen.dry_run or run_dir is None:
             print(start_lib.dry_run(config, corpus, mesh, chosen.dry_run_format, services.end))
             return cli.DONE
-        run = start_lib.start(run_dir, config, corpus, choose_mesh, initial, services.end)
+        run = start_lib.start(run_dir, config, corpus, choose_mesh, chosen.initial_checkpoint, services.end)
         try:
             return STATUS[loop.train(run, services, given)]
         except Diverged:

@@ -21,7 +21,6 @@ if __name__ == "__main__":  # before what takes seconds to import
 import contextlib
 import dataclasses
 import importlib.util
-import json
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -30,7 +29,7 @@ from pathlib import Path
 import jax
 
 from charlstm import config as config_lib
-from charlstm.config import Config
+from charlstm.config import Config, flagfile
 from charlstm.report import study as report_lib
 from charlstm.report.study import StudyResult, TrialResult
 from charlstm.run import corpus as corpus_lib
@@ -39,7 +38,7 @@ from data_pipeline import signals
 from data_pipeline.atomic_files import atomic_write, expand_user, locked
 from data_pipeline.settings import check_choices, setting
 from launch.support import cli, flags, trials
-from launch.support.trials import PARTS
+from launch.support.trials import PARTS, evaluations, is_whole
 
 with contextlib.suppress(ImportError):  # an extra, which main asks for
     import optuna
@@ -54,7 +53,7 @@ class TuneFlags:
 
     space: str = setting("", "A TOML file of the settings to search and their values.  Required.")
     study_dir: str = setting("", "Directory of the study: a journal, and a run for each trial.  Required.")
-    trials: int = setting(20, "Trials of the whole study, by all its workers; 0 only prints the report.")
+    trials: int = setting(20, "Trials of the whole study, by all its workers; 0 begins none, and prints the report.")
     seconds_per_trial: float = setting(
         0.0, "Every trial makes as many updates as take so many seconds here, by a few timed ones; 0: --num_steps."
     )
@@ -79,15 +78,12 @@ class TuneFlags:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
 
 
+# Statuses after which the same command goes on, as docs/operations.md has them.
+GO_ON = (cli.NOT_SAVED, cli.UNREACHABLE, cli.HANGS, cli.LOST, cli.IN_USE)
+
+
 def run_dir(study_dir: Path, number: int) -> Path:
     return study_dir / "trials" / f"{number:04d}"
-
-
-def evaluations(directory: Path) -> dict[int, float]:
-    """Returns step -> bits per symbol of the evaluations that a run has made of its validation split."""
-    path = directory / "metrics.jsonl"
-    lines = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []  # the last one may be half written
-    return {line["step"]: line["bits_per_symbol"] for line in map(json.loads, lines) if line["split"] == "valid"}
 
 
 def _refuse() -> None:
@@ -161,12 +157,13 @@ class Study:
         self.optuna.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
         values = search_space.draw(trial, self._space, self._config, self._vocabulary_size)
         config, directory = config_lib.replace(self._config, **values), run_dir(self.directory, trial.number)
-        arguments = self._given + [f"--{name}={value}" for name, value in values.items()]
+        arguments = [flagfile.as_argument(line) for line in self._given]
+        arguments += [f"--{name}={value}" for name, value in values.items()]
         steps = max(1, config.training.num_steps // PARTS) * PARTS
         if seconds := self._chosen.seconds_per_trial:
             signals.say(f"trial {trial.number}: compiling, and timing a few updates")
             steps = trials.num_steps_within(seconds, arguments, directory.with_suffix(".txt"), self._environment)
-        arguments += [f"--num_steps={steps}", f"--evaluate_every={steps // PARTS}", f"--run_dir={directory}"]
+        arguments += [f"--num_steps={steps}", f"--evaluate_every={steps // PARTS}"]
         if not any(flag.startswith("--sample_every=") for flag in arguments):
             arguments.append("--sample_every=0")
         parameters = estimate.count_parameters(config, self._vocabulary_size)
@@ -202,12 +199,13 @@ class Study:
         signals.say(f"trial {number}: {trial.user_attrs['values']}, {num_steps} updates")
         began = time.monotonic()
         log = directory.with_suffix(".txt")
-        ended = trials.run_child(arguments, log, hopeless=hopeless, environment=self._environment)
+        here = [*arguments, f"--run_dir={directory}"]  # not in what is kept: a study may be moved
+        ended = trials.run_child(here, log, hopeless=hopeless, environment=self._environment)
         hopeless()  # reports the last scores
         trial.set_user_attr("seconds", trial.user_attrs.get("seconds", 0.0) + round(time.monotonic() - began, 1))
         scores = list(evaluations(directory).values())
         interrupted = ended.told_to_stop or (ended.status == cli.STOPPED and not ended.pruned)
-        if interrupted or ended.status == cli.NOT_SAVED:
+        if interrupted or ended.status in GO_ON:
             signals.say(f"trial {number}: {ended.last_words}; launch.tune goes on with it")
             return cli.STOPPED if ended.told_to_stop else ended.status
         if ended.status == cli.DONE:
@@ -233,7 +231,7 @@ class Study:
         with contextlib.suppress(BlockingIOError), locked(self.directory / ".repeating.lock", _refuse):
             for repeat in range(1, self._chosen.repeat_best + 1):
                 directory = self.directory / "repeats" / f"{best.number:04d}-{repeat}"
-                if len(evaluations(directory)) == PARTS:
+                if is_whole(directory):
                     continue
                 seed = self._config.training.seed + repeat
                 signals.say(f"trial {best.number} again, with seed {seed}")
@@ -242,6 +240,7 @@ class Study:
                 ended = trials.run_child(arguments, directory.with_suffix(".txt"), None, show, self._environment)
                 if ended.status != cli.DONE:
                     signals.say(f"{directory}: {ended.last_words}")
+                if ended.status not in (cli.DONE, cli.DIVERGED):  # one that diverges has no score, and the others have
                     return cli.STOPPED if ended.told_to_stop else ended.status
         return cli.DONE
 
@@ -250,7 +249,8 @@ def open_study(directory: Path, pruner: str = "median") -> "optuna.Study":
     """Opens the Optuna study in `directory`, made if absent; it has the directory's name."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     directory.mkdir(parents=True, exist_ok=True)
-    storage = JournalStorage(JournalFileBackend(str(directory / "journal.log")))
+    # Its lock is a link to it, and one to a relative path would dangle.
+    storage = JournalStorage(JournalFileBackend(str(directory.absolute() / "journal.log")))
     there = optuna.get_all_study_names(storage)  # it keeps its name where the directory was renamed
     pruners = {
         # After 4 whole trials, and not before a trial's second score.
@@ -282,8 +282,8 @@ def result(study: "optuna.Study", study_dir: Path) -> StudyResult:
     best = min(finished, key=lambda trial: (trial.best, trial.number)).number
     command = f"python -m launch.train --flagfile={run_dir(study_dir, best) / 'flags.txt'} --run_dir=runs/best"
     others = sorted((study_dir / "repeats").glob(f"{best:04d}-*/"))
-    whole = [scores for scores in map(evaluations, others) if len(scores) == PARTS]
-    return StudyResult(str(study_dir), found, shares, [min(scores.values()) for scores in whole], command)
+    repeated = [min(evaluations(directory).values()) for directory in others if is_whole(directory)]
+    return StudyResult(str(study_dir), found, shares, repeated, command)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -137,6 +138,39 @@ def test_mistakes_are_exceptions_and_write_nothing(config, corpus, tmp_path):
     with pytest.raises(cl.Diverged):
         cl.train(diverging, corpus, tmp_path / "diverged")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_config_that_asks_for_another_corpus_is_refused_and_one_that_was_given_one_takes_it(tmp_path):
+    cache = {"cache_dir": str(tmp_path / "cache")}
+    of_bytes = cl.load_corpus(TEXT, **cache)
+    for settings, reason in (
+        ({"vocabulary": "characters"}, "--vocabulary=characters was given .* prepared with bytes"),
+        ({"valid_fraction": 0.2}, "valid_fraction=0.2 .* mean splits of"),
+        ({"split": "columns:4x8"}, "--split=columns:4x8 was given"),
+    ):
+        given = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        with pytest.raises(ValueError, match=rf"{reason}.*cl\.load_corpus\(\.\.\., {re.escape(given)}\)"):
+            cl.train(cl.Config(**SETTINGS | settings), of_bytes, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text("".join(json.dumps({"text": f"{n} of a text"}) + "\n" for n in range(900)))
+    lines = cl.load_corpus(documents, vocabulary="characters", document_separator=r"\n", valid_fraction=0.2, **cache)
+    trained = cl.train(cl.Config(**SETTINGS | {"num_steps": 2, "decay_steps": 2}), lines, tmp_path / "run")
+    assert trained.config.corpus.vocabulary == "characters"
+    assert trained.config.corpus.document_separator == lines.document_separator == r"\n"
+
+
+def test_the_flags_of_a_run_begun_in_python_begin_another(config, corpus, run_dir):
+    flags = cl.Config.from_flagfile(run_dir / "flags.txt")
+    assert flags.model == config.model and flags.optimizer == config.optimizer and flags.streams == config.streams
+    assert flags.corpus.corpus == str(corpus.directory)
+
+
+def test_a_step_is_a_number_or_its_digits(model, run_dir):
+    for step in (12, "12"):
+        assert cl.load(run_dir, step).step == 12
+    with pytest.raises(ValueError, match="checkpoint='x' is neither best, nor latest, nor a step"):
+        cl.load(run_dir, "x")
 
 
 def test_a_recipe_is_its_flagfile():

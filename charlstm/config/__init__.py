@@ -112,6 +112,16 @@ def replace(config: Config, **values: Any) -> Config:
     )
 
 
+def to_flags(config: Config) -> list[str]:
+    """Returns the flags of the settings that differ from the defaults; `Config.from_flagfile` reads them back."""
+    usual, lines = Config(), []
+    for name, (section, _) in flatten(config).items():
+        value, default = (getattr(getattr(tree, section), name) for tree in (config, usual))
+        if value != default:
+            lines.append(f"--{name}={flagfile.quote(str(value).lower() if isinstance(value, bool) else str(value))}")
+    return lines
+
+
 def fill_automatic(config: Config, device_count: int) -> Config:
     """Fills in settings left at 0 (automatic): logical_shards, decay_steps, decay_rate."""
     training, optimizer = config.training, config.optimizer

@@ -72,6 +72,12 @@ def quote(value: str) -> str:
     return value if plain else json.dumps(value)
 
 
+def as_argument(line: str) -> str:
+    """Returns a line of a flagfile, --name=value, as it is given on a command line."""
+    name, equals, value = line.partition("=")
+    return f"{name}{equals}{unquote(value, line)}"
+
+
 def unquote(value: str, where: str) -> str:
     """The value that `quote` wrote.  Raises ValueError if it is not whole."""
     if not value.startswith('"'):

@@ -118,7 +118,8 @@ class TrainingConfig:
     )
     reduction: str = setting(
         "exact",
-        "exact: the same bits on any number of devices that divides M; fast: one plain all-reduce, on any number.",
+        "exact: the same bits on any number of devices that divides M; fast: one plain all-reduce, on any number that "
+        "divides B.",
         choices=("exact", "fast"),
         mutable=True,  # the sum is the same but for rounding
     )
@@ -167,7 +168,11 @@ class TrainingConfig:
         "Steps between samples of the text that the model writes, kept in samples.jsonl; -1: at evaluations; 0: never.",
         mutable=True,
     )
-    sample_prompt: str = setting("", "What these samples continue; if empty, they begin a line.", mutable=True)
+    sample_prompt: str = setting(
+        "",
+        "What these samples continue; if empty, they begin a line, or with --reset_state=document a document.",
+        mutable=True,
+    )
     sample_length: int = setting(300, "Symbols of each of these samples.", mutable=True)
     sample_temperature: float = setting(0.8, "Divides the logits of these samples; 0: the most probable.", mutable=True)
     keep_checkpoints: int = setting(3, "Newest checkpoints kept; the best on validation is kept besides.", mutable=True)

@@ -52,7 +52,7 @@ def probe(model: "Model", text: str | bytes, pattern: str | Pattern) -> Probe:
 
 
 def probe_texts(model: "Model", texts: Sequence[str | bytes], labels: Sequence[bool]) -> Probe:
-    """Fits a probe on the states after each of many texts, such as reviews and whether they are content.
+    """Fits a probe on the states after reading each of many texts, such as reviews and whether they are content.
 
     A third of the texts of each label is learned from, one chooses the penalty, one gives the figures.
 
@@ -68,8 +68,11 @@ def probe_texts(model: "Model", texts: Sequence[str | bytes], labels: Sequence[b
         third[is_on == value] = np.arange((is_on == value).sum()) % 3
     if not all(texts):
         raise ValueError("a text is empty: leave it out")
-    last = [_inputs(model, ArraySplit(text, model.vocabulary))[-1] for text in texts]
-    return _fitted(model, "labels", np.stack(last), is_on, third)
+    last = (
+        0 if model.config.streams.reverse else -1
+    )  # in the order of the text, where a backward model reads the first last
+    states = [_inputs(model, ArraySplit(text, model.vocabulary))[last] for text in texts]
+    return _fitted(model, "labels", np.stack(states), is_on, third)
 
 
 def _inputs(model: "Model", split: ArraySplit) -> np.ndarray:

@@ -17,7 +17,6 @@ import numpy as np
 from charlstm import config as config_lib
 from charlstm import distributed
 from charlstm.config import Config
-from charlstm.config.flagfile import quote
 from charlstm.config.model import ModelConfig
 from charlstm.interop import own_folder, sentiment_neuron, symbol_table, torch_weights
 from charlstm.interop.torch_weights import Roles
@@ -108,16 +107,6 @@ def _config(
     return config
 
 
-def flags_of(config: Config) -> list[str]:
-    """The settings of the model, and of its symbols, that are not the default: with these a run can go on from it."""
-    usual, lines = Config(), [f"--vocabulary={config.corpus.vocabulary}"]
-    for name, (section, _) in config_lib.flatten(config).items():
-        value, default = (getattr(getattr(tree, section), name) for tree in (config, usual))
-        if value != default and name not in ("corpus", "vocabulary"):
-            lines.append(f"--{name}={quote(str(value).lower() if isinstance(value, bool) else str(value))}")
-    return lines
-
-
 def _write(imported: Imported, source: Path, folder: Path) -> None:
     config, identity = imported.config, Identity(imported.vocabulary, corpus_fingerprint="")
     mesh = distributed.make(list(distributed.make().devices.flat[:1]))
@@ -131,7 +120,8 @@ def _write(imported: Imported, source: Path, folder: Path) -> None:
         raise ValueError(f"run_dir={folder} cannot be written: {error.strerror}") from None
     try:
         note = f"# imported from {os.fspath(source)!a}{_digest(source)}"
-        run_directory.create(staging, config, identity, [note, *flags_of(config)])
+        flags = [flag for flag in config_lib.to_flags(config) if not flag.startswith(("--corpus=", "--vocabulary="))]
+        run_directory.create(staging, config, identity, [note, f"--vocabulary={config.corpus.vocabulary}", *flags])
         with Checkpoints(staging / "checkpoints", log=lambda line: None) as checkpoints:
             checkpoints.save(state, run_directory.checkpoint_identity(config, identity), None)
         if checkpoints.last_failure:

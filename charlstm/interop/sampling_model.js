@@ -238,11 +238,15 @@ class LocalEngine {
     });
   }
 
-  async *write(prompt, { written, length, temperature, topK, seed, slowly, signal }) {
+  async *write(prompt, { written, length, temperature, topK, seed, slowly, peeking, signal }) {
     const hidden = this.before(prompt, seed), made = [], utf8 = new TextDecoder("utf-8", { ignoreBOM: true });
     const shown = (ids) => this.symbols ? ids.map((id) => this.symbols[id]).join("") : utf8.decode(new Uint8Array(ids), { stream: true });
     this.since = performance.now();
     await this.reach([...hidden, ...this.encode(prompt + written)], signal);
+    if (peeking) { // nothing is read that is not of the text: who goes on would have to read it all again
+      if (!signal?.aborted) yield { text: "", next: this.expected() };
+      return;
+    }
     let text = "", taken = 0;
     for (let ended = false; made.length < length && !signal?.aborted && !ended; ) {
       const place = this.read.length - hidden.length, id = choose(this.logits, temperature, topK, uniform(seed, place));

@@ -92,7 +92,7 @@ async function peek() {
   setRunning(new AbortController());
   let next = [];
   try {
-    for await (const piece of engine.write(prompt, { ...options(1), slowly: false })) next = piece.next ?? next;
+    for await (const piece of engine.write(prompt, { ...options(1), slowly: false, peeking: true })) next = piece.next ?? next;
   } catch (error) {
     if (error.name !== "AbortError") say(error.message, true);
   }

@@ -73,7 +73,9 @@ def read(run_dir: Path, name: str = "") -> History:
     records = _lines(run_dir / "metrics.jsonl")
     parameters = estimate.count_parameters(config, identity.vocabulary.size)
     state = "stopped"
-    if any("state_digest" in record for record in records[-1:]):
+    # A run that goes on to more steps has the last line of its first end until it writes another one.
+    is_last = config.training.stop_after > 0 or any(r["step"] >= config.training.num_steps for r in records[-1:])
+    if is_last and any("state_digest" in record for record in records[-1:]):
         state = "finished"
     elif time.time() - _last_heartbeat(run_dir) < SILENT:
         state = "running"

@@ -28,7 +28,8 @@ def chosen(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, end: En
     had = {"fused": distributed.has_mosaic(mesh)}
     if not had.get(asked, True):
         raise ValueError(
-            f"lstm_backend={asked} needs {NEEDS[asked]}, and there is {device}, JAX {jax.__version__}: use scan or auto"
+            f"lstm_backend={asked} needs {NEEDS[asked]}, and there is {device}, JAX {jax.__version__}: "
+            "give --lstm_backend=scan, whose sums round differently"
         )
     if asked != "auto":
         return config, ""

@@ -28,6 +28,7 @@ from data_pipeline.streams import StreamPlan, Symbols
 
 SEARCHED = 64 << 20  # symbols in which a separator is looked for: a fraction of a second
 CHUNK = 1 << 20  # symbols
+CHECKED = ("vocabulary", "split", "valid_fraction", "test_fraction")  # of a corpus that was prepared before
 
 
 def open_for(config: Config, given: Sequence[str]) -> tuple[Corpus, Config]:
@@ -60,6 +61,29 @@ def open_for(config: Config, given: Sequence[str]) -> tuple[Corpus, Config]:
     if corpus.document_separator and "document_separator" not in names:
         where["document_separator"] = corpus.document_separator
     return corpus, config_lib.replace(config, vocabulary=corpus.vocabulary.kind, **where)
+
+
+def taken(config: Config, corpus: Corpus) -> Config:
+    """Returns `config` with the place, the symbols and the separator of a corpus that is open.
+
+    Raises:
+      ValueError: settings of `config` that are not the default ask for other symbols or splits.
+    """
+    usual = config_lib.Config().corpus
+    names = {field.name for field in dataclasses.fields(usual)}
+    names = {name for name in names if getattr(config.corpus, name) != getattr(usual, name)}
+    for one in corpus.corpora.values() if isinstance(corpus, Mixture) else [corpus]:
+        try:
+            _check_prepared(config.corpus, one, names)
+        except ValueError as error:
+            given = ", ".join(f"{name}={getattr(config.corpus, name)!r}" for name in sorted(names & set(CHECKED)))
+            raise ValueError(f"{error}; in Python, cl.load_corpus(..., {given}) prepares it so") from None
+    where = {"corpus": str(corpus.directory), "mixture": ""}
+    if isinstance(corpus, Mixture):
+        where = {"corpus": "", "mixture": corpus.spec}
+    if corpus.document_separator and "document_separator" not in names:
+        where["document_separator"] = corpus.document_separator
+    return config_lib.replace(config, vocabulary=corpus.vocabulary.kind, train="", valid="", test="", **where)
 
 
 def load(config: Config) -> Corpus:

@@ -103,11 +103,15 @@ class RunLog:
         for line in in_short:
             self.info(f"step {fields['step']} | {line}")
 
-    def rewind(self, step: int) -> None:
-        """Drops the lines of both files after `step`: a run that goes on from a checkpoint makes them again."""
+    def rewind(self, step: int, evaluated: bool = True) -> None:
+        """Drops the lines of both files after `step`: a run that goes on from a checkpoint makes them again.
+
+        Args:
+          evaluated: False: the evaluation of `step` and its sample are made again, too.
+        """
         for lines in (self._metrics, self._samples):
             if lines is not None:
-                lines.rewind(step)
+                lines.rewind(step, evaluated)
         if self._copy is not None and self._metrics is not None and self._samples is not None:
             records, samples = (
                 [json.loads(line) for line in lines.text().splitlines()] for lines in (self._metrics, self._samples)
@@ -195,12 +199,14 @@ class Lines:
         there = self.path.read_bytes() if self.path.exists() else b""
         return (there + self._waiting).decode("utf-8", "replace")
 
-    def rewind(self, step: int) -> None:
-        """Drops the JSON objects after `step`."""
+    def rewind(self, step: int, evaluated: bool = True) -> None:
+        """Drops the JSON objects after `step`, and unless `evaluated` those of `step` that are not of training."""
         kept = []
         for line in (written := self.text()).splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                record = json.loads(line)
+                again = not evaluated and record["step"] == step and record.get("split") != "train"
+                if record["step"] <= step and not again:
                     kept.append(line + "\n")
             except (ValueError, TypeError, KeyError):
                 continue  # the half line of a run that was killed while writing it, or what a failing disk left

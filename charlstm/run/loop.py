@@ -21,7 +21,6 @@ from charlstm.run.validation import Interrupted, Validation
 from charlstm.training import averaging, train_state
 from charlstm.types import Metrics, TrainState
 from data_pipeline.batch import Batch
-from data_pipeline.loader import Windows, open_windows
 
 
 def train(run: Run, services: Services, given: Sequence[str] = (), terminal: TextIO | None = None) -> Outcome:
@@ -82,8 +81,8 @@ class Training:
         state, _, sums = self.restore()
         # Nothing was written until here.
         distributed.run_on_first(lambda: run_directory.write_config(self.run.run_dir, config))
-        self.log.rewind(start := int(state.step))
-        self.metrics.restart(sums, skipped_windows(state))
+        self.set_back(state, sums)
+        start = int(state.step)
         nothing_left = announce.already_finished(self.run, self.metrics, start)
         if nothing_left and not self.metrics.evaluation_due:
             self.log.info(nothing_left)
@@ -114,7 +113,7 @@ class Training:
             state, score = self.evaluate_and_sample(step, state)
             if score is not None:
                 self.save(state, score)
-        with self.open_windows(state) as windows:
+        with self.run.open_windows(int(state.divergence.next_window)) as windows:
             while step < last and not self.metrics.exhausted and not self.stopping(step):
                 state, metrics = self.update(state, self.next_batch(windows))
                 step += 1
@@ -137,7 +136,7 @@ class Training:
     def evaluate_and_sample(self, step: int, state: TrainState) -> tuple[TrainState, float | None]:
         """Evaluates and samples if due.  Returns the state (validation may change it), and the score or None."""
         settings, last, score = self.run.config.training, self.run.config.training.num_steps, None
-        if self._valid is not None and due(step, settings.evaluate_every, last):
+        if self.evaluates(step):
             self.metrics.settle()
             try:
                 *of_texts, record = self.evaluate(step, state)
@@ -156,6 +155,11 @@ class Training:
             self.sample(step, state)
         return state, score
 
+    def evaluates(self, step: int) -> bool:
+        """True if the validation split is scored after `step`."""
+        settings = self.run.config.training
+        return self._valid is not None and due(step, settings.evaluate_every, settings.num_steps)
+
     def record(self, record: dict[str, Any], state: TrainState, final: bool) -> None:
         """Keeps a line of metrics.jsonl; the run's `final` one has a digest of the state."""
         self.log.record(record | ({"state_digest": digest.state_digest(state)} if final else {}))
@@ -172,6 +176,13 @@ class Training:
         state = train_state.place(run.mesh, train_state.init(run.config, V))
         return (state if run.params is None else train_state.with_params(run.config, state, run.params)), None, None
 
+    def set_back(self, state: TrainState, sums: dict[str, Any] | None) -> None:
+        """Sets the metrics, and the lines that were written of them, to the step of `state`."""
+        step = int(state.step)
+        self.metrics.restart(sums, skipped_windows(state))
+        self.metrics.evaluation_due &= self.evaluates(step)  # not of a last step that is none any more
+        self.log.rewind(step, evaluated=not self.metrics.evaluation_due)
+
     def stopping(self, step: int) -> bool:
         """True if the run is to stop before the next update, which all processes answer alike."""
         self.services.tick(step)
@@ -181,19 +192,6 @@ class Training:
         """True once all processes know that one was told to."""
         self._told = self._told or distributed.stop_agreed(next(self._stop_polls), self.services.stop_requested())
         return self._told
-
-    def open_windows(self, state: TrainState) -> Windows:
-        """The windows of this process's streams, from the one that `state` reads next."""
-        run, streams = self.run, self.run.config.streams
-        return open_windows(
-            run.corpus.splits["train"],
-            run.plan,
-            rows=distributed.process_rows(run.mesh, streams.batch_size),
-            start_step=int(state.divergence.next_window),
-            separator=run.separator,
-            threads=streams.reader_threads,
-            read_ahead=streams.read_ahead,
-        )
 
     def next_batch(self, windows: Iterator[Batch]) -> Batch:
         """The next window of every stream, on the devices."""
@@ -293,8 +291,7 @@ class Training:
         state = train_state.roll_back(self.run.mesh, state, skipped)
         words = f"; windows {first} to {first + skipped - 1} of each stream are left out" if skipped else ""
         self.log.info(f"went back to step {step}, rollback {rollbacks} of {training.max_rollbacks}{words}")
-        self.log.rewind(step)
-        self.metrics.restart(sums, skipped_windows(state))
+        self.set_back(state, sums)
         self.rollbacks += 1
         self.save(state, score)
         return state

@@ -19,6 +19,7 @@ from charlstm.training import placement, schedules
 from charlstm.training import step as step_lib
 from charlstm.types import ModelParams
 from data_pipeline.batch import Separator
+from data_pipeline.loader import Windows, open_windows
 from data_pipeline.progress import announced
 from data_pipeline.shards import Corpus
 from data_pipeline.streams import StreamPlan
@@ -45,6 +46,19 @@ class Run(NamedTuple):
     def separator(self) -> Separator:
         """Separator that ends a document; () if documents are not told apart."""
         return run_directory.separator(self.config, self.corpus.vocabulary)
+
+    def open_windows(self, start: int) -> Windows:
+        """The windows of this process's streams, from number `start` on."""
+        streams = self.config.streams
+        return open_windows(
+            self.corpus.splits["train"],
+            self.plan,
+            rows=distributed.process_rows(self.mesh, streams.batch_size),
+            start_step=start,
+            separator=self.separator,
+            threads=streams.reader_threads,
+            read_ahead=streams.read_ahead,
+        )
 
 
 def open_corpus(config: Config, given: Sequence[str], run_dir: Path | None, mesh: Mesh) -> tuple[Corpus, Config]:

@@ -84,8 +84,11 @@ class Server:
         prompts = completions.prompts_of(ask, model)
         scored: list[Scored | None] = [None] * len(prompts)
         if ask.echo and ask.logprobs is not None:
-            shown = map(len, ask.prompts)
-            scored = [await self._score(ask, prompt, n, model) for prompt, n in zip(prompts, shown, strict=True)]
+            gone, shown = asyncio.ensure_future(_gone(request)), map(len, ask.prompts)
+            try:
+                scored = [await self._score(ask, p, n, model, gone) for p, n in zip(prompts, shown, strict=True)]
+            finally:
+                gone.cancel()
         places, changed = [(which, n) for which in range(len(prompts)) for n in range(ask.n)], asyncio.Event()
         choices = [Choice(ask, model, prompts[which], (which, n), scored[which], changed) for which, n in places]
         if ask.max_tokens or ask.return_state:
@@ -108,8 +111,8 @@ class Server:
         waiting = f"{self.slots.busy} texts are written and {self.slots.waiting} wait"
         return Refused(429, f"{waiting}: there is no room for {count} more, ask again")
 
-    async def _score(self, ask: Ask, prompt: Prompt, shown: int, model: Loaded) -> Scored:
-        """Scores a prompt, one at a time, in a thread that gives way between windows."""
+    async def _score(self, ask: Ask, prompt: Prompt, shown: int, model: Loaded, gone: "asyncio.Future[None]") -> Scored:
+        """Scores a prompt, one at a time, in a thread that gives way between windows, until the client has `gone`."""
         if self._to_score >= self.slots.capacity:
             raise self._full(1)
         self._to_score += 1
@@ -117,8 +120,10 @@ class Server:
             async with self._scoring:
                 scored = Scored([], [], [])
                 turns = completions.score(prompt, shown, ask.logprobs or 0, model)
-                while (turn := await asyncio.to_thread(next, turns, None)) is not None:
+                while not gone.done() and (turn := await asyncio.to_thread(next, turns, None)) is not None:
                     scored = turn
+                if gone.done():
+                    raise ClientDisconnect
                 return scored
         finally:
             self._to_score -= 1

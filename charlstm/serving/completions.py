@@ -63,7 +63,7 @@ class Choice(Text):
         self._scored.add(*(scored or self._scored))  # a copy: other texts of the prompt have it, too
         ids, end = ask.prompts[which], np.array(model.separator, np.int32)
         stops = [end] if ask.stops is None else ask.stops
-        before_stop = ids if ask.stops is None and len(end) else None
+        before_stop = _before_stop(ask, ids) if ask.stops is None and len(end) else None
         self._sample = Sample(model.vocabulary, ids if ask.echo else ids[:0], stops, before_stop)
         self._names, self._tops = TokenNames(model.vocabulary), list[Any]()
         self._trail: list[Beginning] = []  # what the text goes on from after each of its last symbols
@@ -113,6 +113,14 @@ class Choice(Text):
         self.is_done = is_last
 
 
+def _before_stop(ask: Ask, ids: np.ndarray) -> np.ndarray:
+    """Returns what a separator may have begun in: the prompt, and of a text that goes on what was drawn of it."""
+    if ask.after is None:
+        return ids
+    last_K = ask.after.last_K
+    return np.concatenate([last_K[max(0, len(last_K) - ask.drawn) :], ids]).astype(np.int32)
+
+
 def _tops(symbols: Symbols, count: int) -> list[list[tuple[int, float]]]:
     """Returns the most probable symbols at each place; the one that was chosen with the slot's own number."""
     logits_TV = symbols.logits().astype(np.float64)
@@ -153,7 +161,7 @@ def score(prompt: Prompt, shown: int, count: int, model: Loaded) -> Iterator[Sco
         following = ids[place : place + len(log_probabilities_TV)]
         first = max(0, unseen - place)
         values = log_probabilities_TV[np.arange(len(following)), following]
-        tops = most_probable(log_probabilities_TV[first:], count)
+        tops = most_probable(log_probabilities_TV[first : len(following)], count)
         scored.add(following[first:], values[first:].tolist(), tops)
         place += len(following)
         yield scored

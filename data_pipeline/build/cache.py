@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from data_pipeline.atomic_files import locked
 
-CLEARED = ("memo", "blocks", "parts")  # and the corpora; `downloads` may have been put there by hand
+CLEARED = ("memo", "blocks")  # and what has locks; `downloads` may have been put there by hand
+LOCKED = ("corpora", "parts")
 
 
 class Entry(NamedTuple):
@@ -30,9 +31,9 @@ def entries(cache: Path) -> list[Entry]:
 
 
 def clear(cache: Path) -> tuple[int, list[Path]]:
-    """Deletes what can be made or fetched again; returns the bytes freed, and the corpora that are being prepared."""
+    """Deletes what can be made or fetched again; returns the bytes freed, and what is being prepared, which stays."""
     freed, busy = 0, []
-    for path in _listed(cache / "corpora"):
+    for path in (path for name in LOCKED for path in _listed(cache / name)):
         if not path.is_dir():
             continue
         name = path.name.removeprefix(".").removesuffix(".partial") if path.name.startswith(".") else path.name

@@ -73,6 +73,9 @@ def parallel_map(workers: int, processes: bool, progress: Progress | None) -> It
 
     Threads suffice for little work.  Decoding UTF-8 holds the interpreter's lock, so large texts need `processes`;
     these are spawned, as forking a program with threads, such as those of JAX, may hang.
+
+    Raises:
+      ChildProcessError: one of them was killed.
     """
     pool: concurrent.futures.Executor
     if processes and workers > 1:
@@ -90,6 +93,11 @@ def parallel_map(workers: int, processes: bool, progress: Progress | None) -> It
 
     try:
         yield lambda doing: lambda function, items: parallel(doing, function, items)
+    except concurrent.futures.BrokenExecutor:
+        raise ChildProcessError(
+            "a process of the preparation was killed, perhaps for want of memory: the same command goes on; "
+            "launch.prepare --workers chooses fewer"
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -1,6 +1,5 @@
 """Engines that prepare parts: in processes of this machine, or on a Dask cluster.  The only file that knows Dask."""
 
-import concurrent.futures
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,14 +32,8 @@ def engine(
       ConnectionError: the scheduler does not answer or has no workers, or its workers die again and again.
     """
     if name == "local":
-        try:
-            with parallel_map(workers, processes, progress) as parallel:
-                yield parallel
-        except concurrent.futures.BrokenExecutor:
-            raise ChildProcessError(
-                "a process of the preparation was killed, perhaps for want of memory: the same command goes on; "
-                "--workers chooses fewer"
-            ) from None
+        with parallel_map(workers, processes, progress) as parallel:
+            yield parallel
         return
     kind, _, address = name.partition(":")
     if kind != "dask" or not address:

@@ -164,7 +164,8 @@ def write_part(task: PartTask) -> int:
 
 def _end(task: PartTask, text: TextOutput) -> int:
     """Separates a text from that of the next part; returns the number of symbols added."""
-    count = 0 if task.part.continued else text.end()
+    goes_on = task.part.continued and task.part.files[-1].kind.form == "text"
+    count = 0 if goes_on else text.end()
     separator = task.how.file_separator[len(task.how.file_separator) - count :]
     return count if task.kind == "bytes" else len(separator.decode())
 

@@ -203,8 +203,10 @@ class RemotePlace:
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
         self._scratch.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self._scratch, ignore_cleanup_errors=True) as directory:
-            yield Path(directory)
+        with tempfile.TemporaryDirectory(dir=self._scratch, ignore_cleanup_errors=True) as made:
+            directory = Path(made)
+            with locked(directory.with_name(f".{directory.name}.lock"), lambda: None):  # `cache.clear` leaves it alone
+                yield directory
 
     def put(self, file: Path) -> None:
         self.store.upload(file.name, file)

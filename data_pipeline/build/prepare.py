@@ -32,6 +32,7 @@ from data_pipeline.manifest import (
 from data_pipeline.progress import Progress
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import open_corpus
+from data_pipeline.stores import is_remote
 from data_pipeline.vocabulary import Vocabulary, canonical_json
 
 
@@ -198,7 +199,8 @@ def vocabulary_of(settings: CorpusSettings) -> Vocabulary | None:
     """Returns the vocabulary of another corpus that the text is to have, if any."""
     if not settings.vocabulary_of:
         return None
-    vocabulary = read_manifest(expand_user(settings.vocabulary_of)).vocabulary
+    where = settings.vocabulary_of if is_remote(settings.vocabulary_of) else expand_user(settings.vocabulary_of)
+    vocabulary = open_corpus(where, patience=settings.remote_patience, check_sizes=False).vocabulary
     if vocabulary.kind != settings.vocabulary:
         raise ValueError(
             f"vocabulary_of={settings.vocabulary_of} is prepared with {vocabulary.kind}, not {settings.vocabulary}: "

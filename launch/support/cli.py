@@ -2,14 +2,15 @@
 
 Exit statuses:
     0   done
+    1   an error that was not foreseen: a traceback
     2   mistake in flags or files: nothing was changed
-    3   training diverged: a loss or gradient is not finite
-    69  an object store did not answer for --remote_patience (EX_UNAVAILABLE): the same command resumes
+    3   training diverged: a loss, a gradient, a parameter or a score is not finite, or devices differ
+    69  an object store (for --remote_patience) or Dask did not answer (EX_UNAVAILABLE): the same command resumes
     70  the run hung and its watchdog ended it (EX_SOFTWARE)
-    71  another process of the job was lost (EX_OSERR): a restarted job resumes from its newest checkpoint
+    71  another process of the job was lost, or one of a preparation (EX_OSERR): the same command goes on
     73  another machine has the run directory, and may be dead (EX_CANTCREAT): the same command, later, resumes
     74  the disk is full or fails: training ended, but its last checkpoint or its log could not be written (EX_IOERR)
-    75  stopped by Ctrl-C or SIGTERM after saving: the same command resumes (EX_TEMPFAIL)
+    75  stopped by Ctrl-C, SIGTERM or --max_failed_saves after saving: the same command resumes (EX_TEMPFAIL)
     130 interrupted by Ctrl-C with nothing to save, or by a second one before saving had ended; 143: by SIGTERM
 """
 
@@ -30,6 +31,8 @@ from launch.support.flags import Help
 DONE, MISTAKE, DIVERGED, UNREACHABLE, HANGS, LOST, IN_USE, NOT_SAVED, STOPPED = 0, 2, 3, 69, 70, 71, 73, 74, 75
 INTERRUPTED = 130
 STATUS: dict[int | None, int] = {Unreachable.errno: UNREACHABLE, InUse.errno: IN_USE}
+# What passes: a process that prepares was killed, Dask is away.
+PASSING: dict[type[Exception], int] = {ChildProcessError: LOST, ConnectionError: UNREACHABLE}
 
 
 def run(name: str, main: Callable[[Sequence[str]], int]) -> None:
@@ -87,7 +90,7 @@ def explain(name: str, error: Exception, out_of_memory: bool = False) -> int:
         sentence = f"out of memory ({sentence[:120]}): lower batch_size, window, hidden_size or num_samples"
     print(f"{name}: {sentence}", file=sys.stderr)
     number = getattr(error, "errno", None)  # of another process's error, too
-    return STATUS.get(number, NOT_SAVED if number in DISK_ERRORS else MISTAKE)
+    return STATUS.get(number, NOT_SAVED if number in DISK_ERRORS else PASSING.get(type(error), MISTAKE))
 
 
 def _of_a_file(error: Exception) -> str:

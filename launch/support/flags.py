@@ -60,6 +60,20 @@ def parse(
       Help: the user asks for help.
       ValueError: a flag is unknown, or does not take its value; the message names the nearest known one.
     """
+    values = _values(argv, description, groups, renamed)
+    given = [f"--{name}={quote(_text(values[name].value))}" for name in values if values[name].present]
+    return [_filled(group, values, renamed) for group in groups], given
+
+
+def given_in(argv: Sequence[str], description: str, *groups: Any) -> dict[str, Any]:
+    """Returns the values of the flags given in `argv`, which are not held against each other yet; else as `parse`."""
+    values = _values(argv, description, groups, {})
+    return {name: values[name].value for name in values if values[name].present}
+
+
+def _values(
+    argv: Sequence[str], description: str, groups: Sequence[Any], renamed: Mapping[str, str]
+) -> flags.FlagValues:
     leaves = leaves_of(groups)
     values = flags.FlagValues()
     for leaf in leaves:
@@ -79,8 +93,7 @@ def parse(
         raise ValueError(" ".join(str(error).split())) from None
     if rest:
         raise ValueError(f"unexpected argument {rest[0]!r}: every setting is a flag, --name=value")
-    given = [f"--{name}={quote(_text(values[name].value))}" for name in values if values[name].present]
-    return [_filled(group, values, renamed) for group in groups], given
+    return values
 
 
 def leaves_of(groups: Sequence[Any]) -> list[Any]:

@@ -1,12 +1,13 @@
 """The settings of a training run by their flags, and those of a run that goes on."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 from charlstm import config as config_lib
 from charlstm.config import Config
 from charlstm.run import run_directory
+from data_pipeline.atomic_files import expand_user
 from data_pipeline.settings import check_choices, setting
 from launch.support import flags
 from launch.support.cluster import JobFlags
@@ -27,7 +28,9 @@ class TrainFlags:
         "If this run has other symbols, wider layers or more of them, the model is grown.",
     )
     dry_run: bool = setting(
-        False, "Print sizes, arithmetic, memory, traffic and an ETA from timed steps; change nothing."
+        False,
+        "Print sizes, arithmetic, memory, traffic and an ETA from timed steps; make no run.  A text that is not "
+        "prepared is prepared first.",
     )
     dry_run_format: str = setting(
         "text", "dry_run: a table, or one line of json for another program.", choices=("text", "json")
@@ -56,23 +59,26 @@ def parse(
     return chosen, job, ProgramServices(watchdog, monitor, tensorboard), config, given
 
 
-def of_the_run(
-    run_dir: Path, argv: Sequence[str], given: Sequence[str], config: Config, initial: str
-) -> tuple[Config, str]:
-    """Returns (settings, --initial_checkpoint): those of the run in `run_dir`, overridden by those given.
+def parse_for_run(
+    argv: Sequence[str], *, doc: str | None = ""
+) -> tuple[TrainFlags, JobFlags, ProgramServices, Config, list[str]]:
+    """As `parse`; what is not given is of the run that --run_dir names, --initial_checkpoint too, where there is one.
 
-    Only those given count if there is no run, or if it has no checkpoint yet and --initial_checkpoint or a setting that
-    may not change is given.
+    Only what is given counts if that run has no checkpoint yet, and --initial_checkpoint or a setting that may not
+    change is given.
     """
-    try:
-        own, _ = run_directory.read(run_dir)
-        mixed, flat = parse(argv, own)[3], config_lib.flatten(own)
-        before = run_directory.read_initial(run_dir)
-    except ValueError:  # told of when the run is opened
-        return config, initial
-    fixed = [
-        name for flag in given if (name := flag[2:].partition("=")[0]) in flat and not flat[name][1].metadata["mutable"]
-    ]
-    if not run_directory.has_checkpoint(run_dir) and (fixed or initial):
-        return config, initial
-    return mixed, initial or (before.named if before else "")
+    values = flags.given_in(argv, doc or "", *SETTINGS)
+    own, before = None, None
+    if values.get("run_dir"):
+        with contextlib.suppress(ValueError):  # told of when the run is opened
+            run_dir = expand_user(values["run_dir"])
+            own, before = run_directory.read(run_dir)[0], run_directory.read_initial(run_dir)
+    if own is None:
+        return parse(argv, doc=doc)
+    flat = config_lib.flatten(own)
+    fixed = [name for name in values if name in flat and not flat[name][1].metadata["mutable"]]
+    if not run_directory.has_checkpoint(run_dir) and (fixed or values.get("initial_checkpoint")):
+        return parse(argv, doc=doc)
+    chosen, *others = parse(argv, own, doc=doc)
+    initial = chosen.initial_checkpoint or (before.named if before else "")
+    return dataclasses.replace(chosen, initial_checkpoint=initial), *others

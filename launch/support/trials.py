@@ -20,6 +20,22 @@ PARTS = 10  # evaluations of a trial, at equal distances; trials are compared af
 LOOK_EVERY = 0.5  # seconds between two looks at a trial
 
 
+def evaluations(directory: Path) -> dict[int, float]:
+    """Returns step -> bits per symbol of the evaluations that a run has made of its validation split."""
+    return {line["step"]: line["bits_per_symbol"] for line in _records(directory) if line["split"] == "valid"}
+
+
+def is_whole(directory: Path) -> bool:
+    """Returns whether a run has ended with all its updates, or by --stop_after."""
+    return any("state_digest" in line for line in _records(directory)[-1:])
+
+
+def _records(directory: Path) -> list[dict[str, Any]]:
+    path = directory / "metrics.jsonl"
+    lines = path.read_text("utf-8").split("\n")[:-1] if path.exists() else []  # the last one may be half written
+    return [json.loads(line) for line in lines]
+
+
 class Ended(NamedTuple):
     """End of launch.train: `status` as in cli.py, or -N for signal N; `last_words`, the last line it wrote."""
 

@@ -16,6 +16,7 @@ from data_pipeline.loader import WindowSource, open_windows
 from data_pipeline.segments import Change, Cycle, Member, SegmentPlan, automatic_segment, permuted
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.streams import StreamPlan
+from tests.data_pipeline.faulty import serving
 
 
 class Text:
@@ -512,3 +513,16 @@ def test_a_vocabulary_of_another_kind_or_of_no_corpus_is_refused(tmp_path):
         corpora.load(CorpusSettings(**how, vocabulary="characters", vocabulary_of=str(of_bytes)))
     with pytest.raises(ValueError, match="is not a prepared corpus"):
         corpora.load(CorpusSettings(**how, vocabulary="characters", vocabulary_of=str(tmp_path / "none")))
+
+
+def test_a_vocabulary_is_taken_of_a_corpus_in_a_store(tmp_path, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(TEXTS[name])
+    how = {"cache_dir": str(tmp_path / "cache"), "vocabulary": "characters"}
+    first = corpora.load(CorpusSettings(str(tmp_path / "a.txt"), **how))
+    with serving(first.directory.parent) as server:
+        url = f"{server.address}/{first.directory.name}"
+        second = corpora.load(CorpusSettings(str(tmp_path / "b.txt"), vocabulary_of=url, **how))
+    assert second.vocabulary == first.vocabulary

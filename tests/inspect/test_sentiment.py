@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 import charlstm as cl
+from charlstm import config as config_lib
+from charlstm.api import Model
 from tests.inspect.conftest import PLANTED, planted, text_of
 
 NOUNS = ["tea", "bed", "bar", "sea"]
@@ -31,6 +33,15 @@ def test_labeled_texts_have_a_probe_and_each_class_its_part_in_all_thirds():
     for bad, sentence in ((["ab", ""], "is empty"), (["ab", "cd"], "more texts")):
         with pytest.raises(ValueError, match=sentence):
             cl.inspect.probe_texts(planted(), bad, [True, False])
+
+
+def test_the_state_of_a_text_is_that_after_its_last_symbol_in_the_order_of_reading():
+    pytest.importorskip("sklearn", reason="extra inspect is not installed")
+    forward = planted()
+    backward = Model(config_lib.replace(forward.config, reverse=True), forward.vocabulary, forward.params, 7)
+    texts = ["“”ab"[seed % 2 :: 2] + text_of(9, seed) for seed in range(45)]  # a quote opens or closes before words
+    labels = [text.startswith("“") for text in texts]
+    assert cl.inspect.probe_texts(backward, texts, labels).accuracy == 1
 
 
 @pytest.mark.long

@@ -147,10 +147,11 @@ def test_it_asks_nothing_of_the_network_and_writes_what_the_seed_says(browser, t
     assert "50 characters" in browser.run(STATUS) and "seed 5." in browser.run(STATUS)
     assert browser.run("document.querySelector('.paper').textContent") == "abc" + text
     assert ask(browser, prompt="abc", seed=5) == text != ask(browser, prompt="abc", seed=6)
-    # Going on gives what a greater length would have given.
+    # Going on gives what a greater length would have given, and reads nothing twice.
     assert ask(browser, prompt="abc", seed=5, count=20) == text[:20]
+    browser.run("window.fed = 0; const feed = engine.feed.bind(engine); engine.feed = (id) => { fed++; feed(id); };")
     browser.run("(form.elements.count.value = 30, document.querySelector('.on').click())")
-    assert browser.run(SETTLED) == text
+    assert browser.run(SETTLED) == text and browser.run("fed") == 30
 
 
 def test_temperature_0_takes_the_most_probable_symbol_as_the_model_does(browser, tmp_path):
@@ -306,8 +307,8 @@ def test_the_page_of_a_server_shows_what_the_server_streams(browser, tmp_path):
     assert ask(browser, prompt="ab", seed=9, topK=4, temperature=0.5, count=3) == "x€\n"
     first, peeked = browser.run("asked")
     expected = {"model": "mine <1>", "max_tokens": 3, "temperature": 0.5, "seed": 9, "stream": True, "logprobs": 10}
-    assert first == expected | {"prompt": "ab", "top_k": 4}
-    assert peeked == first | {"prompt": "abx€\n", "max_tokens": 1}
+    assert first == expected | {"prompt": "ab", "top_k": 4, "return_state": True}
+    assert peeked == expected | {"prompt": "abx€\n", "top_k": 4, "max_tokens": 1}
     assert browser.run(BARS) == [["↵", "60.7 %"], ["b", "22.3 %"]]
     browser.run(
         'window.fetch = async () => new Response(\'{"error": {"message": "too many at a time"}}\', {status: 429})'

@@ -22,6 +22,10 @@ def main(arguments: list[str]) -> int:
     with (run_dir / "starts.txt").open("a") as file:
         file.write(f"{os.getpid()} {' '.join(arguments)}\n")
     (run_dir / "device.txt").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+    if status := int(os.environ.get("STAND_IN_STATUS", "0")):
+        return status
+    if given.get("seed") and given["seed"] == os.environ.get("STAND_IN_DIVERGES_WITH"):
+        return 3
     if rate > 0.9:
         print("a mistake", file=sys.stderr)
         return 2
@@ -47,7 +51,8 @@ def main(arguments: list[str]) -> int:
         score = 2 + abs(math.log10(rate) + 2) + 1 / part + 10 * spoiled
         with path.open("a") as file:
             file.write(json.dumps({"step": step, "split": "train", "symbols_per_second": 100.0}) + "\n")
-            file.write(json.dumps({"step": step, "split": "valid", "bits_per_symbol": score}) + "\n")
+            last = {"state_digest": "of the state"} if part == 10 else {}
+            file.write(json.dumps({"step": step, "split": "valid", "bits_per_symbol": score, **last}) + "\n")
     return 0
 
 

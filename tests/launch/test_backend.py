@@ -32,7 +32,8 @@ def test_what_needs_a_gpu_is_refused_where_there_is_none(arguments, tmp_path):
     needed = "an NVIDIA GPU of the Hopper generation or newer, and JAX 0.11 or newer"
     given = [*arguments, "--hidden_size=128", f"--run_dir={tmp_path / 'run'}", "--lstm_backend=fused"]
     assert refusal(train.main, *given) == (
-        f"lstm_backend=fused needs {needed}, and there is cpu, JAX {jax.__version__}: use scan or auto"
+        f"lstm_backend=fused needs {needed}, and there is cpu, JAX {jax.__version__}: give "
+        "--lstm_backend=scan, whose sums round differently"
     )
     assert not (tmp_path / "run").exists()
 

@@ -185,3 +185,10 @@ def test_a_python_that_the_project_was_not_installed_into_says_which_environment
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == cli.MISTAKE and ended.stdout == ""
     assert re.fullmatch(rf"launch\.{program}: .* has no jax: use the environment .*\n", ended.stderr)
+
+
+def test_what_passes_by_itself_has_a_status_that_is_tried_again(capsys):
+    assert cli.explain("launch.prepare", ChildProcessError("a process was killed")) == cli.LOST
+    assert cli.explain("launch.prepare", ConnectionError("no scheduler answers")) == cli.UNREACHABLE
+    assert cli.explain("launch.prepare", FileNotFoundError(2, "is not there")) == cli.MISTAKE
+    assert capsys.readouterr().err.startswith("launch.prepare: a process was killed\n")

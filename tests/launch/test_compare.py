@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from charlstm import config as config_lib
 from charlstm.config import Config
 from charlstm.report import curves, history
+from charlstm.run import run_directory
 from launch import compare, train
 from launch.support import cli
 from tests.launch.conftest import refusal
@@ -53,6 +55,13 @@ def test_the_json_has_each_run_in_figures(runs, capsys):
         assert row["best"] == min(scores.values()) == scores[row["best_step"]] and row["last"] == scores[step]
         assert row["symbols"] == step * 16 * 16 and row["parameters"] == 256 * 4 + 12 * 32 + 64 + 8 * 256 + 256
         assert row["settings"]["learning_rate"] == rate and row["settings"]["num_steps"] == step
+
+
+def test_a_run_that_goes_on_to_more_steps_is_not_finished_yet(runs, tmp_path):
+    run_dir = shutil.copytree(runs[0], tmp_path / "run")
+    assert history.read(run_dir).state == "finished"
+    run_directory.write_config(run_dir, config_lib.replace(run_directory.read(run_dir)[0], num_steps=80))
+    assert history.read(run_dir).state == "stopped"
 
 
 def test_runs_of_characters_alone_are_compared_per_character_others_per_byte():

@@ -134,6 +134,18 @@ def test_a_page_of_a_mixture_has_the_score_by_the_shares_of_its_texts(folder, ar
     assert f"{0.75 * one + 0.25 * other:.4f} as trained" in said and abs(one - other) > 1e-3
 
 
+def test_a_page_of_a_run_whose_text_may_not_be_read_has_no_score(run_dir, tmp_path, capsys, monkeypatch):
+    def refused(config):
+        assert config.corpus.remote_patience <= 20
+        raise PermissionError(13, "Permission denied", "/home/other/text.txt")
+
+    monkeypatch.setattr(export.corpus_lib, "load", refused)
+    command = ["export", f"--run_dir={run_dir}", "--format=html", f"--output={tmp_path / 'a'}"]
+    assert export.main(command) == cli.DONE and (tmp_path / "a" / "index.html").exists()
+    said = capsys.readouterr().err
+    assert "no held-out text: " in said and "was not measured" in said
+
+
 def test_a_page_of_a_run_whose_text_has_gone_has_no_score_and_says_so(run_dir, tmp_path, capsys, monkeypatch):
     moved = run_dir.parent / "moved away"
     text = Path(cl.load(run_dir).config.corpus.corpus)

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from charlstm.run.loop import Training
 from charlstm.run.validation import Validation
 from launch import train
 from launch.support import cli
@@ -22,7 +23,7 @@ OF_TIME = ("time", "seconds", "symbols_per_second", "input_wait")
 def go(folder, arguments):
     """Trains `name`; with `at`, Ctrl-C comes in the second window of that evaluation."""
 
-    def go(name, at=None):
+    def go(name, at=None, *more):
         evaluations = []
 
         def score(self, state, doing, score=Validation.score):
@@ -37,7 +38,7 @@ def go(folder, arguments):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Validation, "score", score)
-            status = train.main(["train", *arguments, *FLAGS, f"--run_dir={folder / name}"])
+            status = train.main(["train", *arguments, *FLAGS, *more, f"--run_dir={folder / name}"])
         return status, evaluations
 
     return go
@@ -60,3 +61,28 @@ def test_an_interrupted_validation_is_made_up_for_and_the_run_ends_with_the_same
     assert go(name) == (cli.DONE, [step for step in (10, 20) if step >= at])
     for file in ("metrics.jsonl", "samples.jsonl"):
         assert lines(folder / name, file) == lines(folder / "validated", file)
+
+
+def test_a_validation_made_up_for_twice_is_there_once(go, folder, monkeypatch):
+    if not (folder / "validated").exists():
+        assert go("validated") == (cli.DONE, [10, 20])
+    assert go("twice", 10)[0] == cli.STOPPED
+
+    def killed(*args):
+        raise RuntimeError("killed before what was made up for is saved")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "save", killed)
+        with pytest.raises(RuntimeError, match="killed before"):
+            go("twice")
+    assert [line["split"] for line in lines(folder / "twice")] == ["train", "valid"]
+    assert go("twice") == (cli.DONE, [10, 20])
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        assert lines(folder / "twice", file) == lines(folder / "validated", file)
+
+
+def test_the_evaluation_of_a_last_step_that_is_none_any_more_is_not_due(go, folder):
+    assert go("longer", 25, "--num_steps=25") == (cli.STOPPED, [10, 20, 25])
+    assert go("longer", None, "--num_steps=15") == (cli.DONE, [])
+    assert go("longer", None, "--num_steps=30") == (cli.DONE, [30])
+    assert [line["step"] for line in lines(folder / "longer") if line["split"] == "valid"] == [10, 20, 30]

@@ -39,6 +39,23 @@ def test_a_setting_that_is_not_the_runs_own_is_refused(copied):
     )
 
 
+def test_what_is_given_is_held_against_the_runs_own_settings_and_not_the_defaults(copied, arguments, folder, tmp_path):
+    before = run_directory.read(copied)[0]
+    for given in ("--num_steps=44", "--cell=lstm"):
+        sentence = refusal(train.main, f"--run_dir={copied}", "--stop_after=3", given)
+        assert "stop_after=3" in sentence and "evaluate_every=0" in sentence
+    assert run_directory.read(copied)[0] == before
+    parts = {name: tmp_path / f"{name}.txt" for name in ("train", "valid", "elsewhere")}
+    for path in parts.values():
+        shutil.copy(folder / "text.txt", path)
+    run = f"--run_dir={tmp_path / 'run'}"
+    texts = ("--corpus=", f"--train={parts['train']}", f"--valid={parts['valid']}")
+    assert train.main(["train", *arguments, *texts, run, "--num_steps=1"]) == cli.DONE
+    moved = ["train", run, f"--valid={parts['elsewhere']}", "--num_steps=2"]
+    assert train.main(moved) == cli.DONE
+    assert run_directory.read(tmp_path / "run")[0].corpus.valid == str(parts["elsewhere"])
+
+
 @pytest.mark.long
 def test_a_run_that_was_killed_before_its_first_checkpoint_goes_on_by_its_directory(
     copied,

@@ -197,7 +197,7 @@ def test_the_best_settings_are_trained_again_with_other_seeds_and_the_page_has_i
     best = min((t for t in study_of(tmp_path) if t.state.name == "COMPLETE"), key=lambda trial: trial.value)
     repeats = sorted((tmp_path / "study" / "repeats").glob("*/starts.txt"))
     assert [path.parent.name for path in repeats] == [f"{best.number:04d}-{seed}" for seed in (1, 2, 3)]
-    of_best = starts(tmp_path, best.number)[0].split()[1:]
+    of_best = starts(tmp_path, best.number)[0].split()[1:-1]
     for seed, path in enumerate(repeats, 1):
         assert path.read_text().split()[1:] == [*of_best, f"--seed={seed}", f"--run_dir={path.parent}"]
     said = (
@@ -209,6 +209,19 @@ def test_the_best_settings_are_trained_again_with_other_seeds_and_the_page_has_i
     assert not re.search(r"(src|href)=\"(?!#)", page)
     assert tune.main([*command, "--trials=5", "--repeat_best=3"]) == cli.DONE
     assert [len(path.read_text().splitlines()) for path in repeats] == [1, 1, 1], "a whole one was run again"
+
+
+def test_a_seed_that_diverges_leaves_the_score_of_the_others(command, tmp_path, stand_in, capsys, monkeypatch):
+    monkeypatch.setenv("STAND_IN_DIVERGES_WITH", "2")
+    assert tune.main([*command, "--trials=1", "--repeat_best=3"]) == cli.DONE
+    assert "the best settings with 2 other seeds: " in capsys.readouterr().out
+    (tmp_path / "study" / "repeats" / "0000-3" / "metrics.jsonl").write_text(
+        '{"step": 4, "split": "valid", "bits_per_symbol": 2.5}\n'
+        '{"step": 8, "split": "valid", "bits_per_symbol": 2.5, "state_digest": "stopped early"}\n'
+    )
+    assert tune.main([*command, "--trials=0", "--repeat_best=3"]) == cli.DONE
+    assert "the best settings with 2 other seeds: " in capsys.readouterr().out
+    assert len((tmp_path / "study" / "repeats" / "0000-3" / "starts.txt").read_text().splitlines()) == 1
 
 
 def test_the_best_is_not_repeated_while_another_worker_has_a_trial(command, tmp_path, stand_in, monkeypatch):
@@ -227,6 +240,34 @@ def test_who_stops_trials_early_is_a_choice(pruner, kind, command, tmp_path, sta
     monkeypatch.setattr(tune, "open_study", lambda *about: opened.append(open_study(*about)) or opened[-1])
     assert tune.main([*command, "--trials=1", f"--pruner={pruner}"]) == cli.DONE
     assert [type(study.pruner).__name__ for study in opened] == [kind]
+
+
+def test_settings_reach_a_trial_as_they_were_given(command, tmp_path, stand_in):
+    assert tune.main([*command, "--trials=1", "--sample_prompt=    def ", "--file_separator=\t"]) == cli.DONE
+    (line,) = starts(tmp_path, 0)
+    assert " --sample_prompt=    def  --" in line and " --file_separator=\t --" in line
+
+
+@pytest.mark.parametrize("status", [cli.UNREACHABLE, cli.HANGS, cli.LOST, cli.IN_USE, cli.NOT_SAVED])
+def test_a_trial_goes_on_after_what_passes_also_where_the_study_was_moved_to(
+    status, command, tmp_path, stand_in, monkeypatch
+):
+    monkeypatch.setenv("STAND_IN_STATUS", str(status))
+    assert tune.main([*command, "--trials=1"]) == status
+    assert states(tmp_path) == ["RUNNING"]
+    monkeypatch.delenv("STAND_IN_STATUS")
+    (tmp_path / "study").rename(tmp_path / "moved")
+    assert tune.main([*command, "--trials=1", f"--study_dir={tmp_path / 'moved'}"]) == cli.DONE
+    assert [trial.state.name for trial in tune.open_study(tmp_path / "moved").trials] == ["COMPLETE"]
+    assert len(trials.evaluations(tmp_path / "moved" / "trials" / "0000")) == 10 and not (tmp_path / "study").exists()
+
+
+def test_the_lock_of_the_journal_leads_to_it_from_any_folder(tmp_path, monkeypatch):
+    opened, backend = [], tune.JournalFileBackend
+    monkeypatch.setattr(tune, "JournalFileBackend", lambda path: opened.append(path) or backend(path))
+    monkeypatch.chdir(tmp_path)
+    tune.open_study(Path("studies/mine"))
+    assert opened == [str(tmp_path / "studies" / "mine" / "journal.log")]
 
 
 def test_a_study_is_called_as_its_directory_and_one_from_before_keeps_its_name(tmp_path):

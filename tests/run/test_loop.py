@@ -47,7 +47,9 @@ class Model(Training):
         self, tmp_path, start=0, stop_after=None, bad=None, what="loss", valid=True, terminal=None, **settings
     ):
         self.folder, settings = tmp_path, TrainingConfig(num_steps=LAST, **settings)
-        self.run = SimpleNamespace(config=SimpleNamespace(training=settings))
+        self.run = SimpleNamespace(
+            config=SimpleNamespace(training=settings), open_windows=lambda start: contextlib.nullcontext()
+        )
         self.checkpoints = SimpleNamespace(failed_saves=0)
         self.log = RunLog(tmp_path, terminal or io.StringIO())
         self.metrics = MetricAggregator(4, settings, self.log.info)
@@ -67,9 +69,6 @@ class Model(Training):
             jnp.asarray(start, jnp.int32), jnp.asarray(seen, jnp.int32), (), (), divergence.start(np.float32),
             plateau.start(), (),
         )  # fmt: skip
-
-    def open_windows(self, state):
-        return contextlib.nullcontext()
 
     def next_batch(self, windows) -> int:
         self.batches.append(next(self._source))

@@ -1,21 +1,26 @@
 """The HTTP border, in this process: answers as OpenAI's, errors as documented, nothing else."""
 
+import asyncio
 import base64
 import codecs
 import json
 import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.requests import ClientDisconnect
 from starlette.testclient import TestClient
 
 from charlstm import api, distributed
+from charlstm.inference.text import Sample
 from charlstm.run import run_directory
-from charlstm.serving import loading
+from charlstm.serving import completions, loading
 from charlstm.serving.app import MOST_BODY, Server
+from data_pipeline.vocabulary import Vocabulary
 from tests.fuzzing import ANY_JSON, fuzzed, spoiled
 from tests.serving.conftest import RUNS
 
@@ -185,6 +190,31 @@ def test_a_state_in_the_clients_hands_goes_on_with_the_text(served):
     assert whole.find(stop) < 0 or first["text"] + rest["text"] == whole
     (read,) = ask(client, prompt="efg", state=first["state"], max_tokens=9, echo=True, logprobs=1, **HOW)["choices"]
     assert read["text"].startswith("efg") and None not in read["logprobs"]["token_logprobs"]
+    (read,) = ask(client, prompt="", state=first["state"], max_tokens=9, echo=True, logprobs=2, **HOW)["choices"]
+    assert len(read["logprobs"]["top_logprobs"]) == len(read["logprobs"]["tokens"]) == 9
+
+
+def test_the_prompts_of_a_client_that_has_left_are_not_scored_on(runs):
+    server = server_of(runs["bytes"])
+
+    async def score() -> None:
+        left = asyncio.get_running_loop().create_future()
+        left.set_result(None)
+        await server._score(SimpleNamespace(logprobs=1), None, 3, server.slots.model, left)
+
+    with pytest.raises(ClientDisconnect):
+        asyncio.run(score())
+    assert server._to_score == 0
+
+
+def test_a_separator_that_begins_in_one_request_ends_the_text_in_the_next():
+    end, last_K = np.array([3, 4], np.int32), np.array([3, 3], np.int32)
+    for drawn, ended in ((1, True), (2, True), (0, False)):
+        ask_on = SimpleNamespace(after=SimpleNamespace(last_K=last_K), drawn=drawn)
+        before = completions._before_stop(ask_on, np.zeros(0, np.int32))
+        sample = Sample(Vocabulary("characters", "abcde"), np.zeros(0, np.int32), [end], before)
+        sample.feed(np.array([4]), np.array([-1.0]))
+        assert sample.stopped == ended
 
 
 REFUSED = {

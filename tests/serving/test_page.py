@@ -14,6 +14,10 @@ def test_the_page_writes_what_the_server_does(runs, tmp_path):
         for seed in (3, 4):
             text = model.sample("abc", 60, temperature=0.5, top_k=4, seed=seed)[3:]
             assert ask(page, prompt="abc", seed=seed, topK=4, temperature=0.5, count=60) == text
+            # Going on is the text that was not interrupted.
+            assert ask(page, prompt="abc", seed=seed, topK=4, temperature=0.5, count=25) == text[:25]
+            page.run("(form.elements.count.value = 35, document.querySelector('.on').click())")
+            assert page.run(SETTLED) == text
         assert not page.errors and all(url.startswith(address) for url in page.requested)
         ask(page, prompt="a" * 501, count=3)
         assert "may have 500" in page.run("document.querySelector('.status').textContent") and page.run(SETTLED) == ""

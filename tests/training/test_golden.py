@@ -2,8 +2,7 @@
 
 Bits depend on the processor and on the version of JAX, so `golden.json` has a table for each pair that was met; on
 another one the test is skipped.  With CHARLSTM_WRITE_GOLDEN=1 in the environment, the tests of this file, run with
-`pytest -m "long or not long"`, write the table of this machine, which is right only where a change is meant to change
-the bits.
+`pytest -m optimized`, write the table of this machine, which is right only where a change is meant to change the bits.
 """
 
 import hashlib

@@ -14,6 +14,7 @@ import pytest
 
 from data_pipeline.build import by_parts, parts, places
 from data_pipeline.build.by_parts import Sizes, prepare_by_parts
+from data_pipeline.build.encode import parallel_map
 from data_pipeline.build.engines import engine
 from data_pipeline.build.plan import Share
 from data_pipeline.build.prepare import prepare
@@ -85,6 +86,18 @@ def test_the_symbols_are_those_of_a_preparation_at_once(folder, vocabulary, spli
     documents = [[(one.name, one.bytes, one.documents) for one in corpus.read_sources()] for corpus in (once, found)]
     assert documents[0] == documents[1]
     assert {path.name for path in folder.parent.iterdir()} == {"texts", "cache", "once", "parts"}
+
+
+def test_a_plain_text_before_a_file_that_is_cut_before_its_first_document_is_separated(tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("a plain text")
+    lines = "\n" * 3000 + "".join(json.dumps({"text": f"document {n}"}) + "\n" for n in range(90))
+    (texts / "b.jsonl").write_text(lines)
+    how = settings_of(texts)
+    once = open_corpus(prepare(how, tmp_path / "once"))
+    assert prepare_by_parts(how, tmp_path / "parts", sizes=SIZES, workers=1)
+    assert text_of(open_corpus(tmp_path / "parts"), "train") == text_of(once, "train")
 
 
 @pytest.mark.parametrize("values", [{}, {"vocabulary": "characters"}, {"split": "hash"}], ids=str)
@@ -364,10 +377,11 @@ def test_a_scheduler_that_is_not_there_is_named(folder, tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"texts", "cache"}
 
 
-def test_a_process_that_is_killed_ends_the_preparation_in_a_sentence():
+@pytest.mark.parametrize("opened", [lambda: engine("local", 2, True, None), lambda: parallel_map(2, True, None)])
+def test_a_process_that_is_killed_ends_the_preparation_in_a_sentence(opened):
     with (
         pytest.raises(ChildProcessError, match="was killed, perhaps for want of memory: the same command goes on"),
-        engine("local", 2, processes=True, progress=None) as parallel,
+        opened() as parallel,
     ):
         list(parallel("preparing")(os._exit, [1]))
 

@@ -218,18 +218,28 @@ def test_the_cache_is_listed_and_cleared_but_for_downloads_and_what_is_being_pre
     how = setting(b"text " * 500)
     out, directory = prepare(how), tmp_path / "cache"
     made(
-        directory, {"downloads/enwik8": b"x" * 70, "blocks/ab/train.ids.0-1": b"y" * 30, "corpora/.b.partial/key": b"k"}
+        directory,
+        {
+            "downloads/enwik8": b"x" * 70,
+            "blocks/ab/train.ids.0-1": b"y" * 30,
+            "corpora/.b.partial/key": b"k",
+            "parts/tmp1/shard": b"s",
+            "parts/tmp2/shard": b"of a process that was killed",
+        },
     )
     arguments = ["launch.prepare", f"--cache_dir={directory}"]
     assert launch_prepare.main([*arguments, "--cache=list"]) == 0
     said = capsys.readouterr().out
     assert str(out) in said and "downloads" in said and "corpora/.b.partial" in said
     assert cache.entries(directory)[0].path == directory / "corpora" / ".b.partial"
-    with locked(directory / "corpora" / ".b.lock", lambda: None):
+    in_use = [directory / "corpora" / ".b.lock", directory / "parts" / ".tmp1.lock"]
+    with locked(in_use[0], lambda: None), locked(in_use[1], lambda: None):
         assert launch_prepare.main([*arguments, "--cache=clear"]) == 0
-    assert "corpora/.b.partial is being prepared, and stays" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "corpora/.b.partial is being prepared, and stays" in said
+    assert "parts/tmp1 is being prepared, and stays" in said
     left = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
-    assert left == {"downloads/enwik8", "corpora/.b.partial/key"}
+    assert left == {"downloads/enwik8", "corpora/.b.partial/key", "parts/tmp1/shard"}
     launch_prepare.main([*arguments, "--cache=clear"])
     assert [path.name for path in directory.rglob("*") if path.is_file()] == ["enwik8"]
     assert prepare(how) == out
