@@ -177,8 +177,8 @@ def peer(kind: str, text: Text, flagfile: str, seconds: float, seed: int, small:
     command = [sys.executable, "-m", "benchmarks.peers.equal_time", kind, *map(str, text)]
     done = subprocess.run([*command, json.dumps(settings)], check=True, stdout=subprocess.PIPE, text=True)
     *lines, last = [json.loads(line) for line in done.stdout.splitlines()]
-    by_time = [[line[name] for line in lines] for name in ("seconds", "bits")]
-    return Scores(*by_time, last["final"], last["symbols"], lines[-1]["step"], last["parameters"])
+    at, bits = ([line[name] for line in lines] for name in ("seconds", "bits"))
+    return Scores(at, bits, last["final"], last["symbols"], lines[-1]["step"], last["parameters"])
 
 
 if __name__ == "__main__":

@@ -79,6 +79,6 @@ def parse_for_run(
     fixed = [name for name in values if name in flat and not flat[name][1].metadata["mutable"]]
     if not run_directory.has_checkpoint(run_dir) and (fixed or values.get("initial_checkpoint")):
         return parse(argv, doc=doc)
-    chosen, *others = parse(argv, own, doc=doc)
+    chosen, job, services, config, given = parse(argv, own, doc=doc)
     initial = chosen.initial_checkpoint or (before.named if before else "")
-    return dataclasses.replace(chosen, initial_checkpoint=initial), *others
+    return dataclasses.replace(chosen, initial_checkpoint=initial), job, services, config, given
