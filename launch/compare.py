@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before what takes seconds to import
 
 import dataclasses
 import json
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ import jax
 
 from charlstm.report import curves, history, page
 from charlstm.report.history import History
+from data_pipeline import signals
 from data_pipeline.atomic_files import atomic_write, expand_user
 from data_pipeline.settings import check_choices, setting
 from launch.support import cli, flags
@@ -59,10 +61,15 @@ def main(argv: Sequence[str]) -> int:
     run_dirs = [folder for folder in folders if (folder / "config.json").is_file()]
     if not run_dirs:
         raise ValueError(f"there is no run in {', '.join(named)}" if named else "name the runs, such as runs/*")
+    told = False
     while True:
         runs = history.read_all(run_dirs)
         value = history.common_figure(runs)
         _write_files(chosen, runs, value)
+        for path in () if told else filter(None, (chosen.page, chosen.plot)):
+            again = f", written again every {chosen.follow:g} s until Ctrl-C" if chosen.follow else ""
+            signals.say(f"{path}: {math.ceil(expand_user(path).stat().st_size / 1024):,} KB{again}")
+        told = True
         if not chosen.follow:
             break
         time.sleep(chosen.follow)

@@ -178,7 +178,7 @@ def test_in_a_browser_without_a_network_a_run_can_be_hidden_and_that_outlives_a_
         assert not re.search(r'id="curve-0" style="display: none;"', done.stdout)
 
 
-def test_it_follows_runs_that_go_on(runs, tmp_path, monkeypatch):
+def test_it_follows_runs_that_go_on(runs, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="extra compare is not installed")
     seen = []
 
@@ -192,6 +192,8 @@ def test_it_follows_runs_that_go_on(runs, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         compare.main(["compare", *runs, f"--page={tmp_path / 'page.html'}", "--follow=7"])
     assert [seconds for seconds, _ in seen] == [7, 7] and '<meta http-equiv="refresh" content="7">' in seen[1][1]
+    said = re.findall(r"page\.html: \d+ KB, written again every 7 s until Ctrl-C", capsys.readouterr().err)
+    assert len(said) == 1
 
 
 def test_what_is_no_run_is_left_out_and_none_at_all_is_refused(runs, tmp_path, capsys):
