@@ -121,7 +121,7 @@ class Job(ChildProcesses):
 
     def _end_the_stopped(self) -> None:
         """Kills processes stopped (SIGSTOP) for longer than --grace: a process cannot notice that it is stopped."""
-        if not hasattr(os, "waitid"):  # on a Mac from Python 3.13 on
+        if not hasattr(os, "waitid"):  # on a Mac, before Python 3.13
             return
         for process in self.started:
             with contextlib.suppress(ChildProcessError):

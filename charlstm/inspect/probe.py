@@ -68,9 +68,7 @@ def probe_texts(model: "Model", texts: Sequence[str | bytes], labels: Sequence[b
         third[is_on == value] = np.arange((is_on == value).sum()) % 3
     if not all(texts):
         raise ValueError("a text is empty: leave it out")
-    last = (
-        0 if model.config.streams.reverse else -1
-    )  # in the order of the text, where a backward model reads the first last
+    last = 0 if model.config.streams.reverse else -1  # states come in the order of the text
     states = [_inputs(model, ArraySplit(text, model.vocabulary))[last] for text in texts]
     return _fitted(model, "labels", np.stack(states), is_on, third)
 

@@ -1,1 +1,1 @@
-"""What the programs have in common, and parts of single ones: nothing here is a command."""
+"""Code that the programs share, and parts of single ones: nothing here is a command."""

@@ -62,7 +62,7 @@ def parse(
 def parse_for_run(
     argv: Sequence[str], *, doc: str | None = ""
 ) -> tuple[TrainFlags, JobFlags, ProgramServices, Config, list[str]]:
-    """As `parse`; what is not given is of the run that --run_dir names, --initial_checkpoint too, where there is one.
+    """Returns what `parse` does; what is not given, --initial_checkpoint too, is that of the run in --run_dir, if any.
 
     Only what is given counts if that run has no checkpoint yet, and --initial_checkpoint or a setting that may not
     change is given.
