@@ -48,8 +48,8 @@ class ModelConfig:
     forget_bias: float = setting(1.0, "Initial bias of the LSTM's forget gate.")
     initializer: str = setting(
         "pytorch",
-        "Weights at the start: pytorch (uniform +-1/sqrt(H)), uniform (+-init_scale), normal (deviation init_scale), "
-        "glorot, or orthogonal (recurrent weights; the others glorot).",
+        "Weights at the start: pytorch (uniform +-1/sqrt(H); the embedding normal, of deviation .3 unless it is tied), "
+        "uniform (+-init_scale), normal (deviation init_scale), glorot, or orthogonal (recurrent weights; the others glorot).",
         choices=("pytorch", "uniform", "normal", "glorot", "orthogonal"),
     )
     init_scale: float = setting(0.08, "Scale of --initializer=uniform and normal.")

@@ -1,11 +1,16 @@
 """Initial parameters, float32, by the name of the initializer.
 
-    pytorch     uniform within +-1/sqrt(H), weights and biases, as PyTorch's recurrent layers draw them
+    pytorch     uniform within +-1/sqrt(H), weights and biases, as PyTorch's recurrent layers draw them; the embedding
+                normal with standard deviation .3
     uniform     uniform within +-scale, weights and biases, as char-rnn does (with 0.08)
     normal      normal with standard deviation scale; biases 0
     glorot      uniform within +-sqrt(6 / (fan in + fan out)); biases 0.  Glorot and Bengio, AISTATS 2010, equation 16
     orthogonal  recurrent weights orthogonal, all others glorot; biases 0.  Saxe, McClelland and Ganguli, 2014
                 (arXiv:1312.6120)
+
+An embedding of the deviation of other weights makes the first layer nearly deaf: as only one symbol is read at a time,
+nothing adds up, and hundreds of updates pass before the model tells symbols apart.  PyTorch's own has deviation 1, which
+begins a little faster than .3 and ends a little worse (docs/decisions.md).
 
 Gates are layers of their own: fans are those of one gate, and each gate's block of recurrent weights is orthogonal.
 """
@@ -17,6 +22,16 @@ import jax.numpy as jnp
 
 from charlstm import rng
 from charlstm.types import CellParams
+
+
+EMBEDDING_DEVIATION = 0.3
+
+
+def embedding(name: str, key: jax.Array, shape: tuple[int, int], *, scale: float, hidden_size: int) -> jax.Array:
+    """Draws the embedding of an untied softmax, `[V, E]`; arguments as for `weights`."""
+    if name == "pytorch":
+        return EMBEDDING_DEVIATION * jax.random.normal(key, shape, jnp.float32)
+    return weights(name, key, shape, scale=scale, hidden_size=hidden_size)
 
 
 def weights(name: str, key: jax.Array, shape: tuple[int, int], *, scale: float, hidden_size: int) -> jax.Array:

@@ -34,16 +34,15 @@ def init(config: ModelConfig, vocabulary_size: int, key: jax.Array) -> ModelPara
     """Draws float32 parameters for a vocabulary of `vocabulary_size` symbols."""
     V, E, widths = vocabulary_size, config.embedding_size, config.widths
 
-    def draw(name: str, shape: tuple[int, int]) -> jax.Array:
-        return initializers.weights(
-            config.initializer, rng.named(key, name), shape, scale=config.init_scale, hidden_size=widths[-1]
-        )
+    def draw(name: str, shape: tuple[int, int], by: Callable[..., jax.Array] = initializers.weights) -> jax.Array:
+        return by(config.initializer, rng.named(key, name), shape, scale=config.init_scale, hidden_size=widths[-1])
 
     layers = []
     for layer, (input_width, width) in enumerate(zip((E or V, *widths), widths, strict=False)):
         layers.append(layer_lib.init(config, rng.named(key, f"cells.{layer}"), input_width, width))
+    embedding = initializers.weights if config.tie_embeddings else initializers.embedding  # tied, it is W_out as well
     return ModelParams(
-        embedding=draw("embedding", (V, E)) if E else None,
+        embedding=draw("embedding", (V, E), by=embedding) if E else None,
         cells=tuple(layers),
         w_out=None if config.tie_embeddings else draw("w_out", (widths[-1], V)),
         b_out=initializers.biases(

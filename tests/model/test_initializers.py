@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from charlstm.model import initializers
+from charlstm.config.model import ModelConfig
+from charlstm.model import initializers, language_model
 
 NAMES = ("pytorch", "uniform", "normal", "glorot", "orthogonal")
 D, H, GATES, SCALE = 40, 64, 4, 0.08
@@ -29,6 +30,14 @@ def assert_uniform(values, limit):
 def test_pytorch_and_uniform_draw_weights_and_biases_within_one_limit(name, limit):
     for values in jax.tree.leaves(layer(name)):
         assert_uniform(values, limit)
+
+
+@pytest.mark.parametrize(("tied", "deviation"), [(False, 0.3), (True, 1 / math.sqrt(3 * H))])
+def test_the_embedding_is_drawn_for_the_one_symbol_that_is_read_unless_the_softmax_shares_it(tied, deviation):
+    config = ModelConfig(hidden_size=H, embedding_size=H, tie_embeddings=tied)
+    embedding = language_model.init(config, 100, jax.random.key(0)).embedding
+    np.testing.assert_allclose(embedding.std(), deviation, rtol=0.05)
+    assert abs(float(embedding.mean())) < 0.05 * deviation
 
 
 def test_normal_weights_have_the_deviation_asked_for_and_no_bias():
