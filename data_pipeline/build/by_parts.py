@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from data_pipeline.atomic_files import expand_user
+from data_pipeline.atomic_files import Recoverable, expand_user
 from data_pipeline.build.encode import SMALL
 from data_pipeline.build.engines import engine
 from data_pipeline.build.inputs import find_texts
@@ -90,7 +90,7 @@ def prepare_by_parts(
     except (FileNotFoundError, ValueError) as error:
         if place.is_done():  # another worker has joined the parts meanwhile, and deleted what was looked for
             return True
-        if may_abandon and isinstance(error, ValueError):
+        if may_abandon and isinstance(error, ValueError) and not isinstance(error, Recoverable):
             place.abandon()
         raise
 

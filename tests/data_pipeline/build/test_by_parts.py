@@ -352,17 +352,6 @@ def test_parts_in_an_object_store_are_the_corpus_on_the_disk(s3, folder, tmp_pat
     assert not list((tmp_path / "cache" / "parts").iterdir())
 
 
-@pytest.fixture
-def bucket(monkeypatch) -> str:
-    """The URL of a store in the memory of this process."""
-    obstore = pytest.importorskip("obstore", reason="obstore is absent: pip install charlstm[remote]")
-    from obstore.store import MemoryStore
-
-    held = MemoryStore()
-    monkeypatch.setattr(stores, "_connect", lambda url: (obstore, held))
-    return "s3://bucket"
-
-
 @pytest.mark.parametrize("share", [None, Share(0, 1)])
 @pytest.mark.parametrize("at", ["join_parts", "missing_counts"])
 def test_a_corpus_that_another_process_publishes_meanwhile_is_taken_as_it_is(
