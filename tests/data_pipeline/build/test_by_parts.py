@@ -1,5 +1,6 @@
 """A preparation by parts has one result, whoever prepares them, in whatever order, and however often."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -400,6 +401,22 @@ def test_dask_gives_the_fingerprint_of_this_machine_although_its_workers_are_kil
         with pytest.raises(ValueError, match=r"bad\.jsonl, line 1"):
             prepare_by_parts(how, tmp_path / "bad", name=name, sizes=SIZES)
         assert not [path for path in tmp_path.iterdir() if path.name.startswith((".", "bad"))]
+
+
+def test_workers_in_another_directory_find_a_text_that_is_named_by_a_relative_path(folder, tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def elsewhere(*_):
+        def mapped(function, items):
+            with contextlib.chdir(folder):
+                return [function(item) for item in items]
+
+        yield lambda doing: mapped
+
+    prepare_by_parts(settings_of(folder), tmp_path / "local", sizes=SIZES, workers=1)
+    monkeypatch.setattr(by_parts, "engine", elsewhere)
+    monkeypatch.chdir(tmp_path)
+    assert prepare_by_parts(settings_of(folder, corpus="texts"), Path("out"), sizes=SIZES)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "local"), "the key, too, is the same"
 
 
 def test_a_scheduler_that_is_not_there_is_named(folder, tmp_path, monkeypatch):
