@@ -69,6 +69,16 @@ def test_a_dataset_as_it_lies_on_disk_is_its_tables(tmp_path, setting, form):
     assert b"# card" in text_of(setting(folder, include="*"))
 
 
+def test_what_describes_tables_is_text_where_there_are_none_in_its_folder_or_below(tmp_path, setting):
+    files = {
+        "a/README.md": b"# text",
+        "b/README.md": b"# card",
+        "b/data/t.jsonl": json_lines(["x"]),
+        "b/z/state.json": b"{}",
+    }
+    assert text_of(setting(made(tmp_path / "in", files))) == b"# text\nx\0{}"
+
+
 def test_a_file_that_is_not_what_its_name_says_can_be_read_otherwise(tmp_path, setting):
     folder = made(tmp_path / "in", {"a.csv": b"no, table\n", "b.log": json_lines(["x"]), "c.xml": b"<html/>"})
     assert text_of(setting(folder, input_kind="text", include="*.csv,*.xml")) == b"no, table\n<html/>"
