@@ -254,7 +254,7 @@ def test_the_cache_is_listed_and_cleared_but_for_downloads_and_what_is_being_pre
     assert [path.name for path in directory.rglob("*") if path.is_file()] == ["enwik8"]
     assert prepare(how) == out
     launch_prepare.main(["launch.prepare", f"--cache_dir={tmp_path}/none", "--cache=clear"])
-    with pytest.raises(ValueError, match="--cache=clear is given with a text to prepare: leave one out"):
+    with pytest.raises(ValueError, match="--cache=clear is given with something to prepare or verify: leave one out"):
         launch_prepare.main([*arguments, "--cache=clear", "--input=x"])
 
 
