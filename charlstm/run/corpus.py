@@ -58,8 +58,7 @@ def open_for(config: Config, given: Sequence[str]) -> tuple[Corpus, Config]:
     if mixed:
         parts = [part._replace(corpus=_absolute(part.corpus)) for part in mixture.parse(mixed)]
         where |= {"corpus": "", "mixture": ",".join(map(str, parts))}
-    if corpus.document_separator and "document_separator" not in names:
-        where["document_separator"] = corpus.document_separator
+    where |= _recorded_separator(config, corpus, names)
     return corpus, config_lib.replace(config, vocabulary=corpus.vocabulary.kind, **where)
 
 
@@ -81,9 +80,26 @@ def taken(config: Config, corpus: Corpus) -> Config:
     where = {"corpus": str(corpus.directory), "mixture": ""}
     if isinstance(corpus, Mixture):
         where = {"corpus": "", "mixture": corpus.spec}
-    if corpus.document_separator and "document_separator" not in names:
-        where["document_separator"] = corpus.document_separator
+    where |= _recorded_separator(config, corpus, names)
     return config_lib.replace(config, vocabulary=corpus.vocabulary.kind, train="", valid="", test="", **where)
+
+
+def _recorded_separator(config: Config, corpus: Corpus, names: set[str]) -> dict[str, str]:
+    """The separator that the corpus records, as a setting to replace; none if it is among the `names` given.
+
+    Raises:
+      ValueError: the corpora of a mixture record several, and the run resets state at documents.
+    """
+    if "document_separator" in names:
+        return {}
+    if isinstance(corpus, Mixture) and len(corpus.separators) > 1 and config.streams.reset_state == "document":
+        recorded = {name: one.document_separator for name, one in corpus.corpora.items() if one.document_separator}
+        raise ValueError(
+            "the corpora of the mixture record different separators of documents "
+            f"({', '.join(f'{name} {text!r}' for name, text in recorded.items())}): prepare them with one, or give the "
+            "--document_separator at which state is to be reset"
+        )
+    return {"document_separator": corpus.document_separator} if corpus.document_separator else {}
 
 
 def load(config: Config) -> Corpus:

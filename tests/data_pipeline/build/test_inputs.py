@@ -129,6 +129,27 @@ def test_a_run_takes_the_separator_that_its_corpus_records_and_refuses_another_s
         open_for(config, ["--split=contiguous"])
 
 
+def test_a_mixture_takes_the_one_separator_that_its_corpora_record_and_of_several_none(tmp_path, setting):
+    def mixed(separators: dict[str, str], given: tuple[str, ...] = (), **values) -> str:
+        spec = ",".join(f"{tmp_path / name}:1" for name in (*separators, "plain"))
+        for name, separator in separators.items():
+            path = made(tmp_path, {f"{name}.jsonl": json_lines([f"{name} {n}" for n in range(50)])}) / f"{name}.jsonl"
+            prepare(setting(path, document_separator=separator), tmp_path / name)
+        config = config_lib.replace(config_lib.Config(), mixture=spec, cache_dir=str(tmp_path / "cache"), **values)
+        return open_for(config, given)[1].corpus.document_separator
+
+    prepare(setting(made(tmp_path, {"plain.txt": b"a plain text " * 30}) / "plain.txt"), tmp_path / "plain")
+    assert mixed({"one": "<|>"}) == "<|>"
+    assert mixed({"two": r"\n\n", "three": r"\x0a\n"}, reset_state="document") == r"\n\n"
+    both = {"one": "<|>", "two": r"\n\n"}
+    assert mixed(both) == r"\x00"
+    assert mixed(both, ("--document_separator=#",), document_separator="#", reset_state="document") == "#"
+    with pytest.raises(
+        ValueError, match=r"different separators of documents \(one '<\|>', two '\\\\n\\\\n'\)"
+    ):
+        mixed(both, reset_state="document")
+
+
 # Object stores.
 
 
