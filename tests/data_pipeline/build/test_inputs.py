@@ -144,9 +144,7 @@ def test_a_mixture_takes_the_one_separator_that_its_corpora_record_and_of_severa
     both = {"one": "<|>", "two": r"\n\n"}
     assert mixed(both) == r"\x00"
     assert mixed(both, ("--document_separator=#",), document_separator="#", reset_state="document") == "#"
-    with pytest.raises(
-        ValueError, match=r"different separators of documents \(one '<\|>', two '\\\\n\\\\n'\)"
-    ):
+    with pytest.raises(ValueError, match=r"different separators of documents \(one '<\|>', two '\\\\n\\\\n'\)"):
         mixed(both, reset_state="document")
 
 
