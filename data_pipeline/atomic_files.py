@@ -22,6 +22,11 @@ class InUse(ValueError):
     errno = errno.EBUSY
 
 
+class Recoverable(ValueError):
+    """Work is refused for a reason outside of the text: once that is mended the same command goes on, so what has been
+    done is kept."""
+
+
 class Unreachable(OSError):
     """An object store did not answer for as long as one was ready to wait."""
 
@@ -42,7 +47,7 @@ def named_in_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno and error.filename is None:
+        if error.strerror and error.filename is None:  # one without has a sentence of its own, which would be lost
             error.filename = os.fspath(path)
         raise
 

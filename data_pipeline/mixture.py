@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from data_pipeline.manifest import SourceSummary
 from data_pipeline.segments import Change, Member
 from data_pipeline.shards import Corpus, Split
 from data_pipeline.symbols import Places
-from data_pipeline.vocabulary import canonical_json
+from data_pipeline.vocabulary import canonical_json, escaped_bytes
 
 MOST_SLOTS = 10_000  # P: in the cycle by which corpora take turns
 
@@ -187,6 +187,11 @@ class Mixture(Corpus):
         return {name: 100 * p / sum(self.weights) for name, p in zip(self.corpora, self.weights, strict=True)}
 
     @property
+    def separators(self) -> list[str]:
+        """The separators of documents that its corpora record, of several spellings of one the first."""
+        return _separators(self.corpora.values())
+
+    @property
     def members(self) -> tuple[Member, ...]:
         """The corpora as a `SegmentPlan` needs them."""
         corpora = zip(self.corpora.items(), self.weights, strict=True)
@@ -229,13 +234,20 @@ def _whole(directory: Path | str) -> str:
     return str(directory.absolute()) if isinstance(directory, Path) else directory
 
 
+def _separators(corpora: Iterable[Corpus]) -> list[str]:
+    found: dict[bytes, str] = {}
+    for text in filter(None, (corpus.document_separator for corpus in corpora)):
+        found.setdefault(escaped_bytes(text), text)
+    return list(found.values())
+
+
 def _mixture(parts: Sequence[Part], corpora: Mapping[str, Corpus], weights: tuple[int, ...]) -> Mixture:
     found = list(corpora.values())
     splits: dict[str, Split] = {}
     for name in ("train", "valid", "test"):
         if having := [corpus.splits[name] for corpus in found if name in corpus.splits]:
             splits[name] = Joined(having)
-    separators = {corpus.document_separator for corpus in found}
+    separators = _separators(found)
     identity = [[corpus.fingerprint, p] for corpus, p in zip(found, weights, strict=True)]
     return Mixture(
         directory=found[0].directory,
@@ -248,7 +260,7 @@ def _mixture(parts: Sequence[Part], corpora: Mapping[str, Corpus], weights: tupl
             documents=sum(corpus.sources.documents for corpus in found),
             sha256="",  # each has a file of its own
         ),
-        document_separator=separators.pop() if len(separators) == 1 else "",
+        document_separator=separators[0] if len(separators) == 1 else "",  # of several, see `Mixture.separators`
         split="",  # each has its own
         store=found[0].store,
         cache=None,  # each has its own

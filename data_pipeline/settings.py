@@ -7,7 +7,7 @@ setting is declared once.
 import dataclasses
 from typing import Any
 
-from data_pipeline.vocabulary import Vocabulary
+from data_pipeline.vocabulary import escaped_bytes
 
 # Steps, sizes and rates are int32 and float32 on the device.
 LARGEST_INT, LARGEST_FLOAT = 2**31 - 1, 3.4e38
@@ -163,7 +163,7 @@ class CorpusSettings:
 
     def _separator_bytes(self, name: str) -> bytes:
         try:
-            separator = Vocabulary("bytes").encode_escaped(getattr(self, name)).tobytes()
+            separator = escaped_bytes(getattr(self, name))
             if self.vocabulary == "characters":
                 separator.decode()
         except UnicodeDecodeError:

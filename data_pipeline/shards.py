@@ -253,9 +253,9 @@ def _read_manifest(directory: Path | str, store: Store) -> Manifest:
     return parse_manifest(bytes(store.read(NAME)), f"{directory}/{NAME}")
 
 
-def verify_corpus(directory: Path | str, progress: Progress | None = None) -> None:
+def verify_corpus(directory: Path | str, progress: Progress | None = None, patience: float = PATIENCE) -> None:
     """Reads all of the prepared corpus in `directory`.  Raises ValueError, naming the shard, if it is damaged."""
-    corpus, done = open_corpus(directory), 0
+    corpus, done = open_corpus(directory, patience=patience), 0
     corpus.read_sources()
     manifest = _read_manifest(corpus.directory, corpus.store)
     total = sum(len(split) for split in corpus.splits.values())

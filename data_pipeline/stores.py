@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from data_pipeline.atomic_files import Unreachable, expand_user
+from data_pipeline.atomic_files import Recoverable, Unreachable, expand_user
 from data_pipeline.directory import Directory
 
 SCHEMES = ("s3", "gs", "az", "https", "http")
@@ -208,26 +208,26 @@ class Remote:
                 pause = min(2 * pause, BACKOFF[1])
 
     def _reason(self, name: str, error: Exception) -> str:
-        """Describes a failure that may pass.  Raises ValueError, in one sentence, if it is one that will not."""
+        """Describes a failure that may pass.  Raises ValueError if it will not, Recoverable if no object is wrong."""
         text = " ".join(str(error).partition("\n\n")[0].split())
         status = found.group(1) if (found := _refusal.search(text)) else ""
         path, kind = self.path(name), type(error).__name__
         if not self._traffic.answered and any(host in text for host in _metadata):
-            raise ValueError(f"{self._url}: no credentials were found in the environment: see docs/data.md")
+            raise Recoverable(f"{self._url}: no credentials were found in the environment: see docs/data.md")
         if "NoSuchBucket" in text:
             raise Missing(f"{path}: there is no such bucket: check its name, or make it")
         if isinstance(error, FileNotFoundError) or kind == "NotFoundError" or status == "404":
             raise Missing(f"{path} does not exist: check the name, and that the corpus was uploaded whole")
         if kind in ("PermissionDeniedError", "UnauthenticatedError") or status in ("401", "403"):
-            raise ValueError(f"{path} is refused with these credentials ({status or kind}): see docs/data.md")
+            raise Recoverable(f"{path} is refused with these credentials ({status or kind}): see docs/data.md")
         if kind == "PreconditionError" or status == "412":
             raise ValueError(f"{path} was changed while it was read: prepare the corpus again")
         if status == "416":
             raise ValueError(f"{path} is shorter than the manifest says: upload the corpus again")
         if "non-partial response" in text or "Range request not supported" in text:
-            raise ValueError(f"{path}: the server answers without ranges: copy the corpus to a disk or another store")
+            raise Recoverable(f"{path}: the server answers without ranges: copy the corpus to a disk or another store")
         if (status.startswith("4") and status not in _again) or "builder error" in text:
-            raise ValueError(f"{path}: {text[:200]}")
+            raise Recoverable(f"{path}: {text[:200]}")
         return f"status {status}" if status else re.sub(r"^.* - |Generic \w+ error: ", "", text)[:120]
 
     def _tell(self) -> None:
@@ -299,7 +299,7 @@ def _connect(url: str) -> tuple[Any, Any]:
         import obstore
         from obstore.store import from_url
     except ImportError:
-        raise ValueError(f"{url} needs obstore: pip install 'charlstm[remote]'") from None
+        raise Recoverable(f"{url} needs obstore: pip install 'charlstm[remote]'") from None
     client = {
         # A custom endpoint says itself whether it is http; https stays https, whatever it redirects to.
         "allow_http": not url.startswith("https:"),

@@ -202,6 +202,11 @@ class Decoder:
         return self._utf8.decode(b"", final=True)
 
 
+def escaped_bytes(text: str) -> bytes:
+    """Returns `text` with its escapes replaced, as bytes.  Raises ValueError as `Vocabulary.encode_escaped` does."""
+    return Vocabulary("bytes").encode_escaped(text).tobytes()
+
+
 def _code_points(text: str) -> np.ndarray:
     """uint32 `[len(text)]`."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")

@@ -67,13 +67,14 @@ def main(argv: Sequence[str]) -> int:
     groups = PrepareFlags(), CorpusSettings(corpus="")
     (chosen, settings), _ = flags.parse(argv, __doc__ or "", *groups, renamed={"corpus": "input"})
     if chosen.cache:
-        if settings.corpus or settings.train or chosen.output:
-            raise ValueError(f"--cache={chosen.cache} is given with a text to prepare: leave one out")
+        if settings.corpus or settings.train or chosen.output or chosen.verify or chosen.by_parts:
+            raise ValueError(f"--cache={chosen.cache} is given with something to prepare or verify: leave one out")
         return _list_or_clear(expand_user(settings.cache_dir), chosen.cache)
     if not chosen.output:
         raise ValueError("--output is required: name the directory to make")
     if settings.corpus and settings.train:
         raise ValueError("--input and --train are both given: leave one out")
+    _refuse_without_effect(settings)
     progress, done = bar(), []
     output = checked_url(chosen.output) if is_remote(chosen.output) else expand_user(chosen.output)
     if settings.corpus or settings.train:
@@ -87,16 +88,29 @@ def main(argv: Sequence[str]) -> int:
             done.append("prepared")
         else:
             done.append("prepared" if _prepare(settings, output, chosen.workers) else "already prepared")
-    elif not chosen.verify:
+    elif not chosen.verify or chosen.by_parts:
         raise ValueError("--input, or --train, must name a text")
     if chosen.verify:
-        verify_corpus(output, progress)
+        verify_corpus(output, progress, settings.remote_patience)
         done.append("verified")
     corpus = open_corpus(output, patience=settings.remote_patience)
     sizes = ", ".join(f"{name} {len(split)}" for name, split in corpus.splits.items())
     vocabulary = f"{corpus.vocabulary.size} symbols in the vocabulary"
     print(f"{' and '.join(done)}: {output}, {vocabulary}, {sizes}", file=sys.stderr)
     return cli.DONE
+
+
+def _refuse_without_effect(settings: CorpusSettings) -> None:
+    """Raises ValueError if a setting is given that others leave without effect."""
+    usual = CorpusSettings()
+    if settings.min_count != usual.min_count and settings.vocabulary == "bytes":
+        raise ValueError(
+            f"min_count={settings.min_count} is of characters: give --vocabulary=characters, or leave it out"
+        )
+    for name in ("valid_fraction", "test_fraction") if settings.train else ():
+        value = getattr(settings, name)
+        if value not in (0, getattr(usual, name)):
+            raise ValueError(f"{name}={value} divides one text, and --train names texts of their own: leave one out")
 
 
 def _list_or_clear(directory: Path, what: str) -> int:

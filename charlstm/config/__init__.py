@@ -12,6 +12,7 @@ from charlstm.config import flagfile
 from charlstm.config.model import ModelConfig
 from charlstm.config.training import EvaluationConfig, OptimizerConfig, TrainingConfig
 from data_pipeline.settings import CorpusSettings, StreamSettings, check_numbers
+from data_pipeline.vocabulary import escaped_bytes
 
 # Settings that determine when the validation split is scored, and the exact bits of the score.
 EVALUATION_SETTINGS = ("evaluate_every", "evaluate_symbols", "eval_chunk", "burn_in", "evaluation_batch_size")
@@ -180,14 +181,21 @@ def from_json(text: str, source: str) -> Config:
 def diff(run: Config, now: Config) -> tuple[list[str], list[str]]:
     """Lists what `now` would change of a run made with `run`: (forbidden, mutable), each a list of "name: old -> new".
 
-    A setting of `now` that is AUTOMATIC is no difference.  If validation drives the learning rate or the average, a
-    change of EVALUATION_SETTINGS is forbidden.
+    A setting of `now` that is AUTOMATIC is no difference, nor is another spelling of a separator.  If validation drives
+    the learning rate or the average, a change of EVALUATION_SETTINGS is forbidden.
     """
     held = EVALUATION_SETTINGS if run.optimizer.validation_driven_by else ()
     forbidden: list[str] = []
     mutable: list[str] = []
     for name, (section, field) in flatten(run).items():
         old, new = getattr(getattr(run, section), name), getattr(getattr(now, section), name)
-        if old != new and new != AUTOMATIC.get(name):
+        if old != new and new != AUTOMATIC.get(name) and not _is_same_separator(name, old, new):
             (mutable if field.metadata["mutable"] and name not in held else forbidden).append(f"{name}: {old} -> {new}")
     return forbidden, mutable
+
+
+def _is_same_separator(name: str, old: Any, new: Any) -> bool:
+    try:
+        return name.endswith("_separator") and escaped_bytes(old) == escaped_bytes(new)
+    except ValueError:  # a separator that nothing reads is not checked
+        return False

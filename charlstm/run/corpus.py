@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,12 +9,12 @@ from pathlib import Path
 from charlstm import config as config_lib
 from charlstm import distributed
 from charlstm.config import Config
+from charlstm.run import prepared
 from data_pipeline import direction, mixture
 from data_pipeline.atomic_files import atomic_write, expand_user
 from data_pipeline.batch import Separator, ends_separator, looks_back
 from data_pipeline.build import corpora
 from data_pipeline.build.datasets import NAMES
-from data_pipeline.build.splits import cut
 from data_pipeline.eval_chunks import ChunkPlan
 from data_pipeline.manifest import is_prepared
 from data_pipeline.mixture import Mixture
@@ -28,7 +27,6 @@ from data_pipeline.streams import StreamPlan, Symbols
 
 SEARCHED = 64 << 20  # symbols in which a separator is looked for: a fraction of a second
 CHUNK = 1 << 20  # symbols
-CHECKED = ("vocabulary", "split", "valid_fraction", "test_fraction")  # of a corpus that was prepared before
 
 
 def open_for(config: Config, given: Sequence[str]) -> tuple[Corpus, Config]:
@@ -53,13 +51,17 @@ def open_for(config: Config, given: Sequence[str]) -> tuple[Corpus, Config]:
     for one in corpus.corpora.values() if isinstance(corpus, Mixture) else [corpus]:
         if "train" not in one.splits:
             raise ValueError(f"{one.directory} has no training split")
-        _check_prepared(settings, one, names)
-    where = {name: _absolute(getattr(settings, name)) for name in ("corpus", "train", "valid", "test", "vocabulary_of")}
+        prepared.check(settings, one, names)
+    if settings.vocabulary_of and "vocabulary_of" in names:
+        prepared.check_vocabulary_of(settings, corpus)
+    where = {
+        name: prepared.absolute(getattr(settings, name))
+        for name in ("corpus", "train", "valid", "test", "vocabulary_of")
+    }
     if mixed:
-        parts = [part._replace(corpus=_absolute(part.corpus)) for part in mixture.parse(mixed)]
+        parts = [part._replace(corpus=prepared.absolute(part.corpus)) for part in mixture.parse(mixed)]
         where |= {"corpus": "", "mixture": ",".join(map(str, parts))}
-    if corpus.document_separator and "document_separator" not in names:
-        where["document_separator"] = corpus.document_separator
+    where |= prepared.recorded_separator(config, corpus, names)
     return corpus, config_lib.replace(config, vocabulary=corpus.vocabulary.kind, **where)
 
 
@@ -74,15 +76,16 @@ def taken(config: Config, corpus: Corpus) -> Config:
     names = {name for name in names if getattr(config.corpus, name) != getattr(usual, name)}
     for one in corpus.corpora.values() if isinstance(corpus, Mixture) else [corpus]:
         try:
-            _check_prepared(config.corpus, one, names)
+            prepared.check(config.corpus, one, names)
         except ValueError as error:
-            given = ", ".join(f"{name}={getattr(config.corpus, name)!r}" for name in sorted(names & set(CHECKED)))
+            given = ", ".join(
+                f"{name}={getattr(config.corpus, name)!r}" for name in sorted(names & set(prepared.CHECKED))
+            )
             raise ValueError(f"{error}; in Python, cl.load_corpus(..., {given}) prepares it so") from None
     where = {"corpus": str(corpus.directory), "mixture": ""}
     if isinstance(corpus, Mixture):
         where = {"corpus": "", "mixture": corpus.spec}
-    if corpus.document_separator and "document_separator" not in names:
-        where["document_separator"] = corpus.document_separator
+    where |= prepared.recorded_separator(config, corpus, names)
     return config_lib.replace(config, vocabulary=corpus.vocabulary.kind, train="", valid="", test="", **where)
 
 
@@ -118,30 +121,6 @@ def _seen_here(found: str, settings: CorpusSettings) -> Path | str:
 def as_read(config: Config, corpus: Corpus) -> Corpus:
     """The corpus in the direction in which a run of `config` reads it."""
     return direction.backward(corpus) if config.streams.reverse else corpus
-
-
-def _check_prepared(settings: CorpusSettings, corpus: Corpus, names: set[str]) -> None:
-    """Raises ValueError if a directory that was prepared before has other symbols or splits than the flags given."""
-    kind = corpus.vocabulary.kind
-    if "vocabulary" in names and settings.vocabulary != kind:
-        raise ValueError(
-            f"--vocabulary={settings.vocabulary} was given and {corpus.directory} is prepared with {kind}: give "
-            f"--vocabulary={kind}, or the text itself as --corpus"
-        )
-    sizes = {name: len(split) for name, split in corpus.splits.items()}
-    if not settings.train and "split" in names and settings.split != corpus.split:
-        raise ValueError(
-            f"--split={settings.split} was given and {corpus.directory} is prepared with {corpus.split}: leave it out, "
-            "or give the text itself as --corpus"
-        )
-    if not settings.train and settings.split != "hash" and names & {"split", "valid_fraction", "test_fraction"}:
-        wanted = {name: sum(b - a for a, b in spans) for name, spans in cut(sum(sizes.values()), settings).items()}
-        if wanted != sizes:
-            raise ValueError(
-                f"split={settings.split}, valid_fraction={settings.valid_fraction} and test_fraction="
-                f"{settings.test_fraction} mean splits of {_sizes(wanted)} symbols and {corpus.directory} has "
-                f"{_sizes(sizes)}: leave them out, or give the text itself as --corpus"
-            )
 
 
 def fix_segment(config: Config, corpus: Corpus) -> Config:
@@ -278,12 +257,3 @@ def refuse_inside(run_dir: Path, settings: CorpusSettings, mixed: str = "") -> N
             and run_dir.resolve().is_relative_to(folder.resolve())
         ):
             raise ValueError(f"run_dir={run_dir} lies inside of the corpus {spec}: name one outside of it")
-
-
-def _absolute(spec: str) -> str:
-    """Absolute path, or the URL, of a text, as a later command may run in another directory."""
-    return spec if not spec or spec in NAMES or is_remote(spec) else os.path.abspath(os.path.expanduser(spec))
-
-
-def _sizes(splits: dict[str, int]) -> str:
-    return " + ".join(str(splits.get(name, 0)) for name in ("train", "valid", "test"))

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from charlstm import config as config_lib
 from charlstm import distributed
 from charlstm.config import Config
-from charlstm.run import backend, estimate, initial_checkpoint, memory, presets, run_directory, samples
+from charlstm.run import backend, estimate, initial_checkpoint, memory, prepared, presets, run_directory, samples
 from charlstm.run import corpus as corpus_lib
 from charlstm.run.memory import End
 from charlstm.run.run_directory import Identity, Initial
@@ -75,6 +75,8 @@ def open_corpus(config: Config, given: Sequence[str], run_dir: Path | None, mesh
     if run_dir:
         initial_checkpoint.refuse_imported(run_dir)
         corpus_lib.refuse_inside(run_dir, config.corpus, config.streams.mixture)
+        if distributed.any_process(run_directory.has_checkpoint(run_dir)):  # the run's own vocabulary is compared
+            given = [flag for flag in given if not flag.startswith("--vocabulary_of=")]
     return corpus_lib.open_for(config, given)
 
 
@@ -135,6 +137,7 @@ def start(
     separator = run_directory.separator(config, corpus.vocabulary)
     remarks += ["the text is read backward"] if config.streams.reverse else []
     remarks += corpus_lib.description(plan, config.training.num_steps)
+    remarks += prepared.remarks(config, corpus)
     remarks += corpus_lib.remarks_on_separator(config, corpus, separator)
     remarks += schedules.remarks(config.optimizer, config.training, plan.steps_per_epoch, resumed=resumed)
     remarks += samples.remarks(config)

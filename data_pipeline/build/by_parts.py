@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from data_pipeline.atomic_files import expand_user
+from data_pipeline.atomic_files import Recoverable, expand_user
 from data_pipeline.build.encode import SMALL
 from data_pipeline.build.engines import engine
 from data_pipeline.build.inputs import find_texts
@@ -87,12 +87,10 @@ def prepare_by_parts(
             of = f", worker {share.number} of {share.of}" if share else ""
             say(f"preparing {described}; {len(plan.parts)} part{'s' * (len(plan.parts) > 1)}{of}")
             return work.run(say)
-    except FileNotFoundError:  # another worker has joined the parts meanwhile
-        if not place.is_done():
-            raise
-        return True
-    except ValueError:
-        if may_abandon:
+    except (FileNotFoundError, ValueError) as error:
+        if place.is_done():  # another worker has joined the parts meanwhile, and deleted what was looked for
+            return True
+        if may_abandon and isinstance(error, ValueError) and not isinstance(error, Recoverable):
             place.abandon()
         raise
 
@@ -147,6 +145,8 @@ class _Work:
         """Waits until all parts have been counted.  Those of workers that do not come are counted here."""
         seen, quiet_since = None, time.monotonic()
         while missing := missing_counts(self._plan, self._place):
+            if self._place.is_done():
+                raise FileNotFoundError("the counts are gone, as another worker has joined the parts")
             if seen is not None and len(missing) != seen:
                 quiet_since = time.monotonic()
             seen = len(missing)

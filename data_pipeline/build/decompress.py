@@ -6,6 +6,8 @@ import lzma
 import zlib
 from typing import Any, BinaryIO
 
+from data_pipeline.atomic_files import Recoverable
+
 COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 PADDED = (".gz", ".xz")  # those whose members may be followed by NUL, up to the end of a block
 INPUT = 64 << 10  # bytes given to a decoder at a time
@@ -149,7 +151,7 @@ def _zstd(name: str) -> Any:
         try:
             from compression import zstd  # type: ignore[import-not-found,no-redef]
         except ImportError:
-            raise ValueError(f"{name} needs backports.zstd: pip install 'charlstm[inputs]'") from None
+            raise Recoverable(f"{name} needs backports.zstd: pip install 'charlstm[inputs]'") from None
     return zstd
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from data_pipeline.build.datasets import NAMES, named_text
 from data_pipeline.build.documents import kind_of_name
@@ -59,8 +59,10 @@ def _chosen(text: Text, settings: CorpusSettings) -> Text:
         else:
             kind = kind_of_name(file.name, settings.input_kind) if not file.ending else file.kind
             files.append(dataclasses.replace(file, kind=kind))
-    if not include and any(file.kind.form in ("parquet", "arrow", "jsonl") for file in files):
-        beside = {file.identity for file in files if file.name.rpartition("/")[2].lower() in BESIDE_TABLES}
+    if not include:
+        tables = [PurePosixPath(file.name) for file in files if file.kind.form in ("parquet", "arrow", "jsonl")]
+        folders = {folder for table in tables for folder in table.parents}
+        beside = {file.identity for file in files if _describes_tables(PurePosixPath(file.name), folders)}
         left_out += [f"{file.name}, beside tables" for file in files if file.identity in beside]
         files = [file for file in files if file.identity not in beside]
     if not files:
@@ -69,6 +71,11 @@ def _chosen(text: Text, settings: CorpusSettings) -> Text:
             f"exclude={settings.exclude!r}: change these"
         )
     return dataclasses.replace(text, files=tuple(files), left_out=tuple(left_out))
+
+
+def _describes_tables(name: PurePosixPath, folders: set[PurePosixPath]) -> bool:
+    """Returns whether a file is one that datasets have beside their tables; `folders` have tables in or below them."""
+    return name.name.lower() in BESIDE_TABLES and name.parent in folders
 
 
 def _patterns(spec: str) -> list[str]:

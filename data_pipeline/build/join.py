@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.atomic_files import named_in_errors
+from data_pipeline.atomic_files import Recoverable, named_in_errors
 from data_pipeline.blocks import Blocks
 from data_pipeline.build.decode import refuse_too_many_bad
 from data_pipeline.build.parts import (
@@ -120,7 +120,7 @@ def join_parts(plan: Plan, tasks: list[PartTask], place: Place) -> tuple[int, st
     missing = [number for number, note in enumerate(notes) if note is None]
     if missing:
         numbers = ", ".join(map(str, missing[:8])) + (", ..." if missing[8:] else "")
-        raise ValueError(
+        raise Recoverable(
             f"{len(missing)} of {len(notes)} parts are missing ({numbers}): start their workers again (part p is of "
             "worker p modulo n), or prepare the rest with --engine=local"
         )
@@ -169,7 +169,7 @@ def _require_shards(place: Place, notes: list[PartNote], vocabulary: Vocabulary,
         for stream in note.streams.values():
             for one in stream.shards:
                 if not place.has(shard_sizes(one.shard, vocabulary.dtype.itemsize, block_bytes)):
-                    raise ValueError(
+                    raise Recoverable(
                         f"{place.store.path(one.shard.file)} of part {number} is missing or was changed: prepare that "
                         "part again, or the rest with --engine=local"
                     )

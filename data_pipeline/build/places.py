@@ -84,7 +84,7 @@ class Place(Protocol):
         ...
 
     def abandon(self) -> None:
-        """Deletes what there is of the preparation."""
+        """Deletes what there is of the preparation; a corpus that has been published stays."""
         ...
 
 
@@ -140,12 +140,11 @@ class LocalPlace:
 
     def publish(self, manifest: Manifest, sources: list[Source]) -> None:
         kept = _files(manifest)
-        for path in self._shards.iterdir():
-            if path.name not in kept:
-                path.unlink()
+        _delete_others(self._shards, kept)
         write_sources(self._shards, sources)
         write_manifest(self._shards, manifest)
         os.replace(self._shards, self._output)
+        _delete_others(self._output, kept | {SOURCES, NAME})  # what another process has put there meanwhile
         sync(self._output.parent)
         self.abandon()
 
@@ -221,10 +220,12 @@ class RemotePlace:
             (directory / SOURCES).write_bytes(lines_of(sources))
             self.put(directory / SOURCES)
         if self.store.create(NAME, bytes_of(manifest)) or self.is_done():
-            self._delete(_files(manifest))
+            self._delete(self._names(), kept=_files(manifest))
 
     def abandon(self) -> None:
-        self._delete(set())
+        names = self._names()
+        if NAME not in names:  # otherwise the shards are those of a corpus, whoever has published it
+            self._delete(names, kept=set())
 
     def _names(self) -> list[str]:
         try:
@@ -232,10 +233,8 @@ class RemotePlace:
         except Missing:  # some servers make a bucket when something is put into it
             return []
 
-    def _delete(self, kept: set[str]) -> None:
-        gone = [
-            name for name in self._names() if name.startswith(self._own) or (SHARD.fullmatch(name) and name not in kept)
-        ]
+    def _delete(self, names: list[str], kept: set[str]) -> None:
+        gone = [name for name in names if name.startswith(self._own) or (SHARD.fullmatch(name) and name not in kept)]
         if gone:
             self.store.delete(gone)
 
@@ -243,6 +242,12 @@ class RemotePlace:
 def _files(manifest: Manifest) -> set[str]:
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     return {shard.file for shard in shards} | {shard.checksums for shard in shards}
+
+
+def _delete_others(directory: Path, kept: set[str]) -> None:
+    for path in directory.iterdir():
+        if path.name not in kept:
+            path.unlink()
 
 
 def _another(plan: Plan, other: bytes | None, where: str) -> str:

@@ -134,6 +134,8 @@ def _length(file: TextFile) -> int:
 def _pieces(text: Text, most: int, is_whole: bool) -> Iterator[TextFile]:
     """Yields the files, cut into equal pieces of at most `most` bytes if they can be; `is_whole`: not plain texts."""
     for file in text.files:
+        if not file.is_remote:  # workers may be in other directories
+            file = dataclasses.replace(file, path=file.path.absolute())
         can_be_cut = file.kind.form in CUT_FORMS.get(file.kind.compression, ()) and not file.ending
         if file.bytes <= most or not can_be_cut or (is_whole and file.kind.form == "text"):
             yield file

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from data_pipeline.atomic_files import atomic_write, expand_user, locked, sync
+from data_pipeline.atomic_files import Recoverable, atomic_write, expand_user, locked, sync
 from data_pipeline.build.decode import decode
 from data_pipeline.build.encode import SMALL, parallel_map, plan, write_splits
 from data_pipeline.build.inputs import find_texts
@@ -238,7 +238,7 @@ def is_done(output: Path, key: str) -> bool:
 def _partial_directory(output: Path, key: str) -> Iterator[Path]:
     """Yields the directory to write to, empty or with complete shards of the same preparation.
 
-    It stays if the block is interrupted, and is removed if the block refuses the text.
+    It stays if the block is interrupted, or cannot go on for now, and is removed if the block refuses the text.
     """
     partial = output.with_name(f".{output.name}.partial")
     owner = partial / "key"
@@ -253,8 +253,9 @@ def _partial_directory(output: Path, key: str) -> Iterator[Path]:
             torn.unlink()
     try:
         yield partial
-    except ValueError:  # the text has changed: the files do not belong to the key
-        shutil.rmtree(partial)
+    except ValueError as error:
+        if not isinstance(error, Recoverable):  # the text has changed, or will be: the files do not belong to its key
+            shutil.rmtree(partial)
         raise
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
+from data_pipeline.atomic_files import Recoverable
 from data_pipeline.build.documents import (
     CHUNK,
     DOCUMENT_BYTES,
@@ -77,7 +78,7 @@ def _pyarrow(name: str) -> Any:
         import pyarrow
         import pyarrow.ipc
     except ImportError:
-        raise ValueError(f"{name} needs pyarrow: pip install 'charlstm[inputs]'") from None
+        raise Recoverable(f"{name} needs pyarrow: pip install 'charlstm[inputs]'") from None
     return pyarrow
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from charlstm import config as config_lib
 from charlstm.config import Config
+from charlstm.config.flagfile import quote
 from charlstm.run import run_directory
 from data_pipeline.atomic_files import expand_user
 from data_pipeline.settings import check_choices, setting
@@ -80,5 +81,7 @@ def parse_for_run(
     if not run_directory.has_checkpoint(run_dir) and (fixed or values.get("initial_checkpoint")):
         return parse(argv, doc=doc)
     chosen, job, services, config, given = parse(argv, own, doc=doc)
+    if "document_separator" not in values:  # the run's own counts as given, and not what its corpus records
+        given.append(f"--document_separator={quote(own.corpus.document_separator)}")
     initial = chosen.initial_checkpoint or (before.named if before else "")
     return dataclasses.replace(chosen, initial_checkpoint=initial), job, services, config, given

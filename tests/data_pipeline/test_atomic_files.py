@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.atomic_files import atomic_write, locked, owner_file
+from data_pipeline.atomic_files import Unreachable, atomic_write, locked, named_in_errors, owner_file
 from data_pipeline.build.sources import Extent
 from tests.conftest import ROOT
 
@@ -153,3 +153,14 @@ def test_a_file_that_cannot_be_read_is_not_taken_for_the_one_that_is_written(tmp
         for chunk in Extent(source, 0, 10).read():
             out.write(chunk)
     assert (caught.value.errno, caught.value.filename) == (errno.EIO, str(source))
+
+
+def test_an_error_of_the_system_gets_the_name_of_its_file_and_one_with_a_sentence_keeps_it():
+    for raised, said in (
+        (OSError(errno.EIO, "Input/output error"), "[Errno 5] Input/output error: 'web/a.jsonl'"),
+        (OSError(errno.ENOENT, "No such file", "b"), "[Errno 2] No such file: 'b'"),
+        (Unreachable("s3://web has not answered for 10 min"), "s3://web has not answered for 10 min"),
+    ):
+        with pytest.raises(OSError) as caught, named_in_errors(Path("web/a.jsonl")):
+            raise raised
+        assert str(caught.value) == said

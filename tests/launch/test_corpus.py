@@ -5,6 +5,8 @@ import pytest
 from charlstm import config as config_lib
 from charlstm.config import Config
 from charlstm.run import corpus as corpus_lib
+from charlstm.run import prepared
+from data_pipeline import mixture
 from data_pipeline.build.prepare import prepare
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import Corpus, open_corpus
@@ -39,6 +41,35 @@ def test_a_separator_that_is_not_there_is_said_and_of_a_long_text_how_much_was_s
     monkeypatch.setattr(corpus_lib, "SEARCHED", 100)
     (line,) = corpus_lib.remarks_on_separator(config, corpus, (0,))
     assert line.startswith(said.format("the first 100 symbols of "))
+
+
+def test_settings_of_preparing_are_told_of_where_they_have_no_effect(tmp_path):
+    corpus = corpus_of("one\ntwo\n" * 100, tmp_path)
+    text, where = str(tmp_path / "text.txt"), str(corpus.directory)
+    mixed = mixture.load(mixture.parse(f"{where}:1,{text}:1"), lambda name: corpus)
+    how = {"vocabulary": "characters", "min_count": 2, "include": "*.txt", "split": "hash", "test_fraction": 0.1}
+
+    def said(of: Corpus = corpus, **values) -> list[str]:
+        return prepared.remarks(config_lib.replace(Config(), **values), of)
+
+    line = f"without effect, as {corpus.name} was prepared before: min_count=2, include='*.txt', test_fraction=0.1"
+    assert said(corpus=where, **how) == [line]
+    assert said(corpus=where) == said(corpus=text, **how) == said(corpus="python", train=text, min_count=2) == []
+    assert said(mixed, corpus="", mixture=f"{where}:1,{text}:1", min_count=2) == []
+    assert len(said(mixed, corpus="", mixture=mixed.spec, min_count=2)) == 1
+
+
+def test_another_vocabulary_than_that_of_a_prepared_corpus_is_refused_unless_the_run_is_there(arguments, tmp_path):
+    for name in ("ab", "abc"):
+        (tmp_path / name).mkdir()
+        corpus_of(name * 4000, tmp_path / name, vocabulary="characters", valid_fraction=0.1)
+    where = {name: str(next((tmp_path / name / "cache" / "corpora").glob("*-*"))) for name in ("ab", "abc")}
+    run = (*arguments, f"--corpus={where['ab']}", "--vocabulary=characters", f"--run_dir={tmp_path / 'run'}")
+    said = refusal(train.main, *run, f"--vocabulary_of={where['abc']}")
+    assert f"--vocabulary_of={where['abc']} has the vocabulary " in said and f"{where['ab']} is prepared with " in said
+    assert train.main(["train", *run, "--num_steps=1", f"--vocabulary_of={where['ab']}", "--min_count=3"]) == cli.DONE
+    assert "without effect, as " in (tmp_path / "run" / "log.txt").read_text()
+    assert train.main(["train", *run, "--num_steps=2", f"--vocabulary_of={where['abc']}"]) == cli.DONE
 
 
 def test_training_says_once_that_no_document_ends(arguments, tmp_path):

@@ -404,6 +404,21 @@ def test_a_run_goes_on_with_free_settings_changed_which_the_log_tells_and_config
     assert after.optimizer.decay_steps == 2 and last_line(run_dir)["step"] == 4
 
 
+def test_a_run_keeps_its_own_separator_whatever_its_corpus_records_and_however_it_is_written(
+    folder, arguments, tmp_path
+):
+    (tmp_path / "text.jsonl").write_text("".join(f'{{"text": "document {n} of many"}}\n' for n in range(400)))
+    text = CorpusSettings(corpus=str(tmp_path / "text.jsonl"), cache_dir=str(tmp_path))
+    corpus = f"--corpus={prepare(text, tmp_path / 'prepared')}"
+    for name, begun, resumed in (("a", r"--document_separator=\n", ""), ("b", "", r"--document_separator=\0")):
+        run_dir = f"--run_dir={tmp_path / name}"
+        assert train.main(["train", *arguments, corpus, run_dir, *filter(None, [begun])]) == cli.DONE
+        assert train.main(["train", run_dir, "--num_steps=3", *filter(None, [resumed])]) == cli.DONE
+        separator = run_directory.read(tmp_path / name)[0].corpus.document_separator
+        assert separator == (r"\n" if begun else r"\x00")
+        assert last_line(tmp_path / name)["step"] == 3
+
+
 def test_a_prepared_directory_says_which_vocabulary_the_run_has(folder, arguments, tmp_path):
     text = CorpusSettings(corpus=str(folder / "text.txt"), vocabulary="characters", cache_dir=str(tmp_path))
     prepared = prepare(text, tmp_path / "prepared")

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
+from data_pipeline import shards
 from launch import prepare
-from launch.support import flags
+from launch.support import cli, flags
 from tests.conftest import ROOT
 from tests.data_pipeline.build.test_prepare import POEM
 from tests.launch.conftest import refusal
@@ -87,6 +88,19 @@ def test_the_program_prepares_verifies_and_does_nothing_twice(tmp_path):
         (["--output=y"], "--input, or --train, must name a text"),
         (["--output=", "--input=x"], "--output is required: name the directory to make"),
         (["--output=", "--verify"], "--output is required: name the directory to make"),
+        (["--output=x", "--verify", "--join"], "--input, or --train, must name a text"),
+        (
+            ["--output=", "--cache=list", "--verify"],
+            "--cache=list is given with something to prepare or verify: leave one out",
+        ),
+        (
+            ["--input=x", "--output=y", "--min_count=2"],
+            "min_count=2 is of characters: give --vocabulary=characters, or",
+        ),
+        (
+            ["--train=x", "--output=y", "--test_fraction=0.1"],
+            "test_fraction=0.1 divides one text, and --train names texts of their own: leave one out",
+        ),
         (["--input=x", "--train=x", "--output=y"], "--input and --train are both given: leave one out"),
         (["--input=x", "--output=https://host/y"], "--output=https://host/y: a web server is for reading: name a"),
         (
@@ -103,6 +117,16 @@ def test_the_program_prepares_verifies_and_does_nothing_twice(tmp_path):
 )
 def test_a_mistake_is_refused_in_one_line(arguments, complaint):
     assert complaint in refusal(prepare.main, *arguments)
+
+
+def test_a_corpus_is_verified_with_the_patience_that_is_given(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(POEM)
+    command = ["prepare", f"--output={tmp_path / 'out'}", f"--cache_dir={tmp_path / 'cache'}"]
+    assert prepare.main([*command, f"--input={tmp_path / 'a.txt'}"]) == cli.DONE
+    asked, opened = [], shards.open_store
+    monkeypatch.setattr(shards, "open_store", lambda where, patience: asked.append(patience) or opened(where))
+    assert prepare.main([*command, "--verify", "--remote_patience=7"]) == cli.DONE
+    assert asked == [7, 7]
 
 
 def test_help_says_of_input_what_it_takes():

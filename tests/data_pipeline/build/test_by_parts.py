@@ -1,5 +1,6 @@
 """A preparation by parts has one result, whoever prepares them, in whatever order, and however often."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline import stores
 from data_pipeline.build import by_parts, parts, places
 from data_pipeline.build.by_parts import Sizes, prepare_by_parts
 from data_pipeline.build.encode import parallel_map
@@ -224,6 +226,17 @@ def test_two_of_one_share_at_a_time_do_no_harm(folder):
     assert {path.name for path in folder.parent.iterdir()} == {"texts", "cache", "out", "local"}
 
 
+def test_a_shard_that_another_process_puts_there_while_the_corpus_is_published_is_no_part_of_it(folder, monkeypatch):
+    def late(directory: Path, manifest) -> None:
+        write_manifest(directory, manifest)
+        (directory / "text-00099-00000.ids").touch()
+
+    write_manifest = places.write_manifest
+    monkeypatch.setattr(places, "write_manifest", late)
+    assert prepare_by_parts(settings_of(folder), folder.parent / "out", sizes=SIZES, workers=1)
+    assert "text-00099-00000.ids" not in files_of(folder.parent / "out")
+
+
 def tree(folder: Path) -> dict[str, bytes | None]:
     found = (path for path in folder.rglob("*") if path.is_file() and "cache" not in path.parts)
     return {str(path): path.read_bytes() for path in found}
@@ -340,6 +353,31 @@ def test_parts_in_an_object_store_are_the_corpus_on_the_disk(s3, folder, tmp_pat
     assert not list((tmp_path / "cache" / "parts").iterdir())
 
 
+@pytest.mark.parametrize("share", [None, Share(0, 1)])
+@pytest.mark.parametrize("at", ["join_parts", "missing_counts"])
+def test_a_corpus_that_another_process_publishes_meanwhile_is_taken_as_it_is(
+    folder, bucket, impatient, monkeypatch, at, share
+):
+    how, own = settings_of(folder, vocabulary="characters"), getattr(by_parts, at)
+
+    def beaten(*arguments):
+        monkeypatch.setattr(by_parts, at, own)
+        assert prepare_by_parts(how, bucket, sizes=SIZES, workers=1)
+        return own(*arguments)
+
+    monkeypatch.setattr(by_parts, at, beaten)
+    assert prepare_by_parts(how, bucket, sizes=SIZES, workers=1, share=share)
+    verify_corpus(bucket)
+    prepare_by_parts(how, folder.parent / "local", sizes=SIZES, workers=1)
+    assert {one.name for one in stores.Remote(bucket).objects()} == set(files_of(folder.parent / "local"))
+
+
+def test_a_corpus_in_a_store_is_not_abandoned_once_it_is_published(folder, bucket):
+    prepare_by_parts(settings_of(folder), bucket, sizes=SIZES, workers=1)
+    places.RemotePlace(bucket, "0" * 64, 1.0, folder).abandon()
+    verify_corpus(bucket)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("vocabulary", ["bytes", "characters"])
 def test_dask_gives_the_fingerprint_of_this_machine_although_its_workers_are_killed(folder, tmp_path, vocabulary):
@@ -363,6 +401,22 @@ def test_dask_gives_the_fingerprint_of_this_machine_although_its_workers_are_kil
         with pytest.raises(ValueError, match=r"bad\.jsonl, line 1"):
             prepare_by_parts(how, tmp_path / "bad", name=name, sizes=SIZES)
         assert not [path for path in tmp_path.iterdir() if path.name.startswith((".", "bad"))]
+
+
+def test_workers_in_another_directory_find_a_text_that_is_named_by_a_relative_path(folder, tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def elsewhere(*_):
+        def mapped(function, items):
+            with contextlib.chdir(folder):
+                return [function(item) for item in items]
+
+        yield lambda doing: mapped
+
+    prepare_by_parts(settings_of(folder), tmp_path / "local", sizes=SIZES, workers=1)
+    monkeypatch.setattr(by_parts, "engine", elsewhere)
+    monkeypatch.chdir(tmp_path)
+    assert prepare_by_parts(settings_of(folder, corpus="texts"), Path("out"), sizes=SIZES)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "local"), "the key, too, is the same"
 
 
 def test_a_scheduler_that_is_not_there_is_named(folder, tmp_path, monkeypatch):

@@ -69,6 +69,16 @@ def test_a_dataset_as_it_lies_on_disk_is_its_tables(tmp_path, setting, form):
     assert b"# card" in text_of(setting(folder, include="*"))
 
 
+def test_what_describes_tables_is_text_where_there_are_none_in_its_folder_or_below(tmp_path, setting):
+    files = {
+        "a/README.md": b"# text",
+        "b/README.md": b"# card",
+        "b/data/t.jsonl": json_lines(["x"]),
+        "b/z/state.json": b"{}",
+    }
+    assert text_of(setting(made(tmp_path / "in", files))) == b"# text\nx\0{}"
+
+
 def test_a_file_that_is_not_what_its_name_says_can_be_read_otherwise(tmp_path, setting):
     folder = made(tmp_path / "in", {"a.csv": b"no, table\n", "b.log": json_lines(["x"]), "c.xml": b"<html/>"})
     assert text_of(setting(folder, input_kind="text", include="*.csv,*.xml")) == b"no, table\n<html/>"
@@ -117,6 +127,25 @@ def test_a_run_takes_the_separator_that_its_corpus_records_and_refuses_another_s
     assert open_for(chosen, [r"--document_separator=\n"])[1].corpus.document_separator == r"\n"
     with pytest.raises(ValueError, match=r"--split=contiguous was given and .*out is prepared with hash: leave it out"):
         open_for(config, ["--split=contiguous"])
+
+
+def test_a_mixture_takes_the_one_separator_that_its_corpora_record_and_of_several_none(tmp_path, setting):
+    def mixed(separators: dict[str, str], given: tuple[str, ...] = (), **values) -> str:
+        spec = ",".join(f"{tmp_path / name}:1" for name in (*separators, "plain"))
+        for name, separator in separators.items():
+            path = made(tmp_path, {f"{name}.jsonl": json_lines([f"{name} {n}" for n in range(50)])}) / f"{name}.jsonl"
+            prepare(setting(path, document_separator=separator), tmp_path / name)
+        config = config_lib.replace(config_lib.Config(), mixture=spec, cache_dir=str(tmp_path / "cache"), **values)
+        return open_for(config, given)[1].corpus.document_separator
+
+    prepare(setting(made(tmp_path, {"plain.txt": b"a plain text " * 30}) / "plain.txt"), tmp_path / "plain")
+    assert mixed({"one": "<|>"}) == "<|>"
+    assert mixed({"two": r"\n\n", "three": r"\x0a\n"}, reset_state="document") == r"\n\n"
+    both = {"one": "<|>", "two": r"\n\n"}
+    assert mixed(both) == r"\x00"
+    assert mixed(both, ("--document_separator=#",), document_separator="#", reset_state="document") == "#"
+    with pytest.raises(ValueError, match=r"different separators of documents \(one '<\|>', two '\\\\n\\\\n'\)"):
+        mixed(both, reset_state="document")
 
 
 # Object stores.
@@ -244,7 +273,7 @@ def test_the_cache_is_listed_and_cleared_but_for_downloads_and_what_is_being_pre
     assert [path.name for path in directory.rglob("*") if path.is_file()] == ["enwik8"]
     assert prepare(how) == out
     launch_prepare.main(["launch.prepare", f"--cache_dir={tmp_path}/none", "--cache=clear"])
-    with pytest.raises(ValueError, match="--cache=clear is given with a text to prepare: leave one out"):
+    with pytest.raises(ValueError, match="--cache=clear is given with something to prepare or verify: leave one out"):
         launch_prepare.main([*arguments, "--cache=clear", "--input=x"])
 
 

@@ -8,9 +8,12 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
+from data_pipeline import stores
+from data_pipeline.build.by_parts import Sizes, prepare_by_parts
 from data_pipeline.build.prepare import prepare
 from data_pipeline.shards import open_corpus, verify_corpus
 from tests.conftest import ROOT
@@ -51,6 +54,42 @@ def test_a_preparation_that_is_refused_leaves_nothing(tmp_path, setting, text, v
     with pytest.raises(ValueError):
         prepare(setting(text, vocabulary="characters", **values), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "text.txt"]
+
+
+@pytest.mark.parametrize("fault", ["is refused with these credentials", "needs backports.zstd"])
+@pytest.mark.parametrize("by_parts", [False, True])
+def test_what_is_finished_stays_where_the_text_is_not_at_fault(tmp_path, setting, bucket, monkeypatch, fault, by_parts):
+    zstd = pytest.importorskip("backports.zstd", reason="backports.zstd is absent: pip install charlstm[inputs]")
+    lines = b"".join(b'{"text": "document %d"}\n' % number for number in range(90))
+    stores.Remote(bucket).create("a.jsonl", lines)
+    stores.Remote(bucket).create("b.jsonl.zst", zstd.compress(lines))
+    how, read, asked = replace(setting(), corpus=f"{bucket}/*"), stores.Remote.read, []
+    monkeypatch.setattr("data_pipeline.build.decode.TOGETHER", 0)
+    refused = {"b.jsonl.zst"} if "credentials" in fault else set()
+
+    def asking(store, name, *arguments) -> memoryview:
+        asked.append(name)
+        if name in refused:
+            store._reason(name, PermissionError("non-2xx status code: 403"))
+        return read(store, name, *arguments)
+
+    def run() -> None:
+        asked.clear()
+        if by_parts:
+            prepare_by_parts(how, tmp_path / "out", workers=1, sizes=Sizes(len(lines)))
+        else:
+            prepare(how, tmp_path / "out", workers=1)
+
+    monkeypatch.setattr(stores.Remote, "read", asking)
+    with monkeypatch.context() as lacking, pytest.raises(ValueError, match=fault):
+        for name in () if refused else ("backports", "compression"):
+            lacking.setitem(sys.modules, name, None)
+        run()
+    assert "a.jsonl" in asked
+    refused.clear()
+    run()
+    assert "a.jsonl" not in asked
+    verify_corpus(tmp_path / "out")
 
 
 @pytest.mark.parametrize("locks", [True, False])

@@ -1,0 +1,96 @@
+"""Settings of a corpus beside one that was prepared before: what is compared with it, and what has no effect."""
+
+import os
+
+from charlstm import distributed
+from charlstm.config import Config
+from data_pipeline import mixture
+from data_pipeline.build.datasets import NAMES
+from data_pipeline.build.prepare import vocabulary_of
+from data_pipeline.build.splits import cut
+from data_pipeline.mixture import Mixture
+from data_pipeline.settings import CorpusSettings
+from data_pipeline.shards import Corpus
+from data_pipeline.stores import is_remote
+
+NOT_RECORDED = (  # in a corpus, of how it was prepared
+    *("min_count", "input_kind", "text_field", "include", "exclude", "file_separator", "bad_documents"),
+)
+CHECKED = ("vocabulary", "split", "valid_fraction", "test_fraction")  # of a corpus that was prepared before
+
+
+def check(settings: CorpusSettings, corpus: Corpus, names: set[str]) -> None:
+    """Raises ValueError if a directory that was prepared before has other symbols or splits than the flags given."""
+    kind = corpus.vocabulary.kind
+    if "vocabulary" in names and settings.vocabulary != kind:
+        raise ValueError(
+            f"--vocabulary={settings.vocabulary} was given and {corpus.directory} is prepared with {kind}: give "
+            f"--vocabulary={kind}, or the text itself as --corpus"
+        )
+    sizes = {name: len(split) for name, split in corpus.splits.items()}
+    if not settings.train and "split" in names and settings.split != corpus.split:
+        raise ValueError(
+            f"--split={settings.split} was given and {corpus.directory} is prepared with {corpus.split}: leave it out, "
+            "or give the text itself as --corpus"
+        )
+    if not settings.train and settings.split != "hash" and names & {"split", "valid_fraction", "test_fraction"}:
+        wanted = {name: sum(b - a for a, b in spans) for name, spans in cut(sum(sizes.values()), settings).items()}
+        if wanted != sizes:
+            raise ValueError(
+                f"split={settings.split}, valid_fraction={settings.valid_fraction} and test_fraction="
+                f"{settings.test_fraction} mean splits of {_sizes(wanted)} symbols and {corpus.directory} has "
+                f"{_sizes(sizes)}: leave them out, or give the text itself as --corpus"
+            )
+
+
+def check_vocabulary_of(settings: CorpusSettings, corpus: Corpus) -> None:
+    """Raises ValueError if a corpus that was prepared before has another vocabulary than that of --vocabulary_of."""
+    digest = distributed.take_from_first(lambda: getattr(vocabulary_of(settings), "digest", ""))
+    if digest != corpus.vocabulary.digest:
+        raise ValueError(
+            f"--vocabulary_of={settings.vocabulary_of} has the vocabulary {digest[:12]} and {corpus.directory} is "
+            f"prepared with {corpus.vocabulary.digest[:12]}: leave it out, or give the text itself as --corpus"
+        )
+
+
+def recorded_separator(config: Config, corpus: Corpus, names: set[str]) -> dict[str, str]:
+    """The separator that the corpus records, as a setting to replace; none if it is among the `names` given.
+
+    Raises:
+      ValueError: the corpora of a mixture record several, and the run resets state at documents.
+    """
+    if "document_separator" in names:
+        return {}
+    if isinstance(corpus, Mixture) and len(corpus.separators) > 1 and config.streams.reset_state == "document":
+        recorded = {name: one.document_separator for name, one in corpus.corpora.items() if one.document_separator}
+        raise ValueError(
+            "the corpora of the mixture record different separators of documents "
+            f"({', '.join(f'{name} {text!r}' for name, text in recorded.items())}): prepare them with one, or give the "
+            "--document_separator at which state is to be reset"
+        )
+    return {"document_separator": corpus.document_separator} if corpus.document_separator else {}
+
+
+def remarks(config: Config, corpus: Corpus) -> list[str]:
+    """Remarks on settings by which a text is prepared, where it was prepared before and does not record them.
+
+    They are not refused: a flagfile may well have those with which the corpus was prepared.
+    """
+    settings, usual, named = config.corpus, CorpusSettings(), {config.corpus.corpus: corpus}
+    if isinstance(corpus, Mixture):
+        named = {part.corpus: corpus.corpora[part.name] for part in mixture.parse(config.streams.mixture)}
+    if settings.train or any(absolute(spec).rstrip("/") != absolute(str(one.directory)) for spec, one in named.items()):
+        return []  # a text, which is prepared as they say
+    names = NOT_RECORDED + (("valid_fraction", "test_fraction") if settings.split == "hash" else ())
+    idle = [name for name in names if getattr(settings, name) != getattr(usual, name)]
+    given = ", ".join(f"{name}={getattr(settings, name)!r}" for name in idle)
+    return [f"without effect, as {corpus.name} was prepared before: {given}"] if idle else []
+
+
+def absolute(spec: str) -> str:
+    """Absolute path, or the URL, of a text, as a later command may run in another directory."""
+    return spec if not spec or spec in NAMES or is_remote(spec) else os.path.abspath(os.path.expanduser(spec))
+
+
+def _sizes(splits: dict[str, int]) -> str:
+    return " + ".join(str(splits.get(name, 0)) for name in ("train", "valid", "test"))
