@@ -128,7 +128,8 @@ def in_terminal(runs: Sequence[History], value: str, by: str, width: int, color:
     title = f"{value.replace('_', ' ')} by {BY[by]}"
     signs: dict[str, Any] = {}
     if not color and len(names) > 1:
-        signs = {"character_set": "ascii", "force_ascii_characters": list(SIGNS)}
+        characters = list(SIGNS) * (len(names) // len(SIGNS) + 1)  # of more curves they come again, as colors do
+        signs = {"character_set": "ascii", "force_ascii_characters": characters}
     how: dict[str, Any] = {"lines": True, "color": color, "width": width, "height": 14, "title": title, **signs}
     drawn = plot_to_string(ys, xs, legend_labels=names, **how)
     return drawn if isinstance(drawn, str) else "\n".join(drawn)

@@ -84,6 +84,15 @@ def test_the_terminal_shows_the_table_the_settings_that_differ_and_curves(runs, 
     assert re.search("\x1b.*██.* first", shown(capsys, *runs)) and "│ 11" not in shown(capsys, runs[0])
 
 
+@pytest.mark.parametrize("color", [False, True])
+def test_any_number_of_curves_can_be_drawn(runs, color):
+    pytest.importorskip("uniplot", reason="extra compare is not installed")
+    (run,) = history.read_all([history.Path(runs[0])])
+    many = [run._replace(name=f"run-{number}") for number in range(2 * len(curves.SIGNS) + 3)]
+    drawn = curves.in_terminal(many, "bits_per_byte", "steps", 80, color)
+    assert all(one.name in drawn for one in many)
+
+
 @pytest.mark.parametrize(
     ("is_terminal", "environment", "colors"),
     [
