@@ -87,7 +87,15 @@ def test_a_text_is_scored_symbol_by_symbol(trained, text, capsys):
     assert whole["bits_per_byte"] == pytest.approx(np.mean([line["bits"] for line in lines]), rel=1e-5)
     assert f"{whole['bits_per_byte']:.4f} bits per byte" in ran(evaluate.main, capsys, *flags)
     assert "give --text as well" in refusal(evaluate.main, f"--run_dir={trained}", "--format=jsonl")
-    assert "leave --dynamic" in refusal(evaluate.main, *flags, "--dynamic")
+    for flag in (
+        "--dynamic",
+        "--split=test",
+        "--eval_chunk=10",
+        "--burn_in=5",
+        "--evaluation_batch_size=2",
+        "--dynamic_decay=1",
+    ):
+        assert f"leave {flag.partition('=')[0]} out" in refusal(evaluate.main, *flags, flag)
     (text.parent / "empty").touch()
     assert "is empty" in refusal(evaluate.main, flags[0], f"--text={text.parent / 'empty'}")
 
