@@ -18,6 +18,7 @@ import pytest
 import charlstm as cl
 from charlstm.config import Config
 from charlstm.model import language_model
+from charlstm.report import history
 from launch import sample
 from launch.support import cli, train_flags
 from tests.compiling import xla_flags
@@ -107,16 +108,18 @@ def test_in_a_running_event_loop_and_in_a_thread_it_saves_and_has_the_same_bits(
 
 
 def test_an_interrupt_saves_and_returns_and_the_same_call_goes_on(config, corpus, run_dir, tmp_path, monkeypatch):
-    update = cl.api.loop.Training.update
+    update, seen = cl.api.loop.Training.update, []
 
     def interrupted(self, state, batch):
         if int(state.step) == 4:
+            seen.append(history.read(self.run.run_dir).state)
             os.kill(os.getpid(), signal.SIGINT)
         return update(self, state, batch)
 
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(cl.api.loop.Training, "update", interrupted)
     stopped = cl.train(config, corpus, tmp_path / "run")
+    assert [*seen, history.read(tmp_path / "run").state] == ["running", "stopped"]
     assert 4 <= stopped.step < 7 and signal.getsignal(signal.SIGINT) is before
     monkeypatch.undo()
     cl.train(config, corpus, tmp_path / "run")
