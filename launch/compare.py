@@ -57,6 +57,9 @@ def main(argv: Sequence[str]) -> int:
     own = [argv[0], *(argument for argument in argv[1:] if argument.startswith("-"))]
     (chosen,), _ = flags.parse(own, __doc__ or "", CompareFlags())
     jax.config.update("jax_platforms", "cpu")  # parameters are only counted here
+    for flag in ("page", "plot"):
+        if place := getattr(chosen, flag):
+            cli.output_file(flag, place)
     folders = [expand_user(name) for name in named]
     run_dirs = [folder for folder in folders if (folder / "config.json").is_file()]
     if not run_dirs:
@@ -82,16 +85,12 @@ def main(argv: Sequence[str]) -> int:
 
 def _write_files(chosen: CompareFlags, runs: Sequence[History], value: str) -> None:
     if chosen.page:
-        content = page.render(runs, value, chosen.by, chosen.follow).encode("utf-8")
-        with atomic_write(expand_user(chosen.page)) as file:
-            file.write(content)
+        cli.write_output(chosen.page, page.render(runs, value, chosen.by, chosen.follow))
     if chosen.plot.endswith(".png"):
         with atomic_write(expand_user(chosen.plot)) as file:
             curves.figure(runs, value, chosen.by).savefig(file, format="png", dpi=150)
     elif chosen.plot:
-        content = curves.svg(runs, value, chosen.by).encode("utf-8")
-        with atomic_write(expand_user(chosen.plot)) as file:
-            file.write(content)
+        cli.write_output(chosen.plot, curves.svg(runs, value, chosen.by))
 
 
 def tables(runs: Sequence[History], value: str) -> list[str]:

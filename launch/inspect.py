@@ -34,7 +34,7 @@ from charlstm.inspect import heatmap, inspection, page, patterns, probe, ranking
 from charlstm.run import corpus as corpus_lib
 from charlstm.run import run_directory
 from data_pipeline import signals
-from data_pipeline.atomic_files import atomic_write, expand_user
+from data_pipeline.atomic_files import expand_user
 from data_pipeline.settings import check_choices, setting
 from data_pipeline.shards import ArraySplit
 from launch.support import cli, flags, jax_setup
@@ -235,8 +235,7 @@ def _print_ranking(found: ranking.Ranking, how: str) -> None:
 
 
 def _write(path: str, content: str) -> None:
-    with atomic_write(expand_user(path)) as file:
-        file.write(content.encode("utf-8", "replace"))
+    cli.write_output(path, content)
     signals.say(f"{path}: {np.ceil(len(content) / 1024):,.0f} KB")
 
 

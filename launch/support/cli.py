@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline import signals
-from data_pipeline.atomic_files import DISK_ERRORS, InUse, Unreachable, expand_user
+from data_pipeline.atomic_files import DISK_ERRORS, InUse, Unreachable, atomic_write, expand_user
 from launch.support.flags import Help
 
 DONE, MISTAKE, DIVERGED, UNREACHABLE, HANGS, LOST, IN_USE, NOT_SAVED, STOPPED = 0, 2, 3, 69, 70, 71, 73, 74, 75
@@ -113,6 +113,12 @@ def output_file(flag: str, name: str) -> Path:
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise ValueError(f"{flag}={name} cannot be written: {path.parent} takes no files of yours")
     return path
+
+
+def write_output(name: str, text: str) -> None:
+    """Writes a file of UTF-8, whole or not at all."""
+    with atomic_write(expand_user(name)) as file:
+        file.write(text.encode("utf-8", "replace"))
 
 
 def terminal_colors() -> int:

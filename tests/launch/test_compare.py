@@ -213,6 +213,8 @@ def test_what_is_no_run_is_left_out_and_none_at_all_is_refused(runs, tmp_path, c
     assert "name the runs" in refusal(compare.main)
     assert "neither .svg nor .png" in refusal(compare.main, runs[0], "--plot=a.pdf")
     assert "give --page or --plot as well" in refusal(compare.main, runs[0], "--follow=3")
+    for place in ("--page=none/a.html", "--plot=none/a.svg"):
+        assert "there is no directory none" in refusal(compare.main, runs[0], place)
 
 
 def test_without_the_extra_it_says_what_to_install(runs, monkeypatch):
