@@ -4,8 +4,8 @@
     python -m launch.compare runs/a runs/b --plot=curves.svg --by=time
     python -m launch.compare runs/* --page=compare.html --follow=30
 
-The runs may go on meanwhile.  Scores are bits per byte if all runs have them, else bits per character, else per symbol;
-of runs of characters alone, per character.
+The runs may go on meanwhile.  What is named and there, but no run, is left out.  Scores are bits per byte if all runs
+have them, else bits per character, else per symbol; of runs of characters alone, per character.
 The page is one file, which needs neither a server nor the network.
 """
 
@@ -61,6 +61,8 @@ def main(argv: Sequence[str]) -> int:
         if place := getattr(chosen, flag):
             cli.output_file(flag, place)
     folders = [expand_user(name) for name in named]
+    if missing := next((name for name, folder in zip(named, folders, strict=True) if not folder.exists()), None):
+        raise ValueError(f"{missing} does not exist: name runs that are there")
     run_dirs = [folder for folder in folders if (folder / "config.json").is_file()]
     if not run_dirs:
         raise ValueError(f"there is no run in {', '.join(named)}" if named else "name the runs, such as runs/*")

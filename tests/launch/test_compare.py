@@ -210,6 +210,7 @@ def test_what_is_no_run_is_left_out_and_none_at_all_is_refused(runs, tmp_path, c
     found = json.loads(shown(capsys, str(tmp_path / "notes"), runs[0], "--format=json"))
     assert [row["run"] for row in found["runs"]] == ["first"]
     assert "there is no run in" in refusal(compare.main, str(tmp_path / "notes"))
+    assert f"{tmp_path}/typo does not exist" in refusal(compare.main, runs[0], f"{tmp_path}/typo")
     assert "name the runs" in refusal(compare.main)
     assert "neither .svg nor .png" in refusal(compare.main, runs[0], "--plot=a.pdf")
     assert "give --page or --plot as well" in refusal(compare.main, runs[0], "--follow=3")
