@@ -131,11 +131,14 @@ def remark_on_escapes(name: str, text: str) -> str:
     return f"{name} has a backslash and an n, as given; for a line break write --{name}=$'{text}', which is {meant!r}"
 
 
-def encode_prompt(text: str, vocabulary: Vocabulary, unknown: str = "refuse") -> np.ndarray:
-    """The ids [symbols] of a prompt.
+def encode_prompt(
+    text: str, vocabulary: Vocabulary, unknown: str = "refuse", remedy: str = "leave it out"
+) -> np.ndarray:
+    """The ids [symbols] of a prompt, or of a stop string.
 
     Args:
       unknown: "refuse" symbols that are not in the vocabulary, or "map" them to the unknown symbol.
+      remedy: what can be done about an unknown symbol where the text was given.
 
     Raises:
       ValueError: a symbol is unknown; says which, where, and the remedy.
@@ -144,10 +147,7 @@ def encode_prompt(text: str, vocabulary: Vocabulary, unknown: str = "refuse") ->
     if unknown == "refuse" and vocabulary.kind == "characters" and not ids.all():
         position = int(np.argmin(ids != 0))
         symbol = text[position]
-        raise ValueError(
-            f"{symbol!r} (U+{ord(symbol):04X}) at position {position} is not in the vocabulary: leave it out, or turn "
-            f"such symbols into the unknown one with --unknown=map"
-        )
+        raise ValueError(f"{symbol!r} (U+{ord(symbol):04X}) at position {position} is not in the vocabulary: {remedy}")
     return ids
 
 

@@ -178,7 +178,7 @@ def _prompt(given: Any, vocabulary: Vocabulary, limits: Limits) -> np.ndarray:
         try:
             ids = encode_prompt(given, vocabulary)
         except ValueError as error:
-            raise Refused(400, f"prompt: {_without_flag(error)}", "prompt") from None
+            raise Refused(400, f"prompt: {_in_short(error, 300)}", "prompt") from None
     elif isinstance(given, list) and _are_ids(given):
         if not all(0 <= value < vocabulary.size for value in given):
             raise Refused(400, f"prompt: symbols by number are from 0 to {vocabulary.size - 1}", "prompt")
@@ -197,9 +197,9 @@ def _stops(given: Any, vocabulary: Vocabulary) -> list[np.ndarray] | None:
     if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(stop, str) for stop in stops):
         raise Refused(400, f"stop must be a string or a list of at most {MOST_STOPS}", "stop")
     try:
-        encoded = [vocabulary.encode(stop) for stop in stops]
+        encoded = [encode_prompt(stop, vocabulary) for stop in stops]
     except ValueError as error:
-        raise Refused(400, f"stop can never be met: {_without_flag(error)}", "stop") from None
+        raise Refused(400, f"stop can never be met: {_in_short(error, 300)}", "stop") from None
     if any(len(ids) > LONGEST_STOP for ids in encoded):
         raise Refused(400, f"stop must be at most {LONGEST_STOP} symbols", "stop")
     return encoded
@@ -210,10 +210,6 @@ def _state(given: str | None, model: Loaded) -> tuple[Beginning | None, opaque.J
         return (None, opaque.Joint()) if given is None else opaque.unpack(model, given)
     except ValueError as error:
         raise Refused(400, str(error), "state") from None
-
-
-def _without_flag(error: ValueError) -> str:
-    return _in_short(str(error).partition(", or turn such")[0], 300)
 
 
 def _in_short(words: Any, most: int = 100) -> str:

@@ -71,7 +71,7 @@ class Interactive:
                     else:
                         self._go_on(line)
                 except ValueError as error:
-                    self._say(str(error).partition(", or turn such")[0])
+                    self._say(str(error))
 
     def _signalled(self, number: int) -> None:
         if number != signal.SIGINT:
