@@ -146,7 +146,10 @@ class Model:
         return run_directory.separator(self.config, self.vocabulary)
 
     def evaluate(self, text: evaluate_lib.Split | str | bytes) -> Score:
-        """The score of a split or a text, as `launch.evaluate` gives it: every symbol once, with carried state.
+        """The score of a split, as `launch.evaluate` gives it: every symbol once, with carried state.
+
+        A text is scored as if it were a split: in chunks of config's eval_chunk symbols, each after burn_in symbols
+        that are read before it.  `launch.evaluate --text` scores it as one stream, as `bits` does.
 
         Raises:
           ValueError: it has fewer than two symbols.
@@ -263,7 +266,9 @@ class Model:
             raise ValueError(f"length={length}, num_samples={count} or seed={seed} is out of range")
         separator, backward = self.separator, self.config.streams.reverse
         ids = as_read(encode_prompt(prompt, self.vocabulary), backward)
-        ends = np.array(separator, np.int32) if stop is None else as_read(self.vocabulary.encode(stop), backward)
+        ends = (
+            np.array(separator, np.int32) if stop is None else as_read(encode_prompt(stop, self.vocabulary), backward)
+        )
         chunks = generate(
             self.config.model,
             self.params,

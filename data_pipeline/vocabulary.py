@@ -193,9 +193,9 @@ class Decoder:
         return self._utf8.decode(self._vocabulary.decode_bytes(ids))
 
     @property
-    def is_within(self) -> bool:
-        """True inside of a UTF-8 sequence, which is held back."""
-        return bool(self._utf8.getstate()[0])
+    def pending(self) -> bytes:
+        """The unfinished UTF-8 sequence that is held back, of at most 3 bytes."""
+        return self._utf8.getstate()[0]
 
     def flush(self) -> str:
         """Returns the text still held back: an unfinished sequence, as U+FFFD with `replace`, or nothing."""

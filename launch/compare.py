@@ -4,8 +4,8 @@
     python -m launch.compare runs/a runs/b --plot=curves.svg --by=time
     python -m launch.compare runs/* --page=compare.html --follow=30
 
-The runs may go on meanwhile.  Scores are bits per byte if all runs have them, else bits per character, else per symbol;
-of runs of characters alone, per character.
+The runs may go on meanwhile.  What is named and there, but no run, is left out.  Scores are bits per byte if all runs
+have them, else bits per character, else per symbol; of runs of characters alone, per character.
 The page is one file, which needs neither a server nor the network.
 """
 
@@ -57,7 +57,12 @@ def main(argv: Sequence[str]) -> int:
     own = [argv[0], *(argument for argument in argv[1:] if argument.startswith("-"))]
     (chosen,), _ = flags.parse(own, __doc__ or "", CompareFlags())
     jax.config.update("jax_platforms", "cpu")  # parameters are only counted here
+    for flag in ("page", "plot"):
+        if place := getattr(chosen, flag):
+            cli.output_file(flag, place)
     folders = [expand_user(name) for name in named]
+    if missing := next((name for name, folder in zip(named, folders, strict=True) if not folder.exists()), None):
+        raise ValueError(f"{missing} does not exist: name runs that are there")
     run_dirs = [folder for folder in folders if (folder / "config.json").is_file()]
     if not run_dirs:
         raise ValueError(f"there is no run in {', '.join(named)}" if named else "name the runs, such as runs/*")
@@ -82,16 +87,12 @@ def main(argv: Sequence[str]) -> int:
 
 def _write_files(chosen: CompareFlags, runs: Sequence[History], value: str) -> None:
     if chosen.page:
-        content = page.render(runs, value, chosen.by, chosen.follow).encode("utf-8")
-        with atomic_write(expand_user(chosen.page)) as file:
-            file.write(content)
+        cli.write_output(chosen.page, page.render(runs, value, chosen.by, chosen.follow))
     if chosen.plot.endswith(".png"):
         with atomic_write(expand_user(chosen.plot)) as file:
             curves.figure(runs, value, chosen.by).savefig(file, format="png", dpi=150)
     elif chosen.plot:
-        content = curves.svg(runs, value, chosen.by).encode("utf-8")
-        with atomic_write(expand_user(chosen.plot)) as file:
-            file.write(content)
+        cli.write_output(chosen.plot, curves.svg(runs, value, chosen.by))
 
 
 def tables(runs: Sequence[History], value: str) -> list[str]:

@@ -39,6 +39,7 @@ from data_pipeline.shards import Corpus
 from launch.support import cli, flags, jax_setup, score_text
 
 FORMATS = ("text", "json", "jsonl")
+OF_A_TEXT = {"run_dir", "checkpoint", "text", "format"}  # the flags that have a part in its score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +65,6 @@ class EvaluateFlags:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        if self.text and (self.dynamic or self.search_temperature or self.corpus):
-            raise ValueError(
-                f"text={self.text} is scored as it is: leave --dynamic, --search_temperature and --corpus out"
-            )
         if self.format == "jsonl" and not self.text:
             raise ValueError("format=jsonl prints each symbol of a text: give --text as well")
 
@@ -81,15 +78,18 @@ def main(argv: Sequence[str]) -> int:
     (chosen, adaptation, _), _ = flags.parse(argv, __doc__ or "", *GROUPS, EvaluationConfig())
     if not chosen.run_dir:
         raise ValueError("--run_dir is required: name the run to evaluate")
+    given = flags.given_in(argv, __doc__ or "", *GROUPS, EvaluationConfig())
+    if chosen.text and (others := sorted(given.keys() - OF_A_TEXT)):
+        raise ValueError(f"text={chosen.text} is scored as it is, as one stream: leave --{', --'.join(others)} out")
     run_directory.named("run_dir", chosen.run_dir)
     run_dir = expand_user(chosen.run_dir)
     config, identity = run_directory.read(run_dir)
     # Once more: what is not given is as the run has it.
     (_, _, evaluation), _ = flags.parse(argv, __doc__ or "", *GROUPS, config.evaluation)
-    if chosen.dynamic and (given := _differences(evaluation, config.evaluation)):
-        raise ValueError(f"{given} has no part in a dynamic score, of one stream: leave it out")
-    if not chosen.dynamic and (given := _differences(adaptation, dynamic.DynamicEvaluationConfig())):
-        raise ValueError(f"{given} has no part in a static score: give --dynamic as well")
+    if chosen.dynamic and (changed := _differences(evaluation, config.evaluation)):
+        raise ValueError(f"{changed} has no part in a dynamic score, of one stream: leave it out")
+    if not chosen.dynamic and (changed := _differences(adaptation, dynamic.DynamicEvaluationConfig())):
+        raise ValueError(f"{changed} has no part in a static score: give --dynamic as well")
     if chosen.text:
         jax_setup.keep_compiled()
         return score_text.main(run_dir, chosen.checkpoint, chosen.text, chosen.format)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from charlstm import api
 from charlstm import config as config_lib
-from charlstm.interop.export import FORMATS
+from charlstm.interop.export import FORMATS, new_folder
 from charlstm.run import corpus as corpus_lib
 from charlstm.run import run_directory
 from data_pipeline.progress import say_on_stderr
@@ -48,6 +48,7 @@ def main(argv: Sequence[str]) -> int:
     for name in ("run_dir", "output"):
         if not getattr(chosen, name):
             raise ValueError(f"--{name} is required")
+    new_folder(chosen.output)  # refused before the model and its text are read
     jax_setup.keep_compiled()
     model = api.load(chosen.run_dir, chosen.checkpoint)
     folder = model.export(chosen.output, chosen.format, _held_out(model) if chosen.format in ROUNDED else None)

@@ -20,7 +20,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,13 @@ import numpy as np
 
 from charlstm import api
 from charlstm.api import Model
+from charlstm.config.model import ModelConfig
 from charlstm.inference.evaluate import Split
 from charlstm.inspect import heatmap, inspection, page, patterns, probe, ranking, units
 from charlstm.run import corpus as corpus_lib
 from charlstm.run import run_directory
 from data_pipeline import signals
-from data_pipeline.atomic_files import atomic_write, expand_user
+from data_pipeline.atomic_files import expand_user
 from data_pipeline.settings import check_choices, setting
 from data_pipeline.shards import ArraySplit
 from launch.support import cli, flags, jax_setup
@@ -51,7 +52,7 @@ class InspectFlags:
     checkpoint: str = setting("best", "best (on validation; the newest where none was validated), latest, or a step.")
     other: str = setting("", "Another run, or RUN_DIR@CHECKPOINT, that reads the same text beside it on the page.")
     text: str = setting("", "A file of text to read; without it, the validation split of the run's own corpus.")
-    unit: str = setting("", "The unit to show: LAYER:UNIT or LAYER.ARRAY:UNIT.")
+    unit: str = setting("", "The unit to show, or with which the page opens: LAYER:UNIT or LAYER.ARRAY:UNIT.")
     find: str = setting(
         "", f"Rank the units by a regular expression, or by one of these patterns: {', '.join(patterns.NAMED)}."
     )
@@ -86,6 +87,11 @@ class InspectFlags:
         if self.output.endswith(".svg") and not self.unit:
             raise ValueError(f"output={self.output} is the heat-map of one unit: give --unit as well")
 
+    @property
+    def is_page(self) -> bool:
+        """Whether a page is made."""
+        return self.output.endswith(".html")
+
 
 def main(argv: Sequence[str]) -> int:
     (chosen,), _ = flags.parse(argv, __doc__ or "", InspectFlags())
@@ -93,12 +99,7 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError("--run_dir is required: name the run to look into")
     if not (chosen.unit or chosen.find or chosen.output):
         raise ValueError("nothing to show: give --unit, --find or --output=inside.html")
-    if chosen.output:
-        _check_output(expand_user(chosen.output), chosen.overwrite)
-    if chosen.find:
-        ranking.pattern_of(chosen.find)
-    if chosen.unit:
-        units.parse(chosen.unit, run_directory.read(run_directory.named("run_dir", chosen.run_dir))[0].model)
+    _check(chosen, flags.given_in(argv, __doc__ or "", InspectFlags()))
     jax_setup.keep_freed_memory()
     jax_setup.keep_compiled()
     model = api.load(chosen.run_dir, chosen.checkpoint)
@@ -110,17 +111,45 @@ def main(argv: Sequence[str]) -> int:
         return cli.DONE
     if split is not None:
         text = model.vocabulary.decode_bytes(split.read(0, min(len(split), MOST_SURVEYED)))
-    if chosen.output.endswith(".html"):
-        _write(chosen.output, page.render(_inspections(chosen, model, text)))
-    if chosen.unit and not chosen.output.endswith(".html"):
+    if chosen.is_page:
+        unit = units.parse(chosen.unit, model.config.model) if chosen.unit else None
+        _write(chosen.output, page.render(_inspections(chosen, model, text), unit))
+    elif chosen.unit:
         _show_unit(chosen, model, text)
     return cli.DONE
 
 
+def _check(chosen: InspectFlags, given: Collection[str]) -> None:
+    """Refuses before all work what cannot be done, and flags that would have no part in it."""
+    is_map = bool(chosen.unit) and not chosen.is_page
+    of_page = chosen.is_page, "is of the page: give --output=inside.html as well"
+    of_map = is_map, "is of one unit in the terminal or as .svg: leave it out, or give --unit alone"
+    uses = {
+        **dict.fromkeys(("other", "arrays", "saliency", "probe"), of_page),
+        "length": (is_map or chosen.is_page, "is of the text that is shown: give --unit or --output as well"),
+        "scale": of_map,
+        "colors": (is_map and not chosen.output, "is of the terminal: leave it out, or give --unit alone"),
+        "format": (bool(chosen.find), "is of --find: give that as well"),
+        "overwrite": (bool(chosen.output), "is of --output: give that as well"),
+    }
+    for name in given:
+        is_used, remedy = uses.get(name, (True, ""))
+        if not is_used:
+            raise ValueError(f"--{name} {remedy}")
+    if chosen.output:
+        _check_output(cli.output_file("output", chosen.output), chosen.overwrite)
+    for pattern in filter(None, (chosen.find, *chosen.probe.split("|"))):
+        ranking.pattern_of(pattern)
+    if chosen.probe:
+        probe.check_installed()
+    config = run_directory.read(run_directory.named("run_dir", chosen.run_dir))[0].model
+    if chosen.unit:
+        units.parse(chosen.unit, config)
+    _arrays(chosen, config)
+
+
 def _check_output(path: Path, overwrite: bool) -> None:
     """Refuses to replace a file that is not of this program."""
-    if path.is_dir():
-        raise ValueError(f"output={path} is a directory: name a file")
     if path.exists() and not overwrite:
         with path.open("rb") as file:
             begin = file.read(4096)
@@ -153,19 +182,27 @@ def _inspections(chosen: InspectFlags, model: Model, text: bytes) -> list[inspec
         other = api.load(run_dir, checkpoint or "best")
         name = Path(chosen.other).name
         models[chosen.other if name in models else name] = other
-    found = []
+    found, arrays_of = [], {name: _arrays(chosen, each.config.model) for name, each in models.items()}
     for name, each in models.items():
-        known = units.arrays_of(each.config.model)
-        arrays = known if chosen.arrays == "all" else tuple(filter(None, chosen.arrays.split(",")))
-        if unknown := [array for array in arrays if array not in known]:
-            raise ValueError(f"arrays={chosen.arrays}: {unknown[0]!r} is none of {', '.join(known)}")
         signals.say(f"reading the text with {name}, step {each.step}")
-        read = inspection.inspect(each, text, name, length=chosen.length, arrays=arrays, lookback=chosen.saliency)
+        read = inspection.inspect(
+            each, text, name, length=chosen.length, arrays=arrays_of[name], lookback=chosen.saliency
+        )
         probed = [probe.probe(each, text, pattern) for pattern in filter(None, chosen.probe.split("|"))]
         found.append(dataclasses.replace(read, probes=probed))
         if read.left_out:
             signals.say(f"{len(read.text):,} of {len(read.text) + read.left_out:,} characters are shown (--length)")
     return found
+
+
+def _arrays(chosen: InspectFlags, config: ModelConfig) -> tuple[str, ...]:
+    """Returns the arrays that the page has of a model, that of --unit among them."""
+    known = units.arrays_of(config)
+    arrays = known if chosen.arrays == "all" else tuple(filter(None, chosen.arrays.split(",")))
+    if unknown := [array for array in arrays if array not in known]:
+        raise ValueError(f"arrays={chosen.arrays}: {unknown[0]!r} is none of {', '.join(known)}")
+    of_unit = [array for array in known if f".{array}:" in chosen.unit]
+    return tuple(dict.fromkeys((*arrays, *of_unit)))
 
 
 def _show_unit(chosen: InspectFlags, model: Model, text: bytes) -> None:
@@ -198,8 +235,7 @@ def _print_ranking(found: ranking.Ranking, how: str) -> None:
 
 
 def _write(path: str, content: str) -> None:
-    with atomic_write(expand_user(path)) as file:
-        file.write(content.encode("utf-8", "replace"))
+    cli.write_output(path, content)
     signals.say(f"{path}: {np.ceil(len(content) / 1024):,.0f} KB")
 
 

@@ -42,6 +42,8 @@ from launch.support.watchdog import words_of_first
 ENDED_WELL = (cli.DONE, cli.STOPPED)
 # A restarted job would end in the same way.
 FINAL = (cli.MISTAKE, cli.DIVERGED, cli.UNREACHABLE, cli.IN_USE, cli.NOT_SAVED, cli.INTERRUPTED)
+FOLLOWERS = (cli.LOST, -signal.SIGABRT)  # of processes that another one has taken along
+TERMINATED = (128 + signal.SIGTERM, -signal.SIGTERM)  # by the signal that is passed on
 MAX_DEATHS_AT_A_CHECKPOINT = 2  # consecutive deaths at the same checkpoint, after which it is no longer trusted
 LONGEST_PAUSE = 60.0  # seconds
 NOISE = ("[Gloo]", "preemption_notifier.cc")  # lines that say that all is well; the logs have them
@@ -177,16 +179,21 @@ class RestartPolicy:
 
 def describe(statuses: Sequence[int]) -> str:
     """Returns how each process ended; those that ended only because another one did come last."""
-    followers = (*ENDED_WELL, cli.LOST, -signal.SIGABRT)
-    order = sorted(range(len(statuses)), key=lambda p: (statuses[p] in followers, p))
+    order = sorted(range(len(statuses)), key=lambda p: (statuses[p] in (*ENDED_WELL, *FOLLOWERS), p))
     return ", ".join(f"process {p} {_ending(statuses[p])}" for p in order if statuses[p] not in ENDED_WELL)
 
 
-def job_status(statuses: Sequence[int]) -> int:
-    """Returns the exit status of the job: that of the process that was not only taken along by another."""
+def job_status(statuses: Sequence[int], stopped_by: int | None = None) -> int:
+    """Returns the exit status of the job: that of the process that was not only taken along by another.
+
+    Of a job that was told to stop by a signal when it had nothing to save, that of the signal.
+    """
     for status in (*FINAL, cli.STOPPED):
         if status in statuses:
             return status
+    others = [status for status in statuses if status not in FOLLOWERS]
+    if stopped_by and others and all(status in TERMINATED for status in others):
+        return 128 + stopped_by
     return cli.DONE if all(status == cli.DONE for status in statuses) else cli.LOST
 
 
@@ -213,7 +220,7 @@ def main(argv: Sequence[str]) -> int:
         again, sentence = policy.decide(statuses, job.told_to_stop)
         print(sentence, file=sys.stderr, flush=True)
         if not again:
-            return job_status(statuses)
+            return job_status(statuses, job.stopped_by)
 
 
 def _divided(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -222,7 +229,7 @@ def _divided(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     if "--" in arguments:
         cut = arguments.index("--")
         return arguments[:cut], arguments[cut + 1 :]
-    if {"--help", "--helpshort"} & set(arguments):
+    if flags.HELP & set(arguments):
         return arguments, []
     raise ValueError(
         "the flags of launch.train are missing: give them after --, as in launch.local --processes=2 -- ..."

@@ -211,7 +211,8 @@ def _prompt(chosen: SampleFlags, vocabulary: Vocabulary) -> np.ndarray:
         except OSError as error:
             raise ValueError(f"prompt_file={chosen.prompt_file} cannot be read: {error.strerror}") from None
     try:
-        return encode_prompt(text, vocabulary, chosen.unknown)
+        remedy = "leave it out, or turn such symbols into the unknown one with --unknown=map"
+        return encode_prompt(text, vocabulary, chosen.unknown, remedy)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 

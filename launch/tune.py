@@ -30,12 +30,13 @@ import jax
 
 from charlstm import config as config_lib
 from charlstm.config import Config, flagfile
+from charlstm.report import curves
 from charlstm.report import study as report_lib
 from charlstm.report.study import StudyResult, TrialResult
 from charlstm.run import corpus as corpus_lib
 from charlstm.run import estimate, run_directory, search_space
 from data_pipeline import signals
-from data_pipeline.atomic_files import atomic_write, expand_user, locked
+from data_pipeline.atomic_files import expand_user, locked
 from data_pipeline.settings import check_choices, setting
 from launch.support import cli, flags, trials
 from launch.support.trials import PARTS, evaluations, is_whole
@@ -138,9 +139,8 @@ class Study:
                 # Asked again once its lock is ours: its worker may have finished it before.
                 left = (n for n in range(begun) if unfinished(n) and take(n) and unfinished(n))
                 if (number := next(left, None)) is not None:
-                    trial = optuna.Trial(
-                        self.optuna, begun_trials()[number]._trial_id
-                    )  # there is no public way to resume
+                    # There is no public way to resume.
+                    trial = optuna.Trial(self.optuna, begun_trials()[number]._trial_id)
                 elif begun < self._chosen.trials and take(begun):
                     trial = self.optuna.ask()
             yield trial
@@ -204,10 +204,10 @@ class Study:
         hopeless()  # reports the last scores
         trial.set_user_attr("seconds", trial.user_attrs.get("seconds", 0.0) + round(time.monotonic() - began, 1))
         scores = list(evaluations(directory).values())
-        interrupted = ended.told_to_stop or (ended.status == cli.STOPPED and not ended.pruned)
+        interrupted = ended.stopped_by or (ended.status == cli.STOPPED and not ended.pruned)
         if interrupted or ended.status in GO_ON:
             signals.say(f"trial {number}: {ended.last_words}; launch.tune goes on with it")
-            return cli.STOPPED if ended.told_to_stop else ended.status
+            return cli.STOPPED if ended.stopped_by else ended.status
         if ended.status == cli.DONE:
             state, outcome = TrialState.COMPLETE, f"{min(scores):.4f} bits per symbol"
         elif ended.pruned or ended.status == cli.DIVERGED:
@@ -241,7 +241,7 @@ class Study:
                 if ended.status != cli.DONE:
                     signals.say(f"{directory}: {ended.last_words}")
                 if ended.status not in (cli.DONE, cli.DIVERGED):  # one that diverges has no score, and the others have
-                    return cli.STOPPED if ended.told_to_stop else ended.status
+                    return cli.STOPPED if ended.stopped_by else ended.status
         return cli.DONE
 
 
@@ -293,12 +293,14 @@ def main(argv: Sequence[str]) -> int:
     run_directory.named("study_dir", chosen.study_dir)
     if importlib.util.find_spec("optuna") is None:
         raise ValueError("launch.tune needs Optuna, which is not installed: pip install 'charlstm[tune]'")
+    if chosen.report:
+        cli.output_file("report", chosen.report)
+        curves.check_installed()
     given = [flag for flag in given if flag[2:].partition("=")[0] not in dataclasses.asdict(chosen)]
     jax.config.update("jax_platforms", "cpu")  # models are only counted here; the devices are for the trials
     study, status = Study(chosen, config, given), cli.DONE
-    signals.say(
-        f"study {study.optuna.study_name}: optuna-dashboard {study.directory / 'journal.log'} shows it meanwhile"
-    )
+    journal = study.directory / "journal.log"
+    signals.say(f"study {study.optuna.study_name}: optuna-dashboard {journal} shows it meanwhile")
     while status == cli.DONE:
         with study.next_trial() as trial:
             if trial is None:
@@ -310,9 +312,7 @@ def main(argv: Sequence[str]) -> int:
         found = result(study.optuna, study.directory)
         print(report_lib.lines(found))
         if chosen.report:
-            content = report_lib.page(found).encode("utf-8")
-            with atomic_write(expand_user(chosen.report)) as file:
-                file.write(content)
+            cli.write_output(chosen.report, report_lib.page(found))
     return status
 
 

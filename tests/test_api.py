@@ -18,10 +18,12 @@ import pytest
 import charlstm as cl
 from charlstm.config import Config
 from charlstm.model import language_model
+from charlstm.report import history
 from launch import sample
 from launch.support import cli, train_flags
 from tests.compiling import xla_flags
 from tests.conftest import ROOT
+from tests.inspect.conftest import drawn, text_of
 
 TEXT = "".join(f"line {n * n} of a text\n" for n in range(700))
 SETTINGS = {
@@ -107,16 +109,18 @@ def test_in_a_running_event_loop_and_in_a_thread_it_saves_and_has_the_same_bits(
 
 
 def test_an_interrupt_saves_and_returns_and_the_same_call_goes_on(config, corpus, run_dir, tmp_path, monkeypatch):
-    update = cl.api.loop.Training.update
+    update, seen = cl.api.loop.Training.update, []
 
     def interrupted(self, state, batch):
         if int(state.step) == 4:
+            seen.append(history.read(self.run.run_dir).state)
             os.kill(os.getpid(), signal.SIGINT)
         return update(self, state, batch)
 
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(cl.api.loop.Training, "update", interrupted)
     stopped = cl.train(config, corpus, tmp_path / "run")
+    assert [*seen, history.read(tmp_path / "run").state] == ["running", "stopped"]
     assert 4 <= stopped.step < 7 and signal.getsignal(signal.SIGINT) is before
     monkeypatch.undo()
     cl.train(config, corpus, tmp_path / "run")
@@ -244,6 +248,24 @@ def test_a_score_is_of_splits_and_texts(model, corpus):
     assert model.evaluate("größe\n").bytes == 8 and model.evaluate("größe\n").characters == 6
     with pytest.raises(ValueError, match="at least 2"):
         model.evaluate("a")
+
+
+def test_a_text_is_scored_in_chunks_as_a_split_is_and_its_bits_are_those_of_one_stream():
+    model, text, burn_in, chunk = drawn(), text_of(700), 3, 50  # a model that remembers
+    config = cl.api.config_lib.replace(model.config, eval_chunk=chunk, burn_in=burn_in)
+    bits = cl.Model(config, *list(vars(model).values())[1:]).evaluate(text).bits
+    starts = range(0, 700, chunk)  # the first symbol of a chunk is expected from the one before it
+    parts = [text[max(0, start - burn_in - 1) : start + chunk] for start in starts]
+    by_hand = sum(model.bits(part)[-chunk:].sum() for part in parts)
+    assert bits == pytest.approx(by_hand, rel=1e-5)
+    assert bits != pytest.approx(model.bits(text).sum(), rel=1e-4)
+
+
+def test_what_a_model_does_not_know_is_said_with_a_remedy_that_there_is_in_python():
+    model = drawn()  # of characters
+    for how in ({"prompt": "aZ"}, {"stop": "aZ"}):
+        with pytest.raises(ValueError, match=r"^'Z' \(U\+005A\) at position 1 is not in the vocabulary: leave it out$"):
+            model.sample(**how)
 
 
 def test_the_functional_level_is_there():

@@ -17,6 +17,7 @@ class Sample:
       prompt: ids [symbols] that are shown first.  These and `stop` are in the order in which the model reads.
       stop: ids [symbols] before which the text ends; none where it does not.  Or several of these.
       before_stop: ids [symbols] before the continuation in which the stop string may begin already.
+      before: ids [symbols] before the prompt, of which the last may have begun a UTF-8 sequence.
       errors: what becomes of bytes that are not UTF-8, as for `bytes.decode`.
       backward: the model writes from right to left, so that the text can be shown only when it is whole.
 
@@ -34,6 +35,7 @@ class Sample:
         before_stop: np.ndarray | None = None,
         errors: str = "replace",
         backward: bool = False,
+        before: np.ndarray | None = None,
     ) -> None:
         self.ids: list[int] = []
         self.log_probabilities: list[float] = []
@@ -44,6 +46,8 @@ class Sample:
         # The last symbols, too few for the longest stop string.
         self._end: list[int] = [] if before_stop is None else self._too_few(before_stop.tolist())
         self._backward, self._prompt = backward, prompt
+        if before is not None:
+            self._decoder.feed(before)
         self._prompt_text = "" if backward else self._decoder.feed(prompt)
 
     def feed(self, ids: np.ndarray, log_probabilities: np.ndarray) -> None:
@@ -65,11 +69,15 @@ class Sample:
     def _too_few(self, ids: list[int]) -> list[int]:
         return ids[max(0, len(ids) - max(map(len, self._stops), default=1) + 1) :]
 
-    def take(self, last: bool = False) -> str:
+    def take(self, last: bool = False, goes_on: bool = False) -> str:
         """The text, prompt first, that was not taken yet and can be shown.
 
         What may be the beginning of the stop string or of a UTF-8 sequence is held back, unless nothing more will come.
         Of a backward model everything is: its text ends with the prompt.
+
+        Args:
+          last: no more symbols will come.
+          goes_on: another text begins where this one ends: a UTF-8 sequence that is begun stays `pending` for it.
         """
         if self._backward:
             if not last:
@@ -81,7 +89,12 @@ class Sample:
         text, self._prompt_text = self._prompt_text, ""
         text += self._decoder.feed(np.array(self.ids[self.taken : end], np.int32))
         self.taken = end
-        return text + (self._decoder.flush() if last else "")
+        return text + (self._decoder.flush() if last and not goes_on else "")
+
+    @property
+    def pending(self) -> bytes:
+        """The unfinished UTF-8 sequence at the end of what was taken."""
+        return self._decoder.pending
 
     def _beginning_of_stop(self) -> int:
         """Number of symbols at the end that may begin a stop string."""
@@ -118,11 +131,14 @@ def remark_on_escapes(name: str, text: str) -> str:
     return f"{name} has a backslash and an n, as given; for a line break write --{name}=$'{text}', which is {meant!r}"
 
 
-def encode_prompt(text: str, vocabulary: Vocabulary, unknown: str = "refuse") -> np.ndarray:
-    """The ids [symbols] of a prompt.
+def encode_prompt(
+    text: str, vocabulary: Vocabulary, unknown: str = "refuse", remedy: str = "leave it out"
+) -> np.ndarray:
+    """The ids [symbols] of a prompt, or of a stop string.
 
     Args:
       unknown: "refuse" symbols that are not in the vocabulary, or "map" them to the unknown symbol.
+      remedy: what can be done about an unknown symbol where the text was given.
 
     Raises:
       ValueError: a symbol is unknown; says which, where, and the remedy.
@@ -131,10 +147,7 @@ def encode_prompt(text: str, vocabulary: Vocabulary, unknown: str = "refuse") ->
     if unknown == "refuse" and vocabulary.kind == "characters" and not ids.all():
         position = int(np.argmin(ids != 0))
         symbol = text[position]
-        raise ValueError(
-            f"{symbol!r} (U+{ord(symbol):04X}) at position {position} is not in the vocabulary: leave it out, or turn "
-            f"such symbols into the unknown one with --unknown=map"
-        )
+        raise ValueError(f"{symbol!r} (U+{ord(symbol):04X}) at position {position} is not in the vocabulary: {remedy}")
     return ids
 
 

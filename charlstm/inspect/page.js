@@ -17,8 +17,7 @@ class Run {
     Object.assign(this, { root, head, levels, place: 0, target: -1, cursor: 0, found: [] });
     this.count = head.chars.length;
     this.units = head.widths.reduce((a, b) => a + b, 0);
-    const best = head.rankings[0];
-    this.place = best ? best.units[0][0] : 0;
+    this.place = head.place;
     this.fill();
     this.drawText();
     this.listen();
@@ -49,10 +48,12 @@ class Run {
     const head = this.head;
     for (const array of head.arrays)
       $(this.root, "array").append(make("option", { textContent: array === "c" ? "tanh(c)" : array, value: array }));
+    $(this.root, "array").selectedIndex = head.array;
     for (const ranking of head.rankings)
       $(this.root, "sort").append(make("option", { value: "for " + ranking.name, textContent: "best for: " + ranking.name }));
     $(this.root, "about").textContent = head.about;
     if (!head.lookback) for (const o of $(this.root, "what").options) if (o.value === "influence") o.remove();
+    if (!head.keeps) for (const o of $(this.root, "sort").options) if (o.value === "memory") o.remove();
   }
 
   drawText() {

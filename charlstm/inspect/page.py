@@ -18,7 +18,7 @@ import numpy as np
 from charlstm.inspect.heatmap import STEPS, color
 from charlstm.inspect.inspection import Inspection
 from charlstm.inspect.patterns import visible
-from charlstm.inspect.units import LEVELS, all_units
+from charlstm.inspect.units import LEVELS, Unit, all_units, main_array
 
 DARK = (27, 27, 27)
 LARGE = 2_000_000  # values of a page, from which on they have a quarter of the levels: two thirds of the file
@@ -55,8 +55,12 @@ for the units that are on there.</div><div class="decay"></div>
 """
 
 
-def render(inspections: Sequence[Inspection]) -> str:
-    """The page of one or several models, side by side."""
+def render(inspections: Sequence[Inspection], unit: Unit | None = None) -> str:
+    """The page of one or several models, side by side.
+
+    Args:
+      unit: with which each model that has it opens; the others, and without one all, with the best of their rankings.
+    """
     script, style = _resource("page.js"), _resource("page.css") + _palette()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -69,7 +73,7 @@ def render(inspections: Sequence[Inspection]) -> str:
         'and Enter clicks.</p><div class="runs">',
     ]
     for number, inspection in enumerate(inspections):
-        head, levels = _packed(json.dumps(_head(inspection)).encode()), _packed(_levels(inspection))
+        head, levels = _packed(json.dumps(_head(inspection, unit)).encode()), _packed(_levels(inspection))
         filled = {"number": number, "name": html.escape(inspection.name), "head": head, "levels": levels}
         parts.append(SKELETON.format(**filled))
     return "\n".join([*parts, f"</div><script>{script}</script></body></html>\n"])
@@ -111,7 +115,7 @@ def _levels(inspection: Inspection) -> bytes:
     return b"".join([*(array.T.tobytes() for array in arrays), scaled.tobytes()])
 
 
-def _head(inspection: Inspection) -> dict[str, Any]:
+def _head(inspection: Inspection, unit: Unit | None) -> dict[str, Any]:
     model, text, expected = inspection.model, inspection.text, inspection.expected
     survey, count = inspection.survey, max(1, inspection.survey.symbols)
     places = {unit: place for place, unit in enumerate(all_units(model.config.model))}
@@ -137,8 +141,12 @@ def _head(inspection: Inspection) -> dict[str, Any]:
         {"name": p.pattern, "auc": p.auc, "strength": p.strength, "units": [[places[u], w] for u, w in p.weights]}
         for p in inspection.probes
     ]
+    best = [places[ranking.units[0].unit] for ranking in list(inspection.rankings.values())[:1]]
+    opened = unit and places.get(unit._replace(array=main_array(model.config.model)))
     return {
         "about": _about(inspection),
+        "place": next((place for place in (opened, *best) if place is not None), 0),
+        "array": list(inspection.arrays).index(unit.array) if unit and unit.array in inspection.arrays else 0,
         "widths": model.config.model.widths,
         "arrays": list(inspection.arrays),
         "chars": shown,

@@ -36,6 +36,14 @@ class Probe(NamedTuple):
     offset: float
 
 
+def check_installed() -> None:
+    """Raises ValueError where scikit-learn, which a probe needs, is not installed."""
+    try:
+        import sklearn.linear_model  # noqa: F401
+    except ImportError:
+        raise ValueError(MISSING) from None
+
+
 def probe(model: "Model", text: str | bytes, pattern: str | Pattern) -> Probe:
     """Fits a probe on the main array of all layers; of a text, the first 30,000 symbols.
 

@@ -18,6 +18,14 @@ FORMATS = {
 }
 
 
+def new_folder(output: str | os.PathLike[str]) -> Path:
+    """Returns the path of a folder that can be made.  Raises ValueError if `output` has files already."""
+    folder = expand_user(os.fspath(output))
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ValueError(f"output={folder} is there already: name a new directory, or remove it")
+    return folder
+
+
 def export(exported: Exported, output: str | os.PathLike[str], format: str) -> Path:
     """Writes a folder that appears whole or not at all, and returns its path.
 
@@ -27,9 +35,7 @@ def export(exported: Exported, output: str | os.PathLike[str], format: str) -> P
     """
     if format not in FORMATS:
         raise ValueError(f"format={format} must be one of {', '.join(FORMATS)}")
-    folder = expand_user(os.fspath(output))
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ValueError(f"output={folder} is there already: name a new directory, or remove it")
+    folder = new_folder(output)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

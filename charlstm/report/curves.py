@@ -1,5 +1,6 @@
 """Curves of runs, drawn by matplotlib or, in a terminal, by uniplot; both are imported where they are used."""
 
+import importlib.util
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,12 @@ Points = tuple[list[float], list[float]]  # xs, ys
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
 SIGNS = "123456789abcdefghijklmnopqrstuvwxyz"  # of curves without color
 MISSING = "{} needs {}, which is not installed: pip install 'charlstm[compare]'"
+
+
+def check_installed() -> None:
+    """Raises ValueError where matplotlib, which all drawings but those in a terminal need, is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(MISSING.format("a plot", "matplotlib"))
 
 
 def figure(runs: Sequence[History], value: str, by: str = "steps") -> Any:
@@ -128,7 +135,8 @@ def in_terminal(runs: Sequence[History], value: str, by: str, width: int, color:
     title = f"{value.replace('_', ' ')} by {BY[by]}"
     signs: dict[str, Any] = {}
     if not color and len(names) > 1:
-        signs = {"character_set": "ascii", "force_ascii_characters": list(SIGNS)}
+        characters = list(SIGNS) * (len(names) // len(SIGNS) + 1)  # of more curves they come again, as colors do
+        signs = {"character_set": "ascii", "force_ascii_characters": characters}
     how: dict[str, Any] = {"lines": True, "color": color, "width": width, "height": 14, "title": title, **signs}
     drawn = plot_to_string(ys, xs, legend_labels=names, **how)
     return drawn if isinstance(drawn, str) else "\n".join(drawn)

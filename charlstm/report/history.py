@@ -10,6 +10,7 @@ from charlstm import config as config_lib
 from charlstm.config import Config
 from charlstm.inference.score import FIGURES
 from charlstm.run import estimate, run_directory
+from charlstm.run.services import HEARTBEATS
 
 SILENT = 15.0  # seconds without a heartbeat after which a run counts as stopped
 BY = {"steps": "step", "symbols": "symbols read", "time": "seconds"}  # what curves are drawn by -> its name
@@ -131,7 +132,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def _last_heartbeat(run_dir: Path) -> float:
     """Unix seconds of the newest heartbeat; 0 where there is none."""
     newest = 0.0
-    for path in (run_dir / "heartbeats").glob("process-*.json"):
+    for path in (run_dir / HEARTBEATS).glob("process-*.json"):
         try:
             newest = max(newest, float(json.loads(path.read_text("utf-8"))["time"]))
         except (OSError, ValueError, KeyError, TypeError):

@@ -79,5 +79,4 @@ def _prompt(config: Config, vocabulary: Vocabulary) -> np.ndarray:
     try:
         return encode_prompt(config.training.sample_prompt, vocabulary)
     except ValueError as error:
-        sentence = str(error).partition(", or turn such")[0]
-        raise ValueError(f"sample_prompt: {sentence}") from None
+        raise ValueError(f"sample_prompt: {error}") from None

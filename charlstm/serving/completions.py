@@ -57,15 +57,17 @@ class Choice(Text):
           changed: set, in the thread of the event loop, when there are new pieces.
         """
         which, number = place
-        super().__init__(prompt, ask.sampling, ask.seed, number, ask.max_tokens)
+        super().__init__(prompt, ask.sampling, ask.seed, ask.joint.number + number, ask.max_tokens)
         self._ask, self._model, self._index, self.changed = ask, model, which * ask.n + number, changed
         self._scored = Scored([], [], [])
         self._scored.add(*(scored or self._scored))  # a copy: other texts of the prompt have it, too
         ids, end = ask.prompts[which], np.array(model.separator, np.int32)
         stops = [end] if ask.stops is None else ask.stops
         before_stop = _before_stop(ask, ids) if ask.stops is None and len(end) else None
-        self._sample = Sample(model.vocabulary, ids if ask.echo else ids[:0], stops, before_stop)
-        self._names, self._tops = TokenNames(model.vocabulary), list[Any]()
+        shown, unshown = (ids, ids[:0]) if ask.echo else (ids[:0], ids)
+        before = np.concatenate([np.frombuffer(ask.joint.pending, np.uint8), unshown])
+        self._sample = Sample(model.vocabulary, shown, stops, before_stop, before=before)
+        self._names, self._tops = TokenNames(model.vocabulary, before), list[Any]()
         self._trail: list[Beginning] = []  # what the text goes on from after each of its last symbols
         self.pieces: collections.deque[dict[str, Any]] = collections.deque()
         self.error: Exception | None = None
@@ -94,7 +96,7 @@ class Choice(Text):
 
     def _give(self, is_last: bool) -> None:
         sample, start = self._sample, self._sample.taken
-        text = sample.take(last=is_last)
+        text = sample.take(is_last, goes_on=self._ask.return_state)
         piece: dict[str, Any] = {"index": self._index, "text": text, "logprobs": None, "finish_reason": None}
         part = slice(start, sample.taken)
         if self._ask.logprobs is not None:
@@ -105,8 +107,9 @@ class Choice(Text):
             piece["finish_reason"] = "stop" if sample.stopped else "length"
             if self._ask.return_state:
                 shown = len(sample.ids)
-                state = self._trail[-1 - (self.written - shown)]
-                piece["state"] = opaque.pack(self.prompt.group.model or self._model, state, self._ask.drawn + shown)
+                beginning = self._trail[-1 - (self.written - shown)]
+                joint = opaque.Joint(self._ask.joint.drawn + shown, self.number, sample.pending)
+                piece["state"] = opaque.pack(self.prompt.group.model or self._model, beginning, joint)
             self.written = len(sample.ids)
         if text or is_last or piece["logprobs"]:
             self.pieces.append(piece)
@@ -118,7 +121,7 @@ def _before_stop(ask: Ask, ids: np.ndarray) -> np.ndarray:
     if ask.after is None:
         return ids
     last_K = ask.after.last_K
-    return np.concatenate([last_K[max(0, len(last_K) - ask.drawn) :], ids]).astype(np.int32)
+    return np.concatenate([last_K[max(0, len(last_K) - ask.joint.drawn) :], ids]).astype(np.int32)
 
 
 def _tops(symbols: Symbols, count: int) -> list[list[tuple[int, float]]]:
@@ -135,7 +138,7 @@ def prompts_of(ask: Ask, model: Loaded) -> list[Prompt]:
     # What the request has of this model must be of the one that writes.
     has_numbers = ask.after is not None or (ask.echo and ask.logprobs is not None)
     group = Group(model.digest if has_numbers else None)
-    return [Prompt(group, _read_before(ask, ids, model), ask.after, ask.drawn) for ids in ask.prompts]
+    return [Prompt(group, _read_before(ask, ids, model), ask.after, ask.joint.drawn) for ids in ask.prompts]
 
 
 def _read_before(ask: Ask, ids: np.ndarray, model: Loaded) -> np.ndarray:

@@ -68,7 +68,7 @@ class Ask:
     echo: bool
     return_state: bool
     after: Beginning | None
-    drawn: int
+    joint: opaque.Joint
 
 
 def parse(body: bytes, model: Loaded, name: str, limits: Limits) -> Ask:
@@ -88,7 +88,7 @@ def parse(body: bytes, model: Loaded, name: str, limits: Limits) -> Ask:
     except ValueError as error:
         raise Refused(400, str(error), str(error).partition("=")[0]) from None
     vocabulary, n = model.vocabulary, take.whole("n", 1, 1, limits.max_texts)
-    after, drawn = _state(take.text("state"), model)
+    after, joint = _state(take.text("state"), model)
     prompts = _prompts(fields.get("prompt"), vocabulary, limits)
     if n * len(prompts) > limits.max_texts:
         texts = f"{len(prompts)} prompts with n={n} are {n * len(prompts)} texts"
@@ -109,7 +109,7 @@ def parse(body: bytes, model: Loaded, name: str, limits: Limits) -> Ask:
         echo=take.switch("echo"),
         return_state=take.switch("return_state"),
         after=after,
-        drawn=drawn,
+        joint=joint,
     )
 
 
@@ -178,7 +178,7 @@ def _prompt(given: Any, vocabulary: Vocabulary, limits: Limits) -> np.ndarray:
         try:
             ids = encode_prompt(given, vocabulary)
         except ValueError as error:
-            raise Refused(400, f"prompt: {_without_flag(error)}", "prompt") from None
+            raise Refused(400, f"prompt: {_in_short(error, 300)}", "prompt") from None
     elif isinstance(given, list) and _are_ids(given):
         if not all(0 <= value < vocabulary.size for value in given):
             raise Refused(400, f"prompt: symbols by number are from 0 to {vocabulary.size - 1}", "prompt")
@@ -197,23 +197,19 @@ def _stops(given: Any, vocabulary: Vocabulary) -> list[np.ndarray] | None:
     if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(stop, str) for stop in stops):
         raise Refused(400, f"stop must be a string or a list of at most {MOST_STOPS}", "stop")
     try:
-        encoded = [vocabulary.encode(stop) for stop in stops]
+        encoded = [encode_prompt(stop, vocabulary) for stop in stops]
     except ValueError as error:
-        raise Refused(400, f"stop can never be met: {_without_flag(error)}", "stop") from None
+        raise Refused(400, f"stop can never be met: {_in_short(error, 300)}", "stop") from None
     if any(len(ids) > LONGEST_STOP for ids in encoded):
         raise Refused(400, f"stop must be at most {LONGEST_STOP} symbols", "stop")
     return encoded
 
 
-def _state(given: str | None, model: Loaded) -> tuple[Beginning | None, int]:
+def _state(given: str | None, model: Loaded) -> tuple[Beginning | None, opaque.Joint]:
     try:
-        return (None, 0) if given is None else opaque.unpack(model, given)
+        return (None, opaque.Joint()) if given is None else opaque.unpack(model, given)
     except ValueError as error:
         raise Refused(400, str(error), "state") from None
-
-
-def _without_flag(error: ValueError) -> str:
-    return _in_short(str(error).partition(", or turn such")[0], 300)
 
 
 def _in_short(words: Any, most: int = 100) -> str:
@@ -253,8 +249,10 @@ def usage_of(ask: Ask, written: int) -> dict[str, int]:
 class TokenNames:
     """Names of symbols as strings, and where they begin in the text."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Vocabulary, before: np.ndarray) -> None:
+        """Takes the ids [symbols] before the text, of which the last may have begun its first character."""
         self._vocabulary, self._decoder, self._length = vocabulary, vocabulary.decoder(), 0
+        self._decoder.feed(before)
 
     def of(self, symbol: int) -> str:
         """Returns the character, or bytes:\\xHH for a byte that is part of one."""
@@ -265,7 +263,7 @@ class TokenNames:
     def offset(self, symbol: int) -> int:
         """Returns the place of the character in the text to which the next symbol belongs."""
         self._length += len(self._decoder.feed(np.array([symbol])))
-        return self._length - (not self._decoder.is_within)
+        return self._length - (not self._decoder.pending)
 
     def describe(self, ids: Sequence[int], values: Sequence[float | None], tops: Sequence[Any]) -> dict[str, Any]:
         """Returns the object `logprobs` of symbols; `tops` has for each of them its most probable ones by id."""

@@ -20,13 +20,19 @@ class ChildProcesses:
     """Child processes that receive the signals sent to this program, and die with it.
 
     Attributes:
-      told_to_stop: Ctrl-C or SIGTERM was passed on.
+      stopped_by: the first signal that was passed on, SIGINT or SIGTERM; None: there was none.
       killed: a second Ctrl-C has killed them.
     """
 
     def __init__(self) -> None:
-        self.told_to_stop = self.killed = False
+        self.stopped_by: int | None = None
+        self.killed = False
         self.started: list[subprocess.Popen] = []
+
+    @property
+    def told_to_stop(self) -> bool:
+        """Whether Ctrl-C or SIGTERM was passed on."""
+        return self.stopped_by is not None
 
     def start(self, command: Sequence[str], **options: Any) -> subprocess.Popen:
         """Starts a child, in a session of its own: Ctrl-C comes to this program alone, which passes it on."""
@@ -49,7 +55,7 @@ class ChildProcesses:
                 self.killed = True
                 self.send(signal.SIGKILL)
             else:
-                self.told_to_stop = True
+                self.stopped_by = self.stopped_by or number
                 self.send(signal.SIGTERM)
                 signals.say("told to stop: what runs finishes its step and is saved; Ctrl-C again kills it")
 

@@ -22,10 +22,11 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from data_pipeline import signals
-from data_pipeline.atomic_files import DISK_ERRORS, InUse, Unreachable
+from data_pipeline.atomic_files import DISK_ERRORS, InUse, Unreachable, atomic_write, expand_user
 from launch.support.flags import Help
 
 DONE, MISTAKE, DIVERGED, UNREACHABLE, HANGS, LOST, IN_USE, NOT_SAVED, STOPPED = 0, 2, 3, 69, 70, 71, 73, 74, 75
@@ -100,6 +101,24 @@ def _of_a_file(error: Exception) -> str:
     remedy = "name another place" if error.errno not in DISK_ERRORS else "make room there, or name another place"
     name = f"{os.fsdecode(error.filename)} cannot be used " if isinstance(error.filename, str | bytes) else ""
     return f"{name}({error.strerror}): {remedy}" if name else error.strerror
+
+
+def output_file(flag: str, name: str) -> Path:
+    """Returns the path of a file that will be written at the end.  Raises ValueError where it cannot be."""
+    path = expand_user(name)
+    if path.is_dir():
+        raise ValueError(f"{flag}={name} is a directory: name a file")
+    if not path.parent.is_dir():
+        raise ValueError(f"{flag}={name} cannot be written: there is no directory {path.parent}")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{flag}={name} cannot be written: {path.parent} takes no files of yours")
+    return path
+
+
+def write_output(name: str, text: str) -> None:
+    """Writes a file of UTF-8, whole or not at all."""
+    with atomic_write(expand_user(name)) as file:
+        file.write(text.encode("utf-8", "replace"))
 
 
 def terminal_colors() -> int:

@@ -35,6 +35,7 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "dropout": ("layer_dropout",), "block_size": ("window",), "seq_length": ("window",), "seq_len": ("window",),
     "max_new_tokens": ("length",), "num_tokens": ("length",), "temp": ("temperature",), "patience": ("stop_after",),
 }  # fmt: skip
+HELP = {"--help", "-help", "-h", "--helpshort", "--helpfull", "-?"}
 
 
 class Help(Exception):
@@ -80,7 +81,7 @@ def _values(
         for field in dataclasses.fields(leaf):
             _define(values, leaf, field, renamed)
     arguments = list(argv[1:])
-    if {"--help", "-help", "-h", "--helpshort", "--helpfull", "-?"} & set(arguments):
+    if HELP & set(arguments):
         raise Help(_help(description, leaves, renamed))
     try:
         arguments = _flagfiles_first(arguments, values)

@@ -71,7 +71,7 @@ class Interactive:
                     else:
                         self._go_on(line)
                 except ValueError as error:
-                    self._say(str(error).partition(", or turn such")[0])
+                    self._say(str(error))
 
     def _signalled(self, number: int) -> None:
         if number != signal.SIGINT:
@@ -93,9 +93,11 @@ class Interactive:
 
     def _read(self, ids: np.ndarray) -> None:
         if len(ids) or not self._has_begun:
-            self._decoder = self._vocabulary.decoder()
+            if not self._has_begun:
+                self._decoder = self._vocabulary.decoder()
             unseen = [] if self._has_begun else [unseen_before(ids, self._separator, self._vocabulary)]
             self._text.read(np.concatenate([*unseen, ids]))
+            self._decoder.feed(ids)  # shown already; the last may begin a character that the model ends
             self._has_begun = True
 
     def _show_top(self) -> None:

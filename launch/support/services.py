@@ -10,7 +10,7 @@ from typing import Any
 
 from charlstm import distributed
 from charlstm.run.loop import Outcome, Training
-from charlstm.run.services import Services
+from charlstm.run.services import HEARTBEATS, Services
 from charlstm.run.start import Run
 from data_pipeline import signals
 from launch.support import cli, prometheus
@@ -44,7 +44,7 @@ class ProgramServices(Services):
             self._watchdog = Watchdog(
                 self._watchdog_flags,
                 distributed.process_number(),
-                run_dir / "heartbeats",
+                run_dir / HEARTBEATS,
                 self.about,
                 processes=distributed.number_of_processes(),
             )

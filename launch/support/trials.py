@@ -40,7 +40,7 @@ class Ended(NamedTuple):
     """End of launch.train: `status` as in cli.py, or -N for signal N; `last_words`, the last line it wrote."""
 
     status: int
-    told_to_stop: bool  # by a signal to this program
+    stopped_by: int | None  # the signal to this program that stopped it
     pruned: bool  # by this program
     last_words: str
 
@@ -70,7 +70,7 @@ def run_child(
     if children.killed:
         signals.leave(signal.SIGINT)
     lines = log.read_text("utf-8", "replace").splitlines()
-    return Ended(child.returncode, children.told_to_stop, pruned, lines[-1] if lines else "stopped")
+    return Ended(child.returncode, children.stopped_by, pruned, lines[-1] if lines else "stopped")
 
 
 def following(doing: str, run_dir: Path, num_steps: int) -> Callable[[], bool]:
@@ -90,14 +90,14 @@ def num_steps_within(
 ) -> int:
     """Returns how many updates take `seconds` here, by a dry run: a multiple of PARTS.
 
-    Raises KeyboardInterrupt if this program is told to stop, ValueError if launch.train refuses the arguments.
+    Ends this program if it is told to stop.  Raises ValueError if launch.train refuses the arguments.
     """
     answer = log.with_suffix(".json")
     answer.parent.mkdir(parents=True, exist_ok=True)
     with answer.open("wb") as file:
         ended = run_child([*arguments, "--dry_run", "--dry_run_format=json"], log, file, environment=environment)
-    if ended.told_to_stop:
-        raise KeyboardInterrupt
+    if ended.stopped_by:
+        signals.leave(ended.stopped_by)
     if ended.status != cli.DONE:
         raise ValueError(f"launch.train refuses the trial: {ended.last_words}")
     per_step = json.loads(answer.read_text("utf-8"))["seconds_per_step"]

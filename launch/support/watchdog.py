@@ -12,7 +12,6 @@ import faulthandler
 import json
 import math
 import os
-import platform
 import statistics
 import sys
 import threading
@@ -22,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from charlstm.run.services import HEARTBEATS, PATIENCE, heartbeat, remove_heartbeat, write_heartbeat
 from data_pipeline.settings import setting
 from launch.support import cli
 
@@ -29,7 +29,6 @@ SILENT = 5.0  # seconds, or 3 heartbeats, without one, after which a process is 
 BEATS = 128  # a second, of all processes together: each is two changes in one directory of a shared file system
 LONGEST_PERIOD = 8.0  # seconds between heartbeats: that one waits must come round within the time that a step may take
 STARVED = 1.0  # seconds by which a thread may be late on a busy machine
-PATIENCE = 5.0  # seconds to wait, at the end of the process, for an operation that may hang
 KNOWN = 5  # steps that must be timed before one can count as too long
 
 
@@ -119,9 +118,7 @@ class Watchdog:
         self._beating.join(PATIENCE)
         if self._beating.is_alive():  # the file system hangs
             return
-        with contextlib.suppress(OSError):
-            _heartbeat(self._directory, self._process).unlink(missing_ok=True)
-            self._directory.rmdir()  # the last one
+        remove_heartbeat(self._directory, self._process)
 
     def allowed(self) -> float:
         """Returns the seconds that the current activity may take."""
@@ -147,7 +144,7 @@ class Watchdog:
     def _beat(self, period: float) -> None:
         while not self._done.wait(period):
             with contextlib.suppress(OSError):  # a full disk stops no run
-                self._write_heartbeat()
+                write_heartbeat(self._directory, self._process, self._words())
                 self._others_wait = time.monotonic() - self._since > SILENT and self._sees_others_wait()
 
     def _sees_others_wait(self) -> bool:
@@ -155,19 +152,12 @@ class Watchdog:
 
         The first process reads them all, and its own heartbeat passes it on: each of many reads one file, not all.
         """
-        beats = _heartbeats([_heartbeat(self._directory, 0)] if self._process else _all(self._directory))
+        beats = _heartbeats([heartbeat(self._directory, 0)] if self._process else _all(self._directory))
         told = (words for p, (words, age) in beats.items() if p != self._process and age < self._silent)
         return any("waiting" in words or "others_wait" in words for words in told)
 
-    def _write_heartbeat(self) -> None:
-        path = _heartbeat(self._directory, self._process)
-        beside = path.with_suffix(".new")
-        beside.write_text(json.dumps(self._words()) + "\n")
-        os.replace(beside, path)  # a reader must find it whole, but it need not survive a loss of power
-
     def _words(self) -> dict[str, Any]:
-        words = {"process": self._process, "host": platform.node(), "pid": os.getpid(), "time": time.time(),
-                 "step": self.step, **self._about()}  # fmt: skip
+        words = {"step": self.step, **self._about()}
         if time.monotonic() - self._got_on < SILENT:
             words["waiting"] = self.doing
         if self._process == 0 and self._others_wait:
@@ -240,8 +230,4 @@ def _all(directory: Path) -> list[Path]:
 
 def words_of_first(run_dir: Path) -> dict[str, Any]:
     """Returns the heartbeat of the first process of the run in `run_dir`; {} where none lives."""
-    return _heartbeats([_heartbeat(run_dir / "heartbeats", 0)]).get(0, ({}, 0.0))[0]
-
-
-def _heartbeat(directory: Path, process: int) -> Path:
-    return directory / f"process-{process}.json"
+    return _heartbeats([heartbeat(run_dir / HEARTBEATS, 0)]).get(0, ({}, 0.0))[0]

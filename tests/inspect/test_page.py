@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from charlstm.inspect import heatmap, inspection, page, patterns
+from charlstm.inspect import heatmap, inspection, page, patterns, units
 from data_pipeline.vocabulary import Vocabulary
 from tests.browser import chromium
 from tests.inspect.conftest import PLANTED, WIDTH, drawn, text_of
@@ -195,3 +195,17 @@ def test_a_large_page_has_fewer_levels_and_they_stay_near(found, monkeypatch):
     values = 3 * found.arrays["c"].size
     assert np.abs(exact - coarse)[:values].max() <= 2 and len(np.unique(coarse[:values])) <= 65
     assert np.array_equal(exact[values:], coarse[values:]) and (coarse[:values][exact[:values] == 127] == 127).all()
+
+
+def test_it_opens_with_a_unit_where_a_model_has_it_and_orders_by_memory_where_a_gate_keeps_the_state(browser, tmp_path):
+    how = {"num_layers": 1, "initializer": "normal"}
+    models = [drawn(cell=cell, hidden_size=H, **how) for cell, H in (("lstm", 6), ("gru", 4), ("rnn", 6))]
+    found = [
+        inspection.inspect(m, text_of(300), m.config.model.cell, lookback=0, arrays=["h"], patterns={}) for m in models
+    ]
+    (tmp_path / "unit.html").write_text(page.render(found, units.Unit(1, "h", 5)), "utf-8")
+    browser.open(tmp_path / "unit.html")
+    assert browser.run("runs.map(run => run.place)") == [5, 0, 5]
+    assert browser.run("[...document.querySelectorAll('.array')].map(array => array.value)") == ["h", "h", "h"]
+    sorts = "[...document.querySelectorAll('.sort')].map(sort => sort.textContent.includes('memory'))"
+    assert browser.run(sorts) == [True, True, False]

@@ -84,6 +84,15 @@ def test_the_terminal_shows_the_table_the_settings_that_differ_and_curves(runs, 
     assert re.search("\x1b.*██.* first", shown(capsys, *runs)) and "│ 11" not in shown(capsys, runs[0])
 
 
+@pytest.mark.parametrize("color", [False, True])
+def test_any_number_of_curves_can_be_drawn(runs, color):
+    pytest.importorskip("uniplot", reason="extra compare is not installed")
+    (run,) = history.read_all([history.Path(runs[0])])
+    many = [run._replace(name=f"run-{number}") for number in range(2 * len(curves.SIGNS) + 3)]
+    drawn = curves.in_terminal(many, "bits_per_byte", "steps", 80, color)
+    assert all(one.name in drawn for one in many)
+
+
 @pytest.mark.parametrize(
     ("is_terminal", "environment", "colors"),
     [
@@ -201,9 +210,12 @@ def test_what_is_no_run_is_left_out_and_none_at_all_is_refused(runs, tmp_path, c
     found = json.loads(shown(capsys, str(tmp_path / "notes"), runs[0], "--format=json"))
     assert [row["run"] for row in found["runs"]] == ["first"]
     assert "there is no run in" in refusal(compare.main, str(tmp_path / "notes"))
+    assert f"{tmp_path}/typo does not exist" in refusal(compare.main, runs[0], f"{tmp_path}/typo")
     assert "name the runs" in refusal(compare.main)
     assert "neither .svg nor .png" in refusal(compare.main, runs[0], "--plot=a.pdf")
     assert "give --page or --plot as well" in refusal(compare.main, runs[0], "--follow=3")
+    for place in ("--page=none/a.html", "--plot=none/a.svg"):
+        assert "there is no directory none" in refusal(compare.main, runs[0], place)
 
 
 def test_without_the_extra_it_says_what_to_install(runs, monkeypatch):

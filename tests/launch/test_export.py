@@ -93,6 +93,7 @@ def test_what_it_cannot_do_is_refused_in_one_sentence_and_leaves_nothing(run_dir
     before = tree(tmp_path)
     sentence = refusal(export.main, f"--run_dir={run_dir}", f"--output={tmp_path / 'full'}")
     assert "is there already: name a new directory" in sentence and tree(tmp_path) == before
+    assert "is there already" in refusal(export.main, "--run_dir=nowhere", f"--output={tmp_path}")  # before it is read
 
 
 @pytest.mark.parametrize("format", ["safetensors", "html"])

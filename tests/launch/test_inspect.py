@@ -1,6 +1,9 @@
 """launch.inspect, launch.evaluate --text and launch.sample --clamp on a run: what they print, write and refuse."""
 
+import base64
+import gzip
 import json
+import re
 
 import numpy as np
 import pytest
@@ -34,6 +37,11 @@ def test_a_unit_is_shown_in_the_terminal_and_as_a_picture(trained, text, tmp_pat
     assert svg.read_text().startswith("<svg")
 
 
+def head_of(path) -> str:
+    """The JSON of a page's first model."""
+    return gzip.decompress(base64.b64decode(re.search('id="head-0">([^<]*)', path.read_text())[1])).decode()
+
+
 def test_find_ranks_the_units_on_a_text_or_the_runs_own(trained, text, capsys):
     found = json.loads(
         ran(inspect.main, capsys, f"--run_dir={trained}", f"--text={text}", r"--find=\([^)]*", "--format=json")
@@ -52,7 +60,8 @@ def test_a_page_is_written_beside_nothing_and_over_nothing_but_its_own(trained, 
     output.write_text("mine")
     assert "add --overwrite" in refusal(inspect.main, *flags, f"--output={output}")
     assert output.read_text() == "mine"
-    ran(inspect.main, capsys, *flags, f"--output={output}", "--overwrite")
+    ran(inspect.main, capsys, *flags, f"--output={output}", "--overwrite", "--unit=1.f:3")
+    assert '"place": 3, "array": 1' in head_of(output)
     assert {path.name for path in tmp_path.iterdir()} == {"a.html", "text.txt"}
 
 
@@ -67,6 +76,20 @@ def test_a_page_is_written_beside_nothing_and_over_nothing_but_its_own(trained, 
         (["--output=a.svg"], "give --unit as well"),
         (["--output=a.html", "--arrays=r"], "'r' is none of c, h, i, f, g, o"),
         (["--unit=1:0", "--length=30000"], "must be from 1 to 20000"),
+        # Before the text is read, and it is none.
+        (["--text=nowhere", "--output=none/a.html"], "there is no directory none"),
+        (["--text=nowhere", "--output=a.html", "--arrays=r"], "'r' is none of c, h, i, f, g, o"),
+        (["--text=nowhere", "--output=a.html", "--probe=digit|("], "is no regular expression"),
+        *(
+            (["--find=a", flag], "give --output=inside.html as well")
+            for flag in ("--probe=a", "--other=a", "--arrays=h")
+        ),
+        (["--unit=1:0", "--saliency=9"], "--saliency is of the page"),
+        (["--find=a", "--length=9"], "--length is of the text that is shown"),
+        (["--unit=1:0", "--output=a.html", "--scale=fixed"], "--scale is of one unit"),
+        (["--unit=1:0", "--output=a.svg", "--colors=256"], "--colors is of the terminal"),
+        (["--unit=1:0", "--format=json"], "--format is of --find"),
+        (["--unit=1:0", "--overwrite"], "--overwrite is of --output"),
     ],
     ids=str,
 )
@@ -87,7 +110,15 @@ def test_a_text_is_scored_symbol_by_symbol(trained, text, capsys):
     assert whole["bits_per_byte"] == pytest.approx(np.mean([line["bits"] for line in lines]), rel=1e-5)
     assert f"{whole['bits_per_byte']:.4f} bits per byte" in ran(evaluate.main, capsys, *flags)
     assert "give --text as well" in refusal(evaluate.main, f"--run_dir={trained}", "--format=jsonl")
-    assert "leave --dynamic" in refusal(evaluate.main, *flags, "--dynamic")
+    for flag in (
+        "--dynamic",
+        "--split=test",
+        "--eval_chunk=10",
+        "--burn_in=5",
+        "--evaluation_batch_size=2",
+        "--dynamic_decay=1",
+    ):
+        assert f"leave {flag.partition('=')[0]} out" in refusal(evaluate.main, *flags, flag)
     (text.parent / "empty").touch()
     assert "is empty" in refusal(evaluate.main, flags[0], f"--text={text.parent / 'empty'}")
 
@@ -103,7 +134,7 @@ def test_a_held_unit_writes_what_the_library_does(trained, capsys):
     assert "has no value" in refusal(sample.main, *flags, "--clamp=1:3")
 
 
-def test_without_the_extra_a_probe_says_what_to_install(trained, text, tmp_path, monkeypatch):
+def test_without_the_extra_a_probe_says_what_to_install(trained, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.linear_model", None)
-    flags = (f"--run_dir={trained}", f"--text={text}", f"--output={tmp_path / 'a.html'}", "--saliency=0")
+    flags = (f"--run_dir={trained}", "--text=nowhere", f"--output={tmp_path / 'a.html'}", "--saliency=0")
     assert refusal(inspect.main, *flags, "--probe=digit").endswith("pip install 'charlstm[inspect]'")

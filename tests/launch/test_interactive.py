@@ -9,11 +9,17 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
+from unittest import mock
 
+import numpy as np
 import pytest
 
 from charlstm import api
+from charlstm.inference.sampling import Sampling
+from data_pipeline.vocabulary import Vocabulary
 from launch import sample
+from launch.support.interactive import Interactive
 from tests.jobs import ROOT, xla_flags
 from tests.serving.conftest import runs  # noqa: F401
 
@@ -58,6 +64,13 @@ def test_top_shows_what_may_come_and_a_number_adds_it(typed, runs):  # noqa: F81
     expected = model.sample("\n" + added, 20, temperature=0)[1 + len(added) :]  # a text begins as after a newline
     assert shown == expected + "\n"
     assert "'7' (U+0037)" in said  # no number of a list any more, but a symbol that is unknown
+
+
+def test_a_character_whose_first_byte_was_chosen_by_number_is_shown_whole(capsys):
+    made = SimpleNamespace(ids=np.array([[*"é!".encode()[1:]]]))
+    text = mock.Mock(next_log_probabilities=lambda: -np.abs(np.arange(256.0) - "é".encode()[0]), write=lambda *_: made)
+    Interactive(text, Vocabulary("bytes"), (), Sampling(), 0, 2).run(iter(["/top", "1", ""]))
+    assert capsys.readouterr().out == "é!\n"
 
 
 def test_what_is_wrong_is_said_and_the_text_goes_on(typed):

@@ -10,6 +10,7 @@ import pytest
 from charlstm.run.step_directory import StepDirectory
 from launch import local, train
 from launch.support import cli
+from launch.support.flags import Help
 from tests.jobs import STEPS, alive, children, has_saved, job, last_line, wait_for
 from tests.launch.conftest import SMALL, process, refusal
 
@@ -89,6 +90,21 @@ def test_no_process_outlives_a_job_that_is_killed(job_flags, tmp_path):
 )
 def test_a_mistake_is_refused_before_any_process_is_started(own, rest, sentence):
     assert sentence in refusal(local.main, *own, *rest)
+
+
+@pytest.mark.parametrize("flag", ["--help", "-help", "-h", "--helpshort", "--helpfull", "-?"])
+def test_any_way_to_ask_for_help_gets_it_without_the_flags_of_the_run(flag):
+    with pytest.raises(Help, match="--processes"):
+        local.main(["local", flag])
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_job_that_is_told_to_stop_before_it_trains_ends_as_one_process_does(number, status, job_flags, tmp_path):
+    with job(("--processes=2", "--devices_per_process=1"), *job_flags, f"--run_dir={tmp_path / 'run'}") as running:
+        wait_for(lambda: len(children(running.pid)) == 2)
+        running.send_signal(number)
+        _, said = running.communicate(timeout=300)
+    assert running.returncode == status, said
 
 
 def test_what_a_process_refuses_the_job_refuses_once_and_is_not_started_again(job_flags, tmp_path):
@@ -206,3 +222,19 @@ def test_a_job_that_was_told_to_stop_is_not_started_again(tmp_path):
     assert policy.decide([-signal.SIGKILL, cli.LOST], told_to_stop=True)[0] is False
     assert policy.decide([cli.STOPPED] * 2, told_to_stop=True) == (False, "all processes have ended well")
     assert local.job_status([cli.STOPPED] * 2) == cli.STOPPED
+
+
+@pytest.mark.parametrize(
+    ("statuses", "stopped_by", "status"),
+    [
+        ([143, -15], signal.SIGTERM, 143),
+        ([143, 143], signal.SIGINT, 130),
+        ([cli.LOST, 143], signal.SIGTERM, 143),
+        ([143, cli.STOPPED], signal.SIGTERM, cli.STOPPED),
+        ([-9, 143], signal.SIGTERM, cli.LOST),
+        ([cli.LOST, cli.LOST], signal.SIGTERM, cli.LOST),
+        ([143, 143], None, cli.LOST),
+    ],
+)
+def test_a_job_that_had_nothing_to_save_has_the_status_of_the_signal_that_came(statuses, stopped_by, status):
+    assert local.job_status(statuses, stopped_by) == status

@@ -363,6 +363,21 @@ def test_without_optuna_one_line_says_how_to_have_it(command, tmp_path, monkeypa
     assert not (tmp_path / "study").exists()
 
 
+def test_a_report_that_cannot_be_written_is_refused_before_the_study(command, tmp_path, monkeypatch):
+    missing = tmp_path / "none"
+    assert f"there is no directory {missing}" in refusal(tune.main, *command[1:], f"--report={missing / 'a.html'}")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    sentence = refusal(tune.main, *command[1:], f"--report={tmp_path / 'a.html'}")
+    assert sentence.endswith("pip install 'charlstm[compare]'") and not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_updates_are_timed_ends_the_worker_as_it_ends_others(number, tmp_path, monkeypatch):
+    monkeypatch.setattr(trials, "run_child", lambda *args, **options: trials.Ended(143, number, False, ""))
+    with pytest.raises(KeyboardInterrupt, match=str(int(number))):  # of a process that is not attached
+        trials.num_steps_within(1.0, [], tmp_path / "trial.txt", {})
+
+
 def test_a_space_and_a_place_are_required(command):
     assert "--space and --study_dir are required" in refusal(tune.main, *command[1:-1])
 

@@ -140,7 +140,7 @@ def test_each_of_many_processes_reads_one_heartbeat_and_the_first_passes_on_that
     write(7, waiting="starting")
     assert watch[0]._sees_others_wait() and not watch[1]._sees_others_wait()
     watch[0]._others_wait = True
-    write(**watch[0]._words())
+    write(0, **watch[0]._words())
     assert watch[1]._sees_others_wait()
     write(7, waiting="starting", time=watchdog.time.time() - 9999)
     assert not watch[0]._sees_others_wait()

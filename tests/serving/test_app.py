@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 from charlstm import api, distributed
 from charlstm.inference.text import Sample
 from charlstm.run import run_directory
-from charlstm.serving import completions, loading
+from charlstm.serving import completions, loading, opaque
 from charlstm.serving.app import MOST_BODY, Server
 from data_pipeline.vocabulary import Vocabulary
 from tests.fuzzing import ANY_JSON, fuzzed, spoiled
@@ -174,24 +174,45 @@ def test_echo_scores_a_text_as_the_library_does(served):
 
 
 def test_a_state_in_the_clients_hands_goes_on_with_the_text(served):
-    client, _ = served
-    whole = ask(client, prompt="abcd", max_tokens=90, stop=[], **HOW)["choices"][0]["text"]
-    if "\ufffd" in whole:
-        cuts = [0]
-    else:
-        cuts = [0, 16, 37]
-    for cut in cuts:
-        (first,) = ask(client, prompt="abcd", max_tokens=cut, stop=[], return_state=True, **HOW)["choices"]
-        (rest,) = ask(client, state=first["state"], max_tokens=90 - cut, stop=[], **HOW)["choices"]
-        assert first["text"] + rest["text"] == whole
-    stop = whole[30:32] if "\ufffd" not in whole else "\x00\x01"
-    (first,) = ask(client, prompt="abcd", max_tokens=90, stop=stop, return_state=True, **HOW)["choices"]
-    (rest,) = ask(client, state=first["state"], max_tokens=90 - whole.find(stop), stop=[], **HOW)["choices"]
-    assert whole.find(stop) < 0 or first["text"] + rest["text"] == whole
+    client, model = served
+    how = {"stop": [], "logprobs": 0, "temperature": 0.8, "seed": 11}
+    (whole,) = ask(client, prompt="abcd", max_tokens=90, **how)["choices"]
+    tokens, offsets = whole["logprobs"]["tokens"], whole["logprobs"]["text_offset"]
+    within = [t for t in range(1, 90) if tokens[t].startswith("bytes:") and offsets[t] == offsets[t - 1]]
+    assert bool(within) == (model.vocabulary.kind == "bytes"), "no character of several bytes"
+    for cut in [0, 16, 37, 90, *within[:6]]:
+        (first,) = ask(client, prompt="abcd", max_tokens=cut, return_state=True, **how)["choices"]
+        (rest,) = ask(client, state=first["state"], max_tokens=90 - cut, **how)["choices"]
+        assert first["text"] + rest["text"] == whole["text"] and (cut not in within or first["text"][-1:] != "\ufffd")
+        assert first["logprobs"]["tokens"] + rest["logprobs"]["tokens"] == tokens
+        placed = [len(first["text"]) + offset for offset in rest["logprobs"]["text_offset"]]
+        assert first["logprobs"]["text_offset"] + placed == offsets
+    stop = re.findall("[^\ufffd]{2}", whole["text"])[-1]
+    answer = ask(client, prompt="abcd", max_tokens=90, return_state=True, **how | {"stop": stop})
+    (first,), written = answer["choices"], answer["usage"]["completion_tokens"]
+    (rest,) = ask(client, state=first["state"], max_tokens=90 - written, **how)["choices"]
+    assert (first["finish_reason"], first["text"] + rest["text"]) == ("stop", whole["text"])
     (read,) = ask(client, prompt="efg", state=first["state"], max_tokens=9, echo=True, logprobs=1, **HOW)["choices"]
     assert read["text"].startswith("efg") and None not in read["logprobs"]["token_logprobs"]
     (read,) = ask(client, prompt="", state=first["state"], max_tokens=9, echo=True, logprobs=2, **HOW)["choices"]
     assert len(read["logprobs"]["top_logprobs"]) == len(read["logprobs"]["tokens"]) == 9
+
+
+def test_each_of_several_texts_goes_on_with_its_own_noise(served):
+    client, _ = served
+    how = {"stop": [], **HOW}
+    wholes = ask(client, prompt="abcd", max_tokens=60, n=3, **how)["choices"]
+    begun = ask(client, prompt="abcd", max_tokens=25, n=3, return_state=True, **how)["choices"]
+    for whole, first in zip(wholes, begun, strict=True):
+        rest, other = ask(client, state=first["state"], max_tokens=35, n=2, **how)["choices"]
+        assert first["text"] + rest["text"] == whole["text"] != first["text"] + other["text"]
+
+
+def test_a_character_that_a_prompt_begins_is_ended_by_the_text(bytes_client):
+    euro = "€".encode()
+    (first,) = ask(bytes_client, prompt=[*b"ab", euro[0]], max_tokens=0, echo=True, return_state=True)["choices"]
+    (rest,) = ask(bytes_client, prompt=list(euro[1:]), state=first["state"], max_tokens=0, echo=True)["choices"]
+    assert (first["text"], rest["text"]) == ("ab", "€")
 
 
 def test_the_prompts_of_a_client_that_has_left_are_not_scored_on(runs):
@@ -210,7 +231,7 @@ def test_the_prompts_of_a_client_that_has_left_are_not_scored_on(runs):
 def test_a_separator_that_begins_in_one_request_ends_the_text_in_the_next():
     end, last_K = np.array([3, 4], np.int32), np.array([3, 3], np.int32)
     for drawn, ended in ((1, True), (2, True), (0, False)):
-        ask_on = SimpleNamespace(after=SimpleNamespace(last_K=last_K), drawn=drawn)
+        ask_on = SimpleNamespace(after=SimpleNamespace(last_K=last_K), joint=opaque.Joint(drawn))
         before = completions._before_stop(ask_on, np.zeros(0, np.int32))
         sample = Sample(Vocabulary("characters", "abcde"), np.zeros(0, np.int32), [end], before)
         sample.feed(np.array([4]), np.array([-1.0]))

@@ -1,6 +1,7 @@
 """Texts of the slots beside those of `generate`, whatever else is written at the time."""
 
 import base64
+import contextlib
 import functools
 import struct
 import threading
@@ -135,9 +136,9 @@ def test_a_text_goes_on_from_its_state_as_if_it_had_not_been_interrupted(slots):
     slots.submit([whole])
     wait([whole])
     for cut in (0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 49):
-        text = opaque.pack(slots.model, whole.trail[cut], cut)
-        beginning, drawn = opaque.unpack(slots.model, text)
-        assert drawn == cut
+        text = opaque.pack(slots.model, whole.trail[cut], opaque.Joint(cut, 1))
+        beginning, joint = opaque.unpack(slots.model, text)
+        assert joint == (cut, 1, b"")
         rest = Written(
             [], SETTINGS[4], length=50 - cut, number=1, prompt=Prompt(Group(), np.zeros(0, int), beginning, cut)
         )
@@ -229,7 +230,7 @@ def whole_state(model):
         wait(texts)
     finally:
         slots.close()
-    return opaque.pack(model, texts[0].trail[-1], 20)
+    return opaque.pack(model, texts[0].trail[-1], opaque.Joint(20))
 
 
 def test_a_state_that_is_none_is_refused_in_a_sentence():
@@ -243,16 +244,29 @@ def test_a_state_that_is_none_is_refused_in_a_sentence():
 
     assert sealed(raw[:-4]) == state
     nan = raw[:-8] + struct.pack("<f", float("nan"))
+    bytes_model = model._replace(vocabulary=Vocabulary("bytes"))
+    for pending, is_one in (
+        (b"", True),
+        (b"\xe2\x82", True),
+        (b"a", False),
+        (b"\xe2\x82\xac", False),
+        (b"\x82", False),
+    ):
+        packed = opaque.pack(bytes_model, opaque.unpack(model, state)[0], opaque.Joint(20, 0, pending))
+        with contextlib.nullcontext() if is_one else pytest.raises(ValueError, match="no text leads to"):
+            assert opaque.unpack(bytes_model, packed)[1].pending == pending
     cases = {
         "not base64": ["é", "?" + state, state[:-1]],
         "another model": ["", "AAAA", sealed(b"\1" * 16 + raw[16:-4])],
-        "bytes": [base64.b64encode(raw[:-1]).decode(), sealed(raw), sealed(raw[:-8])],
+        "bytes": [base64.b64encode(raw[:-1]).decode(), sealed(raw), sealed(raw[:-8]), sealed(raw[:20] + raw[28:-4])],
         "damaged": [base64.b64encode(raw[:30] + bytes([raw[30] ^ 1]) + raw[31:]).decode()],
         "no text leads to": [
             sealed(nan),
             sealed(raw[:16] + struct.pack("<I", 2**31) + raw[20:-4]),
-            sealed(raw[:20] + struct.pack("<i", 12) + raw[24:-4]),
-            sealed(raw[:20] + struct.pack("<i", -1) + raw[24:-4]),
+            sealed(raw[:20] + struct.pack("<I", 2**31) + raw[24:-4]),
+            sealed(raw[:24] + b"\x01\xe2\0\0" + raw[28:-4]),  # half a character, of a vocabulary of characters
+            sealed(raw[:28] + struct.pack("<i", 12) + raw[32:-4]),
+            sealed(raw[:28] + struct.pack("<i", -1) + raw[32:-4]),
         ],
     }
     for words, states in cases.items():

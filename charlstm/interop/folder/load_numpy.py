@@ -149,6 +149,7 @@ class Model:
     def write(self, prompt="", length=500, temperature=1.0, top_k=0, seed=0):
         """Yields the ids of a prompt and of its continuation, which ends with the document if that can be told.
 
+        What may begin the end of a document comes when it turns out to be text.
         A model with `reverse` reads and writes from right to left: the prompt is the end of the text, and the ids come
         from there.
         """
@@ -159,15 +160,21 @@ class Model:
         if not ids:  # it begins a line, or anyhow
             ids = [self.symbols.index(b"\n") if b"\n" in self.symbols else int(random.integers(1, len(self.symbols)))]
         state, begun = None, len(ids)
+        shown = begun  # how many of `ids` the reader has, with what was read before the prompt
         for position in range(begun + length - 1):
             if end and ids[max(0, position + 1 - len(end)) : position + 1] == end:
                 state = None  # another document begins
             logits, state = self(ids[position : position + 1], state)
             if position >= begun - 1:
                 ids.append(self.choose(logits[0], temperature, top_k, random))
-                if end and ids[-len(end) :] == end:
+                text = ids[max(len(end), len(ids) - len(end)) :]
+                if end and text == end:
                     return
-                yield ids[-1]
+                begins = [n for n in range(1, len(end)) if text[-n:] == end[:n]]
+                sure = max(shown, len(ids) - max(begins, default=0))
+                yield from ids[shown:sure]
+                shown = sure
+        yield from ids[shown:]
 
     def choose(self, logits, temperature, top_k, random):
         """Draws a symbol; at temperature 0 it is the most probable one."""
