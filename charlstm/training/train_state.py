@@ -46,7 +46,8 @@ def place(mesh: Mesh, state: TrainState) -> TrainState:
 
 
 def with_params(config: Config, state: TrainState, params: ModelParams) -> TrainState:
-    """Replaces the parameters of a `state` before its first update."""
+    """Replaces the parameters of a `state` before its first update; copied, since a step donates the state."""
+    params = jax.tree.map(jnp.copy, params)
     return state._replace(params=params, average=averaging.start(config.optimizer, params))
 
 
