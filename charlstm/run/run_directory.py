@@ -150,10 +150,10 @@ def read_initial(run_dir: Path) -> Initial | None:
     return initial
 
 
-def read(run_dir: Path) -> tuple[Config, Identity]:
-    """The config and identity of the run in `run_dir`.  Raises ValueError where there is none or it is damaged."""
+def read(run_dir: Path, flag: str = "run_dir") -> tuple[Config, Identity]:
+    """The config and identity of the run that `flag` names.  Raises ValueError where there is none or it is damaged."""
     if not exists(run_dir):
-        raise ValueError(f"run_dir={run_dir} is not a run: it has no config.json")
+        raise ValueError(f"{flag}={run_dir} is not a run: it has no config.json")
     try:
         config = config_lib.from_json((run_dir / "config.json").read_text("utf-8"), str(run_dir / "config.json"))
         return config, _read_identity(run_dir / "identity.json")
