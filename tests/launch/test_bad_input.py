@@ -10,8 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
+from charlstm import distributed
 from charlstm.model.layer import CELLS
 from charlstm.run import run_directory, sealing
 from data_pipeline.build.prepare import prepare
@@ -155,6 +157,21 @@ def test_a_run_of_another_config_vocabulary_or_corpus_is_refused_with_both_value
         _, own = run_directory.read(trained)
         assert own.corpus_fingerprint[:12] in sentence and ", and the one given has " in sentence
     assert tree(trained) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "choice"),
+    [([], "1, 2, 4, 8 devices, .* and logical_shards=8$"), (["--reduction=fast"], "1, 2, 4, 8, 16 devices, .*size$")],
+    ids=["exact", "fast"],
+)
+def test_a_run_that_goes_on_with_devices_that_do_not_fit_is_told_which_do(
+    flags, choice, trained, arguments, monkeypatch
+):
+    monkeypatch.setattr(distributed, "make", lambda make=distributed.make: make(jax.devices()[:3]))
+    more = f"--run_dir={trained}", "--num_steps=41"
+    use = "batch_size=16 cannot be split over 3 devices: use "
+    assert re.search(f"{use}{choice}", refusal(train.main, *arguments, *flags, *more))
+    assert f"{use}15 or 18" in refusal(train.main, *arguments, *flags, *more, "--run_dir=another")
 
 
 def test_evaluating_with_another_text_is_refused(trained, folder):
