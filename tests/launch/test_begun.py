@@ -76,6 +76,13 @@ def test_a_run_killed_before_its_first_checkpoint_keeps_what_it_was_started_with
     assert not any(line.startswith("begun anew") for line in log_of(tmp_path / "run"))
 
 
+def test_a_run_killed_while_its_directory_is_made_is_begun_by_the_same_command(arguments, tmp_path):
+    for name in ("identity.json", "flags.txt", run_directory.INITIAL, "config.json"):
+        (tmp_path / f"{name}.0badf00d.new").write_text("half of it, wri")
+    assert train.main(["train", *arguments, "--num_steps=1", f"--run_dir={tmp_path}"]) == cli.DONE
+    assert not list(tmp_path.glob("*.new"))
+
+
 @pytest.mark.parametrize("left", ["20", "20.corrupt-0123", "20.saving"], ids=["whole", "set aside", "without its name"])
 def test_a_run_that_has_saved_anything_is_not_begun_anew(left, copied, arguments, tmp_path):
     for step in steps(copied):
