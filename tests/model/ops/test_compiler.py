@@ -146,7 +146,10 @@ from charlstm.config.model import ModelConfig
 from charlstm.model import language_model
 from charlstm.run import digest
 
-config = ModelConfig(hidden_size=640, num_layers=1, embedding_size=8, weight_norm=True)
+sizes = {"num_layers": 1, "embedding_size": 8}
+config = ModelConfig(hidden_size=640, weight_norm=True, **sizes)
+print(digest.state_digest(language_model.init(config, 8, jax.random.key(0))))
+config = ModelConfig(hidden_size=1500, cell="rnn", initializer="orthogonal", **sizes)
 print(digest.state_digest(language_model.init(config, 8, jax.random.key(0))))
 """
 
