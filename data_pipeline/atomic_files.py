@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -65,6 +66,12 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     finally:
         beside.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def remove_torn(path: Path) -> None:
+    """Removes what an `atomic_write` to `path` left beside it when it was killed."""
+    for beside in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 8}.new"):
+        beside.unlink(missing_ok=True)
 
 
 def sealed(content: bytes) -> bytes:

@@ -1,6 +1,7 @@
 """The library: the ten lines train, resume, score and sample, in a plain interpreter, an event loop and a thread."""
 
 import asyncio
+import functools
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 
 import charlstm as cl
+from charlstm import config as config_lib
 from charlstm.config import Config
 from charlstm.model import language_model
 from charlstm.report import history
@@ -130,10 +132,16 @@ def test_an_interrupt_saves_and_returns_and_the_same_call_goes_on(config, corpus
 def test_mistakes_are_exceptions_and_write_nothing(config, corpus, tmp_path):
     with pytest.raises(ValueError, match="batch_size=20000"):
         cl.train(cl.Config(**SETTINGS | {"batch_size": 20000, "logical_shards": 1}), corpus, tmp_path / "run")
-    with pytest.raises(ValueError, match="did you mean hidden_size"):
-        cl.Config(hiden_size=3)
-    with pytest.raises(ValueError, match="hidden_size='3' is not a int"):
-        cl.Config(hidden_size="3")
+    for make in (cl.Config, functools.partial(config_lib.replace, cl.Config(learning_rate=1))):
+        with pytest.raises(ValueError, match="did you mean hidden_size"):
+            make(hiden_size=3)
+        with pytest.raises(ValueError, match="learning_rate='3e-3' is not a float"):
+            make(learning_rate="3e-3")
+        with pytest.raises(ValueError, match=r"batch_size=32.0 is not a int"):
+            make(batch_size=32.0)
+        assert make(learning_rate=0.5).optimizer.learning_rate == 0.5
+    with pytest.raises(ValueError, match="home directory of a user who has none"):
+        cl.Config.from_flagfile("~nobody of that name/x.flags")
     with pytest.raises(ValueError, match="no recipe 'nothing', only amazon"):
         cl.Config.recipe("nothing")
     with pytest.raises(ValueError, match="is not a run"):

@@ -46,17 +46,8 @@ class Config:
         for name in sections.keys() & settings.keys():
             if isinstance(settings[name], type(sections[name])):
                 sections[name] = settings.pop(name)
-        home = {field.name: section for section, at in sections.items() for field in dataclasses.fields(at)}
-        for name, value in settings.items():
-            if name not in home:
-                near = difflib.get_close_matches(name, home, 1)
-                raise ValueError(f"unknown setting {name}{f'; did you mean {near[0]}?' if near else ''}")
-            kind = type(getattr(sections[home[name]], name))
-            if type(value) is not kind and not (kind is float and type(value) is int):
-                raise ValueError(f"{name}={value!r} is not a {kind.__name__}")
-        for name, section in sections.items():
-            given = {setting: value for setting, value in settings.items() if home[setting] == name}
-            object.__setattr__(self, name, dataclasses.replace(section, **given))
+        for name, section in _with_settings(sections, settings).items():
+            object.__setattr__(self, name, section)
         self._check()
 
     @classmethod
@@ -103,14 +94,26 @@ def flatten(config: Config) -> dict[str, tuple[str, dataclasses.Field]]:
 
 
 def replace(config: Config, **values: Any) -> Config:
-    """`config` with settings replaced, each named by its flat name.  Checks run again."""
-    flat = flatten(config)
-    sections: dict[str, dict[str, Any]] = {}
-    for name, value in values.items():
-        sections.setdefault(flat[name][0], {})[name] = value
-    return dataclasses.replace(
-        config, **{s: dataclasses.replace(getattr(config, s), **changed) for s, changed in sections.items()}
-    )
+    """`config` with settings replaced, each named by its flat name.  Raises ValueError as `Config` does."""
+    sections = {section.name: getattr(config, section.name) for section in dataclasses.fields(config)}
+    return Config(**_with_settings(sections, values))
+
+
+def _with_settings(sections: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """`sections` with settings replaced.  Raises ValueError for an unknown setting, or a value of another type."""
+    home = {field.name: (name, field) for name, section in sections.items() for field in dataclasses.fields(section)}
+    given: dict[str, dict[str, Any]] = {name: {} for name in sections}
+    for name, value in settings.items():
+        if name not in home:
+            near = difflib.get_close_matches(name, home, 1)
+            raise ValueError(f"unknown setting {name}{f'; did you mean {near[0]}?' if near else ''}")
+        section, field = home[name]
+        kind = field.type
+        assert isinstance(kind, type)
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError(f"{name}={value!r} is not a {kind.__name__}")
+        given[section][name] = value
+    return {name: dataclasses.replace(section, **given[name]) for name, section in sections.items()}
 
 
 def to_flags(config: Config) -> list[str]:

@@ -48,6 +48,8 @@ def lines(path: Path, within: tuple[Path, ...] = ()) -> Iterator[tuple[str, str,
         text = path.expanduser().read_text("utf-8")
     except OSError as error:
         raise ValueError(f"flagfile={path} cannot be read: {error.strerror}") from None
+    except RuntimeError:  # of expanduser
+        raise ValueError(f"flagfile={path} is in the home directory of a user who has none here") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"flagfile={path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
     own: list[tuple[str, str, str | None]] = []

@@ -10,6 +10,7 @@ import numpy as np
 from charlstm.config import Config
 from charlstm.inference.evaluate import Split
 from charlstm.model import layer
+from charlstm.model.ops import compiler
 from charlstm.types import ModelParams
 from data_pipeline.shards import Corpus
 from data_pipeline.vocabulary import Vocabulary
@@ -30,8 +31,10 @@ class Exported:
 def folded(params: ModelParams) -> ModelParams:
     """Returns the parameters as NumPy arrays, float32, each w_h with its weight norm applied and no gain."""
 
+    recurrent_weights = compiler.jit(layer.recurrent_weights)
+
     def of_layer(cell: Any) -> Any:
-        return cell._replace(w_h=layer.recurrent_weights(cell), gain=None)
+        return cell._replace(w_h=recurrent_weights(cell), gain=None)
 
     params = params._replace(cells=tuple(of_layer(cell) for cell in params.cells))
     return jax.tree.map(lambda array: np.asarray(array, np.float32), params)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from charlstm.types import ModelParams
+from data_pipeline.atomic_files import expand_user
 from data_pipeline.vocabulary import Vocabulary
 
 BYTES = "bytes"
@@ -47,7 +48,7 @@ def read(vocabulary_file: str, size: int) -> Table:
             f"the weights are of {size} symbols, and do not say of which: give --vocabulary_file, a .json of the "
             f"symbols or the text that the model was trained on{also}"
         )
-    path = Path(vocabulary_file).expanduser()
+    path = expand_user(vocabulary_file)
     try:
         tokens = _of_json(path) if path.suffix == ".json" else _of_text(path, size)
     except OSError as error:

@@ -37,9 +37,10 @@ class Kept(NamedTuple):
     there: Array
 
 
-def same_shapes(old: ModelConfig, new: ModelConfig) -> bool:
-    """True if the layers and the embedding of both have the same widths."""
-    return (old.widths, old.embedding_size) == (new.widths, new.embedding_size)
+def same_arrays(old: ModelConfig, new: ModelConfig) -> bool:
+    """True if `old`, which `refusal` lets become `new`, has all its arrays, in the same shapes."""
+    names = ("widths", "embedding_size", "train_initial_state")
+    return all(getattr(old, name) == getattr(new, name) for name in names)
 
 
 def refusal(old: ModelConfig, new: ModelConfig) -> str:

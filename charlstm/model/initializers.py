@@ -21,7 +21,10 @@ import jax
 import jax.numpy as jnp
 
 from charlstm import rng
+from charlstm.model.ops import compiler
 from charlstm.types import CellParams
+
+BLOCK = 64  # rows that are made orthonormal to each other one by one
 
 
 EMBEDDING_DEVIATION = 0.3
@@ -99,8 +102,32 @@ def _uniform(key: jax.Array, shape: tuple[int, ...], limit: float) -> jax.Array:
 def _orthogonal(key: jax.Array, size: int) -> jax.Array:
     """Draws an orthogonal matrix uniformly.  Mezzadri, Notices of the AMS 54(5), 2007 (math-ph/0609050).
 
-    The Q of a QR decomposition is not uniform: the algorithm chooses the signs of R's diagonal.  Made positive, they
-    leave one Q only.
+    It is the Q of a Gaussian matrix whose R has a positive diagonal, which leaves one Q only, and that a uniform one.
     """
-    q, r = jnp.linalg.qr(jax.random.normal(key, (size, size), jnp.float32))
-    return q * jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0)[None]
+    return _orthonormal_rows(jax.random.normal(key, (size, size), jnp.float32).T).T
+
+
+@compiler.jit
+def _orthonormal_rows(a_HH: jax.Array) -> jax.Array:
+    """Gram-Schmidt, a block of rows at a time: row by row within it, by products against the rows before it.
+
+    LAPACK's QR has other bits on another number of cores.  Each block is gone through twice: of some rows little is
+    left the first time, with all of its rounding.
+    """
+    H, size = len(a_HH), min(BLOCK, len(a_HH))
+
+    def one_row(k: jax.Array, rows_SH: jax.Array) -> jax.Array:
+        along_S = jnp.where(jnp.arange(size) < k, (rows_SH * rows_SH[k][None]).sum(1), 0)
+        left_H = rows_SH[k] - (along_S[:, None] * rows_SH).sum(0)
+        return rows_SH.at[k].set(left_H / jnp.linalg.norm(left_H))
+
+    def one_block(number: jax.Array, q_HH: jax.Array) -> jax.Array:
+        start = jnp.minimum(number * size, H - size)  # the last one reaches back to be whole
+        rows_SH = jax.lax.dynamic_slice_in_dim(q_HH, start, size)
+        for _ in range(2):
+            along_SH = jnp.where(jnp.arange(H)[None] < start, jnp.matmul(rows_SH, q_HH.T, precision="highest"), 0)
+            rows_SH = rows_SH - jnp.matmul(along_SH, q_HH, precision="highest")
+            rows_SH = jax.lax.fori_loop(0, size, one_row, rows_SH)
+        return jax.lax.dynamic_update_slice_in_dim(q_HH, rows_SH, start, 0)
+
+    return jax.lax.fori_loop(0, -(-H // size), one_block, a_HH)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from charlstm.config.model import ModelConfig
 from charlstm.model.cells import gru, layer_norm_lstm, lstm, mlstm, mogrifier, rnn
 from charlstm.model.dropout import DropoutKey, keep_mask, row_mask
-from charlstm.model.ops import autodiff_scan, scan
+from charlstm.model.ops import autodiff_scan, compiler, scan
 from charlstm.types import CellParams, CellState, Gates
 
 Held = tuple[tuple[str, int, float], ...]  # (h or c, unit, its value)
@@ -41,13 +41,18 @@ def init(config: ModelConfig, key: jax.Array, input_width: int, hidden_size: int
     cell, drawn_by = CELLS[config.cell], (config.initializer, config.init_scale)
     params = cell.init(key, input_width, hidden_size, *drawn_by, config.forget_bias)
     if config.weight_norm:  # the gains start at the column norms, so the weights start as drawn
-        params = params._replace(gain=jnp.linalg.norm(params.w_h, axis=0))
+        params = params._replace(gain=_column_norms(params.w_h))
     if config.train_initial_state:
         params = params._replace(first=jax.tree.map(lambda s_BH: s_BH[0], cell.zero_state(1, hidden_size)))
     if config.mogrifier_rounds:
         sizes = (input_width, hidden_size, config.mogrifier_rounds, config.mogrifier_rank)
         params = params._replace(rounds=mogrifier.init(key, *sizes, *drawn_by))
     return params
+
+
+@compiler.jit
+def _column_norms(w_HG: jax.Array) -> jax.Array:
+    return jnp.linalg.norm(w_HG, axis=0)
 
 
 def recurrent_weights(params: CellParams) -> jax.Array:

@@ -73,7 +73,7 @@ def report(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, form: s
             f"{arithmetic:.2g} FLOP an update, {whole:.2g} in all: {duration(whole / RATE)} at {RATE:.0e} a second",
         ),
         ("memory per device", taken),
-        ("bytes per all-reduce", f"{format_bytes(4 * (parameters + 1))}, once a step ({config.training.reduction})"),
+        ("bytes per all-reduce", f"{format_bytes(4 * (parameters + 2))}, once a step ({config.training.reduction})"),
         ("logical shards", f"{config.training.logical_shards}, {shards} a device"),
         ("symbols per step", f"{symbols:,}"),
         ("steps per epoch", f"{plan.steps_per_epoch:,}"),

@@ -60,7 +60,7 @@ def take(flag: str, config: Config, identity: Identity, mesh: Mesh, say: Callabl
     named = run_directory.named("initial_checkpoint", flag)
     by_step = named.parent.name == "checkpoints" and named.name.isdecimal()
     other_dir, step = (named.parent.parent, int(named.name)) if by_step else (named, None)
-    other_config = run_directory.read(other_dir)[0]
+    other_config = run_directory.read(other_dir, "initial_checkpoint")[0]
     if other_config.streams.reverse != config.streams.reverse:
         say(
             f"{other_dir} reads the text {'backward' if other_config.streams.reverse else 'forward'}, this run does not"
@@ -106,11 +106,8 @@ def _params(
     Raises:
       ValueError: they are not there, or are of a model that cannot become that of `config`.
     """
-    other, other_identity = run_directory.read(run_dir)
-    grows = other_identity.vocabulary != identity.vocabulary or not growth.same_shapes(other.model, config.model)
-    if not grows:
-        other, other_identity = config, identity
-    elif why := growth.refusal(other.model, config.model):
+    other, other_identity = run_directory.read(run_dir, "initial_checkpoint")
+    if why := growth.refusal(other.model, config.model):  # arrays of the same shapes may be of other equations
         raise ValueError(f"initial_checkpoint={run_dir} cannot become the model that is asked for: {why}")
     kept = shared_symbols(other_identity.vocabulary, identity.vocabulary)
     if not len(kept.here):
@@ -121,13 +118,17 @@ def _params(
     abstract = train_state.abstract(other, other_identity.vocabulary.size, mesh).params
     with Checkpoints(run_dir / "checkpoints", writable=False, log=say) as source:
         params, meta = source.restore_params(abstract, step=step, item=item)
-    if not grows:
+    if other_identity.vocabulary == identity.vocabulary and growth.same_arrays(other.model, config.model):
         return params, meta, ""
     key = rng.named(jax.random.key(config.training.seed), "init")  # as a run that begins from nothing draws its own
     drawn = language_model.init(config.model, identity.vocabulary.size, key)
     grown = growth.grow(jax.tree.map(np.asarray, params), config.model, kept, drawn)
-    said = ", ".join(filter(None, (_layers_in_words(other, config), _symbols_in_words(other_identity, identity, kept))))
-    return distributed.put(mesh, distributed.REPLICATED, grown), meta, f"grown: {said}"
+    said = (
+        _layers_in_words(other, config),
+        _state_in_words(other, config),
+        _symbols_in_words(other_identity, identity, kept),
+    )
+    return distributed.put(mesh, distributed.REPLICATED, grown), meta, f"grown: {', '.join(filter(None, said))}"
 
 
 def shared_symbols(there: Vocabulary, here: Vocabulary) -> Kept:
@@ -149,7 +150,12 @@ def _layers_in_words(old: Config, new: Config) -> str:
         widths = " + ".join(map(str, config.model.widths))
         return f"{widths} units, embedding {config.model.embedding_size}" if config.model.embedding_size else widths
 
-    return "" if growth.same_shapes(old.model, new.model) else f"layers of {words(old)} -> {words(new)}"
+    return "" if words(old) == words(new) else f"layers of {words(old)} -> {words(new)}"
+
+
+def _state_in_words(old: Config, new: Config) -> str:
+    is_new = new.model.train_initial_state and not old.model.train_initial_state
+    return "an initial state that is learned, from zero on" if is_new else ""
 
 
 def _symbols_in_words(old: Identity, new: Identity, kept: Kept) -> str:

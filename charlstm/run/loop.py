@@ -179,7 +179,8 @@ class Training:
     def set_back(self, state: TrainState, sums: dict[str, Any] | None) -> None:
         """Sets the metrics, and the lines that were written of them, to the step of `state`."""
         step = int(state.step)
-        self.metrics.restart(sums, skipped_windows(state))
+        self._left_out, self._went_back = skipped_windows(state), int(state.divergence.rollbacks)
+        self.metrics.restart(sums, self._left_out)
         self.metrics.evaluation_due &= self.evaluates(step)  # not of a last step that is none any more
         self.log.rewind(step, evaluated=not self.metrics.evaluation_due)
 
@@ -282,13 +283,14 @@ class Training:
             raise diverged
         self.checkpoints.wait()
         state, score, sums = self.restore()
-        rollbacks = int(state.divergence.rollbacks) + 1
+        # Counted from how this try began: the checkpoint knows of no rollback whose own save has failed.
+        rollbacks = self._went_back + 1
         if rollbacks > training.max_rollbacks:
             self.log.info(f"stopped: the run has gone back {training.max_rollbacks} times (max_rollbacks)")
             raise diverged
         step, first = int(state.step), int(state.divergence.next_window)
-        skipped = diverged.step - step if diverged.windows_at_fault else 0
-        state = train_state.roll_back(self.run.mesh, state, skipped)
+        skipped = (diverged.step if diverged.windows_at_fault else step) + self._left_out - first
+        state = train_state.roll_back(self.run.mesh, state, skipped, rollbacks)
         words = f"; windows {first} to {first + skipped - 1} of each stream are left out" if skipped else ""
         self.log.info(f"went back to step {step}, rollback {rollbacks} of {training.max_rollbacks}{words}")
         self.set_back(state, sums)

@@ -28,7 +28,7 @@ from charlstm.run.sealing import SEAL
 from charlstm.run.step_directory import StepDirectory
 from charlstm.training import train_state
 from charlstm.types import ModelParams
-from data_pipeline.atomic_files import atomic_write, expand_user
+from data_pipeline.atomic_files import atomic_write, expand_user, remove_torn
 from data_pipeline.batch import Separator
 from data_pipeline.vocabulary import Vocabulary
 
@@ -101,6 +101,8 @@ def create(
       ValueError: there are files in it already that are no run's, or the run has got a checkpoint.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
+    for name in ("identity.json", "flags.txt", INITIAL, "config.json"):
+        remove_torn(run_dir / name)  # a first try was killed as it came here
     if exists(run_dir):
         if has_checkpoint(run_dir):
             raise ValueError(f"{run_dir} has just got a checkpoint of other settings: name another run_dir")
@@ -150,10 +152,10 @@ def read_initial(run_dir: Path) -> Initial | None:
     return initial
 
 
-def read(run_dir: Path) -> tuple[Config, Identity]:
-    """The config and identity of the run in `run_dir`.  Raises ValueError where there is none or it is damaged."""
+def read(run_dir: Path, flag: str = "run_dir") -> tuple[Config, Identity]:
+    """The config and identity of the run that `flag` names.  Raises ValueError where there is none or it is damaged."""
     if not exists(run_dir):
-        raise ValueError(f"run_dir={run_dir} is not a run: it has no config.json")
+        raise ValueError(f"{flag}={run_dir} is not a run: it has no config.json")
     try:
         config = config_lib.from_json((run_dir / "config.json").read_text("utf-8"), str(run_dir / "config.json"))
         return config, _read_identity(run_dir / "identity.json")

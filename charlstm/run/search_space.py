@@ -95,7 +95,11 @@ def own_values(space: Space, config: Config) -> dict[str, Any]:
 
 
 def draw(trial: Any, space: Space, config: Config, vocabulary_size: int) -> dict[str, Any]:
-    """Draws the settings of a trial, numbers to four digits.  Raises ValueError if they contradict each other."""
+    """Draws the settings of a trial, numbers to four digits but within their bounds.
+
+    Raises:
+      ValueError: they contradict each other.
+    """
     values: dict[str, Any] = {}
     for name, form in space.drawn.items():
         if "choices" in form:
@@ -103,7 +107,8 @@ def draw(trial: Any, space: Space, config: Config, vocabulary_size: int) -> dict
         elif isinstance(form["low"], int):
             values[name] = trial.suggest_int(name, **form)
         else:
-            values[name] = float(f"{trial.suggest_float(name, **form):.4g}")
+            rounded = float(f"{trial.suggest_float(name, **form):.4g}")
+            values[name] = min(max(rounded, form["low"]), form["high"])  # an ema_decay of .99997 is not 1
     config = config_lib.replace(config, **values)
     if space.fitted:
         values[space.fitted] = _largest(config, space, vocabulary_size)

@@ -70,8 +70,9 @@ def open_corpus(config: Config, given: Sequence[str], run_dir: Path | None, mesh
     Raises:
       ValueError: there is no such corpus, or it does not fit the flags given, or the settings do not fit the devices.
     """
-    # Before a text is prepared, which may take hours.
-    placement.shards_per_device(config_lib.fill_automatic(config, mesh.size), mesh.size)
+    if not (run_dir and distributed.any_process(run_directory.has_checkpoint(run_dir))):  # else `start` knows the rest
+        # Before a text is prepared, which may take hours.
+        placement.shards_per_device(config_lib.fill_automatic(config, mesh.size), mesh.size)
     if run_dir:
         initial_checkpoint.refuse_imported(run_dir)
         corpus_lib.refuse_inside(run_dir, config.corpus, config.streams.mixture)
@@ -80,16 +81,17 @@ def open_corpus(config: Config, given: Sequence[str], run_dir: Path | None, mesh
     return corpus_lib.open_for(config, given)
 
 
-def check(config: Config, corpus: Corpus, mesh: Mesh, dry: bool = False) -> StreamPlan:
+def check(config: Config, corpus: Corpus, mesh: Mesh, dry: bool = False, fixed: bool = False) -> StreamPlan:
     """Checks settings against text, devices and machine; returns the plan of the training split.
 
     Args:
       dry: only an estimate is wanted, so only memory that no machine has is refused.
+      fixed: the run has begun, so another number of devices is the remedy, not another batch_size.
 
     Raises:
       ValueError: the settings do not go with this text, these devices or this machine.
     """
-    placement.shards_per_device(config_lib.fill_automatic(config, mesh.size), mesh.size)
+    placement.shards_per_device(config_lib.fill_automatic(config, mesh.size), mesh.size, fixed)
     plan = corpus_lib.plan_for(config, corpus)
     if (flag := config_lib.needs_validation(config)) and "valid" not in corpus.splits:
         raise ValueError(f"{flag} goes by validation scores, and {corpus.name} has no valid split: give one")
@@ -123,13 +125,11 @@ def start(
       ValueError: this run cannot be had, in one sentence with the remedy.
     """
     initial_checkpoint.refuse_imported(run_dir)
-    check(config, corpus, choose_mesh(config))
     identity = Identity(corpus.vocabulary, corpus.fingerprint)
     initial = str(run_directory.named("initial_checkpoint", initial)) if initial else ""
     resumed, config, remarks = _settings(run_dir, config, identity, initial, choose_mesh)
     config, mesh = corpus_lib.fix_segment(config, corpus), choose_mesh(config)
-    plan, corpus = corpus_lib.plan_for(config, corpus), corpus_lib.as_read(config, corpus)
-    placement.shards_per_device(config, mesh.size, fixed=resumed)
+    plan, corpus = check(config, corpus, mesh, fixed=resumed), corpus_lib.as_read(config, corpus)
     config, remark = backend.chosen(config, corpus, plan, mesh, end)
     remarks += [remark] if remark else []
     suggested = "" if resumed else presets.suggestion(config, plan.symbols, corpus.vocabulary.size, mesh)

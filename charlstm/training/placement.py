@@ -25,7 +25,9 @@ def shards_per_device(config: Config, devices: int, fixed: bool = False) -> int:
         low, high = B - B % devices, B + devices - B % devices
         choice = f"{low} or {high}" if low else f"{high}"
         if fixed:
-            choice = f"{_divisors(B)} devices, as the run has this batch_size"
+            exact = config.training.reduction == "exact"
+            choice = f"{_divisors(M if exact else B)} devices, as the run has this batch_size"
+            choice += f" and logical_shards={M}" if exact else ""
         raise ValueError(f"batch_size={B} cannot be split over {devices} devices: use {choice}")
     if B % M:
         raise ValueError(f"batch_size={B} cannot be split into logical_shards={M}: use a multiple of {M}")

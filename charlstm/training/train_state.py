@@ -46,7 +46,8 @@ def place(mesh: Mesh, state: TrainState) -> TrainState:
 
 
 def with_params(config: Config, state: TrainState, params: ModelParams) -> TrainState:
-    """Replaces the parameters of a `state` before its first update."""
+    """Replaces the parameters of a `state` before its first update; copied, since a step donates the state."""
+    params = jax.tree.map(jnp.copy, params)
     return state._replace(params=params, average=averaging.start(config.optimizer, params))
 
 
@@ -56,16 +57,11 @@ def update_plateau(config: Config, mesh: Mesh, state: TrainState, score: float) 
     return state._replace(plateau=distributed.put(mesh, distributed.REPLICATED, updated))
 
 
-def roll_back(mesh: Mesh, state: TrainState, windows: int) -> TrainState:
-    """Rolls back: counts the rollback and skips `windows` windows; resets the recurrent state if any are skipped."""
-    whole, divergence_state = distributed.REPLICATED, state.divergence
-    window, rollbacks = (
-        np.int32(int(n) + more)
-        for n, more in ((divergence_state.next_window, windows), (divergence_state.rollbacks, 1))
-    )
-    divergence_state = divergence_state._replace(
-        next_window=distributed.put(mesh, whole, window), rollbacks=distributed.put(mesh, whole, rollbacks)
-    )
+def roll_back(mesh: Mesh, state: TrainState, windows: int, rollbacks: int) -> TrainState:
+    """Makes the run's `rollbacks`-th rollback, to `state`, skipping `windows`; if any, resets the recurrent state."""
+    counts = np.int32(int(state.divergence.next_window) + windows), np.int32(rollbacks)
+    window, count = distributed.put(mesh, distributed.REPLICATED, counts)
+    divergence_state = state.divergence._replace(next_window=window, rollbacks=count)
     carry = state.recurrent_state
     if windows:
         rows = distributed.process_rows(mesh, jax.tree.leaves(carry)[0].shape[0])

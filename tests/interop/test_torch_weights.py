@@ -256,6 +256,8 @@ def test_bytes_are_bytes_and_without_a_vocabulary_it_is_asked_for():
         symbol_table.read("", 256)
     with pytest.raises(ValueError, match="are of 65 symbols, and do not say of which: give --vocabulary_file"):
         symbol_table.read("bytes", 65)
+    with pytest.raises(ValueError, match="home directory of a user who has none here"):
+        symbol_table.read("~nobody of that name/v.json", 65)
 
 
 # Files that are damaged, or made to do harm.

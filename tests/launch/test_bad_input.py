@@ -10,10 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
+from charlstm import distributed
 from charlstm.model.layer import CELLS
 from charlstm.run import run_directory, sealing
+from charlstm.run.checkpoint import Checkpoints
 from data_pipeline.build.prepare import prepare
 from data_pipeline.settings import CorpusSettings
 from launch import evaluate, train
@@ -155,6 +158,21 @@ def test_a_run_of_another_config_vocabulary_or_corpus_is_refused_with_both_value
         _, own = run_directory.read(trained)
         assert own.corpus_fingerprint[:12] in sentence and ", and the one given has " in sentence
     assert tree(trained) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "choice"),
+    [([], "1, 2, 4, 8 devices, .* and logical_shards=8$"), (["--reduction=fast"], "1, 2, 4, 8, 16 devices, .*size$")],
+    ids=["exact", "fast"],
+)
+def test_a_run_that_goes_on_with_devices_that_do_not_fit_is_told_which_do(
+    flags, choice, trained, arguments, monkeypatch
+):
+    monkeypatch.setattr(distributed, "make", lambda make=distributed.make: make(jax.devices()[:3]))
+    more = f"--run_dir={trained}", "--num_steps=41"
+    use = "batch_size=16 cannot be split over 3 devices: use "
+    assert re.search(f"{use}{choice}", refusal(train.main, *arguments, *flags, *more))
+    assert f"{use}15 or 18" in refusal(train.main, *arguments, *flags, *more, "--run_dir=another")
 
 
 def test_evaluating_with_another_text_is_refused(trained, folder):
@@ -445,6 +463,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_stream_and_noth
     )
     assert stopped and int(stopped[1]) >= 2, line
     assert steps(tmp_path / "run") == list(range(1, int(stopped[1])))[-3:]
+
+
+def test_rollbacks_are_counted_and_their_windows_left_out_though_no_save_works(arguments, tmp_path, monkeypatch):
+    tries = []
+
+    def full(self, step, items):
+        tries.append(step)
+        assert len(tries) < 9, "it goes back for ever"
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Checkpoints, "_make_staging", full)
+    wild = ("--learning_rate=3e38", "--clip_norm=0", "--on_divergence=rollback", "--max_rollbacks=2")
+    assert train.main(["train", *arguments, *wild, f"--run_dir={tmp_path / 'run'}"]) == cli.DIVERGED
+    assert re.findall("went back to step .*", (tmp_path / "run" / "log.txt").read_text()) == [
+        f"went back to step 0, rollback {n} of 2; windows 0 to {2 * n - 1} of each stream are left out" for n in (1, 2)
+    ]
 
 
 def test_an_update_after_which_a_parameter_is_not_finite_is_not_saved(arguments, capsys, tmp_path):

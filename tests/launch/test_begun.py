@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from charlstm.run import run_directory
+from charlstm import distributed
+from charlstm.run import digest, run_directory
 from launch import evaluate, sample, train, tune
 from launch.support import cli
 from tests.jobs import last_line
@@ -73,6 +74,13 @@ def test_a_run_killed_before_its_first_checkpoint_keeps_what_it_was_started_with
     assert train.main(["train", *run]) == cli.DONE
     assert (tmp_path / "run" / "config.json").read_text() == config
     assert not any(line.startswith("begun anew") for line in log_of(tmp_path / "run"))
+
+
+def test_a_run_killed_while_its_directory_is_made_is_begun_by_the_same_command(arguments, tmp_path):
+    for name in ("identity.json", "flags.txt", run_directory.INITIAL, "config.json"):
+        (tmp_path / f"{name}.0badf00d.new").write_text("half of it, wri")
+    assert train.main(["train", *arguments, "--num_steps=1", f"--run_dir={tmp_path}"]) == cli.DONE
+    assert not list(tmp_path.glob("*.new"))
 
 
 @pytest.mark.parametrize("left", ["20", "20.corrupt-0123", "20.saving"], ids=["whole", "set aside", "without its name"])
@@ -160,6 +168,20 @@ def test_a_damaged_note_of_them_is_refused(started, tmp_path):
     for content in ("{", "[]", '{"named": "x"}', '{"named": 1, "other": "", "step": 1, "item": "", "digest": ""}'):
         (tmp_path / "run" / run_directory.INITIAL).write_text(content)
         assert f"{run_directory.INITIAL} is damaged" in refusal(train.main, *started[1:])
+
+
+def test_a_run_that_diverges_before_its_first_checkpoint_goes_back_to_the_parameters_it_began_with(
+    copied, arguments, tmp_path
+):
+    run_dir = tmp_path / "run"
+    diverges = ["--learning_rate=3e38", "--clip_norm=0", "--on_divergence=rollback", "--max_rollbacks=1"]
+    flags = [*diverges, "--checkpoint_every=0", f"--initial_checkpoint={copied}", f"--run_dir={run_dir}"]
+    assert train.main(["train", *arguments, *flags]) == cli.DIVERGED
+    assert any(line.startswith("went back to step 0, rollback 1 of 1") for line in log_of(run_dir))
+    assert steps(run_dir) == [0]
+    config, identity = run_directory.read(run_dir)
+    params, _ = run_directory.restore_params(run_dir, config, identity, distributed.make(), "latest", print)
+    assert digest.state_digest(params) == run_directory.read_initial(run_dir).digest
 
 
 @pytest.mark.parametrize("main", [evaluate.main, sample.main, train.main])

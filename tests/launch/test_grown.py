@@ -52,6 +52,16 @@ def test_a_larger_model_of_other_symbols_begins_with_the_logits_of_the_trained_o
     np.testing.assert_allclose(np.asarray(large(large.vocabulary.encode(text))[0])[:, 1:], logits, rtol=1e-6, atol=1e-6)
 
 
+def test_a_trained_initial_state_may_be_all_that_is_added(trained, arguments, tmp_path):
+    flags = ["--train_initial_state", "--learning_rate=0", "--num_steps=1", f"--initial_checkpoint={trained}"]
+    assert train.main(["train", *arguments, *flags, f"--run_dir={tmp_path / 'run'}"]) == cli.DONE
+    assert "grown: an initial state that is learned, from zero on\n" in (tmp_path / "run" / "log.txt").read_text()
+    before, after = api.load(trained, "latest").params, api.load(tmp_path / "run").params
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(after.cells[0].first))
+    kept = after._replace(cells=tuple(cell._replace(first=None) for cell in after.cells))
+    jax.tree.map(np.testing.assert_array_equal, kept, before)
+
+
 @pytest.mark.long
 def test_killed_before_its_first_checkpoint_it_is_grown_in_the_same_way_again(
     larger, trained, tmp_path, monkeypatch, request

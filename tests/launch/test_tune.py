@@ -110,6 +110,13 @@ def test_a_width_is_fitted_so_that_one_more_unit_would_be_too_many_parameters(tm
         assert estimate.count_parameters(config, 65) <= 240_321 < estimate.count_parameters(wider, 65)
 
 
+def test_a_number_that_is_rounded_stays_within_its_bounds(tmp_path):
+    text = "[ema_decay]\nlow = 0.900049\nhigh = 0.99998\n"
+    space = search_space.read(str(write(tmp_path / "s.toml", text)), Config())
+    for drawn, expected in ((0.99997, 0.99998), (0.90005, 0.9001), (0.900049, 0.900049)):
+        assert search_space.draw(Fixed(ema_decay=drawn), space, Config(), 65) == {"ema_decay": expected}
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [

@@ -55,12 +55,21 @@ def test_glorot_weights_keep_to_the_limit_of_one_gate():
     assert not params.b_x.any() and not params.b_h.any()
 
 
-def test_each_gates_recurrent_block_is_orthogonal_and_the_inputs_are_glorot():
-    params = layer("orthogonal")
+@pytest.mark.parametrize("H", [1, 3, 64, 150])
+def test_each_gates_recurrent_block_is_orthogonal_and_the_inputs_are_glorot(H):
+    params = layer("orthogonal", hidden_size=H)
     for block in jnp.split(params.w_h, GATES, axis=1):
         np.testing.assert_allclose(block.T @ block, np.eye(H), atol=1e-5)
-    assert_uniform(params.w_x, math.sqrt(6 / (D + H)))
+    if H > 3:
+        assert_uniform(params.w_x, math.sqrt(6 / (D + H)))
     assert not params.b_x.any() and not params.b_h.any()
+
+
+def test_an_orthogonal_matrix_is_the_q_whose_r_has_a_positive_diagonal():
+    key, size = jax.random.key(4), 2 * initializers.BLOCK + 9
+    q, r = np.linalg.qr(np.asarray(jax.random.normal(key, (size, size), jnp.float32), np.float64))
+    found = initializers.recurrent_weights("orthogonal", key, size, scale=0.0)
+    np.testing.assert_allclose(found, q * np.sign(np.diagonal(r)), atol=1e-5)
 
 
 def test_orthogonal_matrices_favour_no_direction():

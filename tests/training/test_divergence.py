@@ -169,11 +169,11 @@ def test_a_spike_is_a_loss_of_more_than_so_many_times_the_usual_one():
 def test_going_back_leaves_windows_out_and_carries_nothing_over(begun):
     mesh, _ = compiled(SKIP, 4)
     state = train_state.place(mesh, jax.tree.map(jnp.asarray, begun))
-    back = jax.tree.map(np.asarray, train_state.roll_back(mesh, state, 7))
+    back = jax.tree.map(np.asarray, train_state.roll_back(mesh, state, 7, 1))
     assert (back.divergence.next_window, back.divergence.rollbacks, back.step) == (2 + 7, 1, 2)
     assert not any(leaf.any() for leaf in jax.tree.leaves(back.recurrent_state))
     assert_equal_bits((back.params, back.opt_state), (begun.params, begun.opt_state))
-    again = jax.tree.map(np.asarray, train_state.roll_back(mesh, state, 0))
+    again = jax.tree.map(np.asarray, train_state.roll_back(mesh, state, 0, 1))
     assert again.divergence.next_window == 2
     assert_equal_bits(again.recurrent_state, begun.recurrent_state)
 

@@ -89,7 +89,7 @@ def after_going_back_and_a_plateau() -> str:
         if number in (1, 2, 3):
             state = train_state.update_plateau(config, mesh, state, 3.0)
         if number == 4:
-            state = train_state.roll_back(mesh, state, 2)
+            state = train_state.roll_back(mesh, state, 2, 1)
     return digest(state)
 
 

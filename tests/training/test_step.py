@@ -223,7 +223,7 @@ def test_a_poisoned_stream_and_a_run_gone_back_start_from_the_trained_state():
     rows.reset[:] = False
     after, metrics = after_an_update(config, state._replace(recurrent_state=layers), rows)
     assert not metrics.accepted and np.flatnonzero(~np.asarray(metrics.finite_B)).tolist() == [5]
-    back = train_state.roll_back(compiled(config, 4)[0], after, 1).recurrent_state
+    back = train_state.roll_back(compiled(config, 4)[0], after, 1, 1).recurrent_state
     for found, went_back, expected in zip(*map(jax.tree.leaves, (after.recurrent_state, back, first)), strict=True):
         np.testing.assert_array_equal(found[5], expected[5])
         np.testing.assert_array_equal(went_back, expected)

@@ -136,3 +136,27 @@ def test_a_plain_interpreter_has_the_bits_of_the_programs(tmp_path):
         command = [sys.executable, "-c", PLAIN, str(tmp_path / "run"), devices]
         said = subprocess.run(command, env=plain | {"PYTHONPATH": str(ROOT)}, **how).stdout
         assert said.strip() == last_line(tmp_path / "run")["state_digest"]
+
+
+DRAWN = """
+import os, sys
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:int(sys.argv[1])])
+import jax
+from charlstm.config.model import ModelConfig
+from charlstm.model import language_model
+from charlstm.run import digest
+
+sizes = {"num_layers": 1, "embedding_size": 8}
+config = ModelConfig(hidden_size=640, weight_norm=True, **sizes)
+print(digest.state_digest(language_model.init(config, 8, jax.random.key(0))))
+config = ModelConfig(hidden_size=1500, cell="rnn", initializer="orthogonal", **sizes)
+print(digest.state_digest(language_model.init(config, 8, jax.random.key(0))))
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="has one core")
+def test_a_model_is_drawn_with_the_same_bits_on_one_core_and_on_two():
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    how = {"cwd": ROOT, "env": plain | {"PYTHONPATH": str(ROOT)}, "check": True, "capture_output": True, "text": True}
+    digests = [subprocess.run([sys.executable, "-c", DRAWN, cores], **how).stdout for cores in "12"]
+    assert digests[0] == digests[1]
