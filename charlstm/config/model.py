@@ -49,7 +49,8 @@ class ModelConfig:
     initializer: str = setting(
         "pytorch",
         "Weights at the start: pytorch (uniform +-1/sqrt(H); the embedding normal, of deviation .3 unless it is tied), "
-        "uniform (+-init_scale), normal (deviation init_scale), glorot, or orthogonal (recurrent weights; the others glorot).",
+        "uniform (+-init_scale), normal (deviation init_scale), glorot, or orthogonal (recurrent weights; the others "
+        "glorot).",
         choices=("pytorch", "uniform", "normal", "glorot", "orthogonal"),
     )
     init_scale: float = setting(0.08, "Scale of --initializer=uniform and normal.")

@@ -8,9 +8,9 @@
     orthogonal  recurrent weights orthogonal, all others glorot; biases 0.  Saxe, McClelland and Ganguli, 2014
                 (arXiv:1312.6120)
 
-An embedding of the deviation of other weights makes the first layer nearly deaf: as only one symbol is read at a time,
-nothing adds up, and hundreds of updates pass before the model tells symbols apart.  PyTorch's own has deviation 1, which
-begins a little faster than .3 and ends a little worse (docs/decisions.md).
+An embedding of the deviation of other weights makes the first layer nearly deaf: one symbol is read at a time, so that
+nothing adds up, and hundreds of updates pass before the model tells symbols apart.  PyTorch's own has deviation 1: it
+begins faster than .3 and ends a little worse (docs/decisions.md).
 
 Gates are layers of their own: fans are those of one gate, and each gate's block of recurrent weights is orthogonal.
 """
@@ -24,10 +24,8 @@ from charlstm import rng
 from charlstm.model.ops import compiler
 from charlstm.types import CellParams
 
-BLOCK = 64  # rows that are made orthonormal to each other one by one
-
-
 EMBEDDING_DEVIATION = 0.3
+BLOCK = 64  # rows that are made orthonormal to each other one by one
 
 
 def embedding(name: str, key: jax.Array, shape: tuple[int, int], *, scale: float, hidden_size: int) -> jax.Array:
