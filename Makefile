@@ -38,7 +38,7 @@ BENCHMARKS := train_step sampling end_to_end input remote readers parts scaling
 train: $(VENV)/installed
 	$(BIN)/python -m launch.train --flagfile=configs/quickstart.flags --run_dir=$(RUN_DIR) $(ARGS)
 	$(BIN)/python -m launch.evaluate --run_dir=$(RUN_DIR) --split=test
-	$(BIN)/python -m launch.sample --run_dir=$(RUN_DIR) --prompt="    def read(self" --length=400 --temperature=0.5 --seed=3
+	$(BIN)/python -m launch.sample --run_dir=$(RUN_DIR) --prompt="    def read(self" --length=400 --temperature=0.6 --seed=2
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "$(SHORT) and not optimized"
