@@ -89,7 +89,7 @@ class InspectFlags:
 
     @property
     def is_page(self) -> bool:
-        """Whether a page is made."""
+        """True if a page is made."""
         return self.output.endswith(".html")
 
 

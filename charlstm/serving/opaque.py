@@ -26,7 +26,7 @@ JOINT = struct.Struct("<IIB3s")
 
 
 class Joint(NamedTuple):
-    """Where a text was interrupted.
+    """The place at which a text was interrupted.
 
     Attributes:
       drawn: symbols so far, by which its noise goes on.
@@ -82,7 +82,7 @@ def unpack(model: Loaded, text: str) -> tuple[Beginning, Joint]:
 
 
 def _is_pending(model: Loaded, pending: bytes) -> bool:
-    """Whether bytes are the beginning of one UTF-8 sequence, or none."""
+    """Returns whether bytes are the beginning of one UTF-8 sequence, or none."""
     if not pending:
         return True
     decoder = model.vocabulary.decoder()

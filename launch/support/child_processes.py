@@ -31,7 +31,7 @@ class ChildProcesses:
 
     @property
     def told_to_stop(self) -> bool:
-        """Whether Ctrl-C or SIGTERM was passed on."""
+        """True once Ctrl-C or SIGTERM was passed on."""
         return self.stopped_by is not None
 
     def start(self, command: Sequence[str], **options: Any) -> subprocess.Popen:
