@@ -1,4 +1,4 @@
-# make train   environment, dependencies, then the main job on the embedded corpus: trains, evaluates, prints a sample
+# make train   environment, dependencies, then the main job on the Python library's source: trains, evaluates, prints a sample
 # make test    environment, dependencies, the test suite
 # make long    what takes longest of it: more cells, kinds of processors and restarts, for the same equalities; more damage
 # make faults  processes killed, stopped and stuck, a job on Slurm, for half an hour; prints a table of what was seen

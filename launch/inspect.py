@@ -1,12 +1,12 @@
 """Shows what the units of a run do, symbol by symbol: in the terminal, as a picture, or as a page.
 
     python -m launch.inspect --run_dir=runs/mine --text=file.txt --output=inside.html
-    python -m launch.inspect --run_dir=runs/mine --text=file.txt --unit=1:317
-    python -m launch.inspect --run_dir=runs/mine --text=file.txt --unit=1:317 --output=unit.svg
+    python -m launch.inspect --run_dir=runs/mine --text=file.txt --unit=1:85
+    python -m launch.inspect --run_dir=runs/mine --text=file.txt --unit=1:85 --output=unit.svg
     python -m launch.inspect --run_dir=runs/mine --find='"[^"\\n]*"'
 
 A unit is LAYER:UNIT, layers from 1 and units from 0: its cell state c as tanh(c), or h where the cell has no c; or
-LAYER.ARRAY:UNIT, such as 1.h:317 or 1.f:317, with ARRAY h or a gate.  The page is one file, which needs neither a
+LAYER.ARRAY:UNIT, such as 1.h:85 or 1.f:85, with ARRAY h or a gate.  The page is one file, which needs neither a
 server nor the network.  --find ranks all units by how well each alone tells whether a symbol is inside a
 match: blocks of even number choose, those of odd number give the figures.  AUC is 0.5 by chance and 1 if it never errs.
 """

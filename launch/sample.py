@@ -85,8 +85,8 @@ class SampleFlags:
     seed: int = setting(0, "Same seed, same text.")
     clamp: str = setting(
         "",
-        "Hold states of units while the text is written, LAYER:UNIT:VALUE, several with commas: 1:317:+1 holds c, or h "
-        "where the cell has no c; 1.h:317:-1 holds h.",
+        "Hold states of units while the text is written, LAYER:UNIT:VALUE, several with commas: 1:85:+1 holds c, or h "
+        "where the cell has no c; 1.h:85:-1 holds h.",
     )
     stop: str = setting(
         "",

@@ -20,7 +20,7 @@ NOT_DRAWN = ("step", "split", "time", "state_digest")
 
 @dataclasses.dataclass(frozen=True)
 class TensorboardFlags:
-    """Event files."""
+    """TensorBoard."""
 
     tensorboard: bool = setting(
         False, "Keep a copy of metrics and samples for TensorBoard, in the run directory's tensorboard/."
