@@ -11,10 +11,14 @@ from tqdm import tqdm
 
 Progress = Callable[[str, int, int], None]  # (what is being done, how much of it is done, the total or 0 if unknown)
 
+# Without the counts, which are of many kinds: bytes, symbols, windows.
+BAR, BAR_WITHOUT_TIME_LEFT = (
+    f"{{desc}}: {{percentage:3.0f}}%|{{bar}}| {{elapsed}}{left}" for left in (", {remaining} left", "")
+)
 tqdm.monitor_interval = 0  # no thread that watches the bars
 
 
-def bar(stream: TextIO | None = None) -> Progress:
+def bar(stream: TextIO | None = None, form: str = BAR) -> Progress:
     """Returns a function that shows progress as a bar on `stream` (stderr) if it is a terminal, and else does nothing.
 
     A bar starts anew when its total changes, or less is done than before.
@@ -27,7 +31,8 @@ def bar(stream: TextIO | None = None) -> Progress:
             if shown is not None:
                 shown.close()
             # With a height of its own, as a terminal that knows no size of its own would show no bar.
-            shown = tqdm(desc=doing, total=total or None, file=stream, disable=None, nrows=24, unit="", unit_scale=True)
+            how = {"bar_format": form} if total else {"unit": "", "unit_scale": True}
+            shown = tqdm(desc=doing, total=total or None, file=stream, disable=None, nrows=24, **how)
         shown.set_description(doing, refresh=False)
         shown.update(done - shown.n)
         if 0 < total <= done:

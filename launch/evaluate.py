@@ -16,7 +16,6 @@ if __name__ == "__main__":  # before what takes seconds to import
 
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -30,13 +29,13 @@ from charlstm.inference import evaluate as evaluate_lib
 from charlstm.inference.score import Score, mixed
 from charlstm.run import corpus as corpus_lib
 from charlstm.run import run_directory
-from charlstm.run.metrics import duration, time_left
+from charlstm.run.metrics import duration
 from charlstm.types import ModelParams
 from data_pipeline.atomic_files import expand_user
-from data_pipeline.progress import bar, say_on_stderr
+from data_pipeline.progress import say_on_stderr
 from data_pipeline.settings import check_choices, setting
 from data_pipeline.shards import Corpus
-from launch.support import cli, flags, jax_setup, score_text
+from launch.support import cli, flags, jax_setup, progress, score_text
 
 FORMATS = ("text", "json", "jsonl")
 OF_A_TEXT = {"run_dir", "checkpoint", "text", "format"}  # the flags that have a part in its score
@@ -138,15 +137,15 @@ def _scorer(
     """A function (split, temperatures) -> scores of all, by the name ""; of a mixture, also of each corpus."""
     separator = run_directory.separator(config, corpus.vocabulary)
     if adaptation is not None:
-        doing = _progress("gradients of the training text")
+        doing = progress.shown("gradients of the training text")
         usual = dynamic.mean_square(config, adaptation, params, corpus.splits["train"], separator, doing)
 
     def score_one(name: str, text: evaluate_lib.Split, temperatures: Sequence[float]) -> list[Score]:
         if adaptation is None:
             V = corpus.vocabulary.size
             evaluate = evaluate_lib.at_temperatures(config, V, text, mesh, separator, temperatures)
-            return evaluate(params, _progress(f"evaluating {name}"))
-        doing = _progress(f"dynamic evaluation of {name}")
+            return evaluate(params, progress.shown(f"evaluating {name}"))
+        doing = progress.shown(f"dynamic evaluation of {name}")
         return dynamic.score(config, adaptation, params, usual, text, separator, temperatures, doing)
 
     def score(split: str, temperatures: Sequence[float] = (1.0,)) -> dict[str, list[Score]]:
@@ -167,21 +166,6 @@ def search(score: Scorer, split: str) -> tuple[float, dict[str, list[Score]]]:
         return TEMPERATURES[best], score(split, (1.0, TEMPERATURES[best]))
     usual = TEMPERATURES.index(1.0)
     return TEMPERATURES[best], {name: [scores[usual], scores[best]] for name, scores in found.items()}
-
-
-def _progress(doing: str) -> Callable[[int, int], None]:
-    """Shows how far something is, and the time left: a bar on a terminal, otherwise a line a minute on stderr."""
-    show, left, told = bar(), time_left(), time.monotonic()
-
-    def progress(done: int, total: int) -> None:
-        nonlocal told
-        now, text = time.monotonic(), doing + left(done, total)
-        show(text, done, total)
-        if now - told >= 60 and not sys.stderr.isatty():
-            told = now
-            print(f"{text}: {done:,} of {total:,}", file=sys.stderr)
-
-    return progress
 
 
 def _lines(

@@ -18,7 +18,7 @@ from charlstm import config as config_lib
 from charlstm.interop.export import FORMATS, new_folder
 from charlstm.run import corpus as corpus_lib
 from charlstm.run import run_directory
-from data_pipeline.progress import say_on_stderr
+from data_pipeline.progress import announced, say_on_stderr
 from data_pipeline.settings import check_choices, setting
 from data_pipeline.shards import Corpus
 from launch.support import cli, flags, jax_setup
@@ -33,7 +33,7 @@ class ExportFlags:
     format: str = setting(
         "safetensors", "; ".join(f"{name}: {what}" for name, (_, what) in FORMATS.items()) + ".", choices=tuple(FORMATS)
     )
-    output: str = setting("", "The directory to write.  Required.")
+    output: str = setting("", "The directory to write; of html also a file, NAME.html.  Required.")
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -51,8 +51,10 @@ def main(argv: Sequence[str]) -> int:
     new_folder(chosen.output)  # refused before the model and its text are read
     jax_setup.keep_compiled()
     model = api.load(chosen.run_dir, chosen.checkpoint)
-    folder = model.export(chosen.output, chosen.format, _held_out(model) if chosen.format in ROUNDED else None)
-    for path in sorted(folder.iterdir()):
+    held_out = _held_out(model) if chosen.format in ROUNDED else None
+    with announced("scoring what rounded weights cost" if held_out else f"writing {chosen.format}"):
+        folder = model.export(chosen.output, chosen.format, held_out)
+    for path in sorted(folder.iterdir()) if folder.is_dir() else [folder]:
         print(f"{path}  {path.stat().st_size:,} bytes")
     return cli.DONE
 

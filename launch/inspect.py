@@ -37,7 +37,7 @@ from data_pipeline import signals
 from data_pipeline.atomic_files import expand_user
 from data_pipeline.settings import check_choices, setting
 from data_pipeline.shards import ArraySplit
-from launch.support import cli, flags, jax_setup
+from launch.support import cli, flags, jax_setup, progress
 
 MOST_SHOWN = 20_000  # characters of a page
 MOST_SURVEYED = 200_000  # symbols of a split that a page is made of
@@ -106,7 +106,10 @@ def main(argv: Sequence[str]) -> int:
     split = None if chosen.text else _own_split(model)
     text = _read(chosen.text, model) if split is None else b""
     if chosen.find:
-        _print_ranking(ranking.units_for(model, text if split is None else split, chosen.find), chosen.format)
+        _print_ranking(
+            ranking.units_for(model, text if split is None else split, chosen.find, progress=progress.shown("reading")),
+            chosen.format,
+        )
     if not (chosen.unit or chosen.output):
         return cli.DONE
     if split is not None:
@@ -186,7 +189,13 @@ def _inspections(chosen: InspectFlags, model: Model, text: bytes) -> list[inspec
     for name, each in models.items():
         signals.say(f"reading the text with {name}, step {each.step}")
         read = inspection.inspect(
-            each, text, name, length=chosen.length, arrays=arrays_of[name], lookback=chosen.saliency
+            each,
+            text,
+            name,
+            length=chosen.length,
+            arrays=arrays_of[name],
+            lookback=chosen.saliency,
+            progress=progress.shown,
         )
         probed = [probe.probe(each, text, pattern) for pattern in filter(None, chosen.probe.split("|"))]
         found.append(dataclasses.replace(read, probes=probed))

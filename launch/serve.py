@@ -28,6 +28,7 @@ from charlstm.run import run_directory
 from charlstm.serving import loading
 from data_pipeline import signals
 from data_pipeline.atomic_files import expand_user
+from data_pipeline.progress import announced
 from data_pipeline.settings import setting
 from launch.support import cli, flags, jax_setup
 
@@ -87,7 +88,8 @@ def main(argv: Sequence[str]) -> int:
     limits = {name: getattr(chosen, name) for name in ("slots", "queue", "max_prompt", "max_tokens")}
     name = run_dir.name
     page = sampling_page.render_remote(name, sampling_page.described(config, model.params))
-    server = Server(model, name, page, **limits)
+    with announced("compiling (once)"):
+        server = Server(model, name, page, **limits)
     with contextlib.ExitStack() as running:
         running.callback(server.slots.close)
         if chosen.follow:

@@ -188,6 +188,7 @@ def test_a_step_is_a_number_or_its_digits(model, run_dir):
 def test_a_recipe_is_its_flagfile():
     recipe = cl.Config.recipe("tinyshakespeare")
     assert recipe == cl.Config.from_flagfile(ROOT / "configs" / "tinyshakespeare.flags")
+    assert cl.Config.recipe("tinyshakespeare", num_steps=9) == config_lib.replace(recipe, num_steps=9)
     (_, _, _, parsed, _) = train_flags.parse(["train", f"--flagfile={ROOT / 'configs' / 'tinyshakespeare.flags'}"])
     assert recipe == parsed
 

@@ -56,8 +56,8 @@ class Config:
         return cls(**flagfile.read(Path(path), {name: field.type for name, (_, field) in flatten(cls()).items()}))
 
     @classmethod
-    def recipe(cls, name: str) -> "Config":
-        """The settings of a flagfile that comes with the project, such as "tinyshakespeare".
+    def recipe(cls, name: str, **changed: Any) -> "Config":
+        """The settings of a flagfile that comes with the project, such as "tinyshakespeare", but those `changed`.
 
         Raises:
           ValueError: there is none of that name; the message has those that there are.
@@ -67,7 +67,7 @@ class Config:
         if name not in names:
             raise ValueError(f"there is no recipe {name!r}, only {', '.join(names)}")
         with importlib.resources.as_file(folder / f"{name}.flags") as path:
-            return cls.from_flagfile(path)
+            return replace(cls.from_flagfile(path), **changed)
 
     def _check(self) -> None:
         check_numbers(self.corpus)

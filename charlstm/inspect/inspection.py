@@ -1,7 +1,7 @@
 """All that the page shows of one model and one text."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -56,6 +56,7 @@ def inspect(
     arrays: Sequence[str] = (),
     lookback: int = 24,
     patterns: Mapping[str, Pattern] = NAMED,
+    progress: Callable[[str], Callable[[int, int], None]] = lambda doing: lambda done, total: None,
 ) -> Inspection:
     """Reads a text with a model.
 
@@ -64,6 +65,7 @@ def inspect(
       arrays: c, h or gates whose values are kept, such as "h"; those of the main one, c or h, always are.
       lookback: characters before each one of which the saliency is computed; 0: none.
       patterns: which units are ranked by.
+      progress: what is being done -> a function that is told how much of it is done, of how much.
 
     Raises:
       ValueError: the text is empty.
@@ -76,7 +78,7 @@ def inspect(
     shown_text, last = everything[:length], ends[:length] - 1
     part = ArraySplit(everything[:length], model.vocabulary)
     wanted = tuple(dict.fromkeys((main_array(config), *arrays)))
-    found = survey.read(model, whole, patterns)
+    found = survey.read(model, whole, patterns, progress=progress(f"{name}: reading"))
     expected = surprise.joined(surprise.expected(model, part))
     return Inspection(
         name,
@@ -84,7 +86,7 @@ def inspect(
         shown_text,
         {array: _levels(model, part, array)[last] for array in wanted},
         _by_character(expected, last),
-        _saliency(model, part, last, lengths[:length], lookback),
+        _saliency(model, part, last, lengths[:length], lookback, progress(f"{name}: saliency")),
         found,
         ranking.rank_all(model, found, BEST),
         _snippets(found, everything, ends),
@@ -119,11 +121,18 @@ def _by_character(expected: Expected, last: np.ndarray) -> Expected:
     return Expected(bits, entropy, expected.rank[last], expected.guesses[last], expected.probabilities[last])
 
 
-def _saliency(model: "Model", split: ArraySplit, last: np.ndarray, lengths: np.ndarray, lookback: int) -> np.ndarray:
+def _saliency(
+    model: "Model",
+    split: ArraySplit,
+    last: np.ndarray,
+    lengths: np.ndarray,
+    lookback: int,
+    progress: Callable[[int, int], None],
+) -> np.ndarray:
     """The saliency of each character's last symbol, summed over the symbols of each of `lookback` characters before."""
     if not lookback:
         return np.zeros((len(last), 0), np.float32)
-    of_symbols = saliency.saliency(model, split, lookback)
+    of_symbols = saliency.saliency(model, split, lookback, progress)
     total = np.concatenate([np.zeros((len(split), 1), np.float32), np.cumsum(of_symbols, axis=1)], axis=1)[last]
     found = np.zeros((len(last), lookback), np.float32)
     for back in range(1, min(lookback, len(last) - 1) + 1):

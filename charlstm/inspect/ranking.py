@@ -1,6 +1,6 @@
 """Ranks units by how well one of them alone tells whether a symbol is inside a pattern."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -38,7 +38,13 @@ class Ranking(NamedTuple):
     units: tuple[Ranked, ...]
 
 
-def units_for(model: "Model", text: str | bytes | Split, pattern: str | Pattern, most: int = 20) -> Ranking:
+def units_for(
+    model: "Model",
+    text: str | bytes | Split,
+    pattern: str | Pattern,
+    most: int = 20,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Ranking:
     """Ranks the units of all layers by the area under the ROC curve (AUC), 0.5 being chance.
 
     Blocks of 1,000 symbols of even number choose order, direction and threshold; those of odd number give the figures,
@@ -48,13 +54,14 @@ def units_for(model: "Model", text: str | bytes | Split, pattern: str | Pattern,
       text: a text, or a split of a corpus.
       pattern: a regular expression, the name of one of `NAMED`, or a function text -> bool `[characters]`.
       most: units that are returned.
+      progress: is told how many symbols were read, of how many.
 
     Raises:
       ValueError: the pattern is no regular expression, or matches nothing or everything in one half of the text.
     """
     split = ArraySplit(text, model.vocabulary) if isinstance(text, str | bytes) else text
     name = pattern if isinstance(pattern, str) else getattr(pattern, "__name__", "pattern")
-    survey = survey_lib.read(model, split, {name: pattern_of(pattern)}, patterns_only=True)
+    survey = survey_lib.read(model, split, {name: pattern_of(pattern)}, patterns_only=True, progress=progress)
     if problem := unusable(survey, 0):
         raise ValueError(f"{name!r} {problem}")
     return ranking(model, survey, 0, most)

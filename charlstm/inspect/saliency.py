@@ -5,6 +5,7 @@ log p(symbol t) with respect to that factor is the input times its gradient (Shr
 much the prediction would change, to first order, with the symbol's strength.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 ROWS = 64  # targets side by side
 
 
-def saliency(model: "Model", split: Split, lookback: int) -> np.ndarray:
+def saliency(
+    model: "Model", split: Split, lookback: int, progress: Callable[[int, int], None] = lambda done, total: None
+) -> np.ndarray:
     """The absolute derivatives of each symbol's log-probability by its predecessors, float32 `[symbols, lookback]`.
 
     Column k is that of the symbol k + 1 places before; 0 before the text begins, and before the document does.
@@ -57,6 +60,7 @@ def saliency(model: "Model", split: Split, lookback: int) -> np.ndarray:
         args = np.maximum(ids[place], 0), reset[place], ids[target + lookback]
         derivative = np.abs(np.asarray(_derivative(model.params, state, *args, config)))
         found[first : first + ROWS] = np.where(ids[place] >= 0, derivative, 0)[: count - first, ::-1]
+        progress(min(first + ROWS, count), count)
     return found
 
 

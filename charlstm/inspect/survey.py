@@ -5,7 +5,7 @@ neither with the text nor with what is asked.  Values of units are counted in 25
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -65,8 +65,18 @@ class Rows(NamedTuple):
     counted: np.ndarray
 
 
-def read(model: "Model", split: Split, patterns: Mapping[str, Pattern], *, patterns_only: bool = False) -> Survey:
+def read(
+    model: "Model",
+    split: Split,
+    patterns: Mapping[str, Pattern],
+    *,
+    patterns_only: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Survey:
     """Reads a text or a split once; `patterns_only` leaves gates and ends out, which takes less time.
+
+    Args:
+      progress: is told after each window how many symbols were read, of how many.
 
     Raises:
       ValueError: the model reads backward, or there are more than MOST_PATTERNS.
@@ -86,6 +96,7 @@ def read(model: "Model", split: Split, patterns: Mapping[str, Pattern], *, patte
         np.tile(nowhere, (TOP, 1, count)),
         np.tile(nowhere, (TOP, 1, count)),
     )
+    done = 0
     for start in range(0, len(split), SEGMENT):
         stop = min(len(split), start + SEGMENT)
         labels = np.stack([*_labels(model, split, patterns, start, stop), np.ones(stop - start, bool)])
@@ -93,6 +104,8 @@ def read(model: "Model", split: Split, patterns: Mapping[str, Pattern], *, patte
         for rows, levels, sums in _looked(model, _rows(model, split, start, stop), not patterns_only):
             levels_BTU, position = np.asarray(levels), rows.position[rows.counted]
             _count(survey.levels, levels_BTU[rows.counted], labels[:, position], half[position])
+            done += len(position)
+            progress(done, len(split))
             if patterns_only:
                 continue
             _keep_ends(survey, levels_BTU, rows, start)

@@ -29,6 +29,8 @@ def new_folder(output: str | os.PathLike[str]) -> Path:
 def export(exported: Exported, output: str | os.PathLike[str], format: str) -> Path:
     """Writes a folder that appears whole or not at all, and returns its path.
 
+    A page (format html) is a file of its own if `output` ends with .html.
+
     Raises:
       ValueError: there is no such format, the format has no place for such a model, or `output` has files already.
       ModuleNotFoundError: a package that the format needs is not installed.
@@ -44,7 +46,8 @@ def export(exported: Exported, output: str | os.PathLike[str], format: str) -> P
     try:
         importlib.import_module(f"charlstm.interop.{FORMATS[format][0]}").write(exported, staging)
         staging.chmod(0o755)
-        os.replace(staging, folder)  # replaces an empty directory
+        page = staging / "index.html"
+        os.replace(page if page.exists() and folder.suffix == ".html" else staging, folder)  # or an empty directory
     except OSError as error:  # the disk is full, say
         raise OSError(error.errno, f"{error.strerror}: output={folder} was not written") from None
     finally:

@@ -33,8 +33,8 @@ def write(exported: Exported, folder: Path) -> None:
     """
     if beyond := unsupported(exported.config.model):
         raise ValueError(
-            f"format=onnx: ONNX has no operator for {beyond}: use format=html, a page that writes, or safetensors, "
-            "whose load_numpy.py computes every model"
+            f"format=onnx: ONNX has no operator for {beyond}: train without it, or use format=html, a page that "
+            "writes, or safetensors, whose load_numpy.py computes every model"
         )
     try:
         import onnx

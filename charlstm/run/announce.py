@@ -15,20 +15,25 @@ def beginning(run: Run, step: int) -> list[str]:
     training, optimizer, model, plan = run.config.training, run.config.optimizer, run.config.model, run.plan
     epochs, corpus = training.num_steps / plan.steps_per_epoch, run.corpus
     size, vocabulary = corpus.sources.bytes, corpus.vocabulary
-    count = corpus.sources.files
+    parameters = estimate.count_parameters(run.config, vocabulary.size)
     lines = [
-        f"text: {corpus.name}, {count:,} file{'s' if count != 1 else ''} of {memory.format_bytes(size)}: "
+        f"text: {corpus.name}, {_number(corpus.sources.files, 'file')} of {memory.format_bytes(size)}: "
         f"{plan.symbols:,} symbols to train on, of {vocabulary.size:,} {vocabulary.kind}",
         f"model: {model.cell}, {model.num_layers} x {model.hidden_size}, "
-        f"{estimate.count_parameters(run.config, vocabulary.size):,} parameters; {epochs:.2g} epochs of the text",
+        f"{parameters:,} parameters; {_number(epochs, 'epoch')} of the text",
         f"training on {distributed.describe(run.mesh)}: step {step} of {training.num_steps}, "
-        f"{run.plan.steps_per_epoch} steps an epoch, {training.logical_shards} logical shards",
+        f"{_number(run.plan.steps_per_epoch, 'step')} an epoch, {_number(training.logical_shards, 'logical shard')}",
     ]
     if training.reduction == "exact" and (platform := run.mesh.devices.flat[0].platform) != "cpu":
         lines.append(bits_on(platform))
     if optimizer.eval_params_field == "average":
         lines.append(f"what is evaluated is the average of the parameters (average={optimizer.average})")
     return lines
+
+
+def _number(count: float, of: str) -> str:
+    """Returns "1 file", "2 files"."""
+    return f"{count:{',' if isinstance(count, int) else '.2g'}} {of}{'' if count == 1 else 's'}"
 
 
 def bits_on(platform: str) -> str:

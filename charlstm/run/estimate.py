@@ -70,7 +70,8 @@ def report(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, form: s
         ("state", format_bytes(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)))),
         (
             "arithmetic",
-            f"{arithmetic:.2g} FLOP an update, {whole:.2g} in all: {duration(whole / RATE)} at {RATE:.0e} a second",
+            f"{arithmetic:.2g} FLOP an update, {whole:.2g} in all: "
+            f"{duration(whole / RATE)} at {RATE:.0e} FLOP/s (a GPU)",
         ),
         ("memory per device", taken),
         ("bytes per all-reduce", f"{format_bytes(4 * (parameters + 2))}, once a step ({config.training.reduction})"),

@@ -107,7 +107,9 @@ def dry_run(config: Config, corpus: Corpus, mesh: Mesh, form: str = "text", end:
     plan, config = check(config, corpus, mesh, dry=True), config_lib.fill_automatic(config, mesh.size)
     corpus = corpus_lib.as_read(config, corpus)
     config, _ = backend.chosen(config, corpus, plan, mesh, end)
-    return estimate.report(config, corpus, plan, mesh, form, end)
+    table = estimate.report(config, corpus, plan, mesh, form, end)
+    suggested = "" if form == "json" else presets.suggestion(config, plan.symbols, corpus.vocabulary.size, mesh)
+    return f"{table}\n{suggested}" if suggested else table
 
 
 def start(

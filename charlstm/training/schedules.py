@@ -98,7 +98,11 @@ def remarks(config: OptimizerConfig, training: TrainingConfig, steps_per_epoch: 
     num_steps = training.num_steps
     end, final = config.decay_steps or num_steps, config.learning_rate * config.final_fraction
     if config.schedule in ("linear", "cosine") and end < num_steps:
-        remedy = f"a decay over {num_steps} steps is a new run" if resumed else "--decay_steps=0 is the whole run"
+        remedy = (
+            f"for a decay over {num_steps} steps begin a new run, in another run_dir"
+            if resumed
+            else "--decay_steps=0 is the whole run"
+        )
         yield (
             f"the learning rate is {final:g} from step {end} on, for {(num_steps - end) / num_steps:.0%} of the "
             f"{num_steps} steps{', which learn nothing' if not final else ''}, as decay_steps={end}: {remedy}"

@@ -98,7 +98,9 @@ def _of_a_file(error: Exception) -> str:
     """Returns what the system says of a file, and the remedy; "" if the error is another one."""
     if not isinstance(error, OSError) or not error.errno or not error.strerror:
         return ""
-    remedy = "name another place" if error.errno not in DISK_ERRORS else "make room there, or name another place"
+    remedy = "make room there, or name another place" if error.errno in DISK_ERRORS else "name another place"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        remedy = "change who may use it, or name another place"
     name = f"{os.fsdecode(error.filename)} cannot be used " if isinstance(error.filename, str | bytes) else ""
     return f"{name}({error.strerror}): {remedy}" if name else error.strerror
 

@@ -29,7 +29,6 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "data": ("corpus", "input"), "data_dir": ("corpus", "input"), "dataset": ("corpus", "input"),
     "out_dir": ("run_dir", "output"), "output_dir": ("run_dir", "output"), "out": ("run_dir", "output"),
     "model": ("run_dir",), "model_dir": ("run_dir",), "resume": ("run_dir",), "init_from": ("initial_checkpoint",),
-    "epochs": ("num_steps",),
     "steps": ("num_steps",), "iters": ("num_steps",), "max_iters": ("num_steps",), "max_steps": ("num_steps",),
     "rnn_size": ("hidden_size",), "units": ("hidden_size",), "layers": ("num_layers",), "n_layer": ("num_layers",),
     "dropout": ("layer_dropout",), "block_size": ("window",), "seq_length": ("window",), "seq_len": ("window",),
@@ -214,6 +213,8 @@ def _filled(group: Any, values: flags.FlagValues, renamed: Mapping[str, str]) ->
 def _unknown_flag(name: str, known: list[str]) -> str:
     if name in FORMER:
         return f"unknown flag --{name}: it is called --{FORMER[name]}"
+    if name in ("epochs", "num_epochs") and "num_steps" in known:
+        return f"unknown flag --{name}: a run's length is --num_steps; --dry_run says how many steps an epoch has"
     if here := next((here for here in ELSEWHERE.get(name, ()) if here in (*known, "flagfile")), ""):
         return f"unknown flag --{name}: it is called --{here} here"
     return f"unknown flag --{name}{_nearest(name, known)}"

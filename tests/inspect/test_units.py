@@ -33,7 +33,9 @@ def test_a_trace_has_the_models_logits_and_comes_in_chunks_that_join(model):
 
 def test_a_planted_unit_is_found_first_and_never_errs_in_a_text_read_whole_or_side_by_side(model):
     for length in (3000, 5 * survey.LEAST_ROW + 17):
-        found = cl.inspect.units_for(model, text_of(length), INSIDE)
+        told = []
+        found = cl.inspect.units_for(model, text_of(length), INSIDE, progress=lambda *how_far: told.append(how_far))  # noqa: B023
+        assert told[-1] == (length, length) and told == sorted(told)
         assert found.units[0].unit == units.Unit(1, "c", PLANTED) and not found.units[0].is_low
         assert found.units[0].auc == found.units[0].auc_chosen == found.units[0].f1 == 1
         assert found.inside == sum(len(match[0]) for match in re.finditer(INSIDE, text_of(length)))

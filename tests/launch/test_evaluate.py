@@ -27,6 +27,7 @@ from charlstm.training.loss import cross_entropy
 from data_pipeline.build.corpora import resolve
 from data_pipeline.shards import open_corpus
 from launch import evaluate
+from launch.support import progress
 from tests.compiling import xla_flags
 from tests.conftest import ROOT
 
@@ -342,10 +343,10 @@ def test_a_flag_that_has_no_part_in_the_score_is_refused(arguments, sentence, ch
 def test_the_time_left_is_told_from_when_all_is_compiled_once_a_minute(monkeypatch, capsys):
     done = [(0.0, 0), (100.0, 10), (110.0, 20), (150.0, 60), (175.0, 85), (190.0, 100)]
     now = 0.0
-    monkeypatch.setattr(evaluate.time, "monotonic", lambda: now)
-    progress = evaluate._progress("reading")
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    told = progress.shown("reading")
     for now, much in done:  # noqa: B007
-        progress(much, 100)
+        told(much, 100)
     assert capsys.readouterr().err == "reading: 10 of 100\nreading, 15s left: 85 of 100\n"
 
 

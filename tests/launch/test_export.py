@@ -116,7 +116,15 @@ def test_a_page_has_the_score_of_its_rounded_weights_beside_that_of_the_run(run_
     model, said = cl.load(run_dir), capsys.readouterr().err
     score = model.evaluate(cl.load_corpus(model.config.corpus.corpus, cache_dir=model.config.corpus.cache_dir).valid)
     assert f"{score.bits_per_symbol:.4f} as trained" in said and "with weights of float16" in said
-    assert f"{score.bits_per_symbol:.3f} before its weights" in (tmp_path / "page" / "index.html").read_text("utf-8")
+    page = (tmp_path / "page" / "index.html").read_text("utf-8")
+    assert f"{score.bits_per_symbol:.3f} before its weights" in page
+    assert (
+        export.main(["export", f"--run_dir={run_dir}", "--format=html", f"--output={tmp_path / 'a.html'}"]) == cli.DONE
+    )
+    assert (tmp_path / "a.html").read_text("utf-8") == page and {path.name for path in tmp_path.iterdir()} == {
+        "page",
+        "a.html",
+    }
 
 
 def test_a_page_of_a_mixture_has_the_score_by_the_shares_of_its_texts(folder, arguments, tmp_path, capsys):

@@ -491,7 +491,10 @@ def test_a_dry_run_prints_its_table_and_makes_no_run(arguments, capsys, tmp_path
     model = 256 * E + (E + 8) * 32 + 2 * 32 + 8 * 256 + 256  # embedding, cell, biases, softmax
     assert table["parameters"] == f"{model:,}"
     arithmetic = 6 * (model - 256 * E) * 16 * 16  # the embedding is looked up
-    assert table["arithmetic"] == f"{arithmetic:.2g} FLOP an update, {2 * arithmetic:.2g} in all: 0s at 1e+13 a second"
+    assert (
+        table["arithmetic"]
+        == f"{arithmetic:.2g} FLOP an update, {2 * arithmetic:.2g} in all: 0s at 1e+13 FLOP/s (a GPU)"
+    )
     assert table["bytes per all-reduce"].startswith(f"{4 * (model + 2) / 1000:.1f} KB, once a step")
     assert table["steps per epoch"] == "27" and table["steps"].startswith("2 (0.07 epochs)")
     assert re.fullmatch(r"[\d.]+ [KM]B \(.*temporaries\)", table["memory per device"])

@@ -90,7 +90,6 @@ def test_a_new_run_without_a_preset_is_told_of_one_and_a_resumed_one_is_not(argu
         (sample.main, "--start=x", "prompt"),
         (train.main, "--config=configs/tiny.flags", "flagfile"),
         (train.main, "--preset=small", "flagfile"),
-        (train.main, "--epochs=3", "num_steps"),
         (train.main, "--data=x", "corpus"),
         (prepare.main, "--corpus=x", "input"),
         (evaluate.main, "--model=x", "run_dir"),
@@ -99,6 +98,12 @@ def test_a_new_run_without_a_preset_is_told_of_one_and_a_resumed_one_is_not(argu
 def test_a_flag_of_other_programs_is_told_its_name_here(main, flag, meant):
     name = flag.partition("=")[0]
     assert refusal(main, flag) == f"unknown flag {name}: it is called --{meant} here"
+
+
+def test_epochs_are_no_steps():
+    assert refusal(train.main, "--epochs=3").startswith(
+        "unknown flag --epochs: a run's length is --num_steps; --dry_run"
+    )
 
 
 def test_a_backslash_and_an_n_in_a_prompt_is_said_not_to_be_a_line_break(trained, capsys):
@@ -113,3 +118,9 @@ def test_a_recipe_named_from_another_folder_is_refused_with_where_it_is(tmp_path
     for named in ("configs/tiny.flags", "tiny", "configs/tinny.flag"):
         said = refusal(train.main, f"--flagfile={named}")
         assert said.endswith(f"; --flagfile={ROOT / 'configs' / 'tiny.flags'} is there")
+
+
+def test_a_dry_run_without_a_preset_names_one(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(presets, "suggestion", lambda *about: "take the small one")
+    assert train.main(["train", *arguments, "--dry_run"]) == cli.DONE
+    assert capsys.readouterr().out.endswith("\ntake the small one\n")

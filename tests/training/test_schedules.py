@@ -219,8 +219,8 @@ def remarks(num_steps=100, evaluate_every=10, resumed=False, **settings) -> list
         ),
         (
             dict(schedule="linear", decay_steps=80, final_fraction=0.5, learning_rate=0.01, resumed=True),
-            "the learning rate is 0.005 from step 80 on, for 20% of the 100 steps, as decay_steps=80: a decay over 100 "
-            "steps is a new run",
+            "the learning rate is 0.005 from step 80 on, for 20% of the 100 steps, as decay_steps=80: for a decay "
+            "over 100 steps begin a new run, in another run_dir",
         ),
         (
             dict(warmup_steps=400, learning_rate=0.01),

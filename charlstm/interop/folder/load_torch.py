@@ -74,3 +74,9 @@ def load(folder="."):
         weights["linear.weight"] = weights["embedding.weight"]
     model.load_state_dict(weights)
     return model.eval()
+
+
+if __name__ == "__main__":
+    raise SystemExit(
+        "this file is imported: from load_torch import load; load_numpy.py is the program that writes text"
+    )
