@@ -97,10 +97,17 @@ def test_every_program_works_on_it_or_says_in_a_sentence_that_it_has_no_text(exp
     assert re.search("bits per character at step 0", capsys.readouterr().out)
     assert inspect.main(["inspect", f"--run_dir={run_dir}", text, "--unit=1:3"]) == cli.DONE
     assert export.main(["export", f"--run_dir={run_dir}", f"--output={tmp_path / 'out'}"]) == cli.DONE
-    for other in (evaluate.main, inspect.main):
-        flags = [f"--run_dir={run_dir}", *(["--unit=1:3"] if other is inspect.main else [])]
-        assert "this model was imported and has no corpus of its own: give --text" in refusal(other, *flags)
+    none = "this model was imported and has no corpus of its own"
+    assert refusal(inspect.main, f"--run_dir={run_dir}", "--unit=1:3").endswith(f"{none}: give --text")
+    remedy = ": give --text, or with --corpus the text that it was trained on"
+    assert refusal(evaluate.main, f"--run_dir={run_dir}").endswith(none + remedy)
+    capsys.readouterr()
+    assert export.main(["export", f"--run_dir={run_dir}", "--format=html", f"--output={tmp_path / 'page'}"]) == cli.DONE
+    assert f"no held-out text: {none}\n" in capsys.readouterr().err
     (tmp_path / "long.txt").write_text("bade a cab dig a fig\n" * 300)
+    corpus = api.load_corpus(tmp_path / "long.txt", cache_dir=tmp_path).directory
+    sentence = refusal(evaluate.main, f"--run_dir={run_dir}", f"--corpus={corpus}")
+    assert "and the corpus given has a vocabulary of" in sentence and sentence.endswith(remedy)
     flags = [TINY, f"--corpus={tmp_path / 'long.txt'}", f"--cache_dir={tmp_path}"]
     for text in (flags, [], ["--corpus=nowhere"]):
         sentence = refusal(train.main, *text, f"--run_dir={run_dir}")
