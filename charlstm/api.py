@@ -152,7 +152,7 @@ class Model:
         that are read before it.  `launch.evaluate --text` scores it as one stream, as `bits` does.
 
         Raises:
-          ValueError: it has fewer than two symbols.
+          ValueError: it has fewer than two symbols, or another vocabulary than the model.
         """
         split, mesh = trace.as_read(self, text), distributed.make()
         evaluator = evaluate_lib.make_evaluator(self.config, self.vocabulary.size, split, mesh, self.separator)
@@ -244,8 +244,11 @@ class Model:
           held_out: a split that a format which rounds the weights is scored on, or a corpus or mixture for its own.
 
         Raises:
-          ValueError: the format has no place for such a model, or `output` is there already.
+          ValueError: the format has no place for such a model, `output` is there already, or `held_out` has another
+            vocabulary than the model.
         """
+        if held_out is not None:
+            trace.require_vocabulary(self, held_out)
         exported = Exported(self.config, self.vocabulary, folded(self.params), self.step, self.run_dir, held_out)
         return export_lib.export(exported, output, format)
 

@@ -6,11 +6,13 @@ from typing import Protocol
 from data_pipeline.mixture import Joined, Mixture
 from data_pipeline.shards import Corpus, Split
 from data_pipeline.symbols import Places, StoredSymbols, Symbols, read_places
+from data_pipeline.vocabulary import Vocabulary
 
 
 class Text(Symbols, Protocol):
     """A split, or a text in memory, with what is counted in it."""
 
+    vocabulary: Vocabulary
     bytes: int
     characters: int | None
     unknown: int
@@ -20,7 +22,7 @@ class Reversed(Split):
     """A split read backward: symbol i is symbol N - 1 - i of the text.  Thread-safe, and can be pickled."""
 
     def __init__(self, split: Text) -> None:
-        self._split, self.dtype = split, split.dtype
+        self._split, self.dtype, self.vocabulary = split, split.dtype, split.vocabulary
         self.bytes, self.characters, self.unknown = split.bytes, split.characters, split.unknown
 
     def __len__(self) -> int:

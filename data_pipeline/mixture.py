@@ -124,7 +124,7 @@ class Joined(Split):
     """Splits of several corpora, one after the other, to be read as one."""
 
     def __init__(self, splits: Sequence[Split]) -> None:
-        self._splits, self.dtype = list(splits), splits[0].dtype
+        self._splits, self.dtype, self.vocabulary = list(splits), splits[0].dtype, splits[0].vocabulary
         self.bytes, self.unknown = sum(split.bytes for split in splits), sum(split.unknown for split in splits)
         characters = [split.characters for split in splits]
         self.characters = None if None in characters else sum(count or 0 for count in characters)
@@ -221,10 +221,8 @@ def load(parts: Sequence[Part], open_one: Callable[[str], Corpus]) -> Mixture:
     for name, other in others:
         if other.vocabulary != one.vocabulary:
             raise ValueError(
-                f"{first} has a vocabulary of {one.vocabulary.size} {one.vocabulary.kind} "
-                f"({one.vocabulary.digest[:12]}) and {name} of {other.vocabulary.size} {other.vocabulary.kind} "
-                f"({other.vocabulary.digest[:12]}): prepare both with --vocabulary=bytes, or {name} with "
-                f"--vocabulary_of={one.directory}"
+                f"{first} has {one.vocabulary.in_short} and {name} has {other.vocabulary.in_short}: prepare both with "
+                f"--vocabulary=bytes, or {name} with --vocabulary_of={one.directory}"
             )
     return _mixture(parts, corpora, tuple(weights))
 

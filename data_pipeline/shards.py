@@ -35,9 +35,9 @@ IN_FLIGHT = 32  # requests to an object store at a time
 class Split:
     """One split of a corpus: a sequence of symbol ids.  Thread-safe, and can be pickled."""
 
-    def __init__(self, record: SplitRecord, dtype: np.dtype, blocks: Blocks) -> None:
+    def __init__(self, record: SplitRecord, vocabulary: Vocabulary, blocks: Blocks) -> None:
         self._record, self._blocks = record, blocks
-        self.dtype = dtype
+        self.vocabulary, self.dtype = vocabulary, vocabulary.dtype
         self.bytes, self.characters, self.unknown = record.bytes, record.characters, record.unknown
         self._starts = np.cumsum([0, *(shard.symbols for shard in record.shards)])
         self._pool: ThreadPoolExecutor | None = None
@@ -48,7 +48,7 @@ class Split:
         return self._record.symbols
 
     def __reduce__(self) -> tuple:
-        return Split, (self._record, self.dtype, self._blocks)
+        return Split, (self._record, self.vocabulary, self._blocks)
 
     @property
     def is_remote(self) -> bool:
@@ -62,7 +62,7 @@ class Split:
 
     def separate(self) -> "Split":
         """Returns the same split for a reader that can be closed apart from others."""
-        return Split(self._record, self.dtype, self._blocks.separate()) if self.is_remote else self
+        return Split(self._record, self.vocabulary, self._blocks.separate()) if self.is_remote else self
 
     def close(self) -> None:
         """Makes readings of an object store give up: those that wait for it, and later ones."""
@@ -118,7 +118,7 @@ class ArraySplit:
     def __init__(self, text: str | bytes, vocabulary: Vocabulary) -> None:
         """Encodes `text`; what is not in the vocabulary becomes the unknown symbol, and is counted."""
         whole = text.decode("utf-8", "surrogateescape") if isinstance(text, bytes) else text
-        self._ids = vocabulary.encode(whole, "map")
+        self.vocabulary, self._ids = vocabulary, vocabulary.encode(whole, "map")
         self.dtype, self.bytes = self._ids.dtype, len(whole.encode("utf-8", "surrogateescape"))
         self.characters = None if any("\udc80" <= symbol <= "\udcff" for symbol in whole) else len(whole)
         self.unknown = int((self._ids == 0).sum()) if vocabulary.kind == "characters" else 0
@@ -230,7 +230,7 @@ def open_corpus(
     if store.is_remote and cache and cache_bytes:
         kept = BlockCache(cache, manifest.fingerprint, cache_bytes, block_bytes)
     splits = {
-        name: Split(record, dtype, Blocks(store, record.shards, dtype.itemsize, block_bytes, kept))
+        name: Split(record, manifest.vocabulary, Blocks(store, record.shards, dtype.itemsize, block_bytes, kept))
         for name, record in manifest.splits.items()
     }
     return Corpus(

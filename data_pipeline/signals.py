@@ -124,6 +124,24 @@ def reacting(reaction: Reaction) -> Iterator[None]:
         _reaction = before
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Has Ctrl-C raise KeyboardInterrupt in this block of the main thread: what waits for a line gives it up."""
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    _ceded.add(signal.SIGINT)  # the thread that answers may get it all the same
+    try:
+        yield
+    finally:
+        _ceded.discard(signal.SIGINT)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, before)
+
+
 def has_lost_its_reader(descriptor: int) -> bool:
     """Returns whether the reader of a pipe is gone."""
     asked = select.poll()

@@ -57,6 +57,11 @@ class Vocabulary:
         """Returns the sha256, in hex, of the canonical JSON."""
         return hashlib.sha256(canonical_json(self.to_json())).hexdigest()
 
+    @property
+    def in_short(self) -> str:
+        """Tells it apart from others, in a sentence for people."""
+        return f"a vocabulary of {self.size} {self.kind} ({self.digest[:12]})"
+
     def encode(self, text: str, unknown: str = "refuse") -> np.ndarray:
         """Encodes `text` as ids `[symbols]`, of `self.dtype`.
 

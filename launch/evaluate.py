@@ -96,8 +96,8 @@ def main(argv: Sequence[str]) -> int:
     if chosen.corpus:
         where = {"mixture" if config.streams.mixture else "corpus": chosen.corpus}
         text = config_lib.replace(config, **where, train="", valid="", test="")
-    corpus = corpus_lib.load(text)
-    run_directory.check_identity(run_dir, identity, run_directory.Identity(corpus.vocabulary, corpus.fingerprint))
+    remedy = ": give --text, or with --corpus the text that it was trained on"
+    corpus = corpus_lib.load_own(run_dir, text, remedy)
     for split in (chosen.split, *(["valid"] if chosen.search_temperature else [])):
         if split not in corpus.splits:
             raise ValueError(f"{corpus.name} has no {split} split, only {', '.join(corpus.splits)}")

@@ -17,7 +17,6 @@ from charlstm import api
 from charlstm import config as config_lib
 from charlstm.interop.export import FORMATS, new_folder
 from charlstm.run import corpus as corpus_lib
-from charlstm.run import run_directory
 from data_pipeline.progress import announced, say_on_stderr
 from data_pipeline.settings import check_choices, setting
 from data_pipeline.shards import Corpus
@@ -64,15 +63,10 @@ def _held_out(model: api.Model) -> Corpus | None:
     assert model.run_dir is not None
     try:
         patience = min(model.config.corpus.remote_patience, SECONDS_FOR_A_SCORE)
-        corpus = corpus_lib.load(config_lib.replace(model.config, remote_patience=patience))
-        identity = run_directory.read(model.run_dir)[1]
-        run_directory.check_identity(
-            model.run_dir, identity, run_directory.Identity(corpus.vocabulary, corpus.fingerprint)
-        )
+        return corpus_lib.load_own(model.run_dir, config_lib.replace(model.config, remote_patience=patience))
     except (ValueError, OSError) as error:
         say_on_stderr(f"no held-out text: {error}")
         return None
-    return corpus
 
 
 if __name__ == "__main__":

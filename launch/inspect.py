@@ -174,7 +174,8 @@ def _read(name: str, model: Model) -> bytes:
 
 
 def _own_split(model: Model) -> Split:
-    corpus = corpus_lib.load(model.config)
+    assert model.run_dir is not None
+    corpus = corpus_lib.load_own(model.run_dir, model.config, ": give --text")
     return corpus.splits.get("valid") or corpus.splits["train"]
 
 

@@ -19,11 +19,13 @@ from charlstm.training.loss import NATS_PER_BIT, cross_entropy
 from charlstm.types import ModelParams, RecurrentState
 from data_pipeline.batch import Batch, Separator
 from data_pipeline.eval_chunks import ChunkPlan, read_chunks
+from data_pipeline.vocabulary import Vocabulary
 
 
 class Split(Protocol):
     """A split of a corpus."""
 
+    vocabulary: Vocabulary  # of its symbols
     bytes: int  # of the original text
     characters: int | None  # that start in it; None where it is not UTF-8
     unknown: int  # symbols that are not in the vocabulary

@@ -7,10 +7,10 @@ import numpy as np
 
 from charlstm.inference.evaluate import Split
 from charlstm.inspect import survey as survey_lib
+from charlstm.inspect import trace
 from charlstm.inspect.patterns import NAMED, Pattern, expression
 from charlstm.inspect.survey import Survey
 from charlstm.inspect.units import LEVELS, Unit, all_units
-from data_pipeline.shards import ArraySplit
 
 if TYPE_CHECKING:
     from charlstm.api import Model
@@ -57,9 +57,10 @@ def units_for(
       progress: is told how many symbols were read, of how many.
 
     Raises:
-      ValueError: the pattern is no regular expression, or matches nothing or everything in one half of the text.
+      ValueError: the pattern is no regular expression, or matches nothing or everything in one half of the text, or
+        the split has another vocabulary than the model.
     """
-    split = ArraySplit(text, model.vocabulary) if isinstance(text, str | bytes) else text
+    split = trace.split_of(model, text)
     name = pattern if isinstance(pattern, str) else getattr(pattern, "__name__", "pattern")
     survey = survey_lib.read(model, split, {name: pattern_of(pattern)}, patterns_only=True, progress=progress)
     if problem := unusable(survey, 0):

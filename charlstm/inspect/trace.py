@@ -16,7 +16,7 @@ from charlstm.training.loss import NATS_PER_BIT, cross_entropy
 from charlstm.types import ModelParams, RecurrentState
 from data_pipeline.batch import Separator, ends_separator, looks_back
 from data_pipeline.direction import Reversed
-from data_pipeline.shards import ArraySplit
+from data_pipeline.shards import ArraySplit, Corpus
 
 if TYPE_CHECKING:
     from charlstm.api import Model
@@ -40,9 +40,30 @@ def windows(split: Split, separator: Separator, following: int) -> Iterator[tupl
         yield ids[None, back:-1], ids[None, back + 1 :], reset[None]
 
 
+def require_vocabulary(model: "Model", text: Split | Corpus) -> None:
+    """Raises ValueError where a text was prepared with other symbols than those of the model."""
+    if text.vocabulary != model.vocabulary:
+        raise ValueError(
+            f"this model has {model.vocabulary.in_short}, and the text given has {text.vocabulary.in_short}: give one "
+            "that was prepared with the model's own symbols"
+        )
+
+
+def split_of(model: "Model", text: Split | str | bytes) -> Split:
+    """Returns a text as a split of the model's symbols, and such a split as it is; raises as `require_vocabulary`."""
+    if isinstance(text, str | bytes):
+        return ArraySplit(text, model.vocabulary)
+    require_vocabulary(model, text)
+    return text
+
+
 def as_read(model: "Model", text: Split | str | bytes) -> Split:
-    """Returns a text, or a split in the order of the text, as a split in the order in which the model reads it."""
-    split = ArraySplit(text, model.vocabulary) if isinstance(text, str | bytes) else text
+    """Returns a text, or a split in the order of the text, as a split in the order in which the model reads it.
+
+    Raises:
+      ValueError: the split has another vocabulary than the model.
+    """
+    split = split_of(model, text)
     return Reversed(split) if model.config.streams.reverse else split
 
 
@@ -77,7 +98,7 @@ def chunks(model: "Model", split: Split, names: Sequence[str] = ()) -> Iterator[
       split: in the order of the text; windows and symbols come in the order in which the model reads.
 
     Raises:
-      ValueError: there is no array of a name.
+      ValueError: there is no array of a name, or the split has another vocabulary than the model.
     """
     config = model.config.model
     known = names_of(config)

@@ -3,6 +3,7 @@
 The run has a checkpoint of step 0, which holds the parameters alone, and no corpus.
 """
 
+import dataclasses
 import errno
 import hashlib
 import os
@@ -70,6 +71,7 @@ def read(path: Path, vocabulary_file: str, roles: Roles) -> Imported:
     if not path.exists():
         raise ValueError(f"from={path} is not there")
     if path.is_dir() and own_folder.is_one(path):
+        _refuse_given(path, vocabulary_file, roles)
         own = own_folder.read(path)
         config = _config(own.model, own.vocabulary, own.separator, own.reverse)
         return Imported(config, own.vocabulary, own.params, [])
@@ -79,6 +81,7 @@ def read(path: Path, vocabulary_file: str, roles: Roles) -> Imported:
                 f"from={path} is a directory, and neither one that launch.export wrote with --format=safetensors nor "
                 "one with 0.npy to 14.npy of the sentiment neuron: name the file of the weights"
             )
+        _refuse_given(path, vocabulary_file, roles)
         weights, vocabulary_file = sentiment_neuron.read(path), symbol_table.BYTES
     elif path.suffix in TORCH:
         weights = torch_weights.model_of(torch_weights.read(path), roles, path)
@@ -90,6 +93,14 @@ def read(path: Path, vocabulary_file: str, roles: Roles) -> Imported:
     table = symbol_table.read(vocabulary_file, len(weights.params.b_out))
     params, model = symbol_table.rearranged(weights.params, table), ModelConfig(**weights.settings)
     return Imported(_config(model, table.vocabulary), table.vocabulary, params, [weights.roles, *table.remarks])
+
+
+def _refuse_given(path: Path, vocabulary_file: str, roles: Roles) -> None:
+    """Raises ValueError where something is given that only a state dict leaves open."""
+    usual = {"vocabulary_file": ""} | dataclasses.asdict(Roles())
+    given = {"vocabulary_file": vocabulary_file} | dataclasses.asdict(roles)
+    if others := [f"{name}={value}" for name, value in given.items() if value != usual[name]]:
+        raise ValueError(f"from={path} says itself what it is, and needs no {' or '.join(others)}: leave that out")
 
 
 def _config(

@@ -10,6 +10,7 @@ from charlstm.inference.score import FIGURES
 from charlstm.interop.exported import Exported
 from charlstm.report import history
 from data_pipeline import mixture
+from data_pipeline.vocabulary import Vocabulary
 
 CARD = """\
 ---
@@ -23,7 +24,7 @@ tags:
 {datasets}# license: yours to choose
 {front_score}---
 
-# A character-level language model of {texts}
+# A character-level language model{of_texts}
 
 {what}
 
@@ -35,7 +36,7 @@ tags:
 
 With NumPy alone, text from the command line:
 
-    python load_numpy.py --prompt="The " --length=500 --temperature=0.8
+    python load_numpy.py --prompt="{prompt}" --length=500 --temperature=0.8
 
 {use}
 
@@ -77,7 +78,7 @@ In a program:
     from load_numpy import Model
 
     model = Model(".")
-    logits, state = model(model.encode("The "))  # [symbols, V] of the next symbols; hand `state` on
+    logits, state = model(model.encode("{prompt}"))  # [symbols, V] of the next symbols; hand `state` on
 
 PyTorch has no layer that computes this cell."""
 
@@ -99,26 +100,41 @@ def card(exported: Exported, parameters: int, has_pytorch: bool) -> str:
         f"It reads and writes text symbol by symbol: {exported.vocabulary.size:,} {exported.vocabulary.kind}. "
         f"Its cell is {model.cell}, of {widths} units{f' ({extra})' if extra else ''}, with {parameters:,} parameters"
     )
+    trained = f", after {exported.step:,} updates" if names else ""
+    prompt = _prompt(exported.vocabulary)
     slugs = [slug for name in names if (slug := re.sub(r"[^\w.-]+", "-", name).strip("-"))]
     return CARD.format(
         cell=model.cell,
         datasets="".join(["datasets:\n", *(f"- {json.dumps(slug)}\n" for slug in slugs)]) if slugs else "",
         front_score=_front_score(record, names, slugs) if record else "",
-        texts=" and ".join(names),
-        what=f"{what}, after {exported.step:,} updates.{way} It was trained with charlstm.",
-        score=_in_words(record, config) if record else "It was not measured in training.",
-        use=TORCH if has_pytorch else NUMPY,
-        training=_training(config),
+        of_texts=f" of {' and '.join(names)}" if names else "",
+        what=f"{what}{trained}.{way}{' It was trained with charlstm.' if names else ''}",
+        score=_in_words(record, config) if record else "It was not measured.",
+        use=TORCH if has_pytorch else NUMPY.format(prompt=prompt),
+        prompt=prompt,
+        training=_training(config) if names else "It was imported: on which text and how it was trained is not known.",
     )
 
 
 def texts_of(config: Config) -> list[str]:
-    """Names of the texts that a run was trained on, without the folders in which they lay."""
+    """Names of the texts that a run was trained on, without the folders in which they lay; none if imported."""
     if config.streams.mixture:
         return [part.name for part in mixture.parse(config.streams.mixture)]
+    if not (config.corpus.train or config.corpus.corpus):
+        return []
     name = PurePosixPath(config.corpus.train or config.corpus.corpus).name.partition(".")[0]
     name = re.sub(r"-[0-9a-f]{16}$", "", name)  # of a prepared corpus in the cache
     return ["text" if re.fullmatch(r"[0-9a-f]{32}|", name) else name]
+
+
+def _prompt(vocabulary: Vocabulary) -> str:
+    """A prompt of symbols that the model knows, and that mean nothing else between quotes."""
+    known = vocabulary.characters
+    for prompt in ("The ", "the "):
+        if vocabulary.kind == "bytes" or set(prompt) <= set(known):
+            return prompt
+    letters = [c for c in known if c.isalnum()] or [c for c in known if c.isprintable() and c not in '"$`\\!']
+    return "".join(letters[:3])
 
 
 def _score(exported: Exported) -> dict[str, Any] | None:

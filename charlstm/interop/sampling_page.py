@@ -71,7 +71,8 @@ def write(exported: Exported, folder: Path) -> None:
         "widths": model.widths,
         "variant": model.variant,
     } | {name: getattr(model, name) for name in ("cell", "skip", "zoneout", "zoneout_cell")}
-    name = exported.run_dir.name if exported.run_dir else f"{model.cell} of {' and '.join(texts_of(exported.config))}"
+    texts = " and ".join(texts_of(exported.config))
+    name = exported.run_dir.name if exported.run_dir else f"{model.cell}{f' of {texts}' if texts else ''}"
     page = _page(name, " ".join(filter(None, about)), head, "sampling_model.js", packed)
     (folder / "index.html").write_text(page, "utf-8")
 
@@ -92,15 +93,14 @@ def count(params: ModelParams) -> int:
 
 
 def described(config: Config, params: ModelParams) -> str:
-    """Returns what a model is and has read, in two sentences."""
+    """Returns what a model is and, if that is known, has read."""
     widths = config.model.widths
     same = len(set(widths)) == 1
     layers = f"{len(widths)} \N{MULTIPLICATION SIGN} {widths[0]}" if same else " + ".join(map(str, widths))
     more = f", mogrified in {config.model.mogrifier_rounds} rounds" if config.model.mogrifier_rounds else ""
-    return (
-        f"{NAMES[config.model.cell]} of {layers} units{more}: {count(params):,} parameters. "
-        f"It has learned from {' and '.join(texts_of(config))}, one symbol at a time."
-    )
+    texts = " and ".join(texts_of(config))
+    learned = f" It has learned from {texts}, one symbol at a time." if texts else ""
+    return f"{NAMES[config.model.cell]} of {layers} units{more}: {count(params):,} parameters.{learned}"
 
 
 def pack(params: ModelParams, format: str) -> tuple[list[list[Any]], bytes, ModelParams]:

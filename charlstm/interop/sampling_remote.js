@@ -26,7 +26,8 @@ class RemoteEngine {
     const asked = { model: this.head.name, prompt: whole.slice(at.text.length), max_tokens: length, temperature, seed, stream: true, logprobs: BARS };
     if (topK) asked.top_k = topK;
     if (at.state) asked.state = at.state;
-    if (!peeking) asked.return_state = true;
+    if (peeking) asked.stop = ""; // a separator that is drawn would be left out, with what else was expected
+    else asked.return_state = true;
     const headers = { "Content-Type": "application/json" };
     const answer = await fetch(this.head.address, { method: "POST", headers, body: JSON.stringify(asked), signal });
     if (!answer.ok) {

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from charlstm.types import CellParams, ModelParams
-from data_pipeline.settings import setting
+from data_pipeline.settings import check_choices, setting
 
 Array = Any  # of NumPy; parameters are declared as arrays of JAX
 Tensors = dict[str, Array]
@@ -37,7 +37,12 @@ class Roles:
         "", "PyTorch: the embedding, such as encoder (the output layer's own name: they are tied), or one-hot."
     )
     output_layer: str = setting("", "PyTorch: the layer that gives the logits, such as decoder.")
-    nonlinearity: str = setting("tanh", "PyTorch: of nn.RNN, tanh or relu: its weights do not say it.")
+    nonlinearity: str = setting(
+        "tanh", "PyTorch: of nn.RNN, tanh or relu: its weights do not say it.", choices=("tanh", "relu")
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
 
 class Weights(NamedTuple):
@@ -108,6 +113,8 @@ def model_of(tensors: Tensors, roles: Roles, source: Path) -> Weights:
     """
     rest = dict(tensors)
     cell, cells = _recurrent(rest, roles, source)
+    if cell != "rnn" and roles.nonlinearity != "tanh":
+        raise ValueError(f"nonlinearity={roles.nonlinearity} is of nn.RNN, and {source} has a {cell}: leave it out")
     widths = [p.w_h.shape[0] for p in cells]
     if set(widths[:-1]) - {widths[0]}:
         raise ValueError(f"{source} has layers of {', '.join(map(str, widths))} units: only the last may differ here")
@@ -131,7 +138,7 @@ def model_of(tensors: Tensors, roles: Roles, source: Path) -> Weights:
         "last_hidden_size": 0 if widths[0] == H else H,
         "embedding_size": 0 if one_hot else E,
         "tie_embeddings": is_tied,
-        **({"nonlinearity": roles.nonlinearity} if cell == "rnn" else {}),
+        "nonlinearity": roles.nonlinearity,
     }
     params = ModelParams(table, tuple(cells), None if is_tied else w_out, b_out)
     return Weights(settings, params, f"embedding {embedding}, output layer {output}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from charlstm import config as config_lib
 from charlstm import distributed
 from charlstm.config import Config
-from charlstm.run import prepared
+from charlstm.run import prepared, run_directory
 from data_pipeline import direction, mixture
 from data_pipeline.atomic_files import atomic_write, expand_user
 from data_pipeline.batch import Separator, ends_separator, looks_back
@@ -106,9 +106,25 @@ def load(config: Config) -> Corpus:
         return distributed.run_on_all(lambda: corpora.open_prepared(_seen_here(found, settings), settings))
 
     mixed = config.streams.mixture
-    if not (mixed or config.corpus.corpus or config.corpus.train):
-        raise ValueError("this model was imported and has no corpus of its own: give --text, or --corpus")
     return mixture.load(mixture.parse(mixed), open_one) if mixed else open_one(config.corpus.corpus)
+
+
+def load_own(run_dir: Path, config: Config, remedy: str = "") -> Corpus:
+    """The corpus or mixture of a run, as `load` finds it, checked to be the one that the run was trained on.
+
+    Args:
+      config: of the run, or with another place of its corpus.
+      remedy: how a refusal ends, such as ": give --text".
+
+    Raises:
+      ValueError, OSError: it cannot be had, is another one, or the model was imported and has none.
+    """
+    if not (config.streams.mixture or config.corpus.corpus or config.corpus.train):
+        raise ValueError(f"this model was imported and has no corpus of its own{remedy}")
+    corpus, own = load(config), run_directory.read(run_dir)[1]
+    now = run_directory.Identity(corpus.vocabulary, corpus.fingerprint)
+    run_directory.check_identity(run_dir, own, now, remedy=remedy)
+    return corpus
 
 
 def _seen_here(found: str, settings: CorpusSettings) -> Path | str:

@@ -112,8 +112,8 @@ def _params(
     kept = shared_symbols(other_identity.vocabulary, identity.vocabulary)
     if not len(kept.here):
         raise ValueError(
-            f"initial_checkpoint={run_dir} has {other_identity.vocabulary_in_short} and this corpus "
-            f"{identity.vocabulary_in_short}: they have no symbol in common"
+            f"initial_checkpoint={run_dir} has {other_identity.vocabulary.in_short} and this corpus "
+            f"{identity.vocabulary.in_short}: they have no symbol in common"
         )
     abstract = train_state.abstract(other, other_identity.vocabulary.size, mesh).params
     with Checkpoints(run_dir / "checkpoints", writable=False, log=say) as source:

@@ -57,10 +57,6 @@ class Identity:
     vocabulary: Vocabulary
     corpus_fingerprint: str  # "" of an imported model, whose text is not known
 
-    @property
-    def vocabulary_in_short(self) -> str:
-        return f"a vocabulary of {self.vocabulary.size} {self.vocabulary.kind} ({self.vocabulary.digest[:12]})"
-
     def to_json(self) -> dict[str, Any]:
         return {"vocabulary": self.vocabulary.to_json(), "corpus_fingerprint": self.corpus_fingerprint}
 
@@ -215,18 +211,24 @@ def resume_config(run_dir: Path, wanted: Config, identity: Identity, initial: st
     return config_lib.replace(run_config, **values), remarks
 
 
-def check_identity(run_dir: Path, run: Identity, now: Identity, changed: str = "") -> None:
-    """Raises OtherRun where the vocabulary or the corpus `now` is not that of the run; `changed`: what may be why."""
+def check_identity(run_dir: Path, run: Identity, now: Identity, changed: str = "", remedy: str | None = None) -> None:
+    """Raises OtherRun where the vocabulary or the corpus `now` is not that of the run.
+
+    Args:
+      changed: what may be why.
+      remedy: how the sentence ends, such as ": give --text"; None: with what resumes the run.
+    """
+    own = f": give the run's own corpus, as in {run_dir / 'flags.txt'}, or another run_dir"
     if run.vocabulary != now.vocabulary:
         raise OtherRun(
-            f"{run_dir} has {run.vocabulary_in_short}, and the corpus given has {now.vocabulary_in_short}: give the "
-            f"run's own corpus, as in {run_dir / 'flags.txt'}, or another run_dir"
+            f"{run_dir} has {run.vocabulary.in_short}, and the corpus given has {now.vocabulary.in_short}"
+            f"{own if remedy is None else remedy}"
         )
     if run.corpus_fingerprint not in ("", now.corpus_fingerprint):
+        own += f", which --initial_checkpoint={run_dir} starts from its parameters"
         raise OtherRun(
             f"{run_dir} was trained on the corpus with fingerprint {run.corpus_fingerprint[:12]}, and the one given "
-            f"has {now.corpus_fingerprint[:12]}{changed}: give the run's own corpus, as in {run_dir / 'flags.txt'}, or "
-            f"another run_dir, which --initial_checkpoint={run_dir} starts from its parameters"
+            f"has {now.corpus_fingerprint[:12]}{changed}{own if remedy is None else remedy}"
         )
 
 

@@ -224,9 +224,9 @@ def _record(split: str, pieces: list[_Piece], vocabulary: Vocabulary, block_byte
 def _cut(file: str, piece: _Piece, block_bytes: int, place: Place) -> ShardNote:
     """Writes a part of a shard of bytes as a shard; characters are cut where they are counted."""
     assert piece.note.shard.symbols == piece.note.bytes, "symbols are bytes"
-    shard, starts, dtype = piece.note.shard, StartCount(), np.dtype(np.uint8)
+    shard, starts, vocabulary = piece.note.shard, StartCount(), Vocabulary("bytes")
     record = SplitRecord(shard.symbols, shard.symbols, None, 0, (shard,))
-    text = Split(record, dtype, Blocks(place.store, (shard,), dtype.itemsize, block_bytes))
+    text = Split(record, vocabulary, Blocks(place.store, (shard,), vocabulary.dtype.itemsize, block_bytes))
 
     def pieces() -> Iterator[np.ndarray]:
         for start in range(piece.start, piece.stop, CHUNK):

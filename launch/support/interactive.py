@@ -25,11 +25,11 @@ A backslash at the end of a line stands for a line break.
   /k 40     the K most probable        /seed 3   draw what follows with another seed
   /p 0.9    the nucleus                /n 500    symbols of a turn
   /reset    a new text                 /help     this list
-  Ctrl-C    stops the text             /quit     leave, as Ctrl-D"""
+  Ctrl-C    stops text, drops a line   /quit     leave, as Ctrl-D"""
 
 
 def lines() -> Iterator[str]:
-    """Yields what is typed, or the lines of stdin where that is no terminal."""
+    """Yields what is typed, or the lines of stdin where that is no terminal; Ctrl-C drops a line that is begun."""
     if not sys.stdin.isatty():
         yield from (line.removesuffix("\n") for line in sys.stdin)
         return
@@ -37,7 +37,13 @@ def lines() -> Iterator[str]:
         import readline  # noqa: F401  # history and editing
     with contextlib.suppress(EOFError):
         while True:
-            yield input("> ")
+            try:
+                with signals.interruptible():
+                    line = input("> ")
+            except KeyboardInterrupt:
+                print()
+                continue
+            yield line
     print()
 
 

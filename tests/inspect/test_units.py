@@ -10,6 +10,7 @@ import pytest
 import charlstm as cl
 from charlstm.inspect import patterns, ranking, saliency, surprise, survey, trace, units
 from charlstm.model import language_model
+from data_pipeline.mixture import Joined
 from data_pipeline.shards import ArraySplit
 from data_pipeline.vocabulary import Vocabulary
 from tests.inspect.conftest import CHARACTERS, PLANTED, WIDTH, drawn, text_of
@@ -178,6 +179,19 @@ def test_surprise_is_that_of_the_score_and_ranks_and_guesses_are_those_of_the_lo
         assert found.guesses[place].tolist() == order[:5].tolist()
         assert found.rank[place] == 1 + order.tolist().index(ids[place])
     assert (found.entropy > 0).all() and (found.entropy <= np.log2(CHARACTERS.size) + 1e-5).all()
+
+
+def test_a_split_of_another_vocabulary_is_refused_with_both(model, tmp_path):
+    split = cl.load_corpus(text_of(3000), cache_dir=str(tmp_path / "cache")).train
+    for refused in (
+        lambda: model.evaluate(split),
+        lambda: model.export(tmp_path / "page", "html", split),
+        lambda: ranking.units_for(model, split, INSIDE),
+        lambda: next(trace.chunks(model, split)),
+        lambda: next(trace.chunks(drawn(reverse=True), Joined([split]))),
+    ):
+        with pytest.raises(ValueError, match=r"has a vocabulary of 19 characters .* has a vocabulary of 256 bytes"):
+            refused()
 
 
 def test_units_are_named_and_what_is_none_is_refused(model):

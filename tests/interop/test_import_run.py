@@ -61,6 +61,10 @@ def test_the_run_writes_and_scores_with_the_same_bits_as_the_model_that_was_expo
     assert theirs.sample("ab", 40, seed=3) == model.sample("ab", 40, seed=3)
     np.testing.assert_array_equal(theirs.bits(TEXT), model.bits(TEXT))
     again = theirs.export(folder.with_name("again"))
+    card = (again / "README.md").read_text()
+    assert "It was imported: on which text and how it was trained is not known." in card
+    assert "# A character-level language model\n" in card and "datasets:" not in card
+    assert not re.search('updates|trained with|[Aa]dam|text"|seed \\|', card)
     ours, other = ((path / "model.safetensors").read_bytes() for path in (folder, again))
     assert ours == other
 
@@ -97,10 +101,18 @@ def test_every_program_works_on_it_or_says_in_a_sentence_that_it_has_no_text(exp
     assert re.search("bits per character at step 0", capsys.readouterr().out)
     assert inspect.main(["inspect", f"--run_dir={run_dir}", text, "--unit=1:3"]) == cli.DONE
     assert export.main(["export", f"--run_dir={run_dir}", f"--output={tmp_path / 'out'}"]) == cli.DONE
-    for other in (evaluate.main, inspect.main):
-        flags = [f"--run_dir={run_dir}", *(["--unit=1:3"] if other is inspect.main else [])]
-        assert "this model was imported and has no corpus of its own: give --text" in refusal(other, *flags)
+    none = "this model was imported and has no corpus of its own"
+    assert refusal(inspect.main, f"--run_dir={run_dir}", "--unit=1:3").endswith(f"{none}: give --text")
+    remedy = ": give --text, or with --corpus the text that it was trained on"
+    assert refusal(evaluate.main, f"--run_dir={run_dir}").endswith(none + remedy)
+    capsys.readouterr()
+    assert export.main(["export", f"--run_dir={run_dir}", "--format=html", f"--output={tmp_path / 'page'}"]) == cli.DONE
+    assert f"no held-out text: {none}\n" in capsys.readouterr().err
+    assert "It has learned from" not in (tmp_path / "page" / "index.html").read_text()
     (tmp_path / "long.txt").write_text("bade a cab dig a fig\n" * 300)
+    corpus = api.load_corpus(tmp_path / "long.txt", cache_dir=tmp_path).directory
+    sentence = refusal(evaluate.main, f"--run_dir={run_dir}", f"--corpus={corpus}")
+    assert "and the corpus given has a vocabulary of" in sentence and sentence.endswith(remedy)
     flags = [TINY, f"--corpus={tmp_path / 'long.txt'}", f"--cache_dir={tmp_path}"]
     for text in (flags, [], ["--corpus=nowhere"]):
         sentence = refusal(train.main, *text, f"--run_dir={run_dir}")
@@ -126,6 +138,10 @@ def test_what_fails_leaves_nothing_behind(exported, tmp_path, monkeypatch):
     _, folder, run_dir = exported
     assert "is there already" in refusal(program.main, f"--from={folder}", f"--run_dir={run_dir}")
     assert "is not there" in refusal(program.main, "--from=nowhere", f"--run_dir={tmp_path / 'a' / 'run'}")
+    flags = ["--vocabulary_file=x.json", "--recurrent=nope", "--embedding=zip", "--output_layer=zap"]
+    said = refusal(program.main, f"--from={folder}", *flags, "--nonlinearity=relu", f"--run_dir={tmp_path / 'r'}")
+    for flag in (*flags, "nonlinearity=relu: leave that out"):
+        assert flag.removeprefix("--") in said
     assert "--from is required" in refusal(program.main, f"--run_dir={tmp_path / 'run'}")
     (tmp_path / "x.t7").touch()
     assert "as in docs/interop.md" in refusal(

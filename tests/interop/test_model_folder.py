@@ -13,6 +13,7 @@ import charlstm as cl
 from charlstm.interop import model_card
 from charlstm.interop.folder import load_numpy
 from charlstm.interop.model_folder import MISSING, PROGRAMS, module_of
+from data_pipeline.vocabulary import Vocabulary
 from tests.interop.conftest import (
     BYTES,
     CHARACTERS,
@@ -223,6 +224,18 @@ def test_a_card_without_a_run_has_no_score_and_no_folder_of_the_text(tmp_path):
     assert "- my-novel\n" not in card and '- "my-novel"\n' in card and "/home" not in card
     assert "It was not measured" in card and "metrics:" not in card and "PyTorch has no layer" in card
     assert model_card.texts_of(drawn("gru", mixture="data/web:0.6,books=b/v2:0.4").config) == ["web", "books"]
+
+
+@pytest.mark.parametrize(
+    ("characters", "prompt"),
+    [(" The", "The "), (" aehtz", "the "), ("\n !абв", "абв"), ('!"{}', "{}"), ('\n"', ""), ("", "The ")],
+)
+def test_the_examples_of_a_card_have_symbols_of_the_model(characters, prompt, tmp_path):
+    model = drawn("mlstm", Vocabulary("characters", "".join(sorted(characters))) if characters else BYTES)
+    read = load_numpy.Model(model.export(tmp_path / "folder"))
+    card = (tmp_path / "folder" / "README.md").read_text("utf-8")
+    assert f'--prompt="{prompt}" --length' in card and f'model.encode("{prompt}")' in card
+    assert len(read.encode(prompt)) == len(prompt)
 
 
 def test_without_safetensors_one_sentence_says_what_to_install(tmp_path, monkeypatch):

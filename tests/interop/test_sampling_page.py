@@ -308,7 +308,7 @@ def test_the_page_of_a_server_shows_what_the_server_streams(browser, tmp_path):
     first, peeked = browser.run("asked")
     expected = {"model": "mine <1>", "max_tokens": 3, "temperature": 0.5, "seed": 9, "stream": True, "logprobs": 10}
     assert first == expected | {"prompt": "ab", "top_k": 4, "return_state": True}
-    assert peeked == expected | {"prompt": "abx€\n", "top_k": 4, "max_tokens": 1}
+    assert peeked == expected | {"prompt": "abx€\n", "top_k": 4, "max_tokens": 1, "stop": ""}
     assert browser.run(BARS) == [["↵", "60.7 %"], ["b", "22.3 %"]]
     browser.run(
         'window.fetch = async () => new Response(\'{"error": {"message": "too many at a time"}}\', {status: 429})'

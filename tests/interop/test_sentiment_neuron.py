@@ -58,6 +58,11 @@ def test_it_computes_what_its_equations_say(folder):
     np.testing.assert_allclose(model.states(TEXT)[0].c, states, rtol=1e-5, atol=1e-5)
 
 
+def test_its_symbols_are_not_to_be_said(folder):
+    with pytest.raises(ValueError, match=r"needs no vocabulary_file=x\.json or embedding=zip: leave that out"):
+        import_run.read(folder, "x.json", Roles(embedding="zip"))
+
+
 @pytest.mark.parametrize(
     ("number", "content", "why"),
     [

@@ -125,6 +125,10 @@ def test_rectified_units_are_told_by_a_flag(symbols):
     tensors = state_dict("rnn")
     expected = logits_by_hand(tensors, IDS, "rnn", nonlinearity="relu")
     assert_equal_logits(imported(tensors, symbols, nonlinearity="relu"), expected, IDS)
+    with pytest.raises(ValueError, match=r"nonlinearity=relu is of nn\.RNN, and .* has a lstm: leave it out"):
+        imported(state_dict(), symbols, nonlinearity="relu")
+    with pytest.raises(ValueError, match="nonlinearity='sigmoid' is not one of tanh, relu"):
+        imported(tensors, symbols, nonlinearity="sigmoid")
 
 
 @pytest.mark.parametrize("stored", ["once", "twice", "once, by the output layer"])

@@ -51,6 +51,13 @@ def test_find_ranks_the_units_on_a_text_or_the_runs_own(trained, text, capsys):
     assert "symbols are inside" in table and len(table.splitlines()) == 2 + 8
 
 
+def test_the_runs_own_text_is_refused_if_another_stands_in_its_place(copied):
+    config = copied / "config.json"
+    config.write_text(config.read_text().replace("/text.txt", "/other.txt"))
+    said = refusal(inspect.main, f"--run_dir={copied}", "--unit=1:3")
+    assert "was trained on the corpus with fingerprint" in said and said.endswith(": give --text")
+
+
 def test_a_page_is_written_beside_nothing_and_over_nothing_but_its_own(trained, text, tmp_path, capsys):
     output, flags = tmp_path / "a.html", (f"--run_dir={trained}", f"--text={text}", "--saliency=0")
     ran(inspect.main, capsys, *flags, f"--output={output}", "--length=100")

@@ -16,13 +16,14 @@ from starlette.requests import ClientDisconnect
 from starlette.testclient import TestClient
 
 from charlstm import api, distributed
+from charlstm import config as config_lib
 from charlstm.inference.text import Sample
 from charlstm.run import run_directory
 from charlstm.serving import completions, loading, opaque
 from charlstm.serving.app import MOST_BODY, Server
 from data_pipeline.vocabulary import Vocabulary
 from tests.fuzzing import ANY_JSON, fuzzed, spoiled
-from tests.serving.conftest import RUNS
+from tests.serving.conftest import RUNS, make_run
 
 LIMITS = {"slots": 4, "queue": 20, "max_prompt": 300, "max_tokens": 200}
 
@@ -236,6 +237,17 @@ def test_a_separator_that_begins_in_one_request_ends_the_text_in_the_next():
         sample = Sample(Vocabulary("characters", "abcde"), np.zeros(0, np.int32), [end], before)
         sample.feed(np.array([4]), np.array([-1.0]))
         assert sample.stopped == ended
+
+
+def test_without_stop_a_separator_that_is_drawn_has_its_log_probabilities(tmp_path):
+    vocabulary, settings = RUNS["documents"]
+    server = server_of(make_run(tmp_path / "run", vocabulary, config_lib.replace(settings, document_separator="d")))
+    with TestClient(server.app) as client:
+        how = {"prompt": "c", "max_tokens": 1, "logprobs": 10}
+        seed = next(seed for seed in range(99) if ask(client, **how, seed=seed)["choices"][0]["text"] == "")
+        (choice,) = ask(client, **how, seed=seed, stop="")["choices"]  # as the page peeks
+        assert choice["text"] == "d" in choice["logprobs"]["top_logprobs"][0]
+    server.slots.close()
 
 
 REFUSED = {
