@@ -120,7 +120,7 @@ def load(run_dir: str | os.PathLike[str], checkpoint: str | int = "best") -> "Mo
     distributed.use_cpu_cores()
     folder = run_directory.named("run_dir", os.fspath(run_dir))
     config, identity = run_directory.read(folder)
-    mesh = distributed.make(list(distributed.make().devices.flat[:1]))
+    mesh = distributed.make(distributed.make().local_devices[:1])
     params, step = run_directory.restore_params(folder, config, identity, mesh, str(checkpoint), _log.warning)
     return Model(config, identity.vocabulary, params, step, folder)
 

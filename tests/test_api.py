@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -129,9 +130,40 @@ def test_an_interrupt_saves_and_returns_and_the_same_call_goes_on(config, corpus
     assert digest(tmp_path / "run") == digest(run_dir)
 
 
+OF_TWO = f"""
+import sys
+import charlstm as cl
+
+index, port, text, cache, run_dir = sys.argv[1:]
+cl.distributed.join(f"localhost:{{port}}", 2, int(index), 60)
+corpus = cl.load_corpus(text, cache_dir=cache)
+model = cl.train(cl.Config(**{SETTINGS | {"batch_size": 2}!r}), corpus, run_dir)
+print(model.bits("line").sum(), model.evaluate(corpus.test).bits)
+"""
+
+
+def test_processes_that_have_joined_train_one_run_and_each_has_its_model(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    paths = [str(tmp_path / name) for name in ("text.txt", "cache", "run")]
+    how = {"env": os.environ | {"XLA_FLAGS": xla_flags(), "PYTHONPATH": str(ROOT)}, "cwd": tmp_path, "text": True}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", OF_TWO, index, port, *paths], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how
+        )
+        for index in "01"
+    ]
+    ended = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == [0, 0], ended
+    assert ended[0][0].splitlines()[-1] == ended[1][0].splitlines()[-1]
+    assert "training on 2 x cpu in 2 processes" in (tmp_path / "run" / "log.txt").read_text()
+
+
 def test_mistakes_are_exceptions_and_write_nothing(config, corpus, tmp_path):
     with pytest.raises(ValueError, match="batch_size=20000"):
-        cl.train(cl.Config(**SETTINGS | {"batch_size": 20000, "logical_shards": 1}), corpus, tmp_path / "run")
+        cl.train(cl.Config(**SETTINGS | {"batch_size": 20000}), corpus, tmp_path / "run")
     for make in (cl.Config, functools.partial(config_lib.replace, cl.Config(learning_rate=1))):
         with pytest.raises(ValueError, match="did you mean hidden_size"):
             make(hiden_size=3)
