@@ -27,7 +27,7 @@ from charlstm.interop.exported import Exported, folded
 from charlstm.model import language_model
 from charlstm.model.ops import compiler
 from charlstm.run import corpus as corpus_lib
-from charlstm.run import loop, run_directory
+from charlstm.run import loop, prepared, run_directory
 from charlstm.run.loop import Outcome
 from charlstm.run.services import InterruptibleServices
 from charlstm.run.start import start
@@ -62,8 +62,9 @@ def load_corpus(source: str | os.PathLike[str] | bytes, **settings: Any) -> Corp
     if isinstance(source, bytes):
         cache = CorpusSettings(**settings).cache_dir
         source = corpus_lib.written_down(source, expand_user(cache) / "texts")
-    found = os.fspath(source)
-    return corpora.load(CorpusSettings(corpus=found, **settings), bar(), say_on_stderr)
+    given = CorpusSettings("" if settings.get("train") else os.fspath(source), **settings)
+    corpus = corpora.load(given, bar(), say_on_stderr)
+    return dataclasses.replace(corpus, settings=prepared.to_record(given, corpus))
 
 
 def load_mixture(weights: Mapping[str, float], **settings: Any) -> Mixture:
@@ -101,6 +102,7 @@ def train(config: Config, corpus: Corpus, run_dir: str | os.PathLike[str], *, in
     distributed.use_cpu_cores()
     folder = run_directory.named("run_dir", os.fspath(run_dir))
     config = corpus_lib.taken(config, corpus)
+    corpus_lib.refuse_inside(folder, config.corpus, config.streams.mixture)
     begun = start(folder, config, corpus, choose_mesh, initial_checkpoint)
     outcome = loop.train(begun, InterruptibleServices(), config_lib.to_flags(config))
     if outcome is Outcome.NOT_SAVED:
