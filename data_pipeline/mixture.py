@@ -197,6 +197,10 @@ class Mixture(Corpus):
         corpora = zip(self.corpora.items(), self.weights, strict=True)
         return tuple(Member(name, len(corpus.train), p) for (name, corpus), p in corpora)
 
+    @property
+    def places(self) -> tuple[str, ...]:
+        return tuple(place for corpus in self.corpora.values() for place in corpus.places)
+
     def waiting(self) -> str:
         return "; ".join(filter(None, (corpus.waiting() for corpus in self.corpora.values())))
 

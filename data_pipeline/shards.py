@@ -159,6 +159,11 @@ class Corpus:
             return []
         return parse_sources(bytes(self.store.read(SOURCES)), self.sources, self.store.path(SOURCES))
 
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Where it is read, its store and its cache: a warning begins with one of them."""
+        return (self.store.path("").rstrip("/"), *([str(self.cache.directory)] if self.cache else []))
+
     def waiting(self) -> str:
         """Describes what is waited for, if an object store does not answer; else ""."""
         return self.store.waiting()
