@@ -57,6 +57,8 @@ def load_corpus(source: str | os.PathLike[str] | bytes, **settings: Any) -> Corp
     Raises:
       ValueError: there is no such text, or it cannot be prepared so.
     """
+    kinds = {field.name: field.type for field in dataclasses.fields(CorpusSettings)}
+    settings = {name: config_lib.of_kind(name, value, kinds.get(name, type(value))) for name, value in settings.items()}
     if isinstance(source, str) and "\n" in source:
         source = source.encode("utf-8", "surrogateescape")
     if isinstance(source, bytes):
@@ -95,10 +97,19 @@ def train(config: Config, corpus: Corpus, run_dir: str | os.PathLike[str], *, in
       initial_checkpoint: a run directory whose parameters a new run starts from.
 
     Raises:
+      TypeError: it is given a path, a split or a dict in place of a corpus or a config.
       ValueError: the settings go neither with each other, nor with the text, the machine or the run that is there.
       Diverged: a loss or a gradient was not finite.
       OSError: the last checkpoint could not be written.
     """
+    if not isinstance(config, Config):
+        raise TypeError(
+            f"config is a {type(config).__name__}: give cl.Config(hidden_size=256), of a dict cl.Config(**d)"
+        )
+    if not isinstance(corpus, Corpus):
+        raise TypeError(
+            f"corpus is a {type(corpus).__name__}: give the whole of cl.load_corpus(...), not a path or split"
+        )
     distributed.use_cpu_cores()
     folder = run_directory.named("run_dir", os.fspath(run_dir))
     config = corpus_lib.taken(config, corpus)

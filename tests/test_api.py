@@ -174,10 +174,25 @@ def test_mistakes_are_exceptions_and_write_nothing(config, corpus, tmp_path):
         with pytest.raises(ValueError, match=r"batch_size=32.0 is not a int"):
             make(batch_size=32.0)
         assert make(learning_rate=0.5).optimizer.learning_rate == 0.5
+        swept = make(learning_rate=np.logspace(-3, -2, 2)[0], hidden_size=np.int64(3), skip=np.True_)
+        assert [type(value) for value in (swept.optimizer.learning_rate, swept.model.hidden_size)] == [float, int]
     with pytest.raises(ValueError, match="home directory of a user who has none"):
         cl.Config.from_flagfile("~nobody of that name/x.flags")
     with pytest.raises(ValueError, match="no recipe 'nothing', only amazon"):
         cl.Config.recipe("nothing")
+    for wrong, sentence in (
+        ((config, "a.txt"), r"corpus is a str: give the whole of cl\.load_corpus"),
+        ((config, corpus.splits["train"]), r"corpus is a Split: give the whole"),
+        ((SETTINGS, corpus), r"config is a dict: give cl\.Config.*\*\*d"),
+    ):
+        with pytest.raises(TypeError, match=sentence):
+            cl.train(*wrong, tmp_path / "run")
+    for settings, sentence in (
+        ({"valid_fraction": "0.1"}, "'0.1' is not a float"),
+        ({"min_count": 1.5}, "is not a int"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            cl.load_corpus(TEXT, **settings)
     with pytest.raises(ValueError, match="is not a run"):
         cl.load(tmp_path / "run")
     diverging = cl.Config(**SETTINGS | {"learning_rate": 3e38, "clip_norm": 0.0})
