@@ -27,7 +27,7 @@ from charlstm.interop.exported import Exported, folded
 from charlstm.model import language_model
 from charlstm.model.ops import compiler
 from charlstm.run import corpus as corpus_lib
-from charlstm.run import loop, run_directory
+from charlstm.run import loop, prepared, run_directory
 from charlstm.run.loop import Outcome
 from charlstm.run.services import InterruptibleServices
 from charlstm.run.start import start
@@ -57,13 +57,16 @@ def load_corpus(source: str | os.PathLike[str] | bytes, **settings: Any) -> Corp
     Raises:
       ValueError: there is no such text, or it cannot be prepared so.
     """
+    kinds = {field.name: field.type for field in dataclasses.fields(CorpusSettings)}
+    settings = {name: config_lib.of_kind(name, value, kinds.get(name, type(value))) for name, value in settings.items()}
     if isinstance(source, str) and "\n" in source:
         source = source.encode("utf-8", "surrogateescape")
     if isinstance(source, bytes):
         cache = CorpusSettings(**settings).cache_dir
         source = corpus_lib.written_down(source, expand_user(cache) / "texts")
-    found = os.fspath(source)
-    return corpora.load(CorpusSettings(corpus=found, **settings), bar(), say_on_stderr)
+    given = CorpusSettings("" if settings.get("train") else os.fspath(source), **settings)
+    corpus = corpora.load(given, bar(), say_on_stderr)
+    return dataclasses.replace(corpus, settings=prepared.to_record(given, corpus))
 
 
 def load_mixture(weights: Mapping[str, float], **settings: Any) -> Mixture:
@@ -94,13 +97,23 @@ def train(config: Config, corpus: Corpus, run_dir: str | os.PathLike[str], *, in
       initial_checkpoint: a run directory whose parameters a new run starts from.
 
     Raises:
+      TypeError: it is given a path, a split or a dict in place of a corpus or a config.
       ValueError: the settings go neither with each other, nor with the text, the machine or the run that is there.
       Diverged: a loss or a gradient was not finite.
       OSError: the last checkpoint could not be written.
     """
+    if not isinstance(config, Config):
+        raise TypeError(
+            f"config is a {type(config).__name__}: give cl.Config(hidden_size=256), of a dict cl.Config(**d)"
+        )
+    if not isinstance(corpus, Corpus):
+        raise TypeError(
+            f"corpus is a {type(corpus).__name__}: give the whole of cl.load_corpus(...), not a path or split"
+        )
     distributed.use_cpu_cores()
     folder = run_directory.named("run_dir", os.fspath(run_dir))
     config = corpus_lib.taken(config, corpus)
+    corpus_lib.refuse_inside(folder, config.corpus, config.streams.mixture)
     begun = start(folder, config, corpus, choose_mesh, initial_checkpoint)
     outcome = loop.train(begun, InterruptibleServices(), config_lib.to_flags(config))
     if outcome is Outcome.NOT_SAVED:
@@ -120,7 +133,7 @@ def load(run_dir: str | os.PathLike[str], checkpoint: str | int = "best") -> "Mo
     distributed.use_cpu_cores()
     folder = run_directory.named("run_dir", os.fspath(run_dir))
     config, identity = run_directory.read(folder)
-    mesh = distributed.make(list(distributed.make().devices.flat[:1]))
+    mesh = distributed.make(distributed.make().local_devices[:1])
     params, step = run_directory.restore_params(folder, config, identity, mesh, str(checkpoint), _log.warning)
     return Model(config, identity.vocabulary, params, step, folder)
 

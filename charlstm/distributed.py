@@ -8,6 +8,7 @@ whatever has a row a stream (batches, recurrent state) is split by rows over the
 devices of one process are neighbors, so a process holds one run of rows.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -79,20 +80,17 @@ def is_peer_failure(error: Exception) -> bool:
     return out_of_reach or _LOST.match(str(error)) is not None
 
 
-def use_cpu_cores() -> bool:
-    """Makes one device per core of a CPU, before JAX starts.
-
-    Returns:
-      False if JAX has started, or the user has set the number of devices (XLA_FLAGS or JAX_NUM_CPU_DEVICES).
-    """
+def all_take_part() -> bool:
+    """True if a run has all devices: its job has several processes, or the user has set their number on a CPU."""
     chosen = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if chosen or "JAX_NUM_CPU_DEVICES" in os.environ:
-        return False
-    try:
-        jax.config.update("jax_num_cpu_devices", usable_cores())
-    except RuntimeError:  # it has started
-        return False
-    return True
+    return chosen or "JAX_NUM_CPU_DEVICES" in os.environ or jax.distributed.is_initialized()
+
+
+def use_cpu_cores() -> None:
+    """Makes one device per core of a CPU, unless JAX has started or `all_take_part`."""
+    if not all_take_part():
+        with contextlib.suppress(RuntimeError):  # it has started
+            jax.config.update("jax_num_cpu_devices", usable_cores())
 
 
 def usable_cores() -> int:

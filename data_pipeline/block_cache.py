@@ -42,7 +42,7 @@ class BlockCache:
           block_bytes: size of a block.
         """
         self._arguments = directory, fingerprint, limit, block_bytes
-        self._directory, self.limit, self._block_bytes = directory, limit, block_bytes
+        self.directory, self.limit, self._block_bytes = directory, limit, block_bytes
         self._own = directory / fingerprint[:16]
         self.extent = extent_blocks(block_bytes)
         self.off = False
@@ -111,7 +111,7 @@ class BlockCache:
             with self._lock:
                 said, self.off = self.off, True
             if not said:
-                _log.warning("%s is used no more: %s", self._directory, error.strerror or error)
+                _log.warning("%s is used no more: %s", self.directory, error.strerror or error)
 
     def drop(self, file: str, number: int) -> None:
         """Deletes a damaged extent."""
@@ -121,7 +121,7 @@ class BlockCache:
     def sweep(self) -> None:
         """Deletes the extents used least recently, of all corpora, if all together are beyond the limit."""
         found, now = [], time.time()
-        for folder in _entries(self._directory):
+        for folder in _entries(self.directory):
             for entry in _entries(folder.path) if folder.is_dir(follow_symlinks=False) else []:
                 if not _ours.fullmatch(entry.name):
                     continue

@@ -175,7 +175,7 @@ class Mixture(Corpus):
 
     corpora: dict[str, Corpus]
     weights: tuple[int, ...]  # p_c, see `slots`
-    spec: str  # as `parse` reads it, with the directories of the corpora
+    spec: str  # as `parse` reads it, with the places of the corpora
 
     @property
     def name(self) -> str:
@@ -196,6 +196,10 @@ class Mixture(Corpus):
         """The corpora as a `SegmentPlan` needs them."""
         corpora = zip(self.corpora.items(), self.weights, strict=True)
         return tuple(Member(name, len(corpus.train), p) for (name, corpus), p in corpora)
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        return tuple(place for corpus in self.corpora.values() for place in corpus.places)
 
     def waiting(self) -> str:
         return "; ".join(filter(None, (corpus.waiting() for corpus in self.corpora.values())))
@@ -227,8 +231,9 @@ def load(parts: Sequence[Part], open_one: Callable[[str], Corpus]) -> Mixture:
     return _mixture(parts, corpora, tuple(weights))
 
 
-def _whole(directory: Path | str) -> str:
-    """Returns an absolute path, or a URL."""
+def _place(corpus: Corpus) -> str:
+    """Returns what a run records: the text that it was prepared from, or its directory; an absolute path, or a URL."""
+    directory = corpus.settings.corpus if corpus.settings else corpus.directory
     return str(directory.absolute()) if isinstance(directory, Path) else directory
 
 
@@ -264,5 +269,5 @@ def _mixture(parts: Sequence[Part], corpora: Mapping[str, Corpus], weights: tupl
         cache=None,  # each has its own
         corpora=dict(corpora),
         weights=weights,
-        spec=",".join(str(part._replace(corpus=_whole(corpora[part.name].directory))) for part in parts),
+        spec=",".join(str(part._replace(corpus=_place(corpora[part.name]))) for part in parts),
     )

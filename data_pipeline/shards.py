@@ -24,6 +24,7 @@ from data_pipeline.manifest import (
     read_manifest,
 )
 from data_pipeline.progress import Progress
+from data_pipeline.settings import CorpusSettings
 from data_pipeline.shard_writer import shard_sizes
 from data_pipeline.stores import PATIENCE, Store, open_store
 from data_pipeline.symbols import Places
@@ -145,6 +146,7 @@ class Corpus:
     split: str  # how it was divided, as the setting; "files" if each split is a text of its own
     store: Store
     cache: BlockCache | None
+    settings: CorpusSettings | None = dataclasses.field(default=None, kw_only=True)  # what a run of it records
 
     @property
     def name(self) -> str:
@@ -156,6 +158,11 @@ class Corpus:
         if not self.sources.files:
             return []
         return parse_sources(bytes(self.store.read(SOURCES)), self.sources, self.store.path(SOURCES))
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Where it is read, its store and its cache: a warning begins with one of them."""
+        return (self.store.path("").rstrip("/"), *([str(self.cache.directory)] if self.cache else []))
 
     def waiting(self) -> str:
         """Describes what is waited for, if an object store does not answer; else ""."""

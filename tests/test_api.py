@@ -5,7 +5,9 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +23,7 @@ from charlstm import config as config_lib
 from charlstm.config import Config
 from charlstm.model import language_model
 from charlstm.report import history
+from charlstm.run import corpus as corpus_lib
 from launch import sample
 from launch.support import cli, train_flags
 from tests.compiling import xla_flags
@@ -129,9 +132,41 @@ def test_an_interrupt_saves_and_returns_and_the_same_call_goes_on(config, corpus
     assert digest(tmp_path / "run") == digest(run_dir)
 
 
+OF_TWO = f"""
+import sys
+import charlstm as cl
+
+index, port, text, cache, run_dir = sys.argv[1:]
+cl.distributed.join(f"localhost:{{port}}", 2, int(index), 60)
+corpus = cl.load_corpus(text, cache_dir=cache)
+config = cl.Config(**{SETTINGS | {"batch_size": 2, "num_layers": 1, "num_steps": 2, "evaluate_every": 0}!r})
+model = cl.train(config, corpus, run_dir)
+print(model.bits("line").sum())
+"""
+
+
+def test_processes_that_have_joined_train_one_run_and_each_has_its_model(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    paths = [str(tmp_path / name) for name in ("text.txt", "cache", "run")]
+    how = {"env": os.environ | {"XLA_FLAGS": xla_flags(), "PYTHONPATH": str(ROOT)}, "cwd": tmp_path, "text": True}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", OF_TWO, index, port, *paths], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how
+        )
+        for index in "01"
+    ]
+    ended = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == [0, 0], ended
+    assert ended[0][0].splitlines()[-1] == ended[1][0].splitlines()[-1]
+    assert "training on 2 x cpu in 2 processes" in (tmp_path / "run" / "log.txt").read_text()
+
+
 def test_mistakes_are_exceptions_and_write_nothing(config, corpus, tmp_path):
     with pytest.raises(ValueError, match="batch_size=20000"):
-        cl.train(cl.Config(**SETTINGS | {"batch_size": 20000, "logical_shards": 1}), corpus, tmp_path / "run")
+        cl.train(cl.Config(**SETTINGS | {"batch_size": 20000}), corpus, tmp_path / "run")
     for make in (cl.Config, functools.partial(config_lib.replace, cl.Config(learning_rate=1))):
         with pytest.raises(ValueError, match="did you mean hidden_size"):
             make(hiden_size=3)
@@ -140,10 +175,25 @@ def test_mistakes_are_exceptions_and_write_nothing(config, corpus, tmp_path):
         with pytest.raises(ValueError, match=r"batch_size=32.0 is not a int"):
             make(batch_size=32.0)
         assert make(learning_rate=0.5).optimizer.learning_rate == 0.5
+        swept = make(learning_rate=np.logspace(-3, -2, 2)[0], hidden_size=np.int64(3), skip=np.True_)
+        assert [type(value) for value in (swept.optimizer.learning_rate, swept.model.hidden_size)] == [float, int]
     with pytest.raises(ValueError, match="home directory of a user who has none"):
         cl.Config.from_flagfile("~nobody of that name/x.flags")
     with pytest.raises(ValueError, match="no recipe 'nothing', only amazon"):
         cl.Config.recipe("nothing")
+    for wrong, sentence in (
+        ((config, "a.txt"), r"corpus is a str: give the whole of cl\.load_corpus"),
+        ((config, corpus.splits["train"]), r"corpus is a Split: give the whole"),
+        ((SETTINGS, corpus), r"config is a dict: give cl\.Config.*\*\*d"),
+    ):
+        with pytest.raises(TypeError, match=sentence):
+            cl.train(*wrong, tmp_path / "run")
+    for settings, sentence in (
+        ({"valid_fraction": "0.1"}, "'0.1' is not a float"),
+        ({"min_count": 1.5}, "is not a int"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            cl.load_corpus(TEXT, **settings)
     with pytest.raises(ValueError, match="is not a run"):
         cl.load(tmp_path / "run")
     diverging = cl.Config(**SETTINGS | {"learning_rate": 3e38, "clip_norm": 0.0})
@@ -155,7 +205,11 @@ def test_mistakes_are_exceptions_and_write_nothing(config, corpus, tmp_path):
 def test_a_config_that_asks_for_another_corpus_is_refused_and_one_that_was_given_one_takes_it(tmp_path):
     cache = {"cache_dir": str(tmp_path / "cache")}
     of_bytes = cl.load_corpus(TEXT, **cache)
+    of_characters = cl.load_corpus(TEXT, vocabulary="characters", **cache)
+    others = cl.load_corpus("other\n" * 900, vocabulary="characters", **cache)
     for settings, reason in (
+        ({"train": "/nowhere"}, "train='/nowhere' was given and .* has train=''"),
+        ({"text_field": "body"}, "text_field='body' was given and .* has text_field='text'"),
         ({"vocabulary": "characters"}, "--vocabulary=characters was given .* prepared with bytes"),
         ({"valid_fraction": 0.2}, "valid_fraction=0.2 .* mean splits of"),
         ({"split": "columns:4x8"}, "--split=columns:4x8 was given"),
@@ -163,6 +217,11 @@ def test_a_config_that_asks_for_another_corpus_is_refused_and_one_that_was_given
         given = ", ".join(f"{name}={value!r}" for name, value in settings.items())
         with pytest.raises(ValueError, match=rf"{reason}.*cl\.load_corpus\(\.\.\., {re.escape(given)}\)"):
             cl.train(cl.Config(**SETTINGS | settings), of_bytes, tmp_path / "refused")
+    with pytest.raises(ValueError, match="mixture=a:1,b:1 was given and the corpus is"):
+        cl.train(cl.Config(**SETTINGS | {"mixture": "a:1,b:1"}), of_bytes, tmp_path / "refused")
+    of_others = cl.Config(**SETTINGS, vocabulary="characters", vocabulary_of=str(others.directory))
+    with pytest.raises(ValueError, match=r"--vocabulary_of=.* has the vocabulary .* is prepared with "):
+        cl.train(of_others, of_characters, tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
     documents = tmp_path / "documents.jsonl"
     documents.write_text("".join(json.dumps({"text": f"{n} of a text"}) + "\n" for n in range(900)))
@@ -175,7 +234,36 @@ def test_a_config_that_asks_for_another_corpus_is_refused_and_one_that_was_given
 def test_the_flags_of_a_run_begun_in_python_begin_another(config, corpus, run_dir):
     flags = cl.Config.from_flagfile(run_dir / "flags.txt")
     assert flags.model == config.model and flags.optimizer == config.optimizer and flags.streams == config.streams
-    assert flags.corpus.corpus == str(corpus.directory)
+    assert flags.corpus == corpus.settings and flags.corpus.corpus.endswith(".txt")
+
+
+def test_a_run_begun_in_python_has_its_text_from_anywhere_and_not_within_itself(tmp_path, monkeypatch):
+    texts, prepared = tmp_path / "texts", tmp_path / "prepared"
+    texts.mkdir()
+    (texts / "a.txt").write_text(TEXT)
+    (texts / "b.txt").write_text(TEXT)
+    monkeypatch.chdir(tmp_path)
+    alike = {"vocabulary": "characters", "min_count": 9, "valid_fraction": 0.1}
+    of_text = cl.load_corpus("texts/a.txt", cache_dir="cache", **alike)
+    shutil.copytree(of_text.directory, prepared)
+    corpora = {
+        "text": of_text,
+        "directory": cl.load_corpus("prepared"),
+        "explicit": cl.load_corpus("", train="texts/a*.txt", valid="texts/b.txt", cache_dir="cache", **alike),
+        "mixture": cl.load_mixture({"texts/a.txt": 1, "b=texts/b.txt": 3}, cache_dir="cache", **alike),
+    }
+    config = cl.Config(**SETTINGS | {"num_steps": 1, "evaluate_every": 0})
+    begun = {name: corpus_lib.taken(config, corpus) for name, corpus in corpora.items()}
+    for corpus in (cl.load_corpus("texts", cache_dir="cache"), corpora["directory"]):
+        with pytest.raises(ValueError, match="lies inside of the corpus"):
+            cl.train(config, corpus, Path(corpus.settings.corpus) / "run")
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for name, settings in begun.items():
+        assert corpus_lib.load(settings).fingerprint == corpora[name].fingerprint
+        again, _ = corpus_lib.open_for(settings, config_lib.to_flags(settings))
+        assert again.fingerprint == corpora[name].fingerprint
 
 
 def test_a_step_is_a_number_or_its_digits(model, run_dir):

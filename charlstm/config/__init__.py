@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from charlstm.config import flagfile
 from charlstm.config.model import ModelConfig
 from charlstm.config.training import EvaluationConfig, OptimizerConfig, TrainingConfig
@@ -110,10 +112,21 @@ def _with_settings(sections: dict[str, Any], settings: dict[str, Any]) -> dict[s
         section, field = home[name]
         kind = field.type
         assert isinstance(kind, type)
-        if type(value) is not kind and not (kind is float and type(value) is int):
-            raise ValueError(f"{name}={value!r} is not a {kind.__name__}")
-        given[section][name] = value
+        given[section][name] = of_kind(name, value, kind)
     return {name: dataclasses.replace(section, **given[name]) for name, section in sections.items()}
+
+
+def of_kind(name: str, value: Any, kind: type) -> Any:
+    """The value of a setting of type `kind`: a scalar of NumPy as Python's, and a path as a string.
+
+    Raises:
+      ValueError: it is of another type.
+    """
+    value = value.item() if isinstance(value, np.generic) else value
+    value = os.fspath(value) if kind is str and isinstance(value, os.PathLike) else value
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise ValueError(f"{name}={value!r} is not a {kind.__name__}")
+    return value
 
 
 def to_flags(config: Config) -> list[str]:

@@ -54,10 +54,7 @@ def open_for(config: Config, given: Sequence[str]) -> tuple[Corpus, Config]:
         prepared.check(settings, one, names)
     if settings.vocabulary_of and "vocabulary_of" in names:
         prepared.check_vocabulary_of(settings, corpus)
-    where = {
-        name: prepared.absolute(getattr(settings, name))
-        for name in ("corpus", "train", "valid", "test", "vocabulary_of")
-    }
+    where = prepared.places(settings)
     if mixed:
         parts = [part._replace(corpus=prepared.absolute(part.corpus)) for part in mixture.parse(mixed)]
         where |= {"corpus": "", "mixture": ",".join(map(str, parts))}
@@ -66,27 +63,29 @@ def open_for(config: Config, given: Sequence[str]) -> tuple[Corpus, Config]:
 
 
 def taken(config: Config, corpus: Corpus) -> Config:
-    """Returns `config` with the place, the symbols and the separator of a corpus that is open.
+    """Returns `config` with the text, the symbols, the splits and the separator of a corpus that is open.
 
     Raises:
-      ValueError: settings of `config` that are not the default ask for other symbols or splits.
+      ValueError: settings of `config` that are not the default ask for another text, other symbols or splits.
     """
-    usual = config_lib.Config().corpus
+    usual, mixed = config_lib.Config().corpus, config.streams.mixture
     names = {field.name for field in dataclasses.fields(usual)}
-    names = {name for name in names if getattr(config.corpus, name) != getattr(usual, name)}
-    for one in corpus.corpora.values() if isinstance(corpus, Mixture) else [corpus]:
-        try:
-            prepared.check(config.corpus, one, names)
-        except ValueError as error:
-            given = ", ".join(
-                f"{name}={getattr(config.corpus, name)!r}" for name in sorted(names & set(prepared.CHECKED))
-            )
-            raise ValueError(f"{error}; in Python, cl.load_corpus(..., {given}) prepares it so") from None
-    where = {"corpus": str(corpus.directory), "mixture": ""}
+    named = {name for name in names if getattr(config.corpus, name) != getattr(usual, name)}
+    corpora = list(corpus.corpora.values()) if isinstance(corpus, Mixture) else [corpus]
+    for one in corpora:
+        prepared.check_loaded(config.corpus, one, named)
+    if mixed and (not isinstance(corpus, Mixture) or corpus.weights != tuple(mixture.slots(mixture.parse(mixed)))):
+        raise ValueError(f"mixture={mixed} was given and the corpus is {corpus.name}: leave it out, or load that one")
+    recorded = [prepared.recorded(one) for one in corpora]
+    of_texts = [own for own, one in zip(recorded, corpora, strict=True) if not prepared.is_of(own.corpus, one)]
+    own = (of_texts or recorded)[0]  # texts of a mixture are prepared alike
+    vocabulary_of = config.corpus.vocabulary_of or own.vocabulary_of
+    where = {name: getattr(own, name) for name in names if name not in named or name in prepared.EXPLICIT}
+    where |= {"corpus": own.corpus, "mixture": "", "vocabulary_of": prepared.absolute(vocabulary_of)}
     if isinstance(corpus, Mixture):
-        where = {"corpus": "", "mixture": corpus.spec}
-    where |= prepared.recorded_separator(config, corpus, names)
-    return config_lib.replace(config, vocabulary=corpus.vocabulary.kind, train="", valid="", test="", **where)
+        where |= {"corpus": "", "mixture": corpus.spec}
+    where |= prepared.recorded_separator(config, corpus, named)
+    return config_lib.replace(config, **where | {"vocabulary": corpus.vocabulary.kind})
 
 
 def load(config: Config) -> Corpus:

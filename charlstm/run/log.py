@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -54,23 +54,30 @@ class RunLog:
             self._show(self._wiped() + text + "\n")
 
     @contextlib.contextmanager
-    def collecting(self, name: str) -> Iterator[None]:
-        """Takes the warnings of a logger of the standard library; a silent log leaves them to stderr."""
-        if self._log is None:
-            yield
-            return
-        logger, handler = logging.getLogger(name), _Handler(self.info)
-        logger.addHandler(handler)
-        propagated, logger.propagate = logger.propagate, False  # a handler of the root would say it once more
+    def collecting(self, name: str, beginnings: tuple[str, ...]) -> Iterator[None]:
+        """Takes the warnings of a logger of the standard library; a silent log leaves them to stderr.
+
+        Args:
+          beginnings: of the messages that are this run's, as several may train in threads of one process.
+        """
+
+        def leave(record: logging.LogRecord) -> bool:
+            if record.levelno < logging.WARNING or not record.getMessage().startswith(beginnings):
+                return True
+            self.info(record.getMessage())
+            return False  # no handler says it once more
+
+        logger = logging.getLogger(name)
+        if self._log is not None:
+            logger.addFilter(leave)
         try:
             yield
         finally:
-            logger.propagate = propagated
-            logger.removeHandler(handler)
+            logger.removeFilter(leave)
 
     def progress(self, text: str) -> None:
-        """One plain line in log.txt; on a terminal it is the live line."""
-        if self._log is None:
+        """One plain line in log.txt, unless `text` is empty; on a terminal it is the live line."""
+        if self._log is None or not text:
             return
         with self._lock:
             self._write(text)
@@ -160,17 +167,6 @@ class RunLog:
             print(text, end="", file=self._terminal, flush=True)
         except (OSError, ValueError):
             self._terminal, self._live, self._status_shown = None, False, False
-
-
-class _Handler(logging.Handler):
-    """Hands warnings to a function, a line each."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        super().__init__(logging.WARNING)
-        self._say = say
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._say(record.getMessage())
 
 
 class Lines:

@@ -43,7 +43,7 @@ def train(run: Run, services: Services, given: Sequence[str] = (), terminal: Tex
             )
         log = RunLog(run.run_dir, terminal or sys.stderr, not distributed.is_first_process(), services.copy_of(run))
         opened.callback(log.close)
-        opened.enter_context(log.collecting("data_pipeline"))
+        opened.enter_context(log.collecting("data_pipeline", run.corpus.places))
         for remark in run.remarks:
             log.info(remark)
         place, keep = run.run_dir / "checkpoints", run.config.training.keep_checkpoints

@@ -82,13 +82,13 @@ def require_possible(config: Config, vocabulary_size: int = 1, dry: bool = False
 def compiled_update(
     train_step: Any, config: Config, vocabulary_size: int, dtype: Any, mesh: distributed.Mesh
 ) -> Update:
-    """Memory of the update for a window of the usual length.  Compiles it, which its first call then need not do.
+    """Memory of the update for a window of the greatest length.  Compiles it, which its first call then need not do.
 
     Args:
       train_step: of `step.make`.
       dtype: of the ids in a batch.
     """
-    shape = (config.streams.batch_size, config.streams.window)
+    shape = (config.streams.batch_size, config.streams.longest_window)
     ids = jax.ShapeDtypeStruct(shape, dtype)
     batch = distributed.abstract(mesh, distributed.BY_STREAM, Batch(ids, ids, jax.ShapeDtypeStruct(shape, np.bool_)))
     state = train_state.abstract(config, vocabulary_size, mesh)

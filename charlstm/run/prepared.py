@@ -1,6 +1,8 @@
 """Settings of a corpus beside one that was prepared before: what is compared with it, and what has no effect."""
 
+import dataclasses
 import os
+from typing import Any
 
 from charlstm import distributed
 from charlstm.config import Config
@@ -17,6 +19,8 @@ NOT_RECORDED = (  # in a corpus, of how it was prepared
     *("min_count", "input_kind", "text_field", "include", "exclude", "file_separator", "bad_documents"),
 )
 CHECKED = ("vocabulary", "split", "valid_fraction", "test_fraction")  # of a corpus that was prepared before
+OPENED_BY = ("binary", "cache_dir", "cache_bytes", "remote_patience")  # which do not change what is read
+EXPLICIT = ("train", "valid", "test")
 
 
 def check(settings: CorpusSettings, corpus: Corpus, names: set[str]) -> None:
@@ -53,6 +57,36 @@ def check_vocabulary_of(settings: CorpusSettings, corpus: Corpus) -> None:
         )
 
 
+def check_loaded(settings: CorpusSettings, corpus: Corpus, names: set[str]) -> None:
+    """Raises ValueError if a corpus that Python has loaded is another one than the settings `names` ask for."""
+    own, wanted = recorded(corpus), dataclasses.replace(settings, **places(settings))
+    compared = (*EXPLICIT, *(() if is_of(own.corpus, corpus) else unrecorded(settings)))
+    try:
+        check(settings, corpus, names)
+        if "vocabulary_of" in names and wanted.vocabulary_of != own.vocabulary_of:
+            check_vocabulary_of(settings, corpus)
+        for name in names.intersection(compared):
+            value, had = getattr(wanted, name), getattr(own, name)
+            if value != had:
+                raise ValueError(f"{name}={value!r} was given and {corpus.name} has {name}={had!r}: leave it out")
+    except ValueError as error:
+        telling = names.intersection((*CHECKED, "vocabulary_of", *compared))
+        given = ", ".join(f"{name}={getattr(settings, name)!r}" for name in sorted(telling))
+        raise ValueError(f"{error}; in Python, cl.load_corpus(..., {given}) prepares it so") from None
+
+
+def recorded(corpus: Corpus) -> CorpusSettings:
+    """The settings that a run of `corpus` records, by which it is prepared again where the cache has lost it."""
+    return corpus.settings or CorpusSettings(corpus=absolute(str(corpus.directory)))
+
+
+def to_record(settings: CorpusSettings, corpus: Corpus) -> CorpusSettings:
+    """`settings` that found `corpus`, as a run records them: of a prepared directory only how it is opened."""
+    if is_of(settings.corpus, corpus):
+        settings = CorpusSettings(settings.corpus, **{name: getattr(settings, name) for name in OPENED_BY})
+    return dataclasses.replace(settings, **places(settings))
+
+
 def recorded_separator(config: Config, corpus: Corpus, names: set[str]) -> dict[str, str]:
     """The separator that the corpus records, as a setting to replace; none if it is among the `names` given.
 
@@ -79,12 +113,26 @@ def remarks(config: Config, corpus: Corpus) -> list[str]:
     settings, usual, named = config.corpus, CorpusSettings(), {config.corpus.corpus: corpus}
     if isinstance(corpus, Mixture):
         named = {part.corpus: corpus.corpora[part.name] for part in mixture.parse(config.streams.mixture)}
-    if settings.train or any(absolute(spec).rstrip("/") != absolute(str(one.directory)) for spec, one in named.items()):
+    if settings.train or not all(is_of(spec, one) for spec, one in named.items()):
         return []  # a text, which is prepared as they say
-    names = NOT_RECORDED + (("valid_fraction", "test_fraction") if settings.split == "hash" else ())
-    idle = [name for name in names if getattr(settings, name) != getattr(usual, name)]
+    idle = [name for name in unrecorded(settings) if getattr(settings, name) != getattr(usual, name)]
     given = ", ".join(f"{name}={getattr(settings, name)!r}" for name in idle)
     return [f"without effect, as {corpus.name} was prepared before: {given}"] if idle else []
+
+
+def unrecorded(settings: CorpusSettings) -> tuple[str, ...]:
+    """Names of the settings of preparing that cannot be compared with a corpus."""
+    return NOT_RECORDED + (("valid_fraction", "test_fraction") if settings.split == "hash" else ())
+
+
+def is_of(spec: str, corpus: Corpus) -> bool:
+    """True if `spec` names the prepared directory of `corpus`, and not its text."""
+    return absolute(spec).rstrip("/") == absolute(str(corpus.directory))
+
+
+def places(settings: CorpusSettings) -> dict[str, Any]:
+    """The texts and corpora that `settings` name, by absolute paths and URLs."""
+    return {name: absolute(getattr(settings, name)) for name in ("corpus", *EXPLICIT, "vocabulary_of")}
 
 
 def absolute(spec: str) -> str:

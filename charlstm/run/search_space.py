@@ -50,6 +50,8 @@ def read(path: str, config: Config) -> Space:
         where = f"{path}: {name}"
         if name not in sections or sections[name][0] not in SECTIONS:
             raise ValueError(f"{where} is not a setting of the streams, the model or the optimizer: see --helpshort")
+        if name == "mixture":
+            raise ValueError(f"{where} is the text: with another one, scores would not compare")
         kind = type(_value(config, name))
         match form:
             case {"parameters": int(count)} if kind is int and len(form) == 1:
@@ -117,11 +119,26 @@ def draw(trial: Any, space: Space, config: Config, vocabulary_size: int) -> dict
 
 def _largest(config: Config, space: Space, vocabulary_size: int) -> int:
     """Returns the largest value of the fitted setting with which the model has at most `space.parameters`."""
+    name, most = space.fitted, space.parameters
 
     def count(value: int) -> int:
-        return estimate.count_parameters(config_lib.replace(config, **{space.fitted: value}), vocabulary_size)
+        return estimate.count_parameters(config_lib.replace(config, **{name: value}), vocabulary_size)
 
-    end = next(2**n for n in range(64) if count(2**n) > space.parameters)
-    if end == 1:
-        raise ValueError(f"with {space.fitted}=1 the model has more than parameters={space.parameters} already")
-    return bisect.bisect(range(1, end), space.parameters, key=count)
+    def is_too_large(value: int) -> bool:
+        try:
+            return count(value) > most
+        except ValueError:  # it is refused, and so is any larger one
+            return True
+
+    try:
+        least, next_one = count(1), count(2)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} cannot be fitted to parameters={most}, as not every value is allowed: {error}"
+        ) from None
+    if least == next_one:
+        raise ValueError(f"{name} cannot be fitted to parameters={most}: it does not change their number")
+    if least > most:
+        raise ValueError(f"with {name}=1 the model has more than parameters={most} already")
+    end = next(2**n for n in range(64) if is_too_large(2**n))
+    return bisect.bisect(range(1, end), False, key=is_too_large)

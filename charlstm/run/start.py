@@ -144,9 +144,11 @@ def start(
     remarks += schedules.remarks(config.optimizer, config.training, plan.steps_per_epoch, resumed=resumed)
     remarks += samples.remarks(config)
     train_step = step_lib.make(config, corpus.vocabulary.size, mesh, plan.steps_per_epoch)
-    remarks += _require_memory(config, corpus, mesh, train_step)
+    newest = max(StepDirectory(run_dir / "checkpoints").steps(), default=-1)
+    if not distributed.any_process(newest >= config.training.num_steps):  # else there is no update left to make
+        remarks += _require_memory(config, corpus, mesh, train_step)
     params, taken = None, None
-    if not distributed.any_process(bool(StepDirectory(run_dir / "checkpoints").steps())):
+    if not distributed.any_process(newest >= 0):
         if resumed and (taken := run_directory.read_initial(run_dir)):
             params = initial_checkpoint.take_again(run_dir, taken, config, identity, mesh, remarks.append)
         elif initial:

@@ -48,10 +48,11 @@ def _divisors(count: int) -> str:
 def choose_mesh(config: Config) -> Mesh:
     """Returns a mesh of all GPUs, or of as many devices of a CPU as the streams and logical shards can be split over.
 
-    Each device of a CPU has at least `LEAST_ROWS` streams.  One device if no other count fits.
+    Each device of a CPU has at least `LEAST_ROWS` streams.  One device if no other count fits.  All devices where the
+    user has set their number (XLA_FLAGS or JAX_NUM_CPU_DEVICES), or there are several processes.
     """
     mesh = distributed.make()
-    if mesh.devices.flat[0].platform != "cpu":
+    if distributed.all_take_part() or not distributed.is_in_host_memory(mesh):
         return mesh
     most = max(1, min(mesh.size, config.streams.batch_size // LEAST_ROWS))
     count = next((n for n in range(most, 0, -1) if _can_be_split(config, n)), 1)

@@ -82,11 +82,10 @@ def keep_freed_memory(block: int = LARGE) -> None:
 def mesh_chooser(joined: JobFlags) -> Callable[[Config], Mesh]:
     """Returns the function that chooses the mesh of a run.  Call it before JAX starts.
 
-    A process that is alone uses the cores of a CPU as devices, as many as the streams and logical shards can be split
-    over.  Otherwise, and where the user has set their number (XLA_FLAGS or JAX_NUM_CPU_DEVICES), all devices are used.
+    A process that is alone has the cores of a CPU as devices, if the user has not set their number.
     """
-    if joined.has_others or not distributed.use_cpu_cores():
-        return lambda config: distributed.make()
+    if not joined.has_others:
+        distributed.use_cpu_cores()
     return placement.choose_mesh
 
 

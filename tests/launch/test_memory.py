@@ -15,7 +15,7 @@ import pytest
 from charlstm import config as config_lib
 from charlstm import distributed
 from charlstm.config import Config
-from charlstm.run import memory
+from charlstm.run import memory, start
 from charlstm.run.memory import Limit
 from charlstm.training import train_state
 from launch import train
@@ -118,6 +118,26 @@ TOO_MUCH = (
 def test_an_update_that_does_not_fit_is_refused_before_the_run_is_made(arguments, small_machine, tmp_path):
     assert re.fullmatch(TOO_MUCH, refusal(train.main, *arguments, f"--run_dir={tmp_path / 'run'}"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_has_all_its_steps_is_loaded_and_nothing_is_compiled_for_it(arguments, copied, monkeypatch):
+    monkeypatch.setattr(memory, "compiled_update", None)
+    assert train.main(["train", *arguments, f"--run_dir={copied}"]) == cli.DONE
+    assert "finished: the run is at step 40 of 40" in (copied / "log.txt").read_text()
+
+
+def test_memory_is_asked_of_the_longest_window(arguments, tmp_path, monkeypatch):
+    lengths = []
+
+    class Step:
+        def lower(self, _, batch):
+            lengths.append(batch.inputs.shape[1])
+            raise ValueError("is not compiled here")
+
+    monkeypatch.setattr(start.step_lib, "make", lambda *_: Step())
+    flags = (*arguments, "--window=64", "--window_deviation=16", f"--run_dir={tmp_path / 'run'}")
+    assert refusal(train.main, *flags) == "is not compiled here"
+    assert lengths == [96]
 
 
 def test_a_dry_run_prints_all_sizes_of_what_does_not_fit(arguments, small_machine, capsys):

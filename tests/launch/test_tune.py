@@ -110,6 +110,24 @@ def test_a_width_is_fitted_so_that_one_more_unit_would_be_too_many_parameters(tm
         assert estimate.count_parameters(config, 65) <= 240_321 < estimate.count_parameters(wider, 65)
 
 
+@pytest.mark.parametrize(
+    ("setting", "parameters", "settings", "found"),
+    [
+        ("num_layers", 10**9, {"hidden_size": 1}, 256),  # as many as there may be
+        ("hidden_size", 9_999, {"tie_embeddings": True, "embedding_size": 256}, "not every value is allowed: tie_emb"),
+        ("batch_size", 9_999, {}, "batch_size cannot be fitted to parameters=9999: it does not change their number"),
+        ("hidden_size", 9, {}, "with hidden_size=1 the model has more than parameters=9 already"),
+    ],
+)
+def test_a_setting_is_fitted_as_far_as_it_goes_or_refused(setting, parameters, settings, found):
+    space = search_space.Space({}, setting, parameters)
+    if isinstance(found, int):
+        assert search_space.draw(Fixed(), space, Config(**settings), 65) == {setting: found}
+    else:
+        with pytest.raises(ValueError, match=re.escape(found)):
+            search_space.draw(Fixed(), space, Config(**settings), 65)
+
+
 def test_a_number_that_is_rounded_stays_within_its_bounds(tmp_path):
     text = "[ema_decay]\nlow = 0.900049\nhigh = 0.99998\n"
     space = search_space.read(str(write(tmp_path / "s.toml", text)), Config())
@@ -125,6 +143,7 @@ def test_a_number_that_is_rounded_stays_within_its_bounds(tmp_path):
             "learning_rat is not a setting of the streams, the model or",
         ),
         ("[vocabulary]\nchoices = ['bytes']", "vocabulary is not a setting of the streams"),
+        ("[mixture]\nchoices = ['a:1', 'b:1']", "mixture is the text: with another one, scores would not compare"),
         ("[learning_rate]\nlow = 2\nhigh = 1", "low=2.0 to high=1.0: low must be less"),
         ("[learning_rate]\nlow = 0\nhigh = 1\nlog = true", "low must be less, and above 0"),
         ("[cell]\nlow = 1\nhigh = 2", "not of the form low and high"),

@@ -3,6 +3,7 @@
 import fcntl
 import io
 import json
+import logging
 import os
 import re
 import resource
@@ -99,6 +100,7 @@ def test_log_txt_has_each_line_with_its_time_and_nothing_of_the_status_line(stre
     log.info("training on 1 x cpu")
     log.status("step 9/100")
     log.progress("step 10/100  1 € bpc")
+    log.progress("")  # what the status is before the first step
     log.status("step 11/100")
     log.info("finished")
     text = (tmp_path / "log.txt").read_text("utf-8")  # flushed: whoever watches the file sees the line
@@ -106,6 +108,24 @@ def test_log_txt_has_each_line_with_its_time_and_nothing_of_the_status_line(stre
     assert re.fullmatch(f"{stamp}training on 1 x cpu\n{stamp}step 10/100  1 € bpc\n{stamp}finished\n", text)
     assert not re.search(r"[^\n -~€]", text)
     log.close()
+
+
+def test_the_warnings_of_a_run_are_in_its_own_log_and_another_run_in_a_thread_takes_none_of_them(tmp_path, caplog):
+    logger, logs = logging.getLogger("data_pipeline"), {}
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        logs[name] = RunLog(tmp_path / name, io.StringIO())
+    collecting = [logs[name].collecting("data_pipeline", (f"s3://{name}",)) for name in logs]
+    collecting[0].__enter__()
+    collecting[1].__enter__()
+    logger.warning("%s does not answer", "s3://b/text")
+    logger.warning("of neither")
+    collecting[0].__exit__(None, None, None)  # the first ends first
+    collecting[1].__exit__(None, None, None)
+    logger.warning("%s does not answer", "s3://a/text")
+    assert not (tmp_path / "a" / "log.txt").exists()
+    assert (tmp_path / "b" / "log.txt").read_text().endswith(" s3://b/text does not answer\n")
+    assert logger.propagate and caplog.messages == ["of neither", "s3://a/text does not answer"]
 
 
 def test_a_second_log_of_the_same_run_goes_on_at_the_end(tmp_path):

@@ -42,6 +42,14 @@ def test_counts_that_do_not_divide_are_refused_with_both_numbers_and_the_remedy(
         ({"batch_size": 60, "logical_shards": 1, "reduction": "fast"}, 6),
     ],
 )
-def test_as_many_cores_compute_as_the_streams_and_the_logical_shards_can_be_split_over(settings, devices):
+def test_as_many_cores_compute_as_the_streams_and_the_logical_shards_can_be_split_over(settings, devices, monkeypatch):
     assert len(jax.devices()) == 8
+    monkeypatch.setenv("XLA_FLAGS", "")
     assert placement.choose_mesh(config_lib.replace(Config(), **settings)).size == devices
+
+
+@pytest.mark.parametrize("given", ["XLA_FLAGS", "JAX_NUM_CPU_DEVICES"])
+def test_a_number_of_devices_that_the_user_has_set_is_not_lowered(given, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv(given, "--xla_force_host_platform_device_count=8" if given == "XLA_FLAGS" else "8")
+    assert placement.choose_mesh(config_lib.replace(Config(), batch_size=5)).size == 8
