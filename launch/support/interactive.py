@@ -35,6 +35,7 @@ def lines() -> Iterator[str]:
         return
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # history and editing
+    signals.say("what you type is continued; /help lists commands, Ctrl-D leaves")
     with contextlib.suppress(EOFError):
         while True:
             try:
