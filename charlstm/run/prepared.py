@@ -1,5 +1,6 @@
 """Settings of a corpus beside one that was prepared before: what is compared with it, and what has no effect."""
 
+import dataclasses
 import os
 
 from charlstm import distributed
@@ -16,6 +17,8 @@ from data_pipeline.stores import is_remote
 NOT_RECORDED = (  # in a corpus, of how it was prepared
     *("min_count", "input_kind", "text_field", "include", "exclude", "file_separator", "bad_documents"),
 )
+FRACTIONS = {"valid_fraction", "test_fraction"}
+WITHOUT_FRACTIONS = ("hash", "files")  # splits of a corpus whose sizes do not follow from the fractions
 CHECKED = ("vocabulary", "split", "valid_fraction", "test_fraction")  # of a corpus that was prepared before
 
 
@@ -33,11 +36,12 @@ def check(settings: CorpusSettings, corpus: Corpus, names: set[str]) -> None:
             f"--split={settings.split} was given and {corpus.directory} is prepared with {corpus.split}: leave it out, "
             "or give the text itself as --corpus"
         )
-    if not settings.train and settings.split != "hash" and names & {"split", "valid_fraction", "test_fraction"}:
-        wanted = {name: sum(b - a for a, b in spans) for name, spans in cut(sum(sizes.values()), settings).items()}
+    if not settings.train and corpus.split not in WITHOUT_FRACTIONS and names & FRACTIONS:
+        how = dataclasses.replace(settings, split=corpus.split)
+        wanted = {name: sum(b - a for a, b in spans) for name, spans in cut(sum(sizes.values()), how).items()}
         if wanted != sizes:
             raise ValueError(
-                f"split={settings.split}, valid_fraction={settings.valid_fraction} and test_fraction="
+                f"split={how.split}, valid_fraction={settings.valid_fraction} and test_fraction="
                 f"{settings.test_fraction} mean splits of {_sizes(wanted)} symbols and {corpus.directory} has "
                 f"{_sizes(sizes)}: leave them out, or give the text itself as --corpus"
             )

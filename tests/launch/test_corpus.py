@@ -1,5 +1,7 @@
 """The corpus that a command names: splits that are too short for the plan, and separators that are not there."""
 
+from contextlib import nullcontext
+
 import pytest
 
 from charlstm import config as config_lib
@@ -41,6 +43,23 @@ def test_a_separator_that_is_not_there_is_said_and_of_a_long_text_how_much_was_s
     monkeypatch.setattr(corpus_lib, "SEARCHED", 100)
     (line,) = corpus_lib.remarks_on_separator(config, corpus, (0,))
     assert line.startswith(said.format("the first 100 symbols of "))
+
+
+@pytest.mark.parametrize("names", [("valid_fraction", "test_fraction"), ("split", "valid_fraction", "test_fraction")])
+@pytest.mark.parametrize("split", ["contiguous", "columns:5x10", "hash"])
+def test_the_fractions_of_a_prepared_corpus_are_compared_with_the_split_that_it_has(split, names, tmp_path):
+    corpus = corpus_of("one\ntwo\n" * 111, tmp_path, split=split, valid_fraction=0.07)
+    given = {"split": split} if "split" in names else {}
+    prepared.check(CorpusSettings(valid_fraction=0.07, test_fraction=0, **given), corpus, set(names))
+    other = CorpusSettings(valid_fraction=0.2, test_fraction=0, **given)
+    with pytest.raises(ValueError, match=f"split={split}, valid_fraction=0.2 ") if split != "hash" else nullcontext():
+        prepared.check(other, corpus, set(names))
+
+
+def test_the_fractions_are_not_compared_with_texts_of_their_own_for_each_split(tmp_path):
+    (tmp_path / "train.txt").write_text("one\n" * 100)
+    corpus = open_corpus(prepare(CorpusSettings(train=str(tmp_path / "train.txt"), cache_dir=str(tmp_path))))
+    prepared.check(CorpusSettings(valid_fraction=0.2), corpus, {"valid_fraction"})
 
 
 def test_settings_of_preparing_are_told_of_where_they_have_no_effect(tmp_path):
