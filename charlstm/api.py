@@ -39,7 +39,7 @@ from data_pipeline.batch import Separator
 from data_pipeline.build import corpora
 from data_pipeline.mixture import Mixture
 from data_pipeline.progress import bar, say_on_stderr
-from data_pipeline.settings import CorpusSettings
+from data_pipeline.settings import CorpusSettings, without_effect
 from data_pipeline.shards import ArraySplit, Corpus
 from data_pipeline.vocabulary import Vocabulary
 
@@ -62,8 +62,10 @@ def load_corpus(source: str | os.PathLike[str] | bytes, **settings: Any) -> Corp
     if isinstance(source, bytes):
         cache = CorpusSettings(**settings).cache_dir
         source = corpus_lib.written_down(source, expand_user(cache) / "texts")
-    found = os.fspath(source)
-    return corpora.load(CorpusSettings(corpus=found, **settings), bar(), say_on_stderr)
+    chosen = CorpusSettings(corpus=os.fspath(source), **settings)
+    if idle := without_effect(chosen):
+        raise ValueError("; ".join(idle))
+    return corpora.load(chosen, bar(), say_on_stderr)
 
 
 def load_mixture(weights: Mapping[str, float], **settings: Any) -> Mixture:

@@ -142,6 +142,8 @@ def test_mistakes_are_exceptions_and_write_nothing(config, corpus, tmp_path):
         assert make(learning_rate=0.5).optimizer.learning_rate == 0.5
     with pytest.raises(ValueError, match="home directory of a user who has none"):
         cl.Config.from_flagfile("~nobody of that name/x.flags")
+    with pytest.raises(ValueError, match="min_count=2 is of characters"):
+        cl.load_corpus(TEXT, min_count=2, cache_dir=str(tmp_path))
     with pytest.raises(ValueError, match="no recipe 'nothing', only amazon"):
         cl.Config.recipe("nothing")
     with pytest.raises(ValueError, match="is not a run"):

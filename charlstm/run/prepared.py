@@ -10,16 +10,16 @@ from data_pipeline.build.datasets import NAMES
 from data_pipeline.build.prepare import vocabulary_of
 from data_pipeline.build.splits import cut
 from data_pipeline.mixture import Mixture
-from data_pipeline.settings import CorpusSettings
+from data_pipeline.settings import CorpusSettings, without_effect
 from data_pipeline.shards import Corpus
 from data_pipeline.stores import is_remote
 
 NOT_RECORDED = (  # in a corpus, of how it was prepared
     *("min_count", "input_kind", "text_field", "include", "exclude", "file_separator", "bad_documents"),
 )
-FRACTIONS = {"valid_fraction", "test_fraction"}
+FRACTIONS = ("valid_fraction", "test_fraction")
 WITHOUT_FRACTIONS = ("hash", "files")  # splits of a corpus whose sizes do not follow from the fractions
-CHECKED = ("vocabulary", "split", "valid_fraction", "test_fraction")  # of a corpus that was prepared before
+CHECKED = ("vocabulary", "split", *FRACTIONS)  # of a corpus that was prepared before
 
 
 def check(settings: CorpusSettings, corpus: Corpus, names: set[str]) -> None:
@@ -36,7 +36,7 @@ def check(settings: CorpusSettings, corpus: Corpus, names: set[str]) -> None:
             f"--split={settings.split} was given and {corpus.directory} is prepared with {corpus.split}: leave it out, "
             "or give the text itself as --corpus"
         )
-    if not settings.train and corpus.split not in WITHOUT_FRACTIONS and names & FRACTIONS:
+    if not settings.train and corpus.split not in WITHOUT_FRACTIONS and names.intersection(FRACTIONS):
         how = dataclasses.replace(settings, split=corpus.split)
         wanted = {name: sum(b - a for a, b in spans) for name, spans in cut(sum(sizes.values()), how).items()}
         if wanted != sizes:
@@ -76,24 +76,34 @@ def recorded_separator(config: Config, corpus: Corpus, names: set[str]) -> dict[
 
 
 def remarks(config: Config, corpus: Corpus) -> list[str]:
-    """Remarks on settings by which a text is prepared, where it was prepared before and does not record them.
+    """Remarks on settings of preparing a text that have no effect: on a text, or on a corpus that was prepared before.
 
     They are not refused: a flagfile may well have those with which the corpus was prepared.
     """
-    settings, usual, named = config.corpus, CorpusSettings(), {config.corpus.corpus: corpus}
+    settings, usual, named = config.corpus, CorpusSettings(), [(config.corpus.corpus, corpus)]
     if isinstance(corpus, Mixture):
-        named = {part.corpus: corpus.corpora[part.name] for part in mixture.parse(config.streams.mixture)}
-    if settings.train or any(absolute(spec).rstrip("/") != absolute(str(one.directory)) for spec, one in named.items()):
-        return []  # a text, which is prepared as they say
-    names = NOT_RECORDED + (("valid_fraction", "test_fraction") if settings.split == "hash" else ())
-    idle = [name for name in names if getattr(settings, name) != getattr(usual, name)]
-    given = ", ".join(f"{name}={getattr(settings, name)!r}" for name in idle)
-    return [f"without effect, as {corpus.name} was prepared before: {given}"] if idle else []
+        named = [(part.corpus, corpus.corpora[part.name]) for part in mixture.parse(config.streams.mixture)]
+    before = [one for spec, one in named if not settings.train and absolute(spec).rstrip("/") == _where(one)]
+    idle: dict[str, list[str]] = {}  # settings -> the corpora that do not record them
+    for one in before:
+        names = NOT_RECORDED + (FRACTIONS if one.split in WITHOUT_FRACTIONS else ())
+        others = [name for name in names if getattr(settings, name) != getattr(usual, name)]
+        if others:
+            given = ", ".join(f"{name}={getattr(settings, name)!r}" for name in others)
+            idle.setdefault(given, []).append(one.name)
+    found = [f"without effect on {', '.join(names)}, prepared before: {given}" for given, names in idle.items()]
+    if len(before) < len(named):
+        found += [f"without effect: {sentence}" for sentence in without_effect(settings)]
+    return found
 
 
 def absolute(spec: str) -> str:
     """Absolute path, or the URL, of a text, as a later command may run in another directory."""
     return spec if not spec or spec in NAMES or is_remote(spec) else os.path.abspath(os.path.expanduser(spec))
+
+
+def _where(corpus: Corpus) -> str:
+    return absolute(str(corpus.directory))
 
 
 def _sizes(splits: dict[str, int]) -> str:
