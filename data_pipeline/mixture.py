@@ -49,7 +49,7 @@ def parse(text: str) -> list[Part]:
         if not found or number is None:
             raise ValueError(
                 f"mixture={text!r}: {word!r} is not CORPUS:WEIGHT, such as data/web:0.6, or NAME=CORPUS:WEIGHT; a "
-                "corpus with a comma in its name cannot be mixed"
+                "corpus with a comma in its path cannot be mixed"
             )
         name, corpus = found[1] or re.sub(r"[^\w.-]", "", Path(found[2]).stem) or "text", found[2]
         if number < 0:
