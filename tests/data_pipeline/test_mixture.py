@@ -346,8 +346,8 @@ def test_a_far_step_is_read_as_easily_as_the_first():
         (
             [(1000, 1), (30, 1)],
             {"changes": (Change(9, (1, 9)),), "segment": 10},
-            "m1 has 30 training symbols, too few for 10 in each of the 4 of batch_size=4 streams that read it: needs at "
-            "least 40; let mixture_from give it at most 3/4; in a new run, give --segment=7, or more text",
+            "m1 has 30 training symbols, too few for 10 in each of the 4 of batch_size=4 streams that read it: needs "
+            "at least 40; let mixture_from give it at most 3/4; in a new run, give --segment=7, or more text",
         ),
         ([(1000, 1), (9, 1)], {"segment": 0}, "m1 has 9 training symbols, too few for 5 in each of the 2 of"),
     ],

@@ -102,6 +102,24 @@ def test_a_plain_text_before_a_file_that_is_cut_before_its_first_document_is_sep
     assert text_of(open_corpus(tmp_path / "parts"), "train") == text_of(once, "train")
 
 
+@pytest.mark.parametrize("prepared_by", [prepare, prepare_by_parts])
+def test_a_vocabulary_of_characters_has_the_separator_or_it_is_said(prepared_by, tmp_path):
+    (tmp_path / "plain.txt").write_text("ab\n" * 999)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": "ab" * 40}) + "\n" for _ in range(50)))
+    plain = prepare(settings_of(tmp_path / "plain.txt", vocabulary="characters"), tmp_path / "plain")
+    said: list[str] = []
+    for name, how in (
+        ("counted", {"min_count": 60}),
+        ("taken", {"vocabulary_of": str(plain)}),
+        ("other", {"vocabulary_of": str(plain), "document_separator": r"\n"}),
+    ):
+        how = settings_of(tmp_path / "a.jsonl", vocabulary="characters", **how)
+        prepared_by(how, tmp_path / name, say=lambda line, name=name: said.append(f"{name}: {line}"))
+    assert open_corpus(tmp_path / "counted").vocabulary.characters == "\0ab"
+    (line,) = [line for line in said if "document_separator" in line]
+    assert line.startswith(r"taken: document_separator='\\x00': '\x00' (U+0000) at position 0 is not in the vocabulary")
+
+
 @pytest.mark.parametrize("values", [{}, {"vocabulary": "characters"}, {"split": "hash"}], ids=str)
 def test_a_large_table_is_cut_between_its_groups_of_rows(values, impatient, tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is absent: pip install charlstm[inputs]")
