@@ -102,6 +102,20 @@ def test_a_plain_text_before_a_file_that_is_cut_before_its_first_document_is_sep
     assert text_of(open_corpus(tmp_path / "parts"), "train") == text_of(once, "train")
 
 
+def test_a_byte_order_mark_with_which_a_part_begins_is_refused_as_it_is_without_parts(tmp_path):
+    lines = [json.dumps({"text": f"{number:035d}"}).encode() + b"\n" for number in range(40)]
+    assert {len(line) for line in lines} == {49}
+    lines[21] = b"\xef\xbb\xbf" + lines[21]  # the first one of the second part
+    (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
+    how = settings_of(tmp_path / "a.jsonl")
+    for line, prepared_by in (
+        ("line 22", prepare),
+        (r"from byte \d+ on, line 1", lambda how, out: prepare_by_parts(how, out, sizes=SIZES)),
+    ):
+        with pytest.raises(ValueError, match=rf"{line}: not JSON \(Unexpected UTF-8 BOM"):
+            prepared_by(how, tmp_path / "out")
+
+
 @pytest.mark.parametrize("prepared_by", [prepare, prepare_by_parts])
 def test_a_vocabulary_of_characters_has_the_separator_or_it_is_said(prepared_by, tmp_path):
     (tmp_path / "plain.txt").write_text("ab\n" * 999)
