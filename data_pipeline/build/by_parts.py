@@ -72,6 +72,7 @@ def prepare_by_parts(
     plan = make_plan(texts, settings, of_other, sizes)
     place = _place(output, plan.key, settings, cache)
     if place.is_done():
+        place.abandon()  # what a kill after the join has left
         return True
     if isinstance(output, Path):
         refuse_inside(texts, output.absolute())

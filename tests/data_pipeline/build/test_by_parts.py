@@ -404,6 +404,22 @@ def test_a_corpus_that_another_process_publishes_meanwhile_is_taken_as_it_is(
     assert {one.name for one in stores.Remote(bucket).objects()} == set(files_of(folder.parent / "local"))
 
 
+def test_what_a_kill_after_the_join_has_left_is_removed_by_the_same_command(folder, bucket, monkeypatch):
+    how, out = settings_of(folder), folder.parent / "out"
+    with monkeypatch.context() as killed:
+        for place, last in ((places.LocalPlace, "abandon"), (places.RemotePlace, "_delete")):
+            killed.setattr(place, last, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        for output in (out, bucket):
+            with pytest.raises(KeyboardInterrupt):
+                prepare_by_parts(how, output, sizes=SIZES, workers=1)
+    assert (folder.parent / ".out.parts").exists()
+    for output in (out, bucket):
+        assert prepare_by_parts(how, output, sizes=SIZES, workers=1)
+        verify_corpus(output)
+    assert not (folder.parent / ".out.parts").exists()
+    assert {one.name for one in stores.Remote(bucket).objects()} == set(files_of(out))
+
+
 def test_a_corpus_in_a_store_is_not_abandoned_once_it_is_published(folder, bucket):
     prepare_by_parts(settings_of(folder), bucket, sizes=SIZES, workers=1)
     places.RemotePlace(bucket, "0" * 64, 1.0, folder).abandon()
