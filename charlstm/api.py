@@ -39,7 +39,7 @@ from data_pipeline.batch import Separator
 from data_pipeline.build import corpora
 from data_pipeline.mixture import Mixture
 from data_pipeline.progress import bar, say_on_stderr
-from data_pipeline.settings import CorpusSettings
+from data_pipeline.settings import CorpusSettings, without_effect
 from data_pipeline.shards import ArraySplit, Corpus
 from data_pipeline.vocabulary import Vocabulary
 
@@ -65,6 +65,8 @@ def load_corpus(source: str | os.PathLike[str] | bytes, **settings: Any) -> Corp
         cache = CorpusSettings(**settings).cache_dir
         source = corpus_lib.written_down(source, expand_user(cache) / "texts")
     given = CorpusSettings("" if settings.get("train") else os.fspath(source), **settings)
+    if idle := without_effect(given):
+        raise ValueError("; ".join(idle))
     corpus = corpora.load(given, bar(), say_on_stderr)
     return dataclasses.replace(corpus, settings=prepared.to_record(given, corpus))
 

@@ -49,7 +49,7 @@ def parse(text: str) -> list[Part]:
         if not found or number is None:
             raise ValueError(
                 f"mixture={text!r}: {word!r} is not CORPUS:WEIGHT, such as data/web:0.6, or NAME=CORPUS:WEIGHT; a "
-                "corpus with a comma in its name cannot be mixed"
+                "corpus with a comma in its path cannot be mixed"
             )
         name, corpus = found[1] or re.sub(r"[^\w.-]", "", Path(found[2]).stem) or "text", found[2]
         if number < 0:
@@ -80,7 +80,7 @@ def parse_changes(text: str, names: Sequence[str]) -> tuple[Change, ...]:
     changes: list[Change] = []
     for piece in filter(None, map(str.strip, text.split(";"))):
         step, _, rest = piece.partition(":")
-        weights = dict.fromkeys(names, Fraction(0))
+        weights: dict[str, Fraction] = {}
         for word in rest.split(","):
             name, _, weight = word.strip().rpartition(":")
             number = _number(weight)
@@ -89,12 +89,18 @@ def parse_changes(text: str, names: Sequence[str]) -> tuple[Change, ...]:
                     f"mixture_from={text!r}: {piece!r} is not STEP:NAME:WEIGHT,... with weights of 0 or more, such as "
                     "100000:web:0.2,books:0.8"
                 )
-            if name not in weights:
-                raise ValueError(f"mixture_from={text!r}: there is no {name!r} in the mixture, only {', '.join(names)}")
+            if name not in names:
+                raise ValueError(
+                    f"mixture_from={text!r}: there is no {name!r} in the mixture, only {', '.join(names)}; "
+                    f"--mixture={name}=CORPUS:WEIGHT,... gives a corpus that name"
+                )
+            if name in weights:
+                raise ValueError(f"mixture_from={text!r} names {name} twice from step {step} on: leave one out")
             weights[name] = number
         if int(step) <= (changes[-1].step if changes else 0):
             raise ValueError(f"mixture_from={text!r}: step {step} must be more than 0 and than the steps before it")
-        changes.append(Change(int(step), tuple(slots([Part(name, "", weight) for name, weight in weights.items()]))))
+        parts = [Part(name, "", weights.get(name, Fraction(0))) for name in names]
+        changes.append(Change(int(step), tuple(slots(parts))))
     return tuple(changes)
 
 

@@ -164,7 +164,8 @@ class SegmentPlan(StreamPlan):
                 "own: leave out one of them"
             )
         least = self.segment or longest
-        for member, streams in zip(self.members, self.streams, strict=True):
+        first = _streams(self.members, (), self.batch_size)  # before any change
+        for member, streams, fewer in zip(self.members, self.streams, first, strict=True):
             if not streams and self.segment:
                 raise ValueError(f"the weight of {member.name} is 0, and no --mixture_from gives it more: leave it out")
             if not streams:
@@ -176,10 +177,14 @@ class SegmentPlan(StreamPlan):
             most = member.symbols // streams
             if most < least:
                 remedy = f"--segment={most}" if most >= longest else "a smaller batch_size or window"
+                remedy = f"give {remedy}, or more text"
+                fits = member.symbols // least
+                if self.changes and fits >= fewer:  # a run that goes on can change no more than these
+                    remedy = f"let mixture_from give it at most {fits}/{self.batch_size}; in a new run, {remedy}"
                 raise ValueError(
                     f"{member.name} has {member.symbols} training symbols, too few for {least} in each of the "
                     f"{streams} of batch_size={self.batch_size} streams that read it: needs at least "
-                    f"{streams * least}; give {remedy}, or more text"
+                    f"{streams * least}; {remedy}"
                 )
 
     @functools.cached_property

@@ -175,6 +175,23 @@ class CorpusSettings:
         return separator
 
 
+def without_effect(settings: CorpusSettings) -> list[str]:
+    """Returns a sentence for each setting of preparing a text that another one leaves without effect."""
+    usual, found = CorpusSettings(), []
+    if settings.min_count != usual.min_count and settings.vocabulary == "bytes":
+        found.append(f"min_count={settings.min_count} is of characters: give --vocabulary=characters, or leave it out")
+    elif settings.min_count != usual.min_count and settings.vocabulary_of:
+        found.append(
+            f"min_count={settings.min_count} chooses among counted characters, and --vocabulary_of="
+            f"{settings.vocabulary_of} has chosen: leave one out"
+        )
+    for name in ("valid_fraction", "test_fraction") if settings.train else ():
+        value = getattr(settings, name)
+        if value not in (0, getattr(usual, name)):
+            found.append(f"{name}={value} divides one text, and --train names texts of their own: leave one out")
+    return found
+
+
 def parse_columns(split: str) -> tuple[int, int]:
     """Returns the two numbers of `columns:BxT`.  Raises ValueError if `split` has another form."""
     head, _, sizes = split.partition(":")

@@ -155,8 +155,8 @@ class Vocabulary:
         return cls(**tree)
 
     @classmethod
-    def from_counts(cls, counts: Mapping[int, int], min_count: int) -> "Vocabulary":
-        """Builds the vocabulary of the characters counted at least `min_count` times.
+    def from_counts(cls, counts: Mapping[int, int], min_count: int, always: str = "") -> "Vocabulary":
+        """Builds the vocabulary of the characters counted at least `min_count` times, and of those of `always`.
 
         Args:
           counts: code point -> its number of occurrences in the training split.
@@ -165,12 +165,12 @@ class Vocabulary:
         Raises:
           ValueError: no character is that frequent.
         """
-        kept = sorted(code for code, count in counts.items() if count >= min_count)
+        kept = {code for code, count in counts.items() if count >= min_count}
         if not kept:
             raise ValueError(
                 f"min_count={min_count} leaves no character: the most frequent one occurs {max(counts.values())} times"
             )
-        return cls("characters", "".join(map(chr, kept)))
+        return cls("characters", "".join(sorted({*map(chr, kept), *always})))
 
     @functools.cached_property
     def _code_points_by_id(self) -> np.ndarray:

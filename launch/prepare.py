@@ -21,7 +21,7 @@ from data_pipeline.build.prepare import prepare
 from data_pipeline.build.upload import check_writable, upload
 from data_pipeline.manifest import is_prepared
 from data_pipeline.progress import bar, say_on_stderr
-from data_pipeline.settings import CorpusSettings, setting
+from data_pipeline.settings import CorpusSettings, setting, without_effect
 from data_pipeline.shards import open_corpus, verify_corpus
 from data_pipeline.stores import checked_url, is_remote
 from launch.support import cli, flags
@@ -74,7 +74,8 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError("--output is required: name the directory to make")
     if settings.corpus and settings.train:
         raise ValueError("--input and --train are both given: leave one out")
-    _refuse_without_effect(settings)
+    if idle := without_effect(settings):
+        raise ValueError("; ".join(idle))
     progress, done = bar(), []
     output = checked_url(chosen.output) if is_remote(chosen.output) else expand_user(chosen.output)
     if settings.corpus or settings.train:
@@ -98,19 +99,6 @@ def main(argv: Sequence[str]) -> int:
     vocabulary = f"{corpus.vocabulary.size} symbols in the vocabulary"
     print(f"{' and '.join(done)}: {output}, {vocabulary}, {sizes}", file=sys.stderr)
     return cli.DONE
-
-
-def _refuse_without_effect(settings: CorpusSettings) -> None:
-    """Raises ValueError if a setting is given that others leave without effect."""
-    usual = CorpusSettings()
-    if settings.min_count != usual.min_count and settings.vocabulary == "bytes":
-        raise ValueError(
-            f"min_count={settings.min_count} is of characters: give --vocabulary=characters, or leave it out"
-        )
-    for name in ("valid_fraction", "test_fraction") if settings.train else ():
-        value = getattr(settings, name)
-        if value not in (0, getattr(usual, name)):
-            raise ValueError(f"{name}={value} divides one text, and --train names texts of their own: leave one out")
 
 
 def _list_or_clear(directory: Path, what: str) -> int:

@@ -179,6 +179,8 @@ def test_mistakes_are_exceptions_and_write_nothing(config, corpus, tmp_path):
         assert [type(value) for value in (swept.optimizer.learning_rate, swept.model.hidden_size)] == [float, int]
     with pytest.raises(ValueError, match="home directory of a user who has none"):
         cl.Config.from_flagfile("~nobody of that name/x.flags")
+    with pytest.raises(ValueError, match="min_count=2 is of characters"):
+        cl.load_corpus(TEXT, min_count=2, cache_dir=str(tmp_path))
     with pytest.raises(ValueError, match="no recipe 'nothing', only amazon"):
         cl.Config.recipe("nothing")
     for wrong, sentence in (
@@ -243,8 +245,8 @@ def test_a_run_begun_in_python_has_its_text_from_anywhere_and_not_within_itself(
     (texts / "a.txt").write_text(TEXT)
     (texts / "b.txt").write_text(TEXT)
     monkeypatch.chdir(tmp_path)
-    alike = {"vocabulary": "characters", "min_count": 9, "valid_fraction": 0.1}
-    of_text = cl.load_corpus("texts/a.txt", cache_dir="cache", **alike)
+    alike = {"vocabulary": "characters", "min_count": 9}
+    of_text = cl.load_corpus("texts/a.txt", cache_dir="cache", valid_fraction=0.1, **alike)
     shutil.copytree(of_text.directory, prepared)
     corpora = {
         "text": of_text,

@@ -47,6 +47,12 @@ def open_for(config: Config, given: Sequence[str]) -> tuple[Corpus, Config]:
         raise ValueError(f"--train={settings.train} and --mixture={mixed} are both given: leave one out")
     if not settings.corpus and not settings.train and not mixed:
         raise ValueError("--corpus is empty: name a text, a prepared directory, or python")
+    parts = [part._replace(corpus=prepared.absolute(part.corpus)) for part in mixture.parse(mixed)] if mixed else []
+    for part in parts:
+        if "," in part.corpus:  # the folder in which the command runs may have one
+            raise ValueError(
+                f"{part.corpus} has a comma in its path, and cannot be mixed: rename the folder, or name it by a link"
+            )
     corpus = load(config)
     for one in corpus.corpora.values() if isinstance(corpus, Mixture) else [corpus]:
         if "train" not in one.splits:
@@ -56,7 +62,6 @@ def open_for(config: Config, given: Sequence[str]) -> tuple[Corpus, Config]:
         prepared.check_vocabulary_of(settings, corpus)
     where = prepared.places(settings)
     if mixed:
-        parts = [part._replace(corpus=prepared.absolute(part.corpus)) for part in mixture.parse(mixed)]
         where |= {"corpus": "", "mixture": ",".join(map(str, parts))}
     where |= prepared.recorded_separator(config, corpus, names)
     return corpus, config_lib.replace(config, vocabulary=corpus.vocabulary.kind, **where)

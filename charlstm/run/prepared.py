@@ -11,14 +11,16 @@ from data_pipeline.build.datasets import NAMES
 from data_pipeline.build.prepare import vocabulary_of
 from data_pipeline.build.splits import cut
 from data_pipeline.mixture import Mixture
-from data_pipeline.settings import CorpusSettings
+from data_pipeline.settings import CorpusSettings, without_effect
 from data_pipeline.shards import Corpus
 from data_pipeline.stores import is_remote
 
 NOT_RECORDED = (  # in a corpus, of how it was prepared
     *("min_count", "input_kind", "text_field", "include", "exclude", "file_separator", "bad_documents"),
 )
-CHECKED = ("vocabulary", "split", "valid_fraction", "test_fraction")  # of a corpus that was prepared before
+FRACTIONS = ("valid_fraction", "test_fraction")
+WITHOUT_FRACTIONS = ("hash", "files")  # splits of a corpus whose sizes do not follow from the fractions
+CHECKED = ("vocabulary", "split", *FRACTIONS)  # of a corpus that was prepared before
 OPENED_BY = ("binary", "cache_dir", "cache_bytes", "remote_patience")  # which do not change what is read
 EXPLICIT = ("train", "valid", "test")
 
@@ -37,11 +39,12 @@ def check(settings: CorpusSettings, corpus: Corpus, names: set[str]) -> None:
             f"--split={settings.split} was given and {corpus.directory} is prepared with {corpus.split}: leave it out, "
             "or give the text itself as --corpus"
         )
-    if not settings.train and settings.split != "hash" and names & {"split", "valid_fraction", "test_fraction"}:
-        wanted = {name: sum(b - a for a, b in spans) for name, spans in cut(sum(sizes.values()), settings).items()}
+    if not settings.train and corpus.split not in WITHOUT_FRACTIONS and names.intersection(FRACTIONS):
+        how = dataclasses.replace(settings, split=corpus.split)
+        wanted = {name: sum(b - a for a, b in spans) for name, spans in cut(sum(sizes.values()), how).items()}
         if wanted != sizes:
             raise ValueError(
-                f"split={settings.split}, valid_fraction={settings.valid_fraction} and test_fraction="
+                f"split={how.split}, valid_fraction={settings.valid_fraction} and test_fraction="
                 f"{settings.test_fraction} mean splits of {_sizes(wanted)} symbols and {corpus.directory} has "
                 f"{_sizes(sizes)}: leave them out, or give the text itself as --corpus"
             )
@@ -60,7 +63,7 @@ def check_vocabulary_of(settings: CorpusSettings, corpus: Corpus) -> None:
 def check_loaded(settings: CorpusSettings, corpus: Corpus, names: set[str]) -> None:
     """Raises ValueError if a corpus that Python has loaded is another one than the settings `names` ask for."""
     own, wanted = recorded(corpus), dataclasses.replace(settings, **places(settings))
-    compared = (*EXPLICIT, *(() if is_of(own.corpus, corpus) else unrecorded(settings)))
+    compared = (*EXPLICIT, *(() if is_of(own.corpus, corpus) else unrecorded(own.split)))
     try:
         check(settings, corpus, names)
         if "vocabulary_of" in names and wanted.vocabulary_of != own.vocabulary_of:
@@ -106,23 +109,29 @@ def recorded_separator(config: Config, corpus: Corpus, names: set[str]) -> dict[
 
 
 def remarks(config: Config, corpus: Corpus) -> list[str]:
-    """Remarks on settings by which a text is prepared, where it was prepared before and does not record them.
+    """Remarks on settings of preparing a text that have no effect: on a text, or on a corpus that was prepared before.
 
     They are not refused: a flagfile may well have those with which the corpus was prepared.
     """
-    settings, usual, named = config.corpus, CorpusSettings(), {config.corpus.corpus: corpus}
+    settings, usual, named = config.corpus, CorpusSettings(), [(config.corpus.corpus, corpus)]
     if isinstance(corpus, Mixture):
-        named = {part.corpus: corpus.corpora[part.name] for part in mixture.parse(config.streams.mixture)}
-    if settings.train or not all(is_of(spec, one) for spec, one in named.items()):
-        return []  # a text, which is prepared as they say
-    idle = [name for name in unrecorded(settings) if getattr(settings, name) != getattr(usual, name)]
-    given = ", ".join(f"{name}={getattr(settings, name)!r}" for name in idle)
-    return [f"without effect, as {corpus.name} was prepared before: {given}"] if idle else []
+        named = [(part.corpus, corpus.corpora[part.name]) for part in mixture.parse(config.streams.mixture)]
+    before = [one for spec, one in named if not settings.train and is_of(spec, one)]
+    idle: dict[str, list[str]] = {}  # settings -> the corpora that do not record them
+    for one in before:
+        others = [name for name in unrecorded(one.split) if getattr(settings, name) != getattr(usual, name)]
+        if others:
+            given = ", ".join(f"{name}={getattr(settings, name)!r}" for name in others)
+            idle.setdefault(given, []).append(one.name)
+    found = [f"without effect on {', '.join(names)}, prepared before: {given}" for given, names in idle.items()]
+    if len(before) < len(named):
+        found += [f"without effect: {sentence}" for sentence in without_effect(settings)]
+    return found
 
 
-def unrecorded(settings: CorpusSettings) -> tuple[str, ...]:
-    """Names of the settings of preparing that cannot be compared with a corpus."""
-    return NOT_RECORDED + (("valid_fraction", "test_fraction") if settings.split == "hash" else ())
+def unrecorded(split: str) -> tuple[str, ...]:
+    """Names of the settings of preparing that cannot be compared with a corpus that is so split."""
+    return NOT_RECORDED + (FRACTIONS if split in WITHOUT_FRACTIONS else ())
 
 
 def is_of(spec: str, corpus: Corpus) -> bool:

@@ -30,7 +30,7 @@ from charlstm.training import train_state
 from charlstm.types import ModelParams
 from data_pipeline.atomic_files import atomic_write, expand_user, remove_torn
 from data_pipeline.batch import Separator
-from data_pipeline.vocabulary import Vocabulary
+from data_pipeline.vocabulary import Vocabulary, escaped_bytes
 
 INITIAL = "initial_checkpoint.json"
 
@@ -243,10 +243,13 @@ def separator(config: Config, vocabulary: Vocabulary) -> Separator:
     if config.streams.reset_state != "document":
         return ()
     text = config.corpus.document_separator
+    remedy = ""
     try:
+        escaped_bytes(text)  # of an escape that is none, the message has the remedy
+        remedy = "; prepare the text with one that is, name another that ends documents, or give --reset_state=stream"
         ids = vocabulary.encode_escaped(text)
     except ValueError as error:
-        raise ValueError(f"document_separator={text!r}: {error}") from None
+        raise ValueError(f"document_separator={text!r}: {error}{remedy}") from None
     if not len(ids):
         raise ValueError("document_separator='' ends no document: give what does, or --reset_state=stream")
     return tuple((ids[::-1] if config.streams.reverse else ids).tolist())

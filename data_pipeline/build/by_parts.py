@@ -14,7 +14,7 @@ from data_pipeline.build.join import join_counts, join_parts, missing_counts, mi
 from data_pipeline.build.parts import PartTask, count_part, write_part
 from data_pipeline.build.places import LocalPlace, Place, RemotePlace
 from data_pipeline.build.plan import PART_BYTES, Plan, Share, make_plan
-from data_pipeline.build.prepare import cores, refuse_inside, vocabulary_of
+from data_pipeline.build.prepare import cores, refuse_inside, remarks, vocabulary_of
 from data_pipeline.build.sources import ParallelMap
 from data_pipeline.manifest import BLOCK_BYTES, SHARD_BYTES
 from data_pipeline.progress import Progress
@@ -68,9 +68,11 @@ def prepare_by_parts(
     """
     cache, workers = expand_user(settings.cache_dir), workers or cores()
     texts, described, _ = find_texts(settings, cache, workers, progress)
-    plan = make_plan(texts, settings, vocabulary_of(settings), sizes)
+    of_other = vocabulary_of(settings)
+    plan = make_plan(texts, settings, of_other, sizes)
     place = _place(output, plan.key, settings, cache)
     if place.is_done():
+        place.abandon()  # what a kill after the join has left
         return True
     if isinstance(output, Path):
         refuse_inside(texts, output.absolute())
@@ -85,7 +87,9 @@ def prepare_by_parts(
             place.begin(plan)
             may_abandon = share is None  # of several workers, the others go on
             of = f", worker {share.number} of {share.of}" if share else ""
-            say(f"preparing {described}; {len(plan.parts)} part{'s' * (len(plan.parts) > 1)}{of}")
+            preparing = f"preparing {described}; {len(plan.parts)} part{'s' * (len(plan.parts) > 1)}{of}"
+            for line in (preparing, *remarks(texts, settings, of_other)):
+                say(line)
             return work.run(say)
     except (FileNotFoundError, ValueError) as error:
         if place.is_done():  # another worker has joined the parts meanwhile, and deleted what was looked for

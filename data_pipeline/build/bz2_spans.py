@@ -28,10 +28,9 @@ class _Boundary(NamedTuple):
     after: bytes = b""
 
 
-# A byte-order mark is left out of the first line alone, which is no document in spans but the first.  No page of a dump
-# has a < within; where another text has this mark within an element, the part is no whole XML.
+# No page of a dump has a < within; where another text has this mark within an element, the part is no whole XML.
 BOUNDARIES = {
-    "jsonl": _Boundary(b"\n", 1, b"\n"),
+    "jsonl": _Boundary(b"\n", 1),
     "xml": _Boundary(b"<page>", 0, f"<{MEDIAWIKI}>".encode(), f"</{MEDIAWIKI}>".encode()),
 }
 

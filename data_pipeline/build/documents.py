@@ -66,11 +66,18 @@ class BadDocuments:
 Documents = Iterator[tuple[int, str | bytes]]
 
 
-def read_lines(file: BinaryIO, name: str, field: str, bad: BadDocuments) -> Documents:
-    """Yields the string in `field` of each line, which is a JSON object; skips empty lines."""
+def read_lines(
+    file: BinaryIO, name: str, field: str, bad: BadDocuments, span: tuple[int, int] | None = None
+) -> Documents:
+    """Yields the string in `field` of each line, which is a JSON object; skips empty lines.
+
+    Args:
+      span: the bytes of a larger file whose lines these are; a byte-order mark is left out at its beginning alone.
+    """
+    begins = not (span and span[0])
     for number, line in _lines(file, bad):
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            text = line.decode("utf-8-sig" if begins and number == 1 else "utf-8")
             if not text or text.isspace():
                 continue
             record = json.loads(text)
@@ -130,7 +137,9 @@ def read_csv(file: BinaryIO, name: str, field: str, bad: BadDocuments) -> Docume
                 bad.add(row_began, f"{len(row)} values where the first row has {len(header)}", ",".join(row)[:400])
             row_began = rows.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"{name}, line {row_began}: no row of values ({error}): mend its quotes") from None
+        raise ValueError(
+            f"{name}, line {row_began}: no row of values ({error}): mend its quotes, or shorten it"
+        ) from None
 
 
 def _text_lines(file: BinaryIO, name: str) -> Iterator[str]:
@@ -200,7 +209,7 @@ class _Pages:
 
     def _add(self, data: str) -> None:
         if self._text is not None and self._within[-1] == "text":
-            self._bytes += len(data)
+            self._bytes += len(data.encode())
             if self._bytes <= DOCUMENT_BYTES:
                 self._text.append(data)
 

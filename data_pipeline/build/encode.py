@@ -24,7 +24,7 @@ from data_pipeline.manifest import Shard, SplitRecord
 from data_pipeline.progress import Progress
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.shard_writer import shard_sizes, write_shard
-from data_pipeline.vocabulary import Vocabulary, canonical_json
+from data_pipeline.vocabulary import Vocabulary, canonical_json, escaped_bytes
 
 SMALL = 64 << 20  # bytes of text; below, starting processes takes longer than the work
 
@@ -122,6 +122,7 @@ def plan(
     shard_bytes: int,
     parallel: Callable[[str], ParallelMap],
     vocabulary: Vocabulary | None = None,
+    separator: str = "",
 ) -> tuple[Vocabulary, dict[str, SplitPlan]]:
     """Returns the vocabulary, and the extents of each shard of each split.
 
@@ -131,6 +132,7 @@ def plan(
       shard_bytes: size of each shard of a split but the last.
       parallel: from `parallel_map`.
       vocabulary: that of another corpus; None: of the training split's characters, or bytes.
+      separator: setting of what ends a document; a vocabulary of characters that are counted has it.
 
     Raises:
       ValueError: a text is too short, or, with a vocabulary of characters, not UTF-8.
@@ -154,7 +156,7 @@ def plan(
     elif vocabulary is None:
         key, part = spans["train"]
         counts = count_all(indices[key], byte_spans(key, part), parallel("counting"))
-        vocabulary = Vocabulary.from_counts(counts, settings.min_count)
+        vocabulary = Vocabulary.from_counts(counts, settings.min_count, escaped_bytes(separator).decode())
     plans = {}
     for split, (key, part) in spans.items():
         shards = shard_spans(part, shard_bytes // vocabulary.dtype.itemsize)

@@ -27,7 +27,7 @@ from data_pipeline.build.utf8 import StartCount
 from data_pipeline.manifest import Manifest, Shard, Source, SplitRecord, summary
 from data_pipeline.shard_writer import shard_sizes, write_shard
 from data_pipeline.shards import Split
-from data_pipeline.vocabulary import Vocabulary
+from data_pipeline.vocabulary import Vocabulary, escaped_bytes
 
 Lengths = dict[str, dict[int, Length]]  # stream -> number of a part -> what it has of it
 
@@ -103,7 +103,7 @@ def _counted_vocabulary(
     for codes, times in found:
         for code, count in zip(codes, times, strict=True):
             total[code] = total.get(code, 0) + count
-    return Vocabulary.from_counts(total, plan.settings.min_count)
+    return Vocabulary.from_counts(total, plan.settings.min_count, escaped_bytes(plan.separator).decode())
 
 
 def _count_again(task: tuple[PartTask, str, list[Span]]) -> tuple[list[int], list[int]]:
@@ -143,7 +143,6 @@ def join_parts(plan: Plan, tasks: list[PartTask], place: Place) -> tuple[int, st
         Source(file.name, file.bytes, digest, file.etag, count)
         for file, digest, count in zip(plan.files, digests, documents, strict=True)
     ]
-    separated = any(file.kind.form != "text" for file in plan.files)
     manifest = Manifest(
         vocabulary=vocabulary,
         splits=splits,
@@ -151,7 +150,7 @@ def join_parts(plan: Plan, tasks: list[PartTask], place: Place) -> tuple[int, st
         key=plan.key,
         block_bytes=plan.block_bytes,
         split=plan.settings.split if "" in plan.texts else "files",
-        document_separator=plan.settings.document_separator if separated else "",
+        document_separator=plan.separator,
         bad_documents=bad,
     )
     place.publish(manifest, sources)

@@ -162,16 +162,20 @@ class RemotePlace:
         self._key, self._scratch = key, scratch
         self._parts, self._own = ".parts/", f".parts/{key[:16]}/"
 
-    def is_done(self) -> bool:
-        path = self.store.path(NAME)
+    def _published(self) -> Manifest | None:
         try:
-            found = parse_manifest(bytes(self.store.read(NAME)), path).key
+            return parse_manifest(bytes(self.store.read(NAME)), self.store.path(NAME))
         except Missing:
+            return None
+
+    def is_done(self) -> bool:
+        found = self._published()
+        if found is None:
             return False
-        if found != self._key:
+        if found.key != self._key:
             raise ValueError(
-                f"{path} is of another text or settings (key {found[:16]} instead of {self._key[:16]}): delete it or "
-                "name another output"
+                f"{self.store.path(NAME)} is of another text or settings (key {found.key[:16]} instead of "
+                f"{self._key[:16]}): delete it or name another output"
             )
         return True
 
@@ -223,9 +227,8 @@ class RemotePlace:
             self._delete(self._names(), kept=_files(manifest))
 
     def abandon(self) -> None:
-        names = self._names()
-        if NAME not in names:  # otherwise the shards are those of a corpus, whoever has published it
-            self._delete(names, kept=set())
+        names, found = self._names(), self._published()  # in this order: whoever publishes meanwhile keeps all
+        self._delete(names, kept=_files(found) if found else set())
 
     def _names(self) -> list[str]:
         try:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from data_pipeline.build.prepare import counted_settings, decoding
+from data_pipeline.build.prepare import counted_settings, decoding, recorded_separator
 from data_pipeline.build.sources import Text, TextFile
 from data_pipeline.build.splits import Span, cut
 from data_pipeline.build.texts import Decoding
@@ -70,6 +70,11 @@ class Plan:
     @property
     def how(self) -> Decoding:
         return decoding(self.settings)
+
+    @property
+    def separator(self) -> str:
+        """Returns the separator of documents that the corpus records, as the setting."""
+        return recorded_separator(self.texts, self.settings)
 
     @property
     def files(self) -> list[TextFile]:

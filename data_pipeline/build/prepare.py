@@ -81,7 +81,8 @@ def prepare(
     with locked(output.with_name(f".{output.name}.lock"), lambda: report(waiting, 0, 0)):
         if is_done(output, work.key):
             return output
-        say(f"preparing {described}")
+        for line in (f"preparing {described}", *remarks(texts, settings, of_other)):
+            say(line)
         # The workers end before the partial directory is left.
         with contextlib.ExitStack() as writing, parallel_map(workers, processes, progress) as parallel:
             partial = writing.enter_context(_partial_directory(output, work.key))
@@ -124,7 +125,8 @@ class _Work(NamedTuple):
         if bad:
             say(f"left out {bad:,} bad documents, the first: {first_bad}")
         plain = {split: joined(text, settings.file_separator_bytes()) for split, text in plain.items()}
-        vocabulary, plans = plan(plain, settings, self.shard_bytes, parallel, self.of_other)
+        separator = recorded_separator(self.texts, settings)
+        vocabulary, plans = plan(plain, settings, self.shard_bytes, parallel, self.of_other, separator)
         splits = write_splits(partial, vocabulary, plans, self.block_bytes, parallel("writing"))
         files = [file for text in self.texts.values() for file in text.files]
         sources = _sources(files, self.digests, documents)
@@ -135,7 +137,7 @@ class _Work(NamedTuple):
             key=self.key,
             block_bytes=self.block_bytes,
             split=settings.split if "" in self.texts else "files",
-            document_separator=settings.document_separator if any(file.kind.form != "text" for file in files) else "",
+            document_separator=separator,
             bad_documents=bad,
         )
         return manifest, sources
@@ -171,9 +173,32 @@ def counted_settings(texts: dict[str, Text], settings: CorpusSettings, vocabular
         how += [settings.split, settings.valid_fraction, settings.test_fraction]
     if any(len(text.files) > 1 for text in texts.values()):
         how.append(settings.file_separator_bytes().hex())
-    if any(file.kind.form != "text" for text in texts.values() for file in text.files):
+    if _has_documents(texts):
         how += [settings.text_field, settings.document_separator_bytes().hex(), settings.bad_documents]
     return how
+
+
+def _has_documents(texts: dict[str, Text]) -> bool:
+    return any(file.kind.form != "text" for text in texts.values() for file in text.files)
+
+
+def recorded_separator(texts: dict[str, Text], settings: CorpusSettings) -> str:
+    """Returns the separator that a corpus of these texts records, as the setting; "" if no file has documents."""
+    return settings.document_separator if _has_documents(texts) else ""
+
+
+def remarks(texts: dict[str, Text], settings: CorpusSettings, of_other: Vocabulary | None) -> list[str]:
+    """Remarks on a separator that the vocabulary of another corpus lacks."""
+    separator = recorded_separator(texts, settings)
+    try:
+        if of_other:
+            of_other.encode_escaped(separator)
+    except ValueError as error:
+        return [
+            f"document_separator={separator!r}: {error} of --vocabulary_of: documents will end with an unknown symbol, "
+            "which --reset_state=document cannot use; it can use a --document_separator that is"
+        ]
+    return []
 
 
 def _identity(file: TextFile) -> str:

@@ -79,12 +79,16 @@ def _below(base: str, pattern: Sequence[str], patience: float) -> list[TextFile]
 
 
 def matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Returns whether a name matches a glob, part by part; `**` stands for any number of parts."""
+    """Returns whether a name matches a glob, part by part; `**` stands for any number of parts.
+
+    A part that begins with a dot is matched by one that does so alone, as on a disk.
+    """
     if not pattern or not parts:
         return not parts and all(part == "**" for part in pattern)
+    hidden = parts[0].startswith(".") and not pattern[0].startswith(".")
     if pattern[0] == "**":
-        return matches(parts, pattern[1:]) or matches(parts[1:], pattern)
-    return fnmatch.fnmatchcase(parts[0], pattern[0]) and matches(parts[1:], pattern[1:])
+        return matches(parts, pattern[1:]) or (not hidden and matches(parts[1:], pattern))
+    return not hidden and fnmatch.fnmatchcase(parts[0], pattern[0]) and matches(parts[1:], pattern[1:])
 
 
 def _file(base: str, name: str, size: int, etag: str) -> TextFile:

@@ -66,11 +66,20 @@ def read_arrow(file: BinaryIO, name: str, field: str, bad: BadDocuments) -> Docu
                 batch = reader.get_batch(number) if is_file else reader.read_next_batch()
             except StopIteration:
                 return
-            column = batch.column(place)
+            column = _as_bytes(pyarrow, batch.column(place))  # UTF-8 is looked for in each document
             column.validate(full=True)  # otherwise wrong offsets in a damaged file would be followed
             yield column
 
     yield from _rows(pyarrow, batches, name, bad)
+
+
+def _as_bytes(pyarrow: Any, column: Any) -> Any:
+    """Returns a column of strings as one of bytes, without looking at them."""
+    if isinstance(column, pyarrow.DictionaryArray):
+        return pyarrow.DictionaryArray.from_arrays(column.indices, _as_bytes(pyarrow, column.dictionary), safe=False)
+    strings = {"string": "binary", "large_string": "large_binary", "string_view": "binary_view"}
+    kind = strings.get(str(column.type))
+    return column.view(getattr(pyarrow, kind)()) if kind else column
 
 
 def _pyarrow(name: str) -> Any:
@@ -128,15 +137,16 @@ def _rows(pyarrow: Any, batches: Callable[[], Iterator[Any]], name: str, bad: Ba
 class Reader(NamedTuple):
     """A reader of one form of file."""
 
-    read: Callable[..., Documents]  # (file: BinaryIO, its name for messages, field, bad); a table that is cut: span
+    read: Callable[..., Documents]  # (file: BinaryIO, its name for messages, field, bad[, span])
     unit: str  # that documents are counted in
     seeks: bool = False  # whether it needs more than a stream
+    knows_span: bool = False  # whether it takes the span of a file that is cut
 
 
 READERS = {
-    "jsonl": Reader(read_lines, "line"),
+    "jsonl": Reader(read_lines, "line", knows_span=True),
     "csv": Reader(read_csv, "line"),
-    "parquet": Reader(read_parquet, "row", seeks=True),
+    "parquet": Reader(read_parquet, "row", seeks=True, knows_span=True),
     "arrow": Reader(read_arrow, "row", seeks=True),
     "xml": Reader(read_mediawiki, "page"),
 }

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 from data_pipeline.build import magic
 from data_pipeline.build.bz2_spans import Bz2Span
 from data_pipeline.build.decompress import Decompressed
-from data_pipeline.build.documents import BadDocuments
+from data_pipeline.build.documents import DOCUMENT_BYTES, BadDocuments
 from data_pipeline.build.inspection import begun
 from data_pipeline.build.remote_inputs import RANGE, Ranges
 from data_pipeline.build.sources import TextFile
@@ -113,7 +113,7 @@ def decode_file(
         return int(bool(first) and not (file.span and file.span[0])), bad
     count, separator = 0, how.document_separator
     with _opened(file, how.patience, directory if reader.seeks else None) as stream:
-        span = (file.span,) if file.span and reader.seeks else ()  # of a stream, `_opened` has cut it out
+        span = (file.span,) if file.span and reader.knows_span else ()
         for number, document in reader.read(stream, name, how.text_field, bad, *span):
             try:
                 data = document.encode() if isinstance(document, str) else document
@@ -123,6 +123,9 @@ def decode_file(
                 bad.add(number, f"no text that UTF-8 can have ({error.reason})")
                 continue
             if not data:
+                continue
+            if len(data) > DOCUMENT_BYTES:
+                bad.add(number, f"a document of more than {DOCUMENT_BYTES:,} bytes", data[:400])
                 continue
             if separator and (data + separator).find(separator) != len(data):
                 shown = separator.decode("utf-8", "replace")

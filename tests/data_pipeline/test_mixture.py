@@ -346,7 +346,8 @@ def test_a_far_step_is_read_as_easily_as_the_first():
         (
             [(1000, 1), (30, 1)],
             {"changes": (Change(9, (1, 9)),), "segment": 10},
-            "m1 has 30 training symbols, too few for 10 in each of the 4 of batch_size=4 streams that read it",
+            "m1 has 30 training symbols, too few for 10 in each of the 4 of batch_size=4 streams that read it: needs "
+            "at least 40; let mixture_from give it at most 3/4; in a new run, give --segment=7, or more text",
         ),
         ([(1000, 1), (9, 1)], {"segment": 0}, "m1 has 9 training symbols, too few for 5 in each of the 2 of"),
     ],
@@ -421,7 +422,8 @@ def test_changes_of_weights_are_read_as_whole_numbers_and_who_is_not_named_has_n
         ("-3:a:1", "'-3:a:1' is not STEP:NAME:WEIGHT"),
         ("5:a:1,b", "'5:a:1,b' is not STEP:NAME:WEIGHT"),
         ("5:a:-1", "'5:a:-1' is not STEP:NAME:WEIGHT"),
-        ("5:a:1,d:1", "there is no 'd' in the mixture, only a, b"),
+        ("5:a:1,d:1", "there is no 'd' in the mixture, only a, b; --mixture=d=CORPUS:WEIGHT,... gives a corpus that"),
+        ("5:a:.9,b:.1,a:.1", "names a twice from step 5 on"),
         ("0:a:1", "step 0 must be more than 0"),
         ("5:a:1;5:b:1", "step 5 must be more than 0 and than the steps before it"),
         ("5:a:0", "the weights of a, b are all 0"),

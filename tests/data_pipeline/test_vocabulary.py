@@ -36,6 +36,7 @@ def test_ids_of_characters_are_sorted_by_code_point_after_the_unknown():
 
 def test_min_count_leaves_out_what_is_rarer():
     assert Vocabulary.from_counts({97: 2, 98: 1, 99: 3}, 2).characters == "ac"
+    assert Vocabulary.from_counts({97: 2, 98: 1, 99: 3}, 2, always="bad").characters == "abcd"
     with pytest.raises(ValueError, match="min_count=4 leaves no character: the most frequent one occurs 3 times"):
         Vocabulary.from_counts({97: 2, 99: 3}, 4)
 

@@ -57,6 +57,10 @@ def test_an_empty_or_missing_corpus_is_refused(corpus, sentence, tmp_path):
         (["--batch_size=4"], "batch_size=4 cannot be split over 8 devices: use 8"),
         (["--logical_shards=3"], "batch_size=16 cannot be split into logical_shards=3"),
         (["--logical_shards=4"], "logical_shards=4 cannot be split exactly over 8 devices: use 1, 2, 4 devices"),
+        (
+            ["--reset_state=document", "--vocabulary=characters", r"--document_separator=a\x00"],
+            r"(U+0000) at position 1 is not in the vocabulary; prepare the text with one that is, name another",
+        ),
         (["--reset_state=document", "--document_separator="], "document_separator='' ends no document: give what does"),
         (
             ["--reset_state=document", r"--document_separator=\q"],

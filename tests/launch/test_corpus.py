@@ -1,5 +1,7 @@
 """The corpus that a command names: splits that are too short for the plan, and separators that are not there."""
 
+from contextlib import nullcontext
+
 import pytest
 
 from charlstm import config as config_lib
@@ -43,20 +45,52 @@ def test_a_separator_that_is_not_there_is_said_and_of_a_long_text_how_much_was_s
     assert line.startswith(said.format("the first 100 symbols of "))
 
 
+@pytest.mark.parametrize("names", [("valid_fraction", "test_fraction"), ("split", "valid_fraction", "test_fraction")])
+@pytest.mark.parametrize("split", ["contiguous", "columns:5x10", "hash"])
+def test_the_fractions_of_a_prepared_corpus_are_compared_with_the_split_that_it_has(split, names, tmp_path):
+    corpus = corpus_of("one\ntwo\n" * 111, tmp_path, split=split, valid_fraction=0.07)
+    given = {"split": split} if "split" in names else {}
+    prepared.check(CorpusSettings(valid_fraction=0.07, test_fraction=0, **given), corpus, set(names))
+    other = CorpusSettings(valid_fraction=0.2, test_fraction=0, **given)
+    with pytest.raises(ValueError, match=f"split={split}, valid_fraction=0.2 ") if split != "hash" else nullcontext():
+        prepared.check(other, corpus, set(names))
+
+
+def test_the_fractions_are_not_compared_with_texts_of_their_own_for_each_split(tmp_path):
+    (tmp_path / "train.txt").write_text("one\n" * 100)
+    corpus = open_corpus(prepare(CorpusSettings(train=str(tmp_path / "train.txt"), cache_dir=str(tmp_path))))
+    prepared.check(CorpusSettings(valid_fraction=0.2), corpus, {"valid_fraction"})
+
+
 def test_settings_of_preparing_are_told_of_where_they_have_no_effect(tmp_path):
-    corpus = corpus_of("one\ntwo\n" * 100, tmp_path)
+    corpus = corpus_of("one\ntwo\n" * 100, tmp_path, split="hash", valid_fraction=0)
     text, where = str(tmp_path / "text.txt"), str(corpus.directory)
-    mixed = mixture.load(mixture.parse(f"{where}:1,{text}:1"), lambda name: corpus)
-    how = {"vocabulary": "characters", "min_count": 2, "include": "*.txt", "split": "hash", "test_fraction": 0.1}
+    how = {"vocabulary": "characters", "min_count": 2, "include": "*.txt", "test_fraction": 0.1}
 
     def said(of: Corpus = corpus, **values) -> list[str]:
         return prepared.remarks(config_lib.replace(Config(), **values), of)
 
-    line = f"without effect, as {corpus.name} was prepared before: min_count=2, include='*.txt', test_fraction=0.1"
-    assert said(corpus=where, **how) == [line]
-    assert said(corpus=where) == said(corpus=text, **how) == said(corpus="python", train=text, min_count=2) == []
-    assert said(mixed, corpus="", mixture=f"{where}:1,{text}:1", min_count=2) == []
-    assert len(said(mixed, corpus="", mixture=mixed.spec, min_count=2)) == 1
+    idle = f"without effect on {corpus.name}, prepared before: min_count=2"
+    assert said(corpus=where, **how) == [f"{idle}, include='*.txt', test_fraction=0.1"]
+    assert said(corpus=where) == said(corpus=text, **how) == said(corpus="python", train=text, valid_fraction=0) == []
+    of_characters = ["without effect: min_count=2 is of characters: give --vocabulary=characters, or leave it out"]
+    assert said(corpus=text, min_count=2) == said(corpus="python", train=text, min_count=2) == of_characters
+    (line,) = said(corpus="python", train=text, valid_fraction=0.3)
+    assert line.startswith("without effect: valid_fraction=0.3 divides one text")
+
+
+def test_each_corpus_of_a_mixture_is_judged_by_itself(tmp_path):
+    corpus = corpus_of("one\ntwo\n" * 100, tmp_path)
+    text, where = str(tmp_path / "text.txt"), str(corpus.directory)
+
+    def said(mixed: str, **values) -> list[str]:
+        of = mixture.load(mixture.parse(mixed), lambda name: corpus)
+        return prepared.remarks(config_lib.replace(Config(), corpus="", mixture=mixed, min_count=2, **values), of)
+
+    idle = f"without effect on {corpus.name}, prepared before: min_count=2"
+    assert said(f"{where}:1,{text}:1", vocabulary="characters") == [idle]
+    assert len(said(f"{where}:1,{text}:1", vocabulary="bytes")) == 2
+    assert said(f"{where}:1,b={where}:1") == [idle.replace(corpus.name, f"{corpus.name}, {corpus.name}")]
 
 
 def test_another_vocabulary_than_that_of_a_prepared_corpus_is_refused_unless_the_run_is_there(arguments, tmp_path):
@@ -68,7 +102,7 @@ def test_another_vocabulary_than_that_of_a_prepared_corpus_is_refused_unless_the
     said = refusal(train.main, *run, f"--vocabulary_of={where['abc']}")
     assert f"--vocabulary_of={where['abc']} has the vocabulary " in said and f"{where['ab']} is prepared with " in said
     assert train.main(["train", *run, "--num_steps=1", f"--vocabulary_of={where['ab']}", "--min_count=3"]) == cli.DONE
-    assert "without effect, as " in (tmp_path / "run" / "log.txt").read_text()
+    assert "without effect on " in (tmp_path / "run" / "log.txt").read_text()
     assert train.main(["train", *run, "--num_steps=2", f"--vocabulary_of={where['abc']}"]) == cli.DONE
 
 

@@ -140,7 +140,7 @@ def test_another_mixture_or_segment_on_the_way_is_refused_with_both(texts, flags
     assert "shuffle_segments: True -> False" in refusal(train.main, *run, "--noshuffle_segments")
 
 
-def test_what_cannot_be_mixed_is_refused_before_there_is_a_run(texts, flags, tmp_path):
+def test_what_cannot_be_mixed_is_refused_before_there_is_a_run(texts, flags, tmp_path, monkeypatch):
     run = [*flags, f"--run_dir={tmp_path / 'run'}"]
     a, b = texts / "a.txt", texts / "b.txt"
     assert "are both given: leave one out" in refusal(train.main, *run, f"--corpus={a}")
@@ -152,6 +152,11 @@ def test_what_cannot_be_mixed_is_refused_before_there_is_a_run(texts, flags, tmp
     assert "needs at least 24000; give --segment=675, or more text" in short
     others = refusal(train.main, *run, "--vocabulary=characters")
     assert "a has a vocabulary of 11 characters (" in others and "--vocabulary_of=" in others
+    (tmp_path / "c,d").mkdir()
+    monkeypatch.chdir(tmp_path / "c,d")
+    for more in ("--dry_run", "--nodry_run"):
+        comma = refusal(train.main, *run, "--mixture=a.txt:.5,b.txt:.5", more)
+        assert f"{tmp_path}/c,d/a.txt has a comma in its path, and cannot be mixed: rename the folder" in comma
     none = refusal(train.main, *run, f"--mixture={a}:.5,{texts / 'nothing'}:.5")
     assert str(texts / "nothing") in none
     assert not (tmp_path / "run").exists()

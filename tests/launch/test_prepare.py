@@ -98,6 +98,10 @@ def test_the_program_prepares_verifies_and_does_nothing_twice(tmp_path):
             "min_count=2 is of characters: give --vocabulary=characters, or",
         ),
         (
+            ["--input=x", "--output=y", "--vocabulary=characters", "--vocabulary_of=z", "--min_count=2"],
+            "min_count=2 chooses among counted characters, and --vocabulary_of=z has chosen: leave one out",
+        ),
+        (
             ["--train=x", "--output=y", "--test_fraction=0.1"],
             "test_fraction=0.1 divides one text, and --train names texts of their own: leave one out",
         ),

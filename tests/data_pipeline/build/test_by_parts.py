@@ -102,6 +102,38 @@ def test_a_plain_text_before_a_file_that_is_cut_before_its_first_document_is_sep
     assert text_of(open_corpus(tmp_path / "parts"), "train") == text_of(once, "train")
 
 
+def test_a_byte_order_mark_with_which_a_part_begins_is_refused_as_it_is_without_parts(tmp_path):
+    lines = [json.dumps({"text": f"{number:035d}"}).encode() + b"\n" for number in range(40)]
+    assert {len(line) for line in lines} == {49}
+    lines[21] = b"\xef\xbb\xbf" + lines[21]  # the first one of the second part
+    (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
+    how = settings_of(tmp_path / "a.jsonl")
+    for line, prepared_by in (
+        ("line 22", prepare),
+        (r"from byte \d+ on, line 1", lambda how, out: prepare_by_parts(how, out, sizes=SIZES)),
+    ):
+        with pytest.raises(ValueError, match=rf"{line}: not JSON \(Unexpected UTF-8 BOM"):
+            prepared_by(how, tmp_path / "out")
+
+
+@pytest.mark.parametrize("prepared_by", [prepare, prepare_by_parts])
+def test_a_vocabulary_of_characters_has_the_separator_or_it_is_said(prepared_by, tmp_path):
+    (tmp_path / "plain.txt").write_text("ab\n" * 999)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": "ab" * 40}) + "\n" for _ in range(50)))
+    plain = prepare(settings_of(tmp_path / "plain.txt", vocabulary="characters"), tmp_path / "plain")
+    said: list[str] = []
+    for name, how in (
+        ("counted", {"min_count": 60}),
+        ("taken", {"vocabulary_of": str(plain)}),
+        ("other", {"vocabulary_of": str(plain), "document_separator": r"\n"}),
+    ):
+        how = settings_of(tmp_path / "a.jsonl", vocabulary="characters", **how)
+        prepared_by(how, tmp_path / name, say=lambda line, name=name: said.append(f"{name}: {line}"))
+    assert open_corpus(tmp_path / "counted").vocabulary.characters == "\0ab"
+    (line,) = [line for line in said if "document_separator" in line]
+    assert line.startswith(r"taken: document_separator='\\x00': '\x00' (U+0000) at position 0 is not in the vocabulary")
+
+
 @pytest.mark.parametrize("values", [{}, {"vocabulary": "characters"}, {"split": "hash"}], ids=str)
 def test_a_large_table_is_cut_between_its_groups_of_rows(values, impatient, tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is absent: pip install charlstm[inputs]")
@@ -370,6 +402,22 @@ def test_a_corpus_that_another_process_publishes_meanwhile_is_taken_as_it_is(
     verify_corpus(bucket)
     prepare_by_parts(how, folder.parent / "local", sizes=SIZES, workers=1)
     assert {one.name for one in stores.Remote(bucket).objects()} == set(files_of(folder.parent / "local"))
+
+
+def test_what_a_kill_after_the_join_has_left_is_removed_by_the_same_command(folder, bucket, monkeypatch):
+    how, out = settings_of(folder), folder.parent / "out"
+    with monkeypatch.context() as killed:
+        for place, last in ((places.LocalPlace, "abandon"), (places.RemotePlace, "_delete")):
+            killed.setattr(place, last, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        for output in (out, bucket):
+            with pytest.raises(KeyboardInterrupt):
+                prepare_by_parts(how, output, sizes=SIZES, workers=1)
+    assert (folder.parent / ".out.parts").exists()
+    for output in (out, bucket):
+        assert prepare_by_parts(how, output, sizes=SIZES, workers=1)
+        verify_corpus(output)
+    assert not (folder.parent / ".out.parts").exists()
+    assert {one.name for one in stores.Remote(bucket).objects()} == set(files_of(out))
 
 
 def test_a_corpus_in_a_store_is_not_abandoned_once_it_is_published(folder, bucket):

@@ -1,6 +1,7 @@
 """Which files of a folder or a store are the text, and how its documents are split."""
 
 import dataclasses
+import glob
 import gzip
 import json
 from pathlib import Path
@@ -160,10 +161,17 @@ def test_a_mixture_takes_the_one_separator_that_its_corpora_record_and_of_severa
         ("c.txt", "**/*.txt", True),
         ("a/c.txt", "[ab]/?.txt", True),
         ("a/c.txt", "a", False),
+        ("._a.txt", "*.txt", False),
+        ("._a.txt", "._*", True),
+        (".git/a.txt", "**/*.txt", False),
+        ("b/.git/a.txt", "**/a.txt", False),
+        ("b/.git/a.txt", "**/.git/*", True),
     ],
 )
-def test_a_glob_of_a_store_is_matched_part_by_part(name, pattern, does):
+def test_a_glob_of_a_store_is_matched_part_by_part_as_on_a_disk(name, pattern, does, tmp_path):
     assert matches(name.split("/"), pattern.split("/")) is does
+    made(tmp_path, {name: b"text"})
+    assert (name in glob.glob(pattern, root_dir=tmp_path, recursive=True)) is does
 
 
 @each_s3

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.build import documents
+from data_pipeline.build import documents, texts
 from data_pipeline.build.decompress import Decompressed
 from data_pipeline.build.documents import BadDocuments
 from data_pipeline.build.prepare import prepare
@@ -240,6 +240,22 @@ def test_strings_of_all_types_are_read_and_a_null_is_refused(tmp_path, setting):
         prepare(setting(tmp_path / "null.parquet"))
 
 
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary"])
+def test_strings_that_are_not_utf8_are_bad_documents(tmp_path, setting, kind):
+    column = pyarrow.array([b"one", b"\xff", b"three"], pyarrow.binary()).view("string")
+    if kind == "dictionary":
+        column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0, 1, 2]), column)
+    elif kind != "string":
+        column = column.view("binary").cast(kind.replace("string", "binary")).view(kind)
+    table = pyarrow.table({"text": column})
+    with pyarrow.ipc.new_file(tmp_path / "in.arrow", table.schema) as writer:
+        writer.write_table(table)
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "in.parquet")
+    for form in ("arrow", "parquet"):
+        with pytest.raises(ValueError, match=rf"in\.{form}, row 2: no text that UTF-8 can have"):
+            prepare(setting(tmp_path / f"in.{form}"))
+
+
 def test_bad_documents_are_dropped_and_counted_where_they_are_few(tmp_path, setting, monkeypatch):
     path, said = tmp_path / "in.jsonl", []
     lines = json_lines([f"document {number}" for number in range(2000)]).splitlines(keepends=True)
@@ -254,13 +270,16 @@ def test_bad_documents_are_dropped_and_counted_where_they_are_few(tmp_path, sett
 
 
 def test_a_line_or_a_document_that_has_no_end_is_bounded(tmp_path, setting, monkeypatch):
-    monkeypatch.setattr(documents, "DOCUMENT_BYTES", 100)
+    for module in (documents, texts):
+        monkeypatch.setattr(module, "DOCUMENT_BYTES", 100)
     for name, content in {
         "a.jsonl": LINES + b'{"text": "' + b"x" * 250 + b'"}\n' + LINES,
         "a.csv": b'text\n"' + b"line\n" * 50,
         "a.xml": dump(["one", "x" * 150, "two"]),
+        "b.csv": "text\n" + "é" * 80 + "\n",  # bytes are counted, not characters
+        "b.xml": dump(["one", "é" * 80, "two"]),
     }.items():
-        (tmp_path / name).write_bytes(content)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(ValueError, match=r"of more than 100 bytes|field larger than field limit \(100\)"):
             prepare(setting(tmp_path / name))
     bad = BadDocuments("a.jsonl", "line", drop=True)
