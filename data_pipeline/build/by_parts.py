@@ -73,7 +73,7 @@ def prepare_by_parts(
     if place.is_done():
         return True
     if isinstance(output, Path):
-        refuse_inside(texts, output.absolute())
+        refuse_inside(texts, settings, output.absolute())
     may_abandon, is_large = False, sum(text.bytes for text in texts.values()) > SMALL
     try:
         with engine(name, workers, is_large, progress) as parallel:

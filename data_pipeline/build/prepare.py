@@ -12,7 +12,7 @@ from typing import NamedTuple
 from data_pipeline.atomic_files import Recoverable, atomic_write, expand_user, locked, sync
 from data_pipeline.build.decode import decode
 from data_pipeline.build.encode import SMALL, parallel_map, plan, write_splits
-from data_pipeline.build.inputs import find_texts
+from data_pipeline.build.inputs import find_texts, would_contain
 from data_pipeline.build.inspection import joined
 from data_pipeline.build.sources import ParallelMap, Text, TextFile, hash_files
 from data_pipeline.build.splits import HashSplit
@@ -20,7 +20,9 @@ from data_pipeline.build.texts import Decoding
 from data_pipeline.manifest import (
     BLOCK_BYTES,
     FORMAT_VERSION,
+    NAME,
     SHARD_BYTES,
+    SOURCES,
     Manifest,
     Source,
     is_prepared,
@@ -34,6 +36,8 @@ from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import open_corpus
 from data_pipeline.stores import is_remote
 from data_pipeline.vocabulary import Vocabulary, canonical_json
+
+FILES = (NAME, SOURCES, "train-00000.ids", "train-00000.crc")  # of a corpus, one of each kind
 
 
 def prepare(
@@ -74,7 +78,7 @@ def prepare(
         if binary:
             say(f"prepared before: {described}")
         return output
-    refuse_inside(texts, output)
+    refuse_inside(texts, settings, output)
     output.parent.mkdir(parents=True, exist_ok=True)
     report = progress or (lambda doing, done, total: None)
     waiting = f"waiting for another preparation of {output}"
@@ -147,12 +151,14 @@ def _digests(texts: dict[str, Text], memo: Path, workers: int, progress: Progres
     return [_identity(file) if file.is_remote else next(local) for file in files]
 
 
-def refuse_inside(texts: dict[str, Text], output: Path) -> None:
+def refuse_inside(texts: dict[str, Text], settings: CorpusSettings, output: Path) -> None:
     """Raises ValueError if the corpus would be part of the next text."""
-    for text in texts.values():
-        inside = text.folders.intersection(map(str, output.resolve().parents))
-        if inside:
-            raise ValueError(f"{output} lies inside of the input {min(inside)}: name an output outside of it")
+    above = set(map(str, output.resolve().parents))
+    inside = [min(found) for text in texts.values() if (found := text.folders & above)]
+    specs = settings.corpus, settings.train, settings.valid, settings.test
+    inside += [spec for spec in specs if spec and would_contain(spec, output, FILES)]
+    if inside:
+        raise ValueError(f"{output} lies inside of the input {inside[0]}: name an output outside of it")
 
 
 def _sources(files: list[TextFile], digests: list[str], documents: list[int]) -> list[Source]:

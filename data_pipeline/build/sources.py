@@ -153,7 +153,7 @@ def find_text(spec: str) -> Text:
     elif glob.has_magic(spec):
         found = set(map(Path, glob.glob(str(path), recursive=True)))
         paths = [(one, os.path.realpath(one)) for one in found if _is_file(one)]
-        base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+        base = glob_base(path)
     else:
         raise ValueError(f"{spec} does not exist: name a text file, a directory or a quoted glob")
     if not paths:
@@ -176,6 +176,11 @@ def find_text(spec: str) -> Text:
     if not text.bytes:
         raise ValueError(f"{spec} is empty: there is no text to prepare")
     return text
+
+
+def glob_base(pattern: Path) -> Path:
+    """Returns the part of a glob before the first wildcard."""
+    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts))
 
 
 def sorted_files(base: Path, paths: Iterable[tuple[Path, str]]) -> list[TextFile]:

@@ -1,6 +1,7 @@
 """Which files of a folder or a store are the text, and how its documents are split."""
 
 import dataclasses
+import functools
 import gzip
 import json
 from pathlib import Path
@@ -11,6 +12,7 @@ from charlstm import config as config_lib
 from charlstm.run.corpus import open_for
 from data_pipeline.atomic_files import locked
 from data_pipeline.build import cache, remote_inputs
+from data_pipeline.build.by_parts import prepare_by_parts
 from data_pipeline.build.prepare import prepare
 from data_pipeline.build.remote_inputs import RANGE, Ranges, find_remote, matches
 from data_pipeline.settings import CorpusSettings
@@ -77,6 +79,27 @@ def test_what_describes_tables_is_text_where_there_are_none_in_its_folder_or_bel
         "b/z/state.json": b"{}",
     }
     assert text_of(setting(made(tmp_path / "in", files))) == b"# text\nx\0{}"
+
+
+INSIDE = [("**", "out"), ("*/*", "out"), ("**/*s*", "deep/out"), ("l*/**", "link/out")]
+OUTSIDE = [("**/*.txt", "out"), ("*/*", "deep/out"), ("**", ".hidden/out"), ("deep/**", "out"), ("*", "../out")]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "output", "is_inside"), [*((*one, True) for one in INSIDE), *((*one, False) for one in OUTSIDE)]
+)
+def test_an_output_whose_files_the_glob_of_the_input_would_match_is_refused(
+    tmp_path, setting, pattern, output, is_inside
+):
+    folder = made(tmp_path / "in", {"a.txt": b"abc" * 30, "deep/b.txt": b"def" * 30, "link/s.txt": b"ghi" * 30})
+    how = setting(folder / pattern)
+    for prepares in (prepare, functools.partial(prepare_by_parts, workers=1)):
+        if is_inside:
+            with pytest.raises(ValueError, match=r"out lies inside of the input .*: name an output outside of it"):
+                prepares(how, folder / output)
+            assert not (folder / output).parent.joinpath(".out.parts").exists()
+        else:
+            prepares(how, folder / f"{output}-{prepares is prepare}")
 
 
 def test_a_file_that_is_not_what_its_name_says_can_be_read_otherwise(tmp_path, setting):
