@@ -61,7 +61,7 @@ def dump(texts: list[str]) -> bytes:
     pages = "".join(
         f"<page><title>Page {n}</title><revision><text>an older one</text></revision><revision><text bytes='1'>"
         + one.replace("&", "&amp;").replace("<", "&lt;").replace("\r", "&#13;")
-        + "</text><sha1>0</sha1></revision></page>\n"
+        + "</text><content><role>other</role><text>of another slot</text></content><sha1>0</sha1></revision></page>\n"
         for n, one in enumerate(texts)
     )
     return f'<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/"><siteinfo/>{pages}</mediawiki>'.encode()
