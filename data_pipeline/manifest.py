@@ -86,6 +86,11 @@ class Manifest:
         identity = {"format_version": IDS_VERSION, "vocabulary": self.vocabulary.to_json(), "splits": splits}
         return hashlib.sha256(canonical_json(identity)).hexdigest()
 
+    def shard_files(self) -> set[str]:
+        """Returns the names of the shards and of their checksums."""
+        shards = [shard for split in self.splits.values() for shard in split.shards]
+        return {shard.file for shard in shards} | {shard.checksums for shard in shards}
+
     def to_json(self) -> dict[str, Any]:
         """Returns the JSON object of `manifest.json`, which ends with the digest of the rest."""
         tree = {

@@ -72,7 +72,7 @@ def prepare(
     processes = sum(text.bytes for text in texts.values()) > SMALL
     digests = _digests(texts, cache / "memo", workers, progress)
     work = _Work(texts, digests, settings, of_other, shard_bytes, block_bytes)
-    output = expand_user(output or cache / "corpora" / f"{_label(texts)}-{work.key[:16]}").absolute()
+    output = real(expand_user(output or cache / "corpora" / f"{_label(texts)}-{work.key[:16]}"))
     say = say or (lambda line: None)
     if is_done(output, work.key):
         if binary:
@@ -85,14 +85,18 @@ def prepare(
     with locked(output.with_name(f".{output.name}.lock"), lambda: report(waiting, 0, 0)):
         if is_done(output, work.key):
             return output
-        say(f"preparing {described}")
-        # The workers end before the partial directory is left.
-        with contextlib.ExitStack() as writing, parallel_map(workers, processes, progress) as parallel:
-            partial = writing.enter_context(_partial_directory(output, work.key))
-            manifest, sources = work.write(partial, parallel, say)
-            for text in texts.values():
-                text.check_unchanged()
-            _publish(partial, output, manifest, sources)
+        partial = output.with_name(f".{output.name}.partial")
+        if not is_complete(partial, work.key):  # else a preparation was killed before it renamed it
+            say(f"preparing {described}")
+            # The workers end before the partial directory is left.
+            with contextlib.ExitStack() as writing, parallel_map(workers, processes, progress) as parallel:
+                writing.enter_context(_kept_if_interrupted(partial, work.key))
+                manifest, sources = work.write(partial, parallel, say)
+                for text in texts.values():
+                    text.check_unchanged()
+                write_sources(partial, sources)
+                write_manifest(partial, manifest)
+        _publish(partial, output, work.key)
     return output
 
 
@@ -224,6 +228,11 @@ def _label(texts: dict[str, Text]) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "", next(iter(texts.values())).name)[:32] or "text"
 
 
+def real(output: Path) -> Path:
+    """Returns the absolute path of an output; of a link, which no directory can replace, that of what it leads to."""
+    return Path(os.path.realpath(output)) if output.is_symlink() else output.absolute()
+
+
 def is_done(output: Path, key: str) -> bool:
     """Returns whether `output` is the corpus of that key.  Raises ValueError if it is something else."""
     if is_prepared(output):
@@ -235,18 +244,28 @@ def is_done(output: Path, key: str) -> bool:
             )
         open_corpus(output)
         return True
+    if os.path.ismount(output):
+        raise ValueError(f"{output} is a mount point, and a corpus is a directory of its own: name one inside of it")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not a prepared corpus: delete it or name another output")
     return False
 
 
+def is_complete(partial: Path, key: str) -> bool:
+    """Returns whether `partial` has all files of the corpus of that key."""
+    with contextlib.suppress(ValueError):
+        if read_manifest(partial).key == key:
+            open_corpus(partial).read_sources()
+            return True
+    return False
+
+
 @contextlib.contextmanager
-def _partial_directory(output: Path, key: str) -> Iterator[Path]:
-    """Yields the directory to write to, empty or with complete shards of the same preparation.
+def _kept_if_interrupted(partial: Path, key: str) -> Iterator[None]:
+    """Makes the directory to write to, empty or with complete shards of the same preparation.
 
     It stays if the block is interrupted, or cannot go on for now, and is removed if the block refuses the text.
     """
-    partial = output.with_name(f".{output.name}.partial")
     owner = partial / "key"
     if not (owner.is_file() and owner.read_bytes() == key.encode()):
         if partial.exists():
@@ -258,26 +277,38 @@ def _partial_directory(output: Path, key: str) -> Iterator[Path]:
         for torn in partial.glob("*.new"):  # files being written when a preparation was killed
             torn.unlink()
     try:
-        yield partial
+        yield
     except ValueError as error:
         if not isinstance(error, Recoverable):  # the text has changed, or will be: the files do not belong to its key
             shutil.rmtree(partial)
         raise
 
 
-def _publish(partial: Path, output: Path, manifest: Manifest, sources: list[Source]) -> None:
-    """Makes the complete corpus appear at `output`, by renaming its directory."""
-    shards = [shard for split in manifest.splits.values() for shard in split.shards]
-    kept = {shard.file for shard in shards} | {shard.checksums for shard in shards}
-    for path in partial.iterdir():
-        if path.name not in kept:
-            path.unlink()
-    write_sources(partial, sources)
-    write_manifest(partial, manifest)
+def _publish(partial: Path, output: Path, key: str) -> None:
+    """Makes the complete corpus in `partial` appear at `output`; killed anywhere, it can be called again."""
+    delete_others(partial, read_manifest(partial))
     try:
-        os.replace(partial, output)
+        rename(partial, output)
     except OSError:
-        if not is_done(output, manifest.key):
+        if not is_done(output, key):
             raise
         shutil.rmtree(partial)
+
+
+def delete_others(directory: Path, manifest: Manifest) -> None:
+    """Deletes all files of a directory that are not of the corpus."""
+    kept = {NAME, SOURCES, *manifest.shard_files()}
+    for path in directory.iterdir():
+        if path.name not in kept:
+            path.unlink()
+    sync(directory)
+
+
+def rename(directory: Path, output: Path) -> None:
+    """Renames a directory to `output`, which is named if it cannot be."""
+    try:
+        os.replace(directory, output)
+    except OSError as error:
+        error.filename, error.filename2 = os.fspath(output), None
+        raise
     sync(output.parent)
