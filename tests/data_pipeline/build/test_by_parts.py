@@ -309,6 +309,19 @@ def test_what_is_refused_is_refused_in_a_sentence_and_leaves_nothing_behind(fold
     assert {name for name in tree(folder.parent) if ".out" in name} == {name for name in begun if ".out" in name}
 
 
+@pytest.mark.parametrize("vocabulary", ["bytes", "characters"])
+@pytest.mark.parametrize("empty", ["train", "test", "corpus"])
+def test_a_text_without_documents_is_refused_as_without_parts(tmp_path, vocabulary, empty):
+    (tmp_path / "full.jsonl").write_text('{"text": "a document"}\n' * 99)
+    (tmp_path / "none.jsonl").write_text('{"text": ""}\n')
+    names = ("corpus",) if empty == "corpus" else ("train", "test")
+    values = {name: str(tmp_path / f"{'none' if name == empty else 'full'}.jsonl") for name in names}
+    how = settings_of(tmp_path / "in", vocabulary=vocabulary, **values)
+    for prepares in (prepare, prepare_by_parts):
+        with pytest.raises(ValueError, match=r"^none(\.jsonl)? has no text to prepare$"):
+            prepares(how, tmp_path / "out", workers=1)
+
+
 def test_an_input_that_changes_while_its_part_is_prepared_is_refused(folder, monkeypatch):
     how, decoded = settings_of(folder), parts.decode_file
 
