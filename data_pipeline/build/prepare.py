@@ -12,9 +12,10 @@ from typing import NamedTuple
 from data_pipeline.atomic_files import Recoverable, atomic_write, expand_user, locked, sync
 from data_pipeline.build.decode import decode
 from data_pipeline.build.encode import SMALL, parallel_map, plan, write_splits
+from data_pipeline.build.hashing import hash_files
 from data_pipeline.build.inputs import find_texts, would_contain
 from data_pipeline.build.inspection import joined
-from data_pipeline.build.sources import ParallelMap, Text, TextFile, hash_files
+from data_pipeline.build.sources import ParallelMap, Text, TextFile
 from data_pipeline.build.splits import HashSplit
 from data_pipeline.build.texts import Decoding
 from data_pipeline.manifest import (

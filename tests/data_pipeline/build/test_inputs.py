@@ -231,6 +231,22 @@ def test_texts_in_a_store_give_the_corpus_that_they_give_on_disk(s3, tmp_path, s
             find_remote("s3://raw/in/*.txt", 6.0)  # another patience, another connection
 
 
+def test_a_prepared_corpus_in_a_store_is_not_taken_for_text(tmp_path, setting, bucket):
+    files = {path.name: path.read_bytes() for path in prepare(setting("abc" * 100), tmp_path / "out").iterdir()}
+    store = Remote(bucket)
+    for name, content in {"a.txt": b"text", "b/b.txt": b"text", **files}.items():
+        store.create(f"b/corpus/{name}" if name in files else name, content)
+    for spec in (bucket, f"{bucket}/**"):
+        text = find_remote(spec, 1.0)
+        assert [file.name for file in text.files] == ["a.txt", "b/b.txt"]
+        assert text.left_out == ("b/corpus, a prepared corpus",)
+    for name, content in files.items():
+        store.create(name, content)
+    for spec in (bucket, f"{bucket}/*.ids"):
+        with pytest.raises(ValueError, match=r"s3://bucket is a prepared corpus, not text: name it with --corpus"):
+            find_remote(spec, 1.0)
+
+
 def test_a_file_of_a_web_server_is_read_and_a_directory_refused(tmp_path, setting):
     folder = made(tmp_path / "in", {"b.jsonl": json_lines(["one", "two"])})
     with nginx(tmp_path / "nginx", folder) as address:
