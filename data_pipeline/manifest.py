@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,11 @@ class Manifest:
         identity = {"format_version": IDS_VERSION, "vocabulary": self.vocabulary.to_json(), "splits": splits}
         return hashlib.sha256(canonical_json(identity)).hexdigest()
 
+    def shard_files(self) -> set[str]:
+        """Returns the names of the shards and of their checksums."""
+        shards = [shard for split in self.splits.values() for shard in split.shards]
+        return {shard.file for shard in shards} | {shard.checksums for shard in shards}
+
     def to_json(self) -> dict[str, Any]:
         """Returns the JSON object of `manifest.json`, which ends with the digest of the rest."""
         tree = {
@@ -152,6 +157,11 @@ def is_prepared(directory: Path) -> bool:
 def has_shards(directory: Path) -> bool:
     """Returns whether `directory` holds shards, of a whole corpus or not."""
     return any(ids.with_suffix(".crc").is_file() for ids in directory.glob("*.ids"))
+
+
+def corpora_among(names: Collection[str]) -> set[str]:
+    """Returns the folders of these files that hold shards, as `has_shards`; "" for files without a folder."""
+    return {name.rpartition("/")[0] for name in names if name.endswith(".ids") and f"{name[:-4]}.crc" in names}
 
 
 def read_manifest(directory: Path) -> Manifest:

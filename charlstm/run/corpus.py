@@ -11,10 +11,10 @@ from charlstm import distributed
 from charlstm.config import Config
 from charlstm.run import prepared, run_directory
 from data_pipeline import direction, mixture
-from data_pipeline.atomic_files import atomic_write, expand_user
+from data_pipeline.atomic_files import atomic_write
 from data_pipeline.batch import Separator, ends_separator, looks_back
 from data_pipeline.build import corpora
-from data_pipeline.build.datasets import NAMES
+from data_pipeline.build.inputs import would_contain
 from data_pipeline.eval_chunks import ChunkPlan
 from data_pipeline.manifest import is_prepared
 from data_pipeline.mixture import Mixture
@@ -27,6 +27,8 @@ from data_pipeline.streams import StreamPlan, Symbols
 
 SEARCHED = 64 << 20  # symbols in which a separator is looked for: a fraction of a second
 CHUNK = 1 << 20  # symbols
+# Of a run, one of each kind and depth.
+FILES = ("log.txt", "metrics.jsonl", "config.json", "logs/process-0.txt", "checkpoints/0/checkpoint.json")
 
 
 def open_for(config: Config, given: Sequence[str]) -> tuple[Corpus, Config]:
@@ -268,12 +270,5 @@ def refuse_inside(run_dir: Path, settings: CorpusSettings, mixed: str = "") -> N
     """Raises ValueError where the run would become a part of its own text."""
     parts = [part.corpus for part in mixture.parse(mixed)] if mixed else []
     for spec in (settings.corpus, settings.train, settings.valid, settings.test, *parts):
-        folder = expand_user(spec)
-        if (
-            spec
-            and spec not in NAMES
-            and not is_remote(spec)
-            and folder.is_dir()
-            and run_dir.resolve().is_relative_to(folder.resolve())
-        ):
+        if spec and would_contain(spec, run_dir, FILES):
             raise ValueError(f"run_dir={run_dir} lies inside of the corpus {spec}: name one outside of it")

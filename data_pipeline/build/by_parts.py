@@ -14,7 +14,7 @@ from data_pipeline.build.join import join_counts, join_parts, missing_counts, mi
 from data_pipeline.build.parts import PartTask, count_part, write_part
 from data_pipeline.build.places import LocalPlace, Place, RemotePlace
 from data_pipeline.build.plan import PART_BYTES, Plan, Share, make_plan
-from data_pipeline.build.prepare import cores, refuse_inside, remarks, vocabulary_of
+from data_pipeline.build.prepare import cores, real, refuse_inside, remarks, vocabulary_of
 from data_pipeline.build.sources import ParallelMap
 from data_pipeline.manifest import BLOCK_BYTES, SHARD_BYTES
 from data_pipeline.progress import Progress
@@ -75,7 +75,7 @@ def prepare_by_parts(
         place.abandon()  # what a kill after the join has left
         return True
     if isinstance(output, Path):
-        refuse_inside(texts, output.absolute())
+        refuse_inside(texts, settings, output.absolute())
     may_abandon, is_large = False, sum(text.bytes for text in texts.values()) > SMALL
     try:
         with engine(name, workers, is_large, progress) as parallel:
@@ -101,7 +101,7 @@ def prepare_by_parts(
 
 def _place(output: Path | str, key: str, settings: CorpusSettings, cache: Path) -> Place:
     if isinstance(output, Path):
-        return LocalPlace(output.absolute(), key)
+        return LocalPlace(real(output), key)
     return RemotePlace(output, key, settings.remote_patience, cache / "parts")
 
 

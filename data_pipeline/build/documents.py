@@ -15,6 +15,7 @@ CHUNK = 1 << 20
 
 ENDINGS = {f".{form}": form for form in ("jsonl", "csv", "parquet", "arrow", "xml")} | {".ndjson": "jsonl"}
 MEDIAWIKI = "mediawiki"
+TEXT = [MEDIAWIKI, "page", "revision", "text"]  # in a revision's <content> is the text of other slots
 
 
 class Kind(NamedTuple):
@@ -196,7 +197,7 @@ class _Pages:
         self._within.append(element)
         if element == "page":
             self._number, self._text = self._number + 1, None
-        elif element == "text" and self._within == [MEDIAWIKI, "page", "revision", "text"]:
+        elif self._within == TEXT:
             self._text, self._bytes = [], 0  # the last revision of several counts
 
     def _end(self, element: str) -> None:
@@ -208,7 +209,7 @@ class _Pages:
                 self.ready.append((self._number, "".join(self._text)))
 
     def _add(self, data: str) -> None:
-        if self._text is not None and self._within[-1] == "text":
+        if self._text is not None and self._within == TEXT:
             self._bytes += len(data.encode())
             if self._bytes <= DOCUMENT_BYTES:
                 self._text.append(data)

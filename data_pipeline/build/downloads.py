@@ -9,7 +9,8 @@ import zlib
 from pathlib import Path
 
 from data_pipeline.atomic_files import atomic_write, locked, sync
-from data_pipeline.build.sources import CHUNK, hash_file
+from data_pipeline.build.hashing import hash_file
+from data_pipeline.build.sources import CHUNK
 from data_pipeline.progress import Progress
 
 ATTEMPTS = 3  # consecutive ones without a new byte

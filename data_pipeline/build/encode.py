@@ -17,7 +17,8 @@ import numpy as np
 
 from data_pipeline import signals
 from data_pipeline.atomic_files import atomic_write, sealed, unsealed
-from data_pipeline.build.sources import Extent, ParallelMap, Text, mapped
+from data_pipeline.build.hashing import mapped
+from data_pipeline.build.sources import Extent, ParallelMap, Text
 from data_pipeline.build.splits import Span, cut, shard_spans
 from data_pipeline.build.utf8 import StartCount, count_all, index_characters, read_characters
 from data_pipeline.manifest import Shard, SplitRecord

@@ -3,13 +3,16 @@
 import dataclasses
 import difflib
 import fnmatch
+import glob
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
+from data_pipeline.atomic_files import expand_user
 from data_pipeline.build.datasets import NAMES, named_text
 from data_pipeline.build.documents import kind_of_name
 from data_pipeline.build.inspection import look_at, refuse_binary, remarks
-from data_pipeline.build.remote_inputs import find_remote
-from data_pipeline.build.sources import Text, TextFile, find_text
+from data_pipeline.build.remote_inputs import find_remote, matches
+from data_pipeline.build.sources import Text, TextFile, find_text, glob_base
 from data_pipeline.progress import Progress
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.stores import is_remote
@@ -47,6 +50,21 @@ def find_texts(
         words.append(f"{split or settings.corpus}: {remarks(text, odd)}")
         binary += len(odd)
     return found, "; ".join(words), binary
+
+
+def would_contain(spec: str, folder: Path, names: Iterable[str]) -> bool:
+    """Returns whether files of these `names`, once they are in `folder`, belong to the text that `spec` names."""
+    if spec in NAMES or is_remote(spec):
+        return False
+    path, folder = expand_user(spec), folder.resolve()
+    if path.is_dir():
+        return folder.is_relative_to(path.resolve())
+    base = glob_base(path)
+    if not glob.has_magic(spec) or path.exists() or not folder.is_relative_to(base.resolve()):
+        return False
+    below, pattern = folder.relative_to(base.resolve()).parts, path.parts[len(base.parts) :]
+    is_hidden = any(part.startswith(".") for part in below)  # no wildcard matches it
+    return not is_hidden and any(matches((*below, *name.split("/")), pattern) for name in names)
 
 
 def _chosen(text: Text, settings: CorpusSettings) -> Text:

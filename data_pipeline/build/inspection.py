@@ -12,7 +12,8 @@ from typing import NamedTuple
 from data_pipeline.atomic_files import named_in_errors
 from data_pipeline.build import magic
 from data_pipeline.build.decompress import COMPRESSIONS
-from data_pipeline.build.sources import Text, TextFile, mapped, remembered
+from data_pipeline.build.hashing import mapped, remembered
+from data_pipeline.build.sources import Text, TextFile
 
 KINDS = 5  # kinds of files that are named
 

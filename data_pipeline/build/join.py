@@ -73,7 +73,7 @@ def join_counts(plan: Plan, tasks: list[PartTask], place: Place, parallel: Paral
             lengths.setdefault(stream, {})[part.number] = Length(symbols, added)
             counts[stream, part.number] = tuple(counted)
     cuts: dict[int, dict[str, list[int]]] = {}
-    layout = lay_out(lengths, plan.settings)
+    layout = lay_out(lengths, plan)
     for stream, parts in lengths.items():
         spans = [span for of, spans in layout.values() if of == stream for span in spans]
         for number, within in spans_within(parts, spans).items():
@@ -91,7 +91,7 @@ def _counted_vocabulary(
     counts: dict[tuple[str, int], tuple[list[int], list[int]]],
     parallel: ParallelMap,
 ) -> Vocabulary:
-    stream, spans = lay_out(lengths, plan.settings)["train"]
+    stream, spans = lay_out(lengths, plan)["train"]
     again, total = [], dict[int, int]()
     found = []
     for number, within in spans_within(lengths[stream], spans).items():
@@ -137,7 +137,7 @@ def join_parts(plan: Plan, tasks: list[PartTask], place: Place) -> tuple[int, st
             lengths.setdefault(stream, {})[number] = of_part.length
     splits = {
         split: _record(split, _pieces(whole, stream, spans), vocabulary, plan.block_bytes, place)
-        for split, (stream, spans) in lay_out(lengths, plan.settings).items()
+        for split, (stream, spans) in lay_out(lengths, plan).items()
     }
     sources = [
         Source(file.name, file.bytes, digest, file.etag, count)

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipeline.atomic_files import named_in_errors
+from data_pipeline.build.hashing import hash_file
 from data_pipeline.build.places import Place
 from data_pipeline.build.plan import Length, Part
 from data_pipeline.build.sinks import CharacterCount, ShardNote, ShardSink
-from data_pipeline.build.sources import TextFile, hash_file
+from data_pipeline.build.sources import TextFile
 from data_pipeline.build.splits import Span
 from data_pipeline.build.texts import Decoding, TextOutput, decode_file
 from data_pipeline.manifest import Shard

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from data_pipeline.atomic_files import atomic_write, locked, sealed, sync, unsealed
 from data_pipeline.build.plan import Plan, first_difference
-from data_pipeline.build.prepare import is_done
+from data_pipeline.build.prepare import delete_others, is_complete, is_done, rename
 from data_pipeline.directory import Directory
 from data_pipeline.manifest import (
     NAME,
@@ -25,6 +25,7 @@ from data_pipeline.manifest import (
     bytes_of,
     lines_of,
     parse_manifest,
+    read_manifest,
     write_manifest,
     write_sources,
 )
@@ -136,16 +137,19 @@ class LocalPlace:
     @contextlib.contextmanager
     def joining(self) -> Iterator[None]:
         with locked(self._output.with_name(f".{self._output.name}.lock"), lambda: None):
+            if is_complete(self._shards, self._key):  # a join was killed before it renamed them
+                self._finish(read_manifest(self._shards))
             yield
 
     def publish(self, manifest: Manifest, sources: list[Source]) -> None:
-        kept = _files(manifest)
-        _delete_others(self._shards, kept)
         write_sources(self._shards, sources)
         write_manifest(self._shards, manifest)
-        os.replace(self._shards, self._output)
-        _delete_others(self._output, kept | {SOURCES, NAME})  # what another process has put there meanwhile
-        sync(self._output.parent)
+        self._finish(manifest)
+
+    def _finish(self, manifest: Manifest) -> None:
+        delete_others(self._shards, manifest)
+        rename(self._shards, self._output)
+        delete_others(self._output, manifest)  # what another process has put there meanwhile
         self.abandon()
 
     def abandon(self) -> None:
@@ -224,11 +228,11 @@ class RemotePlace:
             (directory / SOURCES).write_bytes(lines_of(sources))
             self.put(directory / SOURCES)
         if self.store.create(NAME, bytes_of(manifest)) or self.is_done():
-            self._delete(self._names(), kept=_files(manifest))
+            self._delete(self._names(), kept=manifest.shard_files())
 
     def abandon(self) -> None:
         names, found = self._names(), self._published()  # in this order: whoever publishes meanwhile keeps all
-        self._delete(names, kept=_files(found) if found else set())
+        self._delete(names, kept=found.shard_files() if found else set())
 
     def _names(self) -> list[str]:
         try:
@@ -240,17 +244,6 @@ class RemotePlace:
         gone = [name for name in names if name.startswith(self._own) or (SHARD.fullmatch(name) and name not in kept)]
         if gone:
             self.store.delete(gone)
-
-
-def _files(manifest: Manifest) -> set[str]:
-    shards = [shard for split in manifest.splits.values() for shard in split.shards]
-    return {shard.file for shard in shards} | {shard.checksums for shard in shards}
-
-
-def _delete_others(directory: Path, kept: set[str]) -> None:
-    for path in directory.iterdir():
-        if path.name not in kept:
-            path.unlink()
 
 
 def _another(plan: Plan, other: bytes | None, where: str) -> str:

@@ -166,22 +166,26 @@ def first_difference(ours: dict[str, Any], theirs: bytes) -> str:
     return f"{gone} is gone" if gone else "the order of files differs"
 
 
-def lay_out(lengths: dict[str, dict[int, Length]], settings: CorpusSettings) -> dict[str, tuple[str, list[Span]]]:
+def lay_out(lengths: dict[str, dict[int, Length]], plan: Plan) -> dict[str, tuple[str, list[Span]]]:
     """Returns split -> its stream, and its spans of symbols there.
 
     Args:
       lengths: stream -> number of a part -> what it has of the stream.
-      settings: of the splits.
+      plan: of the texts and the settings.
 
     Raises:
-      ValueError: nothing is left for training.
+      ValueError: a text has no symbols, or nothing is left for training.
     """
     totals = {}
     for stream, parts in lengths.items():
         filled = [length for _, length in sorted(parts.items()) if length.symbols]
         totals[stream] = sum(length.symbols for length in filled) - (filled[-1].added if filled else 0)
+    if plan.settings.split != "hash":
+        for stream, text in plan.texts.items():
+            if not totals.get(stream):
+                raise ValueError(f"{text.name} has no text to prepare")
     if "" in totals:
-        return {split: ("", spans) for split, spans in cut(totals[""], settings).items()}
+        return {split: ("", spans) for split, spans in cut(totals[""], plan.settings).items()}
     if not totals.get("train"):
         raise ValueError("there is no text for training: change --valid_fraction and --test_fraction, or the input")
     return {split: (split, [(0, totals[split])]) for split in ("train", "valid", "test") if totals.get(split)}

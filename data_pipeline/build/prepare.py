@@ -12,15 +12,18 @@ from typing import NamedTuple
 from data_pipeline.atomic_files import Recoverable, atomic_write, expand_user, locked, sync
 from data_pipeline.build.decode import decode
 from data_pipeline.build.encode import SMALL, parallel_map, plan, write_splits
-from data_pipeline.build.inputs import find_texts
+from data_pipeline.build.hashing import hash_files
+from data_pipeline.build.inputs import find_texts, would_contain
 from data_pipeline.build.inspection import joined
-from data_pipeline.build.sources import ParallelMap, Text, TextFile, hash_files
+from data_pipeline.build.sources import ParallelMap, Text, TextFile
 from data_pipeline.build.splits import HashSplit
 from data_pipeline.build.texts import Decoding
 from data_pipeline.manifest import (
     BLOCK_BYTES,
     FORMAT_VERSION,
+    NAME,
     SHARD_BYTES,
+    SOURCES,
     Manifest,
     Source,
     is_prepared,
@@ -34,6 +37,8 @@ from data_pipeline.settings import CorpusSettings
 from data_pipeline.shards import open_corpus
 from data_pipeline.stores import is_remote
 from data_pipeline.vocabulary import Vocabulary, canonical_json
+
+FILES = (NAME, SOURCES, "train-00000.ids", "train-00000.crc")  # of a corpus, one of each kind
 
 
 def prepare(
@@ -68,28 +73,32 @@ def prepare(
     processes = sum(text.bytes for text in texts.values()) > SMALL
     digests = _digests(texts, cache / "memo", workers, progress)
     work = _Work(texts, digests, settings, of_other, shard_bytes, block_bytes)
-    output = expand_user(output or cache / "corpora" / f"{_label(texts)}-{work.key[:16]}").absolute()
+    output = real(expand_user(output or cache / "corpora" / f"{_label(texts)}-{work.key[:16]}"))
     say = say or (lambda line: None)
     if is_done(output, work.key):
         if binary:
             say(f"prepared before: {described}")
         return output
-    refuse_inside(texts, output)
+    refuse_inside(texts, settings, output)
     output.parent.mkdir(parents=True, exist_ok=True)
     report = progress or (lambda doing, done, total: None)
     waiting = f"waiting for another preparation of {output}"
     with locked(output.with_name(f".{output.name}.lock"), lambda: report(waiting, 0, 0)):
         if is_done(output, work.key):
             return output
-        for line in (f"preparing {described}", *remarks(texts, settings, of_other)):
-            say(line)
-        # The workers end before the partial directory is left.
-        with contextlib.ExitStack() as writing, parallel_map(workers, processes, progress) as parallel:
-            partial = writing.enter_context(_partial_directory(output, work.key))
-            manifest, sources = work.write(partial, parallel, say)
-            for text in texts.values():
-                text.check_unchanged()
-            _publish(partial, output, manifest, sources)
+        partial = output.with_name(f".{output.name}.partial")
+        if not is_complete(partial, work.key):  # else a preparation was killed before it renamed it
+            for line in (f"preparing {described}", *remarks(texts, settings, of_other)):
+                say(line)
+            # The workers end before the partial directory is left.
+            with contextlib.ExitStack() as writing, parallel_map(workers, processes, progress) as parallel:
+                writing.enter_context(_kept_if_interrupted(partial, work.key))
+                manifest, sources = work.write(partial, parallel, say)
+                for text in texts.values():
+                    text.check_unchanged()
+                write_sources(partial, sources)
+                write_manifest(partial, manifest)
+        _publish(partial, output, work.key)
     return output
 
 
@@ -149,12 +158,14 @@ def _digests(texts: dict[str, Text], memo: Path, workers: int, progress: Progres
     return [_identity(file) if file.is_remote else next(local) for file in files]
 
 
-def refuse_inside(texts: dict[str, Text], output: Path) -> None:
+def refuse_inside(texts: dict[str, Text], settings: CorpusSettings, output: Path) -> None:
     """Raises ValueError if the corpus would be part of the next text."""
-    for text in texts.values():
-        inside = text.folders.intersection(map(str, output.resolve().parents))
-        if inside:
-            raise ValueError(f"{output} lies inside of the input {min(inside)}: name an output outside of it")
+    above = set(map(str, output.resolve().parents))
+    inside = [min(found) for text in texts.values() if (found := text.folders & above)]
+    specs = settings.corpus, settings.train, settings.valid, settings.test
+    inside += [spec for spec in specs if spec and would_contain(spec, output, FILES)]
+    if inside:
+        raise ValueError(f"{output} lies inside of the input {inside[0]}: name an output outside of it")
 
 
 def _sources(files: list[TextFile], digests: list[str], documents: list[int]) -> list[Source]:
@@ -243,6 +254,11 @@ def _label(texts: dict[str, Text]) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "", next(iter(texts.values())).name)[:32] or "text"
 
 
+def real(output: Path) -> Path:
+    """Returns the absolute path of an output; of a link, which no directory can replace, that of what it leads to."""
+    return Path(os.path.realpath(output)) if output.is_symlink() else output.absolute()
+
+
 def is_done(output: Path, key: str) -> bool:
     """Returns whether `output` is the corpus of that key.  Raises ValueError if it is something else."""
     if is_prepared(output):
@@ -254,18 +270,28 @@ def is_done(output: Path, key: str) -> bool:
             )
         open_corpus(output)
         return True
+    if os.path.ismount(output):
+        raise ValueError(f"{output} is a mount point, and a corpus is a directory of its own: name one inside of it")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not a prepared corpus: delete it or name another output")
     return False
 
 
+def is_complete(partial: Path, key: str) -> bool:
+    """Returns whether `partial` has all files of the corpus of that key."""
+    with contextlib.suppress(ValueError):
+        if read_manifest(partial).key == key:
+            open_corpus(partial).read_sources()
+            return True
+    return False
+
+
 @contextlib.contextmanager
-def _partial_directory(output: Path, key: str) -> Iterator[Path]:
-    """Yields the directory to write to, empty or with complete shards of the same preparation.
+def _kept_if_interrupted(partial: Path, key: str) -> Iterator[None]:
+    """Makes the directory to write to, empty or with complete shards of the same preparation.
 
     It stays if the block is interrupted, or cannot go on for now, and is removed if the block refuses the text.
     """
-    partial = output.with_name(f".{output.name}.partial")
     owner = partial / "key"
     if not (owner.is_file() and owner.read_bytes() == key.encode()):
         if partial.exists():
@@ -277,26 +303,38 @@ def _partial_directory(output: Path, key: str) -> Iterator[Path]:
         for torn in partial.glob("*.new"):  # files being written when a preparation was killed
             torn.unlink()
     try:
-        yield partial
+        yield
     except ValueError as error:
         if not isinstance(error, Recoverable):  # the text has changed, or will be: the files do not belong to its key
             shutil.rmtree(partial)
         raise
 
 
-def _publish(partial: Path, output: Path, manifest: Manifest, sources: list[Source]) -> None:
-    """Makes the complete corpus appear at `output`, by renaming its directory."""
-    shards = [shard for split in manifest.splits.values() for shard in split.shards]
-    kept = {shard.file for shard in shards} | {shard.checksums for shard in shards}
-    for path in partial.iterdir():
-        if path.name not in kept:
-            path.unlink()
-    write_sources(partial, sources)
-    write_manifest(partial, manifest)
+def _publish(partial: Path, output: Path, key: str) -> None:
+    """Makes the complete corpus in `partial` appear at `output`; killed anywhere, it can be called again."""
+    delete_others(partial, read_manifest(partial))
     try:
-        os.replace(partial, output)
+        rename(partial, output)
     except OSError:
-        if not is_done(output, manifest.key):
+        if not is_done(output, key):
             raise
         shutil.rmtree(partial)
+
+
+def delete_others(directory: Path, manifest: Manifest) -> None:
+    """Deletes all files of a directory that are not of the corpus."""
+    kept = {NAME, SOURCES, *manifest.shard_files()}
+    for path in directory.iterdir():
+        if path.name not in kept:
+            path.unlink()
+    sync(directory)
+
+
+def rename(directory: Path, output: Path) -> None:
+    """Renames a directory to `output`, which is named if it cannot be."""
+    try:
+        os.replace(directory, output)
+    except OSError as error:
+        error.filename, error.filename2 = os.fspath(output), None
+        raise
     sync(output.parent)

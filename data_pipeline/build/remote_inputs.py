@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.build.documents import kind_of_name
-from data_pipeline.build.sources import Text, TextFile
-from data_pipeline.manifest import NAME
+from data_pipeline.build.sources import CORPUS, Text, TextFile
+from data_pipeline.manifest import NAME, corpora_among
 from data_pipeline.stores import Missing, Remote, checked_url
 
 RANGE = 8 << 20  # bytes of a request
@@ -32,19 +32,19 @@ def find_remote(spec: str, patience: float) -> Text:
     plain = next((n for n, part in enumerate(parts) if set(part) & set(MAGIC)), len(parts))
     if plain == 0:
         raise ValueError(f"{spec} has a wildcard in the name of the bucket: name one bucket")
-    found = [] if plain < len(parts) else _object(scheme, parts, patience)
+    found, corpora = [] if plain < len(parts) else _object(scheme, parts, patience), set[str]()
     if found:
         base, name = found[0].real.rpartition("/")[0], parts[-1].partition(".")[0]
     else:
         if scheme in ("http", "https"):
             raise ValueError(f"{spec} would have to be listed, which web servers cannot be: name one file")
         base, name = f"{scheme}://{'/'.join(parts[:plain])}", parts[plain - 1]
-        found = _below(base, parts[plain:], patience)
+        found, corpora = _below(base, parts[plain:], patience)
+    if "" in corpora or any(file.name == NAME for file in found):
+        raise ValueError(f"{base} is a prepared corpus, not text: name it with --corpus")
     if not found:
         raise ValueError(f"{spec} has no files: name an object, a directory or a quoted glob")
-    if any(file.name == NAME for file in found):
-        raise ValueError(f"{base} is a prepared corpus, not text: name it with --corpus")
-    return Text(name, tuple(found))
+    return Text(name, tuple(found), left_out=tuple(f"{folder}, {CORPUS}" for folder in sorted(corpora)))
 
 
 def names_text(url: str) -> bool:
@@ -67,15 +67,23 @@ def _object(scheme: str, parts: list[str], patience: float) -> list[TextFile]:
     return [_file(base, *listed)]
 
 
-def _below(base: str, pattern: Sequence[str], patience: float) -> list[TextFile]:
-    """Returns the objects below `base` that match `pattern`, by parts of their names; without one, all."""
-    files = []
-    for name, size, etag in sorted(_store(base, patience).objects()):
-        parts = name.split("/")
+def _below(base: str, pattern: Sequence[str], patience: float) -> tuple[list[TextFile], set[str]]:
+    """Returns the objects below `base` that match `pattern`, by parts of their names; without one, all.
+
+    And the folders of prepared corpora whose objects are left out of them.
+    """
+    files, corpora = [], set()
+    listed = sorted(_store(base, patience).objects())
+    with_shards = corpora_among({name for name, _, _ in listed})
+    for name, size, etag in listed:
+        parts, folder = name.split("/"), name.rpartition("/")[0]
         hidden = not pattern and any(part.startswith(".") for part in parts)
         if size and not hidden and (not pattern or matches(parts, pattern)):
-            files.append(_file(base, name, size, etag))
-    return files
+            if folder in with_shards:
+                corpora.add(folder)
+            else:
+                files.append(_file(base, name, size, etag))
+    return files, corpora
 
 
 def matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:

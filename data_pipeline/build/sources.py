@@ -1,28 +1,23 @@
-"""Finds and hashes the files of a text, and reads them as one long sequence of bytes."""
+"""Finds the files of a text, and reads them as one long sequence of bytes."""
 
 import bisect
 import collections
-import concurrent.futures
 import dataclasses
 import functools
 import glob
-import hashlib
 import itertools
-import json
 import os
 import stat
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from data_pipeline.atomic_files import atomic_write, expand_user, named_in_errors, sealed, unsealed
+from data_pipeline.atomic_files import expand_user, named_in_errors
 from data_pipeline.build.documents import PLAIN, Kind
-from data_pipeline.manifest import has_shards, is_prepared
-from data_pipeline.progress import Progress
-from data_pipeline.vocabulary import canonical_json
+from data_pipeline.manifest import corpora_among, has_shards, is_prepared
 
 CHUNK = 1 << 20  # bytes read at a time
+CORPUS = "a prepared corpus"
 
 # Calls a function with each item, in parallel, and yields the results in order.
 ParallelMap = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
@@ -101,7 +96,7 @@ class Text:
     files: tuple[TextFile, ...]
     folders: frozenset[str] = frozenset()  # real paths of the folders searched
     repeated: tuple[tuple[str, str], ...] = ()  # names left out, with the name under which the same file is included
-    left_out: tuple[str, ...] = ()  # other names left out: broken links, what was not chosen
+    left_out: tuple[str, ...] = ()  # others left out, and why: broken links, prepared corpora, what was not chosen
 
     @functools.cached_property
     def starts(self) -> list[int]:
@@ -136,8 +131,8 @@ def find_text(spec: str) -> Text:
     """Finds the text of a file, a directory or a glob.
 
     The text of a directory is all regular files below it, in the order of their relative names, except those whose name
-    or folder begins with a dot.  Links are followed.  A file or folder with several names is taken once: a folder under
-    the first name met, a file under the first name in that order.
+    or folder begins with a dot, and those of prepared corpora.  Links are followed.  A file or folder with several
+    names is taken once: a folder under the first name met, a file under the first name in that order.
 
     Raises:
       ValueError: there is no such file, it is empty, or something cannot be read.
@@ -145,37 +140,43 @@ def find_text(spec: str) -> Text:
     path = expand_user(spec)
     repeated: dict[Path, Path] = {}
     folders: dict[str, Path] = {}
-    broken: list[Path] = []
+    left_out: dict[Path, str] = {}
     if path.is_dir():
-        base, paths = path, list(_walk(path, folders, repeated, broken))
+        base, paths = path, list(_walk(path, folders, repeated, left_out))
     elif path.exists():
         base, paths = path.parent, [(path, os.path.realpath(path))]
     elif glob.has_magic(spec):
         found = set(map(Path, glob.glob(str(path), recursive=True)))
-        paths = [(one, os.path.realpath(one)) for one in found if _is_file(one)]
-        base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+        folders_found = sorted({one.parent for one in found if _is_file(one)})
+        left_out = {folder: CORPUS for folder in folders_found if has_shards(folder)}
+        paths = [(one, os.path.realpath(one)) for one in found if one.parent not in left_out and _is_file(one)]
+        base = glob_base(path)
     else:
         raise ValueError(f"{spec} does not exist: name a text file, a directory or a quoted glob")
-    if not paths:
-        raise ValueError(f"{spec} has no files: name a text file, a directory or a quoted glob")
     if is_prepared(path):
         raise ValueError(f"{spec} is a prepared corpus, not text: name it with --corpus")
     if has_shards(path):
         raise ValueError(f"{spec} has shards but no manifest.json: it is not whole, prepare it again")
+    if not paths:
+        but = f" but those of {CORPUS}" if CORPUS in left_out.values() else ""
+        raise ValueError(f"{spec} has no files{but}: name a text file, a directory or a quoted glob")
     files: dict[object, TextFile] = {}
     for file in sorted_files(base, paths):
         first = files.setdefault(file.identity, file)
         if first is not file:
             repeated[file.path] = first.path
     name = path.stem if base == path.parent else base.name
-    left_out = (
-        (one.relative_to(base).as_posix(), first.relative_to(base).as_posix()) for one, first in repeated.items()
-    )
-    lost = tuple(f"{one.relative_to(base).as_posix()}, a link to nothing" for one in broken)
-    text = Text(name, tuple(files.values()), frozenset(folders), tuple(left_out), lost)
+    again = ((one.relative_to(base).as_posix(), first.relative_to(base).as_posix()) for one, first in repeated.items())
+    others = (f"{one.relative_to(base).as_posix()}, {what}" for one, what in left_out.items())
+    text = Text(name, tuple(files.values()), frozenset(folders), tuple(again), tuple(others))
     if not text.bytes:
         raise ValueError(f"{spec} is empty: there is no text to prepare")
     return text
+
+
+def glob_base(pattern: Path) -> Path:
+    """Returns the part of a glob before the first wildcard."""
+    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts))
 
 
 def sorted_files(base: Path, paths: Iterable[tuple[Path, str]]) -> list[TextFile]:
@@ -192,77 +193,19 @@ def found_file(name: str, path: Path, real: str) -> TextFile:
     return TextFile(name, path, _stamp(found), real, identity)
 
 
-def hash_files(files: list[TextFile], memo: Path, workers: int, progress: Progress | None) -> list[str]:
-    """Returns the sha256, in hex, of each file's content.
-
-    Results are cached in the directory `memo`, so that unchanged files are not read again.
-    """
-    lock, done, total = threading.Lock(), 0, sum(file.bytes for file in files)
-
-    def add(count: int) -> None:
-        nonlocal done
-        with lock:
-            done += count
-            if progress:
-                progress("hashing", done, total)
-
-    def hash_one(file: TextFile) -> str:
-        digest = hashlib.sha256()
-        for chunk in Extent(file.path, 0, file.bytes).read():
-            digest.update(chunk)
-            add(len(chunk))
-        return digest.hexdigest()
-
-    def hash_all() -> list[str]:
-        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            return list(mapped(pool, hash_one, files))
-
-    return remembered(memo, files, [], hash_all)
-
-
-def mapped(pool: concurrent.futures.Executor, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
-    """Yields function(item) of each item, in order; of very many items several are one task of the pool."""
-    size = min(64, max(1, len(items) // 512))
-    batches = [items[start : start + size] for start in range(0, len(items), size)]
-    return itertools.chain.from_iterable(pool.map(functools.partial(_each, function), batches))
-
-
-def _each(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-    return [function(item) for item in items]
-
-
-def remembered(memo: Path, files: list[TextFile], how: list[Any], find: Callable[[], Any]) -> Any:
-    """Returns `find()`, which is JSON; cached in the directory `memo` by the files' paths and stamps, and `how`."""
-    stamps = [*how, *([file.real, *file.stamp] for file in files)]
-    kept = memo / f"{hashlib.sha256(canonical_json(stamps)).hexdigest()}.json"
-    known = unsealed(kept)
-    if known is not None:
-        return json.loads(known)
-    found = find()
-    memo.mkdir(parents=True, exist_ok=True)
-    with atomic_write(kept) as out:
-        out.write(sealed(canonical_json(found)))
-    return found
-
-
-def hash_file(path: Path, algorithm: str) -> str:
-    """Returns the digest of a file's content, in hex; `algorithm` is a name of hashlib."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
-
-
 def refuse_unreadable(error: OSError) -> NoReturn:
     """Raises ValueError: no part of a text is left out silently."""
     raise ValueError(f"{error.filename} cannot be read ({error.strerror}): make it readable or move it away") from None
 
 
 def _walk(
-    directory: Path, folders: dict[str, Path], repeated: dict[Path, Path], broken: list[Path]
+    directory: Path, folders: dict[str, Path], repeated: dict[Path, Path], left_out: dict[Path, str]
 ) -> Iterator[tuple[Path, str]]:
     """Yields every regular file below `directory`, and its real path.
 
     Links are followed.  A real folder is entered once, and added to `folders` with the name by which it was entered;
-    its other names are added to `repeated`.  So circular links end.  Links to nothing are added to `broken`.
+    its other names are added to `repeated`.  So circular links end.  Links to nothing, and folders that are prepared
+    corpora, are added to `left_out`.
     """
     waiting = collections.deque([(directory, os.path.realpath(directory))])
     while waiting:
@@ -274,6 +217,9 @@ def _walk(
         try:
             # A folder itself comes before links to it.
             entries = sorted(os.scandir(folder), key=lambda entry: (entry.is_symlink(), entry.name))
+            if corpora_among({entry.name for entry in entries}):
+                left_out[folder] = CORPUS
+                continue
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
@@ -284,7 +230,7 @@ def _walk(
                 elif _is_file(path):
                     yield path, where
                 elif entry.is_symlink() and not path.exists():
-                    broken.append(path)
+                    left_out[path] = "a link to nothing"
         except OSError as error:
             refuse_unreadable(error)
 

@@ -1,5 +1,6 @@
 """Reads documents from tables, Parquet and Arrow; the only file that knows pyarrow.  And all readers, by form."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
@@ -14,7 +15,8 @@ from data_pipeline.build.documents import (
     read_mediawiki,
 )
 
-ROWS = 1024  # of a table, read at a time
+ROWS = 1024  # of a table, at most, read at a time
+BATCH_BYTES = 16 << 20  # of their documents, about
 
 
 def read_parquet(
@@ -34,8 +36,9 @@ def read_parquet(
         groups = (
             list(range(table.num_row_groups)) if span is None else _groups_in(table.metadata, span, file.seek(0, 2))
         )
-        for batch in table.iter_batches(ROWS, groups, columns=[field], use_threads=False) if groups else ():
-            yield batch.column(0)
+        for rows, alike in itertools.groupby(groups, lambda group: _rows_at_a_time(table.metadata, group, field)):
+            for batch in table.iter_batches(rows, list(alike), columns=[field], use_threads=False):
+                yield batch.column(0)
 
     yield from _rows(pyarrow, batches, name, bad)
 
@@ -50,6 +53,19 @@ def _groups_in(metadata: Any, span: tuple[int, int], size: int) -> list[int]:
         if span[0] <= place < span[1]:
             found.append(number)
     return found
+
+
+def _rows_at_a_time(metadata: Any, number: int, field: str) -> int:
+    """Returns how many rows of a group are decoded at a time, a power of two: so most groups have the same number."""
+    group = metadata.row_group(number)
+    columns = (group.column(place) for place in range(group.num_columns))
+    size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == field)
+    return 1 << _fitting(group.num_rows, size).bit_length() - 1
+
+
+def _fitting(rows: int, size: int) -> int:
+    """Returns how many of `rows`, which have `size` bytes together, are read at a time."""
+    return min(max(BATCH_BYTES * rows // max(size, 1), 1), ROWS)
 
 
 def read_arrow(file: BinaryIO, name: str, field: str, bad: BadDocuments) -> Documents:
@@ -109,16 +125,22 @@ def _require_column(schema: Any, field: str, name: str) -> int:
 
 
 def _rows(pyarrow: Any, batches: Callable[[], Iterator[Any]], name: str, bad: BadDocuments) -> Documents:
+    def pieces() -> Iterator[list[bytes | None]]:
+        for column in batches():
+            stored = column.dictionary if isinstance(column, pyarrow.DictionaryArray) else column
+            rows = _fitting(len(stored), stored.nbytes)
+            for start in range(0, len(column), rows):
+                piece = column.slice(start, rows)
+                piece = piece.dictionary_decode() if stored is not column else piece
+                yield piece.cast(pyarrow.large_binary()).to_pylist()
+
     number = 0
-    found = batches()
+    found = pieces()
     while True:
         try:
-            column = next(found, None)
-            if column is None:
+            values = next(found, None)
+            if values is None:
                 return
-            if isinstance(column, pyarrow.DictionaryArray):
-                column = column.dictionary_decode()
-            values = column.cast(pyarrow.large_binary()).to_pylist()
         except (pyarrow.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
             if isinstance(error, OSError) and error.errno:
                 raise  # of the disk or the store

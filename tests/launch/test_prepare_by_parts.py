@@ -1,4 +1,4 @@
-"""`python -m launch.prepare` by parts: its flags, and the recipe for Kubernetes."""
+"""`python -m launch.prepare` by parts: its flags, and the recipes for Slurm and Kubernetes."""
 
 import os
 import subprocess
@@ -117,3 +117,19 @@ def test_the_job_of_kubernetes_runs_as_it_is_written(options, tmp_path):
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert read_manifest(Path(tmp_path / "out")).splits.keys() == {"train", "valid", "test"}
+
+
+@pytest.mark.parametrize(
+    ("task", "least", "most", "count"), [(2, 0, 4, 5), (0, 0, 0, 1), (17, 3, 17, 2), (4, 0, 6, 4), (4, 4, 7, 4)]
+)
+def test_the_slurm_recipe_gives_each_task_its_share_and_refuses_an_array_with_gaps(task, least, most, count):
+    names = {"TASK_ID": task, "TASK_MIN": least, "TASK_MAX": most, "TASK_COUNT": count}
+    array = {f"SLURM_ARRAY_{name}": str(value) for name, value in names.items()}
+    command = ("bash", ROOT / "launch" / "slurm" / "prepare.sbatch", "--input=a")
+    ended = subprocess.run(command, env=os.environ | array | {"PYTHON": "echo"}, capture_output=True, text=True)
+    if (least, most) == (0, count - 1):
+        assert ended.returncode == 0
+        assert ended.stdout == f"-m launch.prepare --part={task}/{count} --workers=1 --input=a\n"
+    else:
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert ended.stderr.startswith("--array is not 0-N without gaps: give 0-N") and ended.stderr.count("\n") == 1

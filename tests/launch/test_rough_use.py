@@ -62,10 +62,13 @@ def test_a_second_job_in_a_run_directory_is_refused_while_the_first_lives_and_no
     assert not (copied / run_lock.LOCK).exists()
 
 
-def test_a_run_directory_inside_of_its_text_is_refused(arguments, tmp_path):
+@pytest.mark.parametrize("pattern", ["", "/**", "/**/*.txt", "/r*/*/log.*"])
+def test_a_run_directory_inside_of_its_text_is_refused(arguments, tmp_path, pattern):
     (tmp_path / "a.txt").write_text("some text\n" * 500)
-    inside = (f"--corpus={tmp_path}", f"--run_dir={tmp_path / 'runs' / 'mine'}")
-    assert f"lies inside of the corpus {tmp_path}" in refusal(train.main, *arguments, *inside)
+    inside = (f"--corpus={tmp_path}{pattern}", f"--run_dir={tmp_path / 'runs' / 'mine'}")
+    assert f"lies inside of the corpus {tmp_path}{pattern}: name one outside" in refusal(
+        train.main, *arguments, *inside
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 

@@ -259,14 +259,42 @@ def test_two_of_one_share_at_a_time_do_no_harm(folder):
 
 
 def test_a_shard_that_another_process_puts_there_while_the_corpus_is_published_is_no_part_of_it(folder, monkeypatch):
-    def late(directory: Path, manifest) -> None:
-        write_manifest(directory, manifest)
+    def late(directory: Path, output: Path) -> None:
         (directory / "text-00099-00000.ids").touch()
+        rename(directory, output)
 
-    write_manifest = places.write_manifest
-    monkeypatch.setattr(places, "write_manifest", late)
+    rename = places.rename
+    monkeypatch.setattr(places, "rename", late)
     assert prepare_by_parts(settings_of(folder), folder.parent / "out", sizes=SIZES, workers=1)
     assert "text-00099-00000.ids" not in files_of(folder.parent / "out")
+
+
+def test_a_join_that_was_killed_before_the_corpus_had_its_name_is_ended_by_another(folder, monkeypatch):
+    how, out = settings_of(folder), folder.parent / "out"
+    prepare_by_parts(how, folder.parent / "local", sizes=SIZES, workers=1)
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(places, "rename", interrupt)
+        prepare_by_parts(how, out, sizes=SIZES, workers=1)
+    assert prepare_by_parts(how, out, only_join=True, sizes=SIZES, workers=1)
+    assert files_of(out) == files_of(folder.parent / "local")
+    assert {path.name for path in folder.parent.iterdir()} == {"texts", "cache", "out", "local"}
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_what_a_join_left_that_was_killed_after_the_corpus_had_its_name_is_deleted(folder, bucket, monkeypatch, remote):
+    how, out, local = settings_of(folder), bucket if remote else folder.parent / "out", folder.parent / "local"
+    prepare_by_parts(how, local, sizes=SIZES, workers=1)
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(places.RemotePlace, "_delete", interrupt)
+        killed.setattr(places.LocalPlace, "abandon", interrupt)
+        prepare_by_parts(how, out, sizes=SIZES, workers=1)
+    assert prepare_by_parts(how, out, sizes=SIZES, workers=1)
+    there = {one.name for one in stores.Remote(bucket).objects()} if remote else set(files_of(out))
+    assert there == set(files_of(local)) and not list(folder.parent.glob(".*"))
+
+
+def interrupt(*arguments, **named) -> None:
+    raise KeyboardInterrupt
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
@@ -311,6 +339,19 @@ def test_what_is_refused_is_refused_in_a_sentence_and_leaves_nothing_behind(fold
     (folder / "i.txt").unlink()
     assert "(g.txt is gone)" in refusal(share=Share(0, 2))
     assert {name for name in tree(folder.parent) if ".out" in name} == {name for name in begun if ".out" in name}
+
+
+@pytest.mark.parametrize("vocabulary", ["bytes", "characters"])
+@pytest.mark.parametrize("empty", ["train", "test", "corpus"])
+def test_a_text_without_documents_is_refused_as_without_parts(tmp_path, vocabulary, empty):
+    (tmp_path / "full.jsonl").write_text('{"text": "a document"}\n' * 99)
+    (tmp_path / "none.jsonl").write_text('{"text": ""}\n')
+    names = ("corpus",) if empty == "corpus" else ("train", "test")
+    values = {name: str(tmp_path / f"{'none' if name == empty else 'full'}.jsonl") for name in names}
+    how = settings_of(tmp_path / "in", vocabulary=vocabulary, **values)
+    for prepares in (prepare, prepare_by_parts):
+        with pytest.raises(ValueError, match=r"^none(\.jsonl)? has no text to prepare$"):
+            prepares(how, tmp_path / "out", workers=1)
 
 
 def test_an_input_that_changes_while_its_part_is_prepared_is_refused(folder, monkeypatch):

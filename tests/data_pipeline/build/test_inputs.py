@@ -1,6 +1,7 @@
 """Which files of a folder or a store are the text, and how its documents are split."""
 
 import dataclasses
+import functools
 import glob
 import gzip
 import json
@@ -12,6 +13,7 @@ from charlstm import config as config_lib
 from charlstm.run.corpus import open_for
 from data_pipeline.atomic_files import locked
 from data_pipeline.build import cache, remote_inputs
+from data_pipeline.build.by_parts import prepare_by_parts
 from data_pipeline.build.prepare import prepare
 from data_pipeline.build.remote_inputs import RANGE, Ranges, find_remote, matches
 from data_pipeline.settings import CorpusSettings
@@ -78,6 +80,27 @@ def test_what_describes_tables_is_text_where_there_are_none_in_its_folder_or_bel
         "b/z/state.json": b"{}",
     }
     assert text_of(setting(made(tmp_path / "in", files))) == b"# text\nx\0{}"
+
+
+INSIDE = [("**", "out"), ("*/*", "out"), ("**/*s*", "deep/out"), ("l*/**", "link/out")]
+OUTSIDE = [("**/*.txt", "out"), ("*/*", "deep/out"), ("**", ".hidden/out"), ("deep/**", "out"), ("*", "../out")]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "output", "is_inside"), [*((*one, True) for one in INSIDE), *((*one, False) for one in OUTSIDE)]
+)
+def test_an_output_whose_files_the_glob_of_the_input_would_match_is_refused(
+    tmp_path, setting, pattern, output, is_inside
+):
+    folder = made(tmp_path / "in", {"a.txt": b"abc" * 30, "deep/b.txt": b"def" * 30, "link/s.txt": b"ghi" * 30})
+    how = setting(folder / pattern)
+    for prepares in (prepare, functools.partial(prepare_by_parts, workers=1)):
+        if is_inside:
+            with pytest.raises(ValueError, match=r"out lies inside of the input .*: name an output outside of it"):
+                prepares(how, folder / output)
+            assert not (folder / output).parent.joinpath(".out.parts").exists()
+        else:
+            prepares(how, folder / f"{output}-{prepares is prepare}")
 
 
 def test_a_file_that_is_not_what_its_name_says_can_be_read_otherwise(tmp_path, setting):
@@ -214,6 +237,22 @@ def test_texts_in_a_store_give_the_corpus_that_they_give_on_disk(s3, tmp_path, s
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "blind")
         with pytest.raises(ValueError, match=r"s3://raw/in\S* is refused with these credentials"):
             find_remote("s3://raw/in/*.txt", 6.0)  # another patience, another connection
+
+
+def test_a_prepared_corpus_in_a_store_is_not_taken_for_text(tmp_path, setting, bucket):
+    files = {path.name: path.read_bytes() for path in prepare(setting("abc" * 100), tmp_path / "out").iterdir()}
+    store = Remote(bucket)
+    for name, content in {"a.txt": b"text", "b/b.txt": b"text", **files}.items():
+        store.create(f"b/corpus/{name}" if name in files else name, content)
+    for spec in (bucket, f"{bucket}/**"):
+        text = find_remote(spec, 1.0)
+        assert [file.name for file in text.files] == ["a.txt", "b/b.txt"]
+        assert text.left_out == ("b/corpus, a prepared corpus",)
+    for name, content in files.items():
+        store.create(name, content)
+    for spec in (bucket, f"{bucket}/*.ids"):
+        with pytest.raises(ValueError, match=r"s3://bucket is a prepared corpus, not text: name it with --corpus"):
+            find_remote(spec, 1.0)
 
 
 def test_a_file_of_a_web_server_is_read_and_a_directory_refused(tmp_path, setting):

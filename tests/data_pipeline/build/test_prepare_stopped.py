@@ -2,6 +2,10 @@
 
 import errno
 import fcntl
+import functools
+import itertools
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,10 +13,12 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from data_pipeline import stores
+from data_pipeline.build import prepare as prepare_module
 from data_pipeline.build.by_parts import Sizes, prepare_by_parts
 from data_pipeline.build.prepare import prepare
 from data_pipeline.shards import open_corpus, verify_corpus
@@ -139,6 +145,114 @@ def test_a_killed_preparation_leaves_no_corpus_and_is_continued(tmp_path, settin
     assert (out / "train-00000.ids").stat().st_ino == inode
     assert files_of(out) == files_of(prepare(how, tmp_path / "straight", shard_bytes=1000, block_bytes=100))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out", "straight", "text.txt"]
+
+
+def test_a_kill_while_a_corpus_is_published_loses_no_work_and_leaves_nothing_else_in_it(tmp_path, setting, monkeypatch):
+    (tmp_path / "in.jsonl").write_text('{"text": "a document"}\n' * 99)
+    how, out = setting(tmp_path / "in.jsonl"), tmp_path / "out"
+    run = functools.partial(prepare, how, out, workers=1, shard_bytes=500)
+    straight = files_of(run())
+    for after in itertools.count():
+        shutil.rmtree(out)
+        left = None  # calls of the system until the kill, once the shards are written
+
+        def begin(*arguments, own=prepare_module.write_sources, after=after) -> None:
+            nonlocal left
+            left = after
+            own(*arguments)
+
+        def dying(own, *arguments, **named):
+            nonlocal left
+            if left == 0:  # the dead do not tidy up
+                raise KeyboardInterrupt
+            left = None if left is None else left - 1
+            return own(*arguments, **named)
+
+        with monkeypatch.context() as killed:
+            killed.setattr(prepare_module, "write_sources", begin)
+            for name in ("replace", "fsync", "unlink", "open"):
+                killed.setattr(os, name, functools.partial(dying, getattr(os, name)))
+            try:
+                run()
+            except KeyboardInterrupt:
+                pass
+            else:
+                assert after > 10
+                break
+        assert not out.exists() or files_of(out) == straight
+        written = (out if out.exists() else tmp_path / ".out.partial") / "train-00000.ids"
+        before = written.stat()
+        with monkeypatch.context() as seen:
+            seen.setattr("data_pipeline.build.decode.decode_file", None)  # what was decoded is not decoded again
+            assert files_of(run()) == straight
+        now = (out / "train-00000.ids").stat()
+        assert (now.st_ino, now.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+        assert {path.name for path in tmp_path.iterdir()} - {".out.lock"} == {"cache", "in.jsonl", "out"}
+
+
+@pytest.mark.parametrize("lost", ["train-00000.ids", "sources.jsonl"])
+def test_a_complete_corpus_that_was_deleted_in_part_is_not_published(tmp_path, setting, monkeypatch, lost):
+    how = setting("abc" * 1000)
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(prepare_module, "_publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        prepare(how, tmp_path / "out")
+    (tmp_path / ".out.partial" / lost).unlink()
+    verify_corpus(prepare(how, tmp_path / "out"))
+
+
+def by_parts(*arguments) -> Path:
+    prepare_by_parts(*arguments, workers=1)
+    return arguments[1]
+
+
+@pytest.mark.parametrize("prepares", [prepare, by_parts])
+@pytest.mark.parametrize("exists", [True, False])
+def test_an_output_that_is_a_link_is_made_where_it_leads_to(tmp_path, setting, prepares, exists):
+    (tmp_path / "elsewhere").mkdir()
+    if exists:
+        (tmp_path / "elsewhere" / "real").mkdir()
+    (tmp_path / "out").symlink_to("elsewhere/real")
+    prepares(setting("abc" * 1000), tmp_path / "out")
+    assert (tmp_path / "out").is_symlink()
+    verify_corpus(tmp_path / "out")
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["real"]
+
+
+@pytest.mark.parametrize("prepares", [prepare, by_parts])
+def test_a_mount_point_is_refused_before_the_work_and_one_that_has_the_corpus_is_taken(
+    tmp_path, setting, monkeypatch, prepares
+):
+    how, out = setting("abc" * 1000), tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == out)
+    with monkeypatch.context() as idle, pytest.raises(ValueError, match=r"out is a mount point, .*: name one inside"):
+        idle.setattr("data_pipeline.build.texts.decode_file", None)
+        prepares(how, out)
+    assert {path.name for path in tmp_path.iterdir()} == {"text.txt", "cache", "out"} and not list(out.iterdir())
+    prepares(how, out / "inside")
+    for file in (out / "inside").iterdir():
+        file.rename(out / file.name)
+    prepares(how, out)
+
+
+@pytest.mark.parametrize("prepares", [prepare, by_parts])
+def test_an_output_that_cannot_be_made_at_the_end_is_named_and_the_work_is_kept(
+    tmp_path, setting, monkeypatch, prepares
+):
+    how, out, replace_file = setting("abc" * 1000), tmp_path / "out", os.replace
+
+    def refuse(source, target) -> None:
+        if Path(target) == out:
+            raise OSError(errno.EBUSY, "Device or resource busy", str(source), None, str(target))
+        replace_file(source, target)
+
+    with monkeypatch.context() as busy, pytest.raises(OSError) as caught:
+        busy.setattr(os, "replace", refuse)
+        prepares(how, out)
+    assert caught.value.filename == str(out) and caught.value.filename2 is None
+    (written,) = (path for path in tmp_path.rglob("*00000.ids") if path.stat().st_size == 2700)
+    inode = written.stat().st_ino
+    assert inode in {path.stat().st_ino for path in prepares(how, out).iterdir()}
 
 
 def test_what_another_preparation_left_is_not_used(tmp_path, setting):

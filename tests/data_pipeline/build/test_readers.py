@@ -8,13 +8,14 @@ import itertools
 import json
 import lzma
 import random
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.build import documents, texts
+from data_pipeline.build import documents, tables, texts
 from data_pipeline.build.decompress import Decompressed
 from data_pipeline.build.documents import BadDocuments
 from data_pipeline.build.prepare import prepare
@@ -61,7 +62,7 @@ def dump(texts: list[str]) -> bytes:
     pages = "".join(
         f"<page><title>Page {n}</title><revision><text>an older one</text></revision><revision><text bytes='1'>"
         + one.replace("&", "&amp;").replace("<", "&lt;").replace("\r", "&#13;")
-        + "</text><sha1>0</sha1></revision></page>\n"
+        + "</text><content><role>other</role><text>of another slot</text></content><sha1>0</sha1></revision></page>\n"
         for n, one in enumerate(texts)
     )
     return f'<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.11/"><siteinfo/>{pages}</mediawiki>'.encode()
@@ -341,11 +342,39 @@ def test_a_flat_file_of_any_length_takes_no_memory(tmp_path):
     with gzip.open(source, "wb", 1) as out:
         for _ in range(20_000):
             out.write(line)
-    import tracemalloc
-
     with source.open("rb") as raw, io.BufferedReader(Decompressed(raw, ".gz", "long.gz"), 1 << 16) as stream:
         tracemalloc.start()
         count = sum(1 for _ in READERS["jsonl"].read(stream, "long.gz", "text", BadDocuments("long.gz", "line", False)))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert count == 20_000 and peak < 1 << 20
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "dictionary"])
+def test_few_rows_of_long_documents_are_read_at_a_time(tmp_path, monkeypatch, kind):
+    texts = [f"{number:04d}" * 1024 for number in range(2000)]
+    column = pyarrow.array(texts)
+    table = pyarrow.table({"text": column.dictionary_encode() if kind == "dictionary" else column})
+    if kind == "parquet":
+        parquet.write_table(table, tmp_path / "in", row_group_size=1500, write_batch_size=16, data_page_size=1)
+    else:
+        with pyarrow.ipc.new_file(tmp_path / "in", table.schema) as writer:
+            writer.write_table(table)
+    monkeypatch.setattr(tables, "BATCH_BYTES", 256 << 10)
+    reader = READERS["arrow" if kind == "dictionary" else kind]
+    del table, column
+    before, held = pyarrow.total_allocated_bytes(), []
+    with (tmp_path / "in").open("rb") as file:
+        tracemalloc.start()
+        for number, text in reader.read(file, "in", "text", BadDocuments("in", "row", False)):
+            assert text.decode() == texts[number - 1]
+            held.append(pyarrow.total_allocated_bytes() - before)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    of_batch = 0 if kind == "parquet" else 8_300_000  # of Arrow all records of a batch are in memory
+    assert len(held) == 2000 and peak < of_batch + 5_000_000 and max(held) < 4_000_000
+
+
+def test_many_rows_of_short_documents_are_read_at_a_time():
+    assert tables._fitting(100_000, 100_000 * 100) == tables._fitting(1000, 0) == tables.ROWS
+    assert tables._fitting(1, 1 << 40) == tables._fitting(0, 0) == 1

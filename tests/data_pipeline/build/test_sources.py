@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,6 +30,20 @@ def test_a_corpus_that_has_lost_its_manifest_is_not_taken_for_text(tmp_path):
     for checksums in out.glob("*.crc"):
         checksums.rename(checksums.with_stem(f"not-{checksums.stem}"))
     assert len(find_text(str(out)).files) == 7  # somebody's text after all
+
+
+def test_a_prepared_corpus_in_a_folder_or_matched_by_a_glob_is_not_taken_for_text(tmp_path, setting):
+    made(tmp_path, {"in/a.txt": "abc" * 100, "in/b/b.txt": "def" * 100, "in/web/manifest.json": "{}"})
+    corpus = prepare(setting(tmp_path / "in", valid_fraction=0, test_fraction=0), tmp_path / "out")
+    shutil.copytree(corpus, tmp_path / "in" / "b" / "corpus")
+    for spec in (tmp_path / "in", tmp_path / "in" / "**", tmp_path / "in" / "**" / "*"):
+        assert names_of(spec) == ["a.txt", "b/b.txt", "web/manifest.json"]
+        assert find_text(str(spec)).left_out == ("b/corpus, a prepared corpus",)
+    said: list[str] = []
+    prepare(setting(tmp_path / "in", include="*.txt"), say=said.append)
+    assert said[0].endswith("in: 2 files, 600 bytes; left out: b/corpus, a prepared corpus, and 1 more")
+    with pytest.raises(ValueError, match=r"out/\* has no files but those of a prepared corpus: name"):
+        find_text(str(corpus / "*"))
 
 
 @contextlib.contextmanager
