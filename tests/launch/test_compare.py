@@ -14,6 +14,7 @@ import pytest
 from charlstm import config as config_lib
 from charlstm.config import Config
 from charlstm.report import curves, history
+from charlstm.report import page as page_lib
 from charlstm.run import run_directory
 from launch import compare, train
 from launch.support import cli
@@ -152,6 +153,28 @@ def test_where_there_is_one_score_the_picture_shows_how_it_was_trained(runs):
     low, high = curves.figure([once], "bits_per_byte").axes[0].get_ylim()
     trained = sorted(once.curve("train", "bits_per_byte")[1])
     assert low < trained[0] and trained[-2] < high
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("count", [3, 20, 60])
+def test_the_legend_has_every_name_as_it_is_and_leaves_the_axes_free(runs, count):
+    pytest.importorskip("matplotlib", reason="extra compare is not installed")
+    (run,) = history.read_all([Path(runs[0])])
+    names = ["_under", "m$^$n", "a$b$c", *(f"run-{number}" for number in range(3, count))]
+    many = [run._replace(name=name) for name in names]
+    assert [name for name in names if f">{name}<" not in curves.svg(many, "bits_per_byte")] == []
+    drawn = curves.figure(many, "bits_per_byte")
+    drawn.draw_without_rendering()
+    for legend in drawn.legends:
+        assert drawn.axes[0].get_tightbbox().x1 <= legend.get_window_extent().x0
+        assert legend.get_window_extent().y0 >= 0
+    assert bool(drawn.legends) == (count > 16) and ('id="legend_1"' in curves.svg(many, "bits_per_byte"))
+    assert ('id="legend_1"' in page_lib.render(many, "bits_per_byte")) == (count <= 16)
+
+
+def test_a_value_of_a_setting_is_drawn_as_it_is():
+    pytest.importorskip("matplotlib", reason="extra compare is not installed")
+    assert ">$a$<" in curves.slices_svg({"document_separator": (["$a$", "b"], [1.0, 2.0])}, "bits per symbol")
 
 
 @pytest.fixture(scope="module")
