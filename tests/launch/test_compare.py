@@ -228,6 +228,49 @@ def test_it_follows_runs_that_go_on(runs, tmp_path, monkeypatch, capsys):
     assert len(said) == 1
 
 
+def test_a_run_that_cannot_be_read_is_left_out_and_named_once(runs, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="extra compare is not installed")
+    first, gone, torn = (Path(shutil.copytree(runs[0], tmp_path / name)) for name in ("first", "gone", "torn"))
+    (torn / "identity.json").write_text('{"vocab')
+    times = []
+
+    def sleep(seconds):
+        times.append(seconds)
+        gone.rename(tmp_path / "elsewhere") if len(times) == 1 else (first / "config.json").unlink()
+
+    monkeypatch.setattr(compare.time, "sleep", sleep)
+    named, page = (str(first), str(gone), str(torn)), tmp_path / "page.html"
+    with pytest.raises(ValueError, match="first is not a run"):
+        compare.main(["compare", *named, f"--page={page}", "--follow=1"])
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out: ")]
+    assert len(said) == 2 and "torn/identity.json is damaged" in said[0] and "gone is not a run" in said[1]
+    assert len(times) == 2 and "<h1>1 run," in page.read_text()
+    assert "identity.json is damaged" in refusal(compare.main, str(torn))
+
+
+def test_lines_that_are_no_objects_are_left_out(runs, tmp_path):
+    run_dir = Path(shutil.copytree(runs[0], tmp_path / "run"))
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        with open(run_dir / name, "a") as file:
+            file.write("7\n[1]\n" + "[" * 100_000 + "\n")
+    assert history.read(run_dir)[1:] == history.read(Path(runs[0]))._replace(run_dir=run_dir)[1:]
+
+
+def test_a_run_named_twice_is_there_once(runs, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(runs[0])
+    named = (runs[0], runs[1], f"{runs[0]}/", os.path.relpath(runs[1]), str(tmp_path / "link"))
+    assert len(json.loads(shown(capsys, *named, "--format=json"))["runs"]) == 2
+
+
+def test_flags_stand_anywhere_and_take_a_value_after_a_space(runs, capsys):
+    rows = [
+        json.loads(shown(capsys, *line))["runs"]
+        for line in ([*runs, "--format=json"], ["--format", "json", *runs], [runs[0], "--format", "json", runs[1]])
+    ]
+    assert rows[0] == rows[1] == rows[2] and len(rows[0]) == 2
+    assert "unknown flag --pages" in refusal(compare.main, runs[0], "--pages", "out.html")
+
+
 def test_what_is_no_run_is_left_out_and_none_at_all_is_refused(runs, tmp_path, capsys):
     (tmp_path / "notes").mkdir()
     found = json.loads(shown(capsys, str(tmp_path / "notes"), runs[0], "--format=json"))
