@@ -90,7 +90,7 @@ def read_all(run_dirs: Sequence[Path]) -> list[History]:
 
 def names(run_dirs: Sequence[Path]) -> list[str]:
     """Returns names of runs: those of their directories, as briefly as tells them apart."""
-    last = [path.name for path in run_dirs]
+    last = [run_directory.name_of(path) for path in run_dirs]
     return [name if last.count(name) == 1 else str(path) for path, name in zip(run_dirs, last, strict=True)]
 
 

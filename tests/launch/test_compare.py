@@ -262,6 +262,12 @@ def test_a_run_named_twice_is_there_once(runs, tmp_path, capsys):
     assert len(json.loads(shown(capsys, *named, "--format=json"))["runs"]) == 2
 
 
+@pytest.mark.parametrize(("folder_in_it", "named"), [(".", "."), ("checkpoints", ".."), ("..", "first")])
+def test_a_run_has_its_name_from_wherever_it_is_named(folder_in_it, named, runs, monkeypatch):
+    monkeypatch.chdir(Path(runs[0]) / folder_in_it)
+    assert [run.name for run in history.read_all([Path(named), Path(runs[1])])] == ["first", "second"]
+
+
 def test_flags_stand_anywhere_and_take_a_value_after_a_space(runs, capsys):
     rows = [
         json.loads(shown(capsys, *line))["runs"]
