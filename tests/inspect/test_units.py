@@ -188,11 +188,17 @@ def test_units_are_named_and_what_is_none_is_refused(model):
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=sentence):
             units.parse(name, config)
-    for clamp, sentence in ({"1.f:0": 1.0}, "only states can"), ({"1:0": float("nan")}, "finite"):
+    for clamp, sentence in (
+        ({"1.f:0": 1.0}, "only states can"),
+        ({"1:0": float("nan")}, "finite"),
+        ({"1:3": 1.0, "1.c:3": -1.0}, "1.c:3 cannot be held at two values"),
+    ):
         with pytest.raises(ValueError, match=sentence):
             units.held(clamp, config)
-    with pytest.raises(ValueError, match="has no value"):
-        units.parse_clamp("1:0:high")
+    assert units.held({"1:3": 1.0, "1.h:3": -1.0, "2:3": 0.5}, config)
+    for text, sentence in ("1:0:high", "has no value"), ("1:3:1, 1:3:-1", "has 1:3 twice"):
+        with pytest.raises(ValueError, match=sentence):
+            units.parse_clamp(text)
 
 
 def test_a_held_unit_changes_what_is_written_and_only_from_the_prompt_on(model):
