@@ -38,6 +38,12 @@ def visible(character: str) -> str:
     return character if category[0] != "C" and category not in ("Zl", "Zp") else f"⟦{code:04X}⟧"
 
 
+def columns(shown: str) -> int:
+    """Returns how many columns of a terminal a text takes: a wide character two, one that combines none."""
+    spacing = [character for character in shown if unicodedata.category(character) not in ("Mn", "Me")]
+    return len(spacing) + sum(unicodedata.east_asian_width(character) in ("W", "F") for character in spacing)
+
+
 def expression(pattern: str) -> Pattern:
     """Returns the pattern of a regular expression: True inside its matches.
 
