@@ -64,6 +64,27 @@ def expression(pattern: str) -> Pattern:
     return label
 
 
+def expression_or_between(pattern: str, opener: str, closer: str) -> Pattern:
+    """Returns `expression` of `pattern`, or from an `opener` to the next `closer`, if there is one.
+
+    An opener without a closer is looked for to the end of the text once, not again for each of a thousand more.
+    """
+    either = re.compile(rf"{pattern}|{opener}(?s:.*?)(?:{closer}|(?P<unclosed>\Z))")
+    alone = re.compile(pattern)
+
+    def label(text: str) -> np.ndarray:
+        found = np.zeros(len(text), bool)
+        matches = either.finditer(text)
+        while match := next(matches, None):
+            if match.lastgroup == "unclosed":  # and so are all that come
+                matches = alone.finditer(text, match.start() + 1)
+            else:
+                found[match.start() : match.end()] = True
+        return found
+
+    return label
+
+
 def deeper_than(depth: int) -> Pattern:
     """Returns the pattern of being inside more than `depth` brackets, ( [ or {; an empty line closes all."""
 
@@ -83,10 +104,10 @@ def deeper_than(depth: int) -> Pattern:
 
 
 NAMED: Mapping[str, Pattern] = {
-    "inside quotes": expression(r'"[^"\n]*"|“[^”]*”|' + r"(?<!\w)'[^'\n]*'(?!\w)"),
+    "inside quotes": expression_or_between(r'"[^"\n]*"|' + r"(?<!\w)'[^'\n]*'(?!\w)", "“", "”"),
     "inside brackets": deeper_than(0),
     "inside two brackets": deeper_than(1),
-    "inside a comment": expression(r"#[^\n]*|//[^\n]*|/\*(?s:.*?)\*/"),
+    "inside a comment": expression_or_between(r"#[^\n]*|//[^\n]*", r"/\*", r"\*/"),
     "indentation": expression(r"(?m)^[ \t]+"),
     "first of a line": expression(r"(?m)^[^\n]"),
     "past column 20": expression(r"(?m)(?<=^.{20}).+"),
