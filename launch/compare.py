@@ -53,9 +53,7 @@ class CompareFlags:
 
 
 def main(argv: Sequence[str]) -> int:
-    named = [argument for argument in argv[1:] if not argument.startswith("-")]
-    own = [argv[0], *(argument for argument in argv[1:] if argument.startswith("-"))]
-    (chosen,), _ = flags.parse(own, __doc__ or "", CompareFlags())
+    (chosen,), named = flags.parse_around(argv, __doc__ or "", CompareFlags())
     jax.config.update("jax_platforms", "cpu")  # parameters are only counted here
     for flag in ("page", "plot"):
         if place := getattr(chosen, flag):
@@ -63,12 +61,13 @@ def main(argv: Sequence[str]) -> int:
     folders = [expand_user(name) for name in named]
     if missing := next((name for name, folder in zip(named, folders, strict=True) if not folder.exists()), None):
         raise ValueError(f"{missing} does not exist: name runs that are there")
-    run_dirs = [folder for folder in folders if (folder / "config.json").is_file()]
+    # One that is named twice, such as by a link, is there once.
+    run_dirs = list({folder.resolve(): folder for folder in folders if (folder / "config.json").is_file()}.values())
     if not run_dirs:
         raise ValueError(f"there is no run in {', '.join(named)}" if named else "name the runs, such as runs/*")
-    told = False
+    told, left_out = False, set[Path]()
     while True:
-        runs = history.read_all(run_dirs)
+        runs = _readable(run_dirs, left_out)
         value = history.common_figure(runs)
         _write_files(chosen, runs, value)
         for path in () if told else filter(None, (chosen.page, chosen.plot)):
@@ -83,6 +82,26 @@ def main(argv: Sequence[str]) -> int:
     elif not (chosen.page or chosen.plot):
         print("\n\n".join([*tables(runs, value), _curves(runs, value, chosen.by)]))
     return cli.DONE
+
+
+def _readable(run_dirs: Sequence[Path], left_out: set[Path]) -> list[History]:
+    """Reads the runs that can be read; says why another one is `left_out`, once.  Raises as `history.read` if none can.
+
+    A run that goes away or is damaged does not end the comparison of the others.
+    """
+    runs, errors = [], dict[Path, ValueError | OSError]()
+    for run_dir, name in zip(run_dirs, history.names(run_dirs), strict=True):
+        try:
+            runs.append(history.read(run_dir, name))
+        except (ValueError, OSError) as error:
+            errors[run_dir] = error
+    if not runs:
+        raise next(iter(errors.values()))
+    for run_dir, fault in errors.items():
+        if run_dir not in left_out:
+            signals.say(f"left out: {fault}")
+    left_out.update(errors)
+    return runs
 
 
 def _write_files(chosen: CompareFlags, runs: Sequence[History], value: str) -> None:

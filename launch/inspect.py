@@ -180,12 +180,12 @@ def _own_split(model: Model) -> Split:
 
 
 def _inspections(chosen: InspectFlags, model: Model, text: bytes) -> list[inspection.Inspection]:
-    models = {Path(chosen.run_dir).name: model}
+    models = {run_directory.name_of(run_directory.named("run_dir", chosen.run_dir)): model}
     if chosen.other:
-        run_dir, _, checkpoint = chosen.other.partition("@")
-        other = api.load(run_dir, checkpoint or "best")
-        name = Path(chosen.other).name
-        models[chosen.other if name in models else name] = other
+        run_dir, at, checkpoint = chosen.other.partition("@")
+        other, path = api.load(run_dir, checkpoint or "best"), run_directory.named("other", run_dir)
+        name = run_directory.name_of(path) + at + checkpoint
+        models[f"{path}{at}{checkpoint}" if name in models else name] = other
     found, arrays_of = [], {name: _arrays(chosen, each.config.model) for name, each in models.items()}
     for name, each in models.items():
         signals.say(f"reading the text with {name}, step {each.step}")

@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
     model = load(checkpoint=chosen.checkpoint)
     signals.say(f"{run_dir}: the checkpoint of step {model.step}")
     limits = {name: getattr(chosen, name) for name in ("slots", "queue", "max_prompt", "max_tokens")}
-    name = run_dir.name
+    name = run_directory.name_of(run_dir)
     page = sampling_page.render_remote(name, sampling_page.described(config, model.params))
     with announced("compiling (once)"):
         server = Server(model, name, page, **limits)

@@ -5,11 +5,12 @@ them apart.
 """
 
 import html
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from charlstm.inspect.patterns import visible
+from charlstm.inspect.patterns import columns, visible
 
 LOW, HIGH = (107, 174, 214), (253, 141, 60)
 STEPS = 8  # on either side of 0
@@ -36,11 +37,11 @@ def color(step: int, ground: tuple[int, int, int] = (255, 255, 255)) -> tuple[in
 
 
 def wrapped(text: Sequence[str], width: int = WIDTH) -> Iterator[list[int]]:
-    """Yields the positions of the characters of each line: a line ends after its newline, or is cut at `width`."""
+    """Yields the positions of the characters of each line: it ends after its newline, or is cut at `width` columns."""
     line: list[int] = []
     used = 0
     for position, character in enumerate(text):
-        length = len(visible(character))
+        length = columns(visible(character))
         if line and used + length > width:
             yield line
             line, used = [], 0
@@ -78,8 +79,9 @@ def in_terminal(text: str, values: np.ndarray, colors: int, width: int = WIDTH, 
 
 def _plain(text: str, step: np.ndarray, line: list[int]) -> list[str]:
     shown = [visible(text[position]) for position in line]
-    sizes = "".join((str(abs(step[p])) if step[p] else " ").ljust(len(s)) for p, s in zip(line, shown, strict=True))
-    signs = "".join(("-" if step[p] < 0 else " ").ljust(len(s)) for p, s in zip(line, shown, strict=True))
+    widths = list(map(columns, shown))
+    sizes = "".join((str(abs(step[p])) if step[p] else " ").ljust(n) for p, n in zip(line, widths, strict=True))
+    signs = "".join(("-" if step[p] < 0 else " ").ljust(n) for p, n in zip(line, widths, strict=True))
     return [row for row in ("".join(shown), sizes.rstrip(), signs.rstrip()) if row] + [""]
 
 
@@ -102,10 +104,10 @@ def legend(colors: int, largest: float = 1.0) -> str:
 
 
 def svg(text: str, values: np.ndarray, title: str, width: int = WIDTH, largest: float = 1.0) -> str:
-    """The heat-map as SVG: a rectangle for each run of one color, a line of text for each line."""
+    """The heat-map as SVG: a rectangle for each run of one color, a text for each line and its wide characters."""
     step, lines, parts = classes(values, largest), list(wrapped(text, width)), []
     for number, line in enumerate(lines):
-        top, column, shown = 2.4 * LINE_HEIGHT + number * LINE_HEIGHT, 0, ""
+        top, column = 2.4 * LINE_HEIGHT + number * LINE_HEIGHT, 0
         run_start, run_step = 0, 0
         for position in [*line, None]:
             now = 0 if position is None else int(step[position])
@@ -114,11 +116,8 @@ def svg(text: str, values: np.ndarray, title: str, width: int = WIDTH, largest: 
                     parts.append(_rectangle(run_start, column - run_start, top, run_step))
                 run_start, run_step = column, now
             if position is not None:
-                shown += visible(text[position])
-                column = len(shown)
-        y, length = top + 0.72 * LINE_HEIGHT, len(shown) * CELL_WIDTH
-        spread = f'textLength="{length}" lengthAdjust="spacingAndGlyphs"'
-        parts.append(f'<text x="10" y="{y:g}" {spread} xml:space="preserve">{html.escape(shown)}</text>')
+                column += columns(visible(text[position]))
+        parts += _texts([visible(text[position]) for position in line], top + 0.72 * LINE_HEIGHT)
     whole_width, height = 20 + width * CELL_WIDTH, 2.4 * LINE_HEIGHT + len(lines) * LINE_HEIGHT + 10
     scale = [_rectangle(46 + n * 2, 2, 8, s) for n, s in enumerate(range(-STEPS, STEPS + 1)) if s]
     low, high = (f'<text x="{x}" y="24" font-size="12">{n:.2g}</text>' for x, n in ((380, -largest), (738, largest)))
@@ -135,6 +134,16 @@ def svg(text: str, values: np.ndarray, title: str, width: int = WIDTH, largest: 
             "</svg>\n",
         ]
     )
+
+
+def _texts(shown: Sequence[str], y: float) -> Iterator[str]:
+    """Yields a line's texts: wide characters apart from others, as a font need not make them twice as wide."""
+    column = 0
+    for _, group in itertools.groupby(shown, lambda one: columns(one) > len(one)):
+        together = "".join(group)
+        where = f'x="{10 + column * CELL_WIDTH}" y="{y:g}" textLength="{columns(together) * CELL_WIDTH}"'
+        yield f'<text {where} lengthAdjust="spacingAndGlyphs" xml:space="preserve">{html.escape(together)}</text>'
+        column += columns(together)
 
 
 def _rectangle(column: int, columns: int, top: float, step: int) -> str:

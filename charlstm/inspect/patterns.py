@@ -38,6 +38,12 @@ def visible(character: str) -> str:
     return character if category[0] != "C" and category not in ("Zl", "Zp") else f"⟦{code:04X}⟧"
 
 
+def columns(shown: str) -> int:
+    """Returns how many columns of a terminal a text takes: a wide character two, one that combines none."""
+    spacing = [character for character in shown if unicodedata.category(character) not in ("Mn", "Me")]
+    return len(spacing) + sum(unicodedata.east_asian_width(character) in ("W", "F") for character in spacing)
+
+
 def expression(pattern: str) -> Pattern:
     """Returns the pattern of a regular expression: True inside its matches.
 
@@ -53,6 +59,27 @@ def expression(pattern: str) -> Pattern:
         found = np.zeros(len(text), bool)
         for match in compiled.finditer(text):
             found[match.start() : match.end()] = True
+        return found
+
+    return label
+
+
+def expression_or_between(pattern: str, opener: str, closer: str) -> Pattern:
+    """Returns `expression` of `pattern`, or from an `opener` to the next `closer`, if there is one.
+
+    An opener without a closer is looked for to the end of the text once, not again for each of a thousand more.
+    """
+    either = re.compile(rf"{pattern}|{opener}(?s:.*?)(?:{closer}|(?P<unclosed>\Z))")
+    alone = re.compile(pattern)
+
+    def label(text: str) -> np.ndarray:
+        found = np.zeros(len(text), bool)
+        matches = either.finditer(text)
+        while match := next(matches, None):
+            if match.lastgroup == "unclosed":  # and so are all that come
+                matches = alone.finditer(text, match.start() + 1)
+            else:
+                found[match.start() : match.end()] = True
         return found
 
     return label
@@ -77,10 +104,10 @@ def deeper_than(depth: int) -> Pattern:
 
 
 NAMED: Mapping[str, Pattern] = {
-    "inside quotes": expression(r'"[^"\n]*"|“[^”]*”|' + r"(?<!\w)'[^'\n]*'(?!\w)"),
+    "inside quotes": expression_or_between(r'"[^"\n]*"|' + r"(?<!\w)'[^'\n]*'(?!\w)", "“", "”"),
     "inside brackets": deeper_than(0),
     "inside two brackets": deeper_than(1),
-    "inside a comment": expression(r"#[^\n]*|//[^\n]*|/\*(?s:.*?)\*/"),
+    "inside a comment": expression_or_between(r"#[^\n]*|//[^\n]*", r"/\*", r"\*/"),
     "indentation": expression(r"(?m)^[ \t]+"),
     "first of a line": expression(r"(?m)^[^\n]"),
     "past column 20": expression(r"(?m)(?<=^.{20}).+"),

@@ -68,15 +68,19 @@ def held(clamp: Mapping[str | Unit, float], config: ModelConfig) -> tuple[Held, 
     """Returns what `language_model.trace` holds, of each layer; () for none.
 
     Raises:
-      ValueError: there is no such unit, it is no state (c or h), or a value is not finite.
+      ValueError: there is no such unit, it is no state (c or h) or given twice, or a value is not finite.
     """
     layers: list[list[tuple[str, int, float]]] = [[] for _ in config.widths]
+    seen = set[Unit]()
     for name, value in clamp.items():
         unit = parse(name, config)
         if unit.array not in ("c", "h"):
             raise ValueError(f"{unit} cannot be held: only states can, {main_array(config)} or h")
         if not math.isfinite(value):
             raise ValueError(f"{unit} cannot be held at {value}: give a finite number")
+        if unit in seen:
+            raise ValueError(f"{unit} cannot be held at two values: give it once")
+        seen.add(unit)
         layers[unit.layer - 1].append((unit.array, unit.number, float(value)))
     return tuple(map(tuple, layers)) if clamp else ()
 
@@ -86,6 +90,8 @@ def parse_clamp(text: str) -> dict[str | Unit, float]:
     found: dict[str | Unit, float] = {}
     for part in filter(None, text.split(",")):
         name, _, value = part.rpartition(":")
+        if name.strip() in found:
+            raise ValueError(f"clamp={text!r} has {name.strip()} twice: give it once")
         try:
             found[name.strip()] = float(value if ":" in name else "")
         except ValueError:

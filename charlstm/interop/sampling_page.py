@@ -72,7 +72,9 @@ def write(exported: Exported, folder: Path) -> None:
         "variant": model.variant,
     } | {name: getattr(model, name) for name in ("cell", "skip", "zoneout", "zoneout_cell")}
     texts = " and ".join(texts_of(exported.config))
-    name = exported.run_dir.name if exported.run_dir else f"{model.cell}{f' of {texts}' if texts else ''}"
+    name = f"{model.cell}{f' of {texts}' if texts else ''}"
+    if exported.run_dir:
+        name = run_directory.name_of(exported.run_dir)
     page = _page(name, " ".join(filter(None, about)), head, "sampling_model.js", packed)
     (folder / "index.html").write_text(page, "utf-8")
 

@@ -8,11 +8,13 @@ from typing import Any
 from charlstm.report.history import BY, History
 
 PANELS, FEW = 3, 8  # side by side; different values that are drawn as categories if they are not floats
+MOST_NAMED = 16  # curves whose legend has room within the axes
 Points = tuple[list[float], list[float]]  # xs, ys
 
 # Okabe and Ito, Color Universal Design, 2008: they stay apart in print and for color-blind eyes.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
 SIGNS = "123456789abcdefghijklmnopqrstuvwxyz"  # of curves without color
+STYLES = ("-", "--", ":", "-.")  # of the first 8 curves, the next 8, and so on
 MISSING = "{} needs {}, which is not installed: pip install 'charlstm[compare]'"
 
 
@@ -22,20 +24,22 @@ def check_installed() -> None:
         raise ValueError(MISSING.format("a plot", "matplotlib"))
 
 
-def figure(runs: Sequence[History], value: str, by: str = "steps") -> Any:
+def figure(runs: Sequence[History], value: str, by: str = "steps", legend: bool = True) -> Any:
     """A matplotlib figure: validation as lines with points, training thin behind it; run n has the gid curve-n.
+
+    The legend of more than MOST_NAMED runs stands beside the axes, and the figure is larger by it.
 
     Raises:
       ValueError: matplotlib is not installed.
     """
     valid = {run.name: run.curve("valid", value, by) for run in runs}
     train = {run.name: run.curve("train", value, by) for run in runs}
-    return _drawn(valid, train, BY[by], value.replace("_", " "))
+    return _drawn(valid, train, BY[by], value.replace("_", " "), legend)
 
 
-def svg(runs: Sequence[History], value: str, by: str = "steps") -> str:
+def svg(runs: Sequence[History], value: str, by: str = "steps", legend: bool = True) -> str:
     """The figure as SVG, the same text for the same runs."""
-    return _as_svg(figure(runs, value, by))
+    return _as_svg(figure(runs, value, by, legend))
 
 
 def lines_svg(lines: Mapping[str, Points], x_name: str, y_name: str) -> str:
@@ -59,7 +63,7 @@ def slices_svg(slices: Mapping[str, tuple[list[Any], list[float]]], y_name: str)
         xs, ys = [x for x, _ in points], [y for _, y in points]
         few = len(set(xs)) <= FEW and not any(isinstance(x, float) for x in xs)
         numbers = not few and all(isinstance(x, int | float) for x in xs)
-        axes.scatter(xs if numbers else list(map(str, xs)), ys, color=COLORS[0], s=16)
+        axes.scatter(xs if numbers else [_as_it_is(str(x)) for x in xs], ys, color=COLORS[0], s=16)
         if numbers and xs[0] > 0 and xs[-1] >= 10 * xs[0]:
             axes.set_xscale("log")
         axes.set_xlabel(name)
@@ -69,7 +73,9 @@ def slices_svg(slices: Mapping[str, tuple[list[Any], list[float]]], y_name: str)
     return _as_svg(drawn)
 
 
-def _drawn(lines: Mapping[str, Points], behind: Mapping[str, Points], x_name: str, y_name: str) -> Any:
+def _drawn(
+    lines: Mapping[str, Points], behind: Mapping[str, Points], x_name: str, y_name: str, legend: bool = True
+) -> Any:
     """A matplotlib figure of `lines`, with points, and thin ones `behind` them by the same names."""
     try:
         from matplotlib.figure import Figure
@@ -77,15 +83,16 @@ def _drawn(lines: Mapping[str, Points], behind: Mapping[str, Points], x_name: st
     except ImportError:
         raise ValueError(MISSING.format("a plot", "matplotlib")) from None
     drawn = Figure(figsize=(9, 4.5), layout="constrained")
-    axes, shown = drawn.subplots(), list[float]()
+    axes, shown, curves = drawn.subplots(), list[float](), list[Any]()
     for number, (name, (xs, ys)) in enumerate(lines.items()):
-        color, style = COLORS[number % len(COLORS)], "-" if number < len(COLORS) else "--"
+        color, style = COLORS[number % len(COLORS)], STYLES[number // len(COLORS) % len(STYLES)]
         thin_xs, thin_ys = behind.get(name, ([], []))
         width, alpha = (0.8, 0.45) if len(ys) > 1 else (1.6, 0.8)  # alone, they are what there is to see
         (thin,) = axes.plot(thin_xs, thin_ys, color=color, linestyle=style, lw=width, alpha=alpha)
-        (thick,) = axes.plot(xs, ys, color=color, linestyle=style, lw=1.8, marker="o", ms=3.5, label=name)
+        (thick,) = axes.plot(xs, ys, color=color, linestyle=style, lw=1.8, marker="o", ms=3.5)
         thin.set_gid(f"train-{number}")
         thick.set_gid(f"curve-{number}")
+        curves.append(thick)
         shown += ys if len(ys) > 1 else [*ys, *thin_ys]
     if shown:  # the first steps, of a model that knows nothing, would make all the rest flat
         ordered = sorted(shown)
@@ -97,8 +104,26 @@ def _drawn(lines: Mapping[str, Points], behind: Mapping[str, Points], x_name: st
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    if legend:
+        _add_legend(drawn, curves, list(lines))
     return drawn
+
+
+def _add_legend(drawn: Any, curves: Sequence[Any], names: Sequence[str]) -> None:
+    """Names the curves within the axes, or in columns beside them where they are too many for that."""
+    given = list(curves), [_as_it_is(name) for name in names]  # both, or names that begin with _ would be left out
+    if len(names) <= MOST_NAMED:
+        drawn.axes[0].legend(*given, frameon=False)
+        return
+    columns = min(3, -(-len(names) // 20))
+    rows, width = -(-len(names) // columns), 0.6 + 0.08 * max(map(len, names))  # inches of a column
+    drawn.set_size_inches(9 + columns * width, max(4.5, 0.5 + 0.21 * rows))
+    drawn.legend(*given, loc="outside right upper", ncols=columns, frameon=False)
+
+
+def _as_it_is(name: str) -> str:
+    """Returns `name` as matplotlib is to be given it, which sets what stands between two dollars as a formula."""
+    return name.replace("$", r"\$")
 
 
 def _as_svg(drawn: Any) -> str:

@@ -84,9 +84,14 @@ def read(run_dir: Path, name: str = "") -> History:
 
 
 def read_all(run_dirs: Sequence[Path]) -> list[History]:
-    """Reads several runs, named by their directories as briefly as tells them apart.  Raises ValueError as `read`."""
-    names = [path.name for path in run_dirs]
-    return [read(path, path.name if names.count(path.name) == 1 else str(path)) for path in run_dirs]
+    """Reads several runs, named as by `names`.  Raises ValueError as `read`."""
+    return [read(path, name) for path, name in zip(run_dirs, names(run_dirs), strict=True)]
+
+
+def names(run_dirs: Sequence[Path]) -> list[str]:
+    """Returns names of runs: those of their directories, as briefly as tells them apart."""
+    last = [run_directory.name_of(path) for path in run_dirs]
+    return [name if last.count(name) == 1 else str(path) for path, name in zip(run_dirs, last, strict=True)]
 
 
 def common_figure(runs: Sequence[History]) -> str:
@@ -118,14 +123,15 @@ def _scored(line: dict[str, Any], figure: str, split: str) -> bool:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file that may be being written."""
+    """The whole lines of a file that may be being written, those that are JSON objects."""
     text = path.read_text("utf-8", "replace") if path.exists() else ""
     found = []
     for line in text.split("\n")[:-1]:
         try:
-            found.append(json.loads(line))
-        except ValueError:  # half a line of a process that was killed
+            value = json.loads(line)
+        except (ValueError, RecursionError):  # half a line of a process that was killed
             continue
+        found += [value] if isinstance(value, dict) else []
     return found
 
 

@@ -53,7 +53,7 @@ def render(runs: Sequence[History], value: str, by: str = "steps", reload: float
       ValueError: matplotlib is not installed.
     """
     again = f'<meta http-equiv="refresh" content="{reload:g}">' if reload else ""
-    drawn = curves.svg(runs, value, by)
+    drawn = curves.svg(runs, value, by, legend=len(runs) <= curves.MOST_NAMED)  # the table has the colors, too
     return "\n".join(
         [
             f'<!doctype html><html lang="en"><head><meta charset="utf-8">{again}',

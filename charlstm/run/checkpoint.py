@@ -70,7 +70,7 @@ class Checkpoints:
         self.failed_saves = 0
         self.last_failure: str | None = None
         self.newest: int | None = None  # step that is whole on disk, as far as this process has saved or restored it
-        self._files = StepDirectory(directory.absolute(), beat)
+        self._files = StepDirectory(directory.resolve(), beat)  # TensorStore takes no path that is relative or has ..
         self._keep, self._writable, self._log = keep, writable, log
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None

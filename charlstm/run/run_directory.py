@@ -86,6 +86,11 @@ def named(flag: str, value: str) -> Path:
     return path
 
 
+def name_of(run_dir: Path) -> str:
+    """Returns the last name of a path, of what it leads to where it is . or ends in .. ."""
+    return run_dir.name if run_dir.name not in ("", "..") else run_dir.resolve().name
+
+
 def create(
     run_dir: Path, config: Config, identity: Identity, given: Sequence[str], initial: Initial | None = None
 ) -> None:

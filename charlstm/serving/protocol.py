@@ -119,8 +119,8 @@ def _refuse_unknown(fields: Mapping[str, Any], name: str) -> None:
     for field, values in WITHOUT_EFFECT.items():
         if field in fields and not any(fields[field] == value for value in values):
             raise Refused(400, f"{field} is not supported: leave it out", field)
-    model = fields.get("model", name)
-    if model != name:
+    model = fields.get("model")
+    if model is not None and model != name:
         raise Refused(404, f"there is no model {_in_short(repr(model))}: this is {name!r}", "model", "model_not_found")
 
 

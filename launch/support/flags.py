@@ -65,6 +65,12 @@ def parse(
     return [_filled(group, values, renamed) for group in groups], given
 
 
+def parse_around(argv: Sequence[str], description: str, *groups: Any) -> tuple[list[Any], list[str]]:
+    """Returns the groups as `parse` does, and the arguments that are no flags, before, between and after these."""
+    values, rest = _values_and_rest(argv, description, groups, {})
+    return [_filled(group, values, {}) for group in groups], rest
+
+
 def given_in(argv: Sequence[str], description: str, *groups: Any) -> dict[str, Any]:
     """Returns the values of the flags given in `argv`, which are not held against each other yet; else as `parse`."""
     values = _values(argv, description, groups, {})
@@ -74,8 +80,18 @@ def given_in(argv: Sequence[str], description: str, *groups: Any) -> dict[str, A
 def _values(
     argv: Sequence[str], description: str, groups: Sequence[Any], renamed: Mapping[str, str]
 ) -> flags.FlagValues:
+    values, rest = _values_and_rest(argv, description, groups, renamed)
+    if rest:
+        raise ValueError(f"unexpected argument {rest[0]!r}: every setting is a flag, --name=value")
+    return values
+
+
+def _values_and_rest(
+    argv: Sequence[str], description: str, groups: Sequence[Any], renamed: Mapping[str, str]
+) -> tuple[flags.FlagValues, list[str]]:
     leaves = leaves_of(groups)
     values = flags.FlagValues()
+    values.set_gnu_getopt(True)  # flags may stand after other arguments
     for leaf in leaves:
         for field in dataclasses.fields(leaf):
             _define(values, leaf, field, renamed)
@@ -91,9 +107,7 @@ def _values(
         raise ValueError(_unknown_flag(" ".join(error.flagname.split()), list(values))) from None
     except (flags.Error, ValueError) as error:
         raise ValueError(" ".join(str(error).split())) from None
-    if rest:
-        raise ValueError(f"unexpected argument {rest[0]!r}: every setting is a flag, --name=value")
-    return values
+    return values, rest
 
 
 def leaves_of(groups: Sequence[Any]) -> list[Any]:

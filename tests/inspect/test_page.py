@@ -50,6 +50,25 @@ def test_a_heat_map_in_a_terminal_is_the_text_on_the_colors_of_its_values():
     assert heatmap.own_scale(np.linspace(-0.5, 0.5, 999)) == pytest.approx(0.495, abs=0.01)
 
 
+def test_wide_characters_take_two_columns_and_those_that_combine_none():
+    text, values = "ab日本か\u3099語cd\n", np.array([1.0, 0, 0.5, 0, -0.5, 1, -1, 0, 1, 0])
+    assert patterns.columns("a日◌\u0301⟦FF⟧ＡÀ") == 1 + 2 + 1 + 4 + 2 + 1
+    plain = heatmap.in_terminal(text, values, 0).splitlines()
+    assert plain[:3] == ["ab日本か◌\u3099語cd↵", "8 4   4 88  8", "      -  -"]
+    lines = heatmap.in_terminal("日" * 25, np.zeros(25), 0, width=11).splitlines()
+    assert [line for line in lines if line] == ["日" * 5] * 5
+    nodes = list(ElementTree.fromstring(heatmap.svg(text, values, "")).iter())
+    texts = {(node.text, int(node.get("x")), int(node.get("textLength"))) for node in nodes if node.get("textLength")}
+    cell = heatmap.CELL_WIDTH
+    assert texts == {
+        ("ab", 10, 2 * cell), ("日本か", 10 + 2 * cell, 6 * cell), ("◌\u3099", 10 + 8 * cell, cell),
+        ("語", 10 + 9 * cell, 2 * cell), ("cd↵", 10 + 11 * cell, 3 * cell),
+    }  # fmt: skip
+    boxes = [(int(n.get("x")), int(n.get("width"))) for n in nodes if n.get("y") == f"{2.4 * heatmap.LINE_HEIGHT:g}"]
+    starts = {0: 1, 2: 2, 6: 2, 8: 1, 9: 2, 12: 1}  # column -> columns
+    assert boxes == [(10 + column * cell, width * cell) for column, width in starts.items()]
+
+
 def test_the_svg_is_the_text_and_its_colors_and_nothing_that_is_run():
     values = np.linspace(-1, 1, len(HOSTILE))
     tree = ElementTree.fromstring(heatmap.svg(HOSTILE, values, "<unit>"))

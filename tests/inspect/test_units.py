@@ -87,6 +87,20 @@ def test_named_patterns_label_what_they_say():
     assert not patterns.deeper_than(0)(")) a\n\n(b")[:5].any() and not patterns.deeper_than(0)("(a\n\nb")[4:].any()
 
 
+@pytest.mark.parametrize(
+    ("name", "plain", "text"),
+    [
+        ("inside a comment", r"#[^\n]*|//[^\n]*|/\*(?s:.*?)\*/", "/* a\nb */ c /*/ d // e */\n f /*// g\n/* # h /* i"),
+        ("inside quotes", r'"[^"\n]*"|“[^”]*”|' + r"(?<!\w)'[^'\n]*'(?!\w)", "“a\n“b” c „d“ 'e' don't \"f\" “ 'g' “"),
+    ],
+)
+def test_what_is_opened_and_never_closed_is_outside_and_costs_no_more_than_other_text(name, plain, text):
+    random, label = np.random.default_rng(0), patterns.NAMED[name]
+    for drawn_text in [text, *("".join(random.choice(list("/*#\n a“”'\""), 40)) for _ in range(2000))]:
+        np.testing.assert_array_equal(label(drawn_text), patterns.expression(plain)(drawn_text), drawn_text)
+    assert not label("/* “ab„ " * 100_000).any()  # for minutes, if each opener's closer is looked for to the end
+
+
 def test_characters_of_several_bytes_and_what_cannot_be_seen():
     ids = np.frombuffer("aé€😀".encode() + b"\xff", np.uint8)
     text, lengths = patterns.symbols_of(Vocabulary("bytes"), ids)
@@ -204,11 +218,17 @@ def test_units_are_named_and_what_is_none_is_refused(model):
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=sentence):
             units.parse(name, config)
-    for clamp, sentence in ({"1.f:0": 1.0}, "only states can"), ({"1:0": float("nan")}, "finite"):
+    for clamp, sentence in (
+        ({"1.f:0": 1.0}, "only states can"),
+        ({"1:0": float("nan")}, "finite"),
+        ({"1:3": 1.0, "1.c:3": -1.0}, "1.c:3 cannot be held at two values"),
+    ):
         with pytest.raises(ValueError, match=sentence):
             units.held(clamp, config)
-    with pytest.raises(ValueError, match="has no value"):
-        units.parse_clamp("1:0:high")
+    assert units.held({"1:3": 1.0, "1.h:3": -1.0, "2:3": 0.5}, config)
+    for text, sentence in ("1:0:high", "has no value"), ("1:3:1, 1:3:-1", "has 1:3 twice"):
+        with pytest.raises(ValueError, match=sentence):
+            units.parse_clamp(text)
 
 
 def test_a_held_unit_changes_what_is_written_and_only_from_the_prompt_on(model):

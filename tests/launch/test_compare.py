@@ -14,6 +14,7 @@ import pytest
 from charlstm import config as config_lib
 from charlstm.config import Config
 from charlstm.report import curves, history
+from charlstm.report import page as page_lib
 from charlstm.run import run_directory
 from launch import compare, train
 from launch.support import cli
@@ -154,6 +155,28 @@ def test_where_there_is_one_score_the_picture_shows_how_it_was_trained(runs):
     assert low < trained[0] and trained[-2] < high
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("count", [3, 20, 60])
+def test_the_legend_has_every_name_as_it_is_and_leaves_the_axes_free(runs, count):
+    pytest.importorskip("matplotlib", reason="extra compare is not installed")
+    (run,) = history.read_all([Path(runs[0])])
+    names = ["_under", "m$^$n", "a$b$c", *(f"run-{number}" for number in range(3, count))]
+    many = [run._replace(name=name) for name in names]
+    assert [name for name in names if f">{name}<" not in curves.svg(many, "bits_per_byte")] == []
+    drawn = curves.figure(many, "bits_per_byte")
+    drawn.draw_without_rendering()
+    for legend in drawn.legends:
+        assert drawn.axes[0].get_tightbbox().x1 <= legend.get_window_extent().x0
+        assert legend.get_window_extent().y0 >= 0
+    assert bool(drawn.legends) == (count > 16) and ('id="legend_1"' in curves.svg(many, "bits_per_byte"))
+    assert ('id="legend_1"' in page_lib.render(many, "bits_per_byte")) == (count <= 16)
+
+
+def test_a_value_of_a_setting_is_drawn_as_it_is():
+    pytest.importorskip("matplotlib", reason="extra compare is not installed")
+    assert ">$a$<" in curves.slices_svg({"document_separator": (["$a$", "b"], [1.0, 2.0])}, "bits per symbol")
+
+
 @pytest.fixture(scope="module")
 def page(runs, folder):
     pytest.importorskip("matplotlib", reason="extra compare is not installed")
@@ -203,6 +226,55 @@ def test_it_follows_runs_that_go_on(runs, tmp_path, monkeypatch, capsys):
     assert [seconds for seconds, _ in seen] == [7, 7] and '<meta http-equiv="refresh" content="7">' in seen[1][1]
     said = re.findall(r"page\.html: \d+ KB, written again every 7 s until Ctrl-C", capsys.readouterr().err)
     assert len(said) == 1
+
+
+def test_a_run_that_cannot_be_read_is_left_out_and_named_once(runs, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="extra compare is not installed")
+    first, gone, torn = (Path(shutil.copytree(runs[0], tmp_path / name)) for name in ("first", "gone", "torn"))
+    (torn / "identity.json").write_text('{"vocab')
+    times = []
+
+    def sleep(seconds):
+        times.append(seconds)
+        gone.rename(tmp_path / "elsewhere") if len(times) == 1 else (first / "config.json").unlink()
+
+    monkeypatch.setattr(compare.time, "sleep", sleep)
+    named, page = (str(first), str(gone), str(torn)), tmp_path / "page.html"
+    with pytest.raises(ValueError, match="first is not a run"):
+        compare.main(["compare", *named, f"--page={page}", "--follow=1"])
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out: ")]
+    assert len(said) == 2 and "torn/identity.json is damaged" in said[0] and "gone is not a run" in said[1]
+    assert len(times) == 2 and "<h1>1 run," in page.read_text()
+    assert "identity.json is damaged" in refusal(compare.main, str(torn))
+
+
+def test_lines_that_are_no_objects_are_left_out(runs, tmp_path):
+    run_dir = Path(shutil.copytree(runs[0], tmp_path / "run"))
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        with open(run_dir / name, "a") as file:
+            file.write("7\n[1]\n" + "[" * 100_000 + "\n")
+    assert history.read(run_dir)[1:] == history.read(Path(runs[0]))._replace(run_dir=run_dir)[1:]
+
+
+def test_a_run_named_twice_is_there_once(runs, tmp_path, capsys):
+    (tmp_path / "link").symlink_to(runs[0])
+    named = (runs[0], runs[1], f"{runs[0]}/", os.path.relpath(runs[1]), str(tmp_path / "link"))
+    assert len(json.loads(shown(capsys, *named, "--format=json"))["runs"]) == 2
+
+
+@pytest.mark.parametrize(("folder_in_it", "named"), [(".", "."), ("checkpoints", ".."), ("..", "first")])
+def test_a_run_has_its_name_from_wherever_it_is_named(folder_in_it, named, runs, monkeypatch):
+    monkeypatch.chdir(Path(runs[0]) / folder_in_it)
+    assert [run.name for run in history.read_all([Path(named), Path(runs[1])])] == ["first", "second"]
+
+
+def test_flags_stand_anywhere_and_take_a_value_after_a_space(runs, capsys):
+    rows = [
+        json.loads(shown(capsys, *line))["runs"]
+        for line in ([*runs, "--format=json"], ["--format", "json", *runs], [runs[0], "--format", "json", runs[1]])
+    ]
+    assert rows[0] == rows[1] == rows[2] and len(rows[0]) == 2
+    assert "unknown flag --pages" in refusal(compare.main, runs[0], "--pages", "out.html")
 
 
 def test_what_is_no_run_is_left_out_and_none_at_all_is_refused(runs, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+import os
 import re
 
 import numpy as np
@@ -70,6 +71,17 @@ def test_a_page_is_written_beside_nothing_and_over_nothing_but_its_own(trained, 
     ran(inspect.main, capsys, *flags, f"--output={output}", "--overwrite", "--unit=1.f:3")
     assert '"place": 3, "array": 1' in head_of(output)
     assert {path.name for path in tmp_path.iterdir()} == {"a.html", "text.txt"}
+
+
+def test_a_page_names_the_run_however_it_is_named(trained, text, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "a.html"
+    flags = (f"--text={text}", "--saliency=0", "--length=20", f"--output={output}")
+    monkeypatch.chdir(trained)
+    ran(inspect.main, capsys, "--run_dir=.", "--other=.@20", *flags)
+    assert "<title>trained, trained@20" in output.read_text()
+    monkeypatch.chdir(trained / "checkpoints")
+    ran(inspect.main, capsys, "--run_dir=..", f"--other={os.path.relpath(trained)}", *flags)
+    assert f"<title>trained, {trained / 'checkpoints' / '..'}" in output.read_text()
 
 
 @pytest.mark.parametrize(

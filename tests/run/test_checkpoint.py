@@ -107,6 +107,15 @@ def test_what_1_device_saved_8_restore(tmp_path):
     assert bits(restored) == bits(host_state(3))
 
 
+def test_the_directory_may_be_named_from_another_one(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    save_all(Path("../run/checkpoints"), 4)
+    with Checkpoints(Path("../here/../run/checkpoints"), writable=False, log=print) as checkpoints:
+        state, _ = checkpoints.restore(abstract_state())
+    assert bits(state) == bits(host_state(4))
+
+
 def test_the_state_may_be_deleted_as_soon_as_save_returns(tmp_path):
     with Checkpoints(tmp_path, log=print) as checkpoints:
         state = make_state(5)
