@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_pipeline.atomic_files import Recoverable, expand_user
+from data_pipeline.build.appearing import real
 from data_pipeline.build.encode import SMALL
 from data_pipeline.build.engines import engine
 from data_pipeline.build.inputs import find_texts
@@ -14,7 +15,7 @@ from data_pipeline.build.join import join_counts, join_parts, missing_counts, mi
 from data_pipeline.build.parts import PartTask, count_part, write_part
 from data_pipeline.build.places import LocalPlace, Place, RemotePlace
 from data_pipeline.build.plan import PART_BYTES, Plan, Share, make_plan
-from data_pipeline.build.prepare import cores, real, refuse_inside, remarks, vocabulary_of
+from data_pipeline.build.prepare import cores, refuse_inside, remarks, vocabulary_of
 from data_pipeline.build.sources import ParallelMap
 from data_pipeline.manifest import BLOCK_BYTES, SHARD_BYTES
 from data_pipeline.progress import Progress

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Protocol
 
 from data_pipeline.atomic_files import atomic_write, locked, sealed, sync, unsealed
+from data_pipeline.build.appearing import delete_others, is_complete, is_done, rename
 from data_pipeline.build.plan import Plan, first_difference
-from data_pipeline.build.prepare import delete_others, is_complete, is_done, rename
 from data_pipeline.directory import Directory
 from data_pipeline.manifest import (
     NAME,

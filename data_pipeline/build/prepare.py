@@ -4,12 +4,12 @@ import contextlib
 import hashlib
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from data_pipeline.atomic_files import Recoverable, atomic_write, expand_user, locked, sync
+from data_pipeline.atomic_files import expand_user, locked
+from data_pipeline.build.appearing import is_complete, is_done, kept_if_interrupted, publish, real
 from data_pipeline.build.decode import decode
 from data_pipeline.build.encode import SMALL, parallel_map, plan, write_splits
 from data_pipeline.build.hashing import hash_files
@@ -26,8 +26,6 @@ from data_pipeline.manifest import (
     SOURCES,
     Manifest,
     Source,
-    is_prepared,
-    read_manifest,
     summary,
     write_manifest,
     write_sources,
@@ -92,13 +90,13 @@ def prepare(
                 say(line)
             # The workers end before the partial directory is left.
             with contextlib.ExitStack() as writing, parallel_map(workers, processes, progress) as parallel:
-                writing.enter_context(_kept_if_interrupted(partial, work.key))
+                writing.enter_context(kept_if_interrupted(partial, work.key))
                 manifest, sources = work.write(partial, parallel, say)
                 for text in texts.values():
                     text.check_unchanged()
                 write_sources(partial, sources)
                 write_manifest(partial, manifest)
-        _publish(partial, output, work.key)
+        publish(partial, output, work.key)
     return output
 
 
@@ -252,89 +250,3 @@ def cores() -> int:
 
 def _label(texts: dict[str, Text]) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "", next(iter(texts.values())).name)[:32] or "text"
-
-
-def real(output: Path) -> Path:
-    """Returns the absolute path of an output; of a link, which no directory can replace, that of what it leads to."""
-    return Path(os.path.realpath(output)) if output.is_symlink() else output.absolute()
-
-
-def is_done(output: Path, key: str) -> bool:
-    """Returns whether `output` is the corpus of that key.  Raises ValueError if it is something else."""
-    if is_prepared(output):
-        found = read_manifest(output).key
-        if found != key:
-            raise ValueError(
-                f"{output} is a corpus of another text or other settings (key {found[:16]} instead of {key[:16]}): "
-                "delete it or name another output"
-            )
-        open_corpus(output)
-        return True
-    if os.path.ismount(output):
-        raise ValueError(f"{output} is a mount point, and a corpus is a directory of its own: name one inside of it")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists and is not a prepared corpus: delete it or name another output")
-    return False
-
-
-def is_complete(partial: Path, key: str) -> bool:
-    """Returns whether `partial` has all files of the corpus of that key."""
-    with contextlib.suppress(ValueError):
-        if read_manifest(partial).key == key:
-            open_corpus(partial).read_sources()
-            return True
-    return False
-
-
-@contextlib.contextmanager
-def _kept_if_interrupted(partial: Path, key: str) -> Iterator[None]:
-    """Makes the directory to write to, empty or with complete shards of the same preparation.
-
-    It stays if the block is interrupted, or cannot go on for now, and is removed if the block refuses the text.
-    """
-    owner = partial / "key"
-    if not (owner.is_file() and owner.read_bytes() == key.encode()):
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir()
-        with atomic_write(owner) as out:
-            out.write(key.encode())
-    else:
-        for torn in partial.glob("*.new"):  # files being written when a preparation was killed
-            torn.unlink()
-    try:
-        yield
-    except ValueError as error:
-        if not isinstance(error, Recoverable):  # the text has changed, or will be: the files do not belong to its key
-            shutil.rmtree(partial)
-        raise
-
-
-def _publish(partial: Path, output: Path, key: str) -> None:
-    """Makes the complete corpus in `partial` appear at `output`; killed anywhere, it can be called again."""
-    delete_others(partial, read_manifest(partial))
-    try:
-        rename(partial, output)
-    except OSError:
-        if not is_done(output, key):
-            raise
-        shutil.rmtree(partial)
-
-
-def delete_others(directory: Path, manifest: Manifest) -> None:
-    """Deletes all files of a directory that are not of the corpus."""
-    kept = {NAME, SOURCES, *manifest.shard_files()}
-    for path in directory.iterdir():
-        if path.name not in kept:
-            path.unlink()
-    sync(directory)
-
-
-def rename(directory: Path, output: Path) -> None:
-    """Renames a directory to `output`, which is named if it cannot be."""
-    try:
-        os.replace(directory, output)
-    except OSError as error:
-        error.filename, error.filename2 = os.fspath(output), None
-        raise
-    sync(output.parent)

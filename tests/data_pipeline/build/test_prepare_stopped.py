@@ -194,7 +194,7 @@ def test_a_kill_while_a_corpus_is_published_loses_no_work_and_leaves_nothing_els
 def test_a_complete_corpus_that_was_deleted_in_part_is_not_published(tmp_path, setting, monkeypatch, lost):
     how = setting("abc" * 1000)
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
-        killed.setattr(prepare_module, "_publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        killed.setattr(prepare_module, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         prepare(how, tmp_path / "out")
     (tmp_path / ".out.partial" / lost).unlink()
     verify_corpus(prepare(how, tmp_path / "out"))
