@@ -103,7 +103,7 @@ def test_a_plain_text_before_a_file_that_is_cut_before_its_first_document_is_sep
 
 
 def test_a_byte_order_mark_with_which_a_part_begins_is_refused_as_it_is_without_parts(tmp_path):
-    lines = [json.dumps({"text": f"{number:035d}"}).encode() + b"\n" for number in range(40)]
+    lines = [json.dumps({"text": f"{number:036d}"}).encode() + b"\n" for number in range(40)]
     assert {len(line) for line in lines} == {49}
     lines[21] = b"\xef\xbb\xbf" + lines[21]  # the first one of the second part
     (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
