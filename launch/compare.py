@@ -31,6 +31,8 @@ from data_pipeline.atomic_files import atomic_write, expand_user
 from data_pipeline.settings import check_choices, setting
 from launch.support import cli, flags
 
+LONGEST_VALUE = 24  # characters of a setting in the table
+
 
 @dataclasses.dataclass(frozen=True)
 class CompareFlags:
@@ -119,9 +121,29 @@ def tables(runs: Sequence[History], value: str) -> list[str]:
     rows = [page.cells(run, value) for run in runs]
     found = [f"{value.replace('_', ' ')}\n" + _aligned([list(rows[0]), *(list(row.values()) for row in rows)])]
     if differing := history.differing_settings(runs):
-        head = ["setting", *(run.name for run in runs)]
-        found.append(_aligned([head, *([name, *map(str, values)] for name, values in differing.items())]))
+        table = [["setting", *(run.name for run in runs)]]
+        table += [[name, *(_end_of(str(value)) for value in values)] for name, values in differing.items()]
+        found += _blocks(table, shutil.get_terminal_size().columns)
     return found
+
+
+def _end_of(value: str) -> str:
+    """Returns a value, of a long one its end, which tells paths apart."""
+    return value if len(value) <= LONGEST_VALUE else f"…{value[1 - LONGEST_VALUE :]}"
+
+
+def _blocks(rows: list[list[str]], columns: int) -> list[str]:
+    """Returns a table as several below each other, each as wide as the terminal has columns at most, or of one run."""
+    head, *runs = zip(*rows, strict=True)
+    blocks, taken = [[head]], 0
+    for run in runs:
+        width = 2 + max(map(len, run))
+        if len(blocks[-1]) > 1 and max(map(len, head)) + taken + width > columns:
+            blocks.append([head])
+            taken = 0
+        blocks[-1].append(run)
+        taken += width
+    return [_aligned([list(row) for row in zip(*block, strict=True)]) for block in blocks]
 
 
 def _aligned(rows: list[list[str]]) -> str:

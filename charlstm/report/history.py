@@ -11,6 +11,7 @@ from charlstm.config import Config
 from charlstm.inference.score import FIGURES
 from charlstm.run import estimate, run_directory
 from charlstm.run.services import HEARTBEATS
+from charlstm.run.step_directory import StepDirectory
 
 SILENT = 15.0  # seconds without a heartbeat after which a run counts as stopped
 BY = {"steps": "step", "symbols": "symbols read", "time": "seconds"}  # what curves are drawn by -> its name
@@ -51,7 +52,8 @@ class History(NamedTuple):
         scores = [(line[figure], line["step"]) for line in self.records if _scored(line, figure, "valid")]
         trained = [line for line in self.records if line["split"] == "train"]
         best, best_step = min(scores, default=(None, None))
-        step = last.get("step", 0)
+        # A run that was stopped between two lines has saved a later step than the last one has.
+        step = max([last.get("step", 0), *StepDirectory(self.run_dir / "checkpoints").steps()])
         return {
             "run": self.name,
             "state": self.state,

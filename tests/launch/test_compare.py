@@ -65,6 +65,17 @@ def test_a_run_that_goes_on_to_more_steps_is_not_finished_yet(runs, tmp_path):
     assert history.read(run_dir).state == "stopped"
 
 
+def test_a_run_that_was_stopped_between_two_lines_is_at_the_step_that_it_saved(runs, tmp_path):
+    run_dir = shutil.copytree(runs[0], tmp_path / "run")
+    (run_dir / "checkpoints" / "40").rename(run_dir / "checkpoints" / "43")
+    row = history.read(run_dir).row("bits_per_byte")
+    assert (row["step"], row["symbols"], row["last"]) == (
+        43,
+        43 * 16 * 16,
+        history.read(Path(runs[0])).row("bits_per_byte")["last"],
+    )
+
+
 def test_runs_of_characters_alone_are_compared_per_character_others_per_byte():
     line = {"split": "valid", "bits_per_byte": 2.0, "bits_per_character": 2.0, "bits_per_symbol": 2.0}
     a, b, c = (
@@ -83,6 +94,22 @@ def test_the_terminal_shows_the_table_the_settings_that_differ_and_curves(runs, 
     assert "\x1b" not in curves and all(re.search(rf"│[^│]*{sign * 2}", curves) for sign in "12")
     monkeypatch.setattr(cli, "terminal_colors", lambda: 256)
     assert re.search("\x1b.*██.* first", shown(capsys, *runs)) and "│ 11" not in shown(capsys, runs[0])
+
+
+def test_settings_of_many_runs_stand_below_each_other_in_the_width_of_the_terminal(runs, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "70")
+    read = history.read_all([history.Path(run) for run in runs])
+    long = [
+        run._replace(
+            name=f"run-{number}", config=config_lib.replace(run.config, corpus=f"{'/folder' * 9}/{number}.txt")
+        )
+        for number, run in enumerate(read * 4)
+    ]
+    _, *settings = compare.tables(long, "bits_per_byte")
+    lines = "\n".join(settings).split("\n")
+    assert max(map(len, lines)) <= 70 and len(settings) == 4
+    for number in range(8):
+        assert any(line.endswith(f"/{number}.txt") or f"/{number}.txt  …" in line for line in lines)
 
 
 @pytest.mark.parametrize("color", [False, True])
