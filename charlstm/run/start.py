@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -27,6 +27,11 @@ from data_pipeline.streams import StreamPlan
 ChooseMesh = Callable[[Config], Mesh]
 
 
+def due(step: int, every: int, last: int = 0) -> bool:
+    """True if `step` is a multiple of `every` (0 disables), or the last step."""
+    return step == last or (every > 0 and step % every == 0)
+
+
 class Run(NamedTuple):
     """A run ready to train: its directory, settings, text, devices and compiled update."""
 
@@ -46,6 +51,14 @@ class Run(NamedTuple):
     def separator(self) -> Separator:
         """Separator that ends a document; () if documents are not told apart."""
         return run_directory.separator(self.config, self.corpus.vocabulary)
+
+    def is_planned(self, meta: dict[str, Any]) -> bool:
+        """True of a checkpoint to roll back to: one that the run makes even if nothing ever stops it."""
+        settings, step, sums = self.config.training, meta["step"], meta["sums"] or {}
+        if settings.on_divergence != "rollback" or sums.get("evaluation_due"):
+            return False
+        evaluated = "valid" in self.corpus.splits and due(step, settings.evaluate_every)
+        return evaluated or due(step, settings.checkpoint_every)
 
     def open_windows(self, start: int) -> Windows:
         """The windows of this process's streams, from number `start` on."""
