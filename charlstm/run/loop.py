@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
+from charlstm import config as config_lib
 from charlstm import distributed
 from charlstm.run import announce, corpus, digest, memory, replicas, run_directory, run_lock, samples
 from charlstm.run.checkpoint import Checkpoints, Wanted
@@ -170,7 +171,13 @@ class Training:
             made_with = run_directory.check_checkpoint(meta["identity"], run.config, run.identity, run.run_dir)
             corpus.check_what_was_read(made_with, run.config, int(state.divergence.next_window))
             self.log.info(f"continuing from the checkpoint of step {int(state.step)}")
-            return state, meta["bits_per_symbol"], meta["sums"]
+            score, sums = meta["bits_per_symbol"], meta["sums"]
+            if self._valid and (changed := config_lib.score_changes(made_with, run.config)):
+                self.log.info(
+                    f"new scores do not compare with those so far ({changed}): best and stop_after begin anew"
+                )
+                score, sums = None, sums and sums | {"best": None, "without_gain": 0}
+            return state, score, sums
         state = train_state.place(run.mesh, train_state.init(run.config, V))
         return (state if run.params is None else train_state.with_params(run.config, state, run.params)), None, None
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from charlstm.config import SCORE_SETTINGS
 from charlstm.run.sealing import ALONE, Damaged, read_meta, verify
 from data_pipeline.atomic_files import sync
 
@@ -93,9 +94,17 @@ class StepDirectory:
         return found
 
     def by_score(self) -> list[int]:
-        """The steps that were validated, the lowest score first, the earlier of equals first."""
-        scores = {step: meta["bits_per_symbol"] for step, meta in self.sealed().items()}
-        return sorted((step for step in scores if scores[step] is not None), key=lambda step: scores[step])
+        """The steps validated with the newest SCORE_SETTINGS, the lowest score first, the earlier of equals first."""
+        return next(iter(self._ranked()), [])
+
+    def _ranked(self) -> list[list[int]]:
+        """The validated steps in groups whose scores compare, the newest group first, each as `by_score`."""
+        groups: dict[str, list[int]] = {}
+        sealed = self.sealed()
+        for step, meta in reversed(sealed.items()):
+            if meta["bits_per_symbol"] is not None:
+                groups.setdefault(_score_settings(meta), []).append(step)
+        return [sorted(steps, key=lambda step: (sealed[step]["bits_per_symbol"], step)) for steps in groups.values()]
 
     def planned(self) -> list[int]:
         """The planned steps, the newest first."""
@@ -188,8 +197,11 @@ class StepDirectory:
         shutil.rmtree(target, ignore_errors=True)
 
     def remove_old(self, keep: int) -> None:
-        """Leaves the newest `keep`, the best and the newest planned.  Those without a seal are left for `read`."""
-        besides = self.by_score()[:1] + self.planned()[:1]
+        """Leaves the newest `keep`, the best and the newest planned.  Those without a seal are left for `read`.
+
+        A run that was scored with several SCORE_SETTINGS keeps the best by each.
+        """
+        besides = [steps[0] for steps in self._ranked()] + self.planned()[:1]
         for step in list(self.sealed())[:-keep]:
             if step not in besides:
                 self.remove(step)
@@ -216,3 +228,8 @@ class StepDirectory:
 
     def _unique(self, step: int, why: str) -> Path:
         return self.path / f"{step}.{why}-{uuid.uuid4().hex[:12]}"  # the same step may be damaged twice
+
+
+def _score_settings(meta: dict[str, Any]) -> str:
+    settings = [setting for section in meta["identity"]["config"].values() for setting in section.items()]
+    return json.dumps([setting for setting in settings if setting[0] in SCORE_SETTINGS])
