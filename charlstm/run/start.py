@@ -1,5 +1,6 @@
 """Starts a run, new or resumed.  Refuses here, before the run writes anything, all that can be refused."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,8 @@ from data_pipeline.loader import Windows, open_windows
 from data_pipeline.progress import announced
 from data_pipeline.shards import Corpus
 from data_pipeline.streams import StreamPlan
+
+_LOCAL = ("mixture", "reader_threads", "read_ahead")  # settings that each process may have its own way
 
 ChooseMesh = Callable[[Config], Mesh]
 
@@ -141,6 +144,7 @@ def start(
     identity = Identity(corpus.vocabulary, corpus.fingerprint)
     initial = str(run_directory.named("initial_checkpoint", initial)) if initial else ""
     resumed, config, remarks = _settings(run_dir, config, identity, initial, choose_mesh)
+    _require_agreement(config, identity)
     config, mesh = corpus_lib.fix_segment(config, corpus), choose_mesh(config)
     plan, corpus = check(config, corpus, mesh, fixed=resumed), corpus_lib.as_read(config, corpus)
     config, remark = backend.chosen(config, corpus, plan, mesh, end)
@@ -185,6 +189,24 @@ def _settings(
                 raise
             remarks = [f"begun anew, as there was no checkpoint yet: {str(refused).partition(': give ')[0]}"]
     return False, config_lib.fill_automatic(wanted, choose_mesh(wanted).size), remarks
+
+
+def _require_agreement(config: Config, identity: Identity) -> None:
+    """Raises ValueError, on all processes, where one has other settings or another text than the first.
+
+    Each may have the text elsewhere, and read it ahead in its own way.
+    """
+    own: dict[str, Any] = {"corpus_fingerprint": identity.corpus_fingerprint}
+    for name, (section, field) in config_lib.flatten(config).items():
+        if name not in _LOCAL and not (section == "corpus" and field.metadata["mutable"]):
+            own[name] = getattr(getattr(config, section), name)
+    first, *others = map(json.loads, distributed.all_gather_str(json.dumps(own)))
+    for process, other in enumerate(others, 1):
+        if differing := [f"{name}: {first[name]} -> {other[name]}" for name in own if first[name] != other[name]]:
+            raise ValueError(
+                f"process {process} has other settings than process 0 ({'; '.join(differing)}): start all processes of "
+                "a job with the same"
+            )
 
 
 def _require_memory(config: Config, corpus: Corpus, mesh: Mesh, train_step: jax.stages.Wrapped) -> list[str]:
