@@ -18,6 +18,8 @@ from data_pipeline.vocabulary import escaped_bytes
 
 # Settings that determine when the validation split is scored, and the exact bits of the score.
 EVALUATION_SETTINGS = ("evaluate_every", "evaluate_symbols", "eval_chunk", "burn_in", "evaluation_batch_size")
+# Those of them that say what a score is of: scores with other values do not compare.
+SCORE_SETTINGS = ("evaluate_symbols", "eval_chunk", "burn_in")
 # Values that mean automatic: the run chooses the setting when it starts.
 AUTOMATIC = {"logical_shards": 0, "decay_steps": 0, "decay_rate": 0, "lstm_backend": "auto", "segment": -1}
 VERSION = 2  # of config.json: 1 had other names of settings
@@ -208,6 +210,11 @@ def diff(run: Config, now: Config) -> tuple[list[str], list[str]]:
         if old != new and new != AUTOMATIC.get(name) and not _is_same_separator(name, old, new):
             (mutable if field.metadata["mutable"] and name not in held else forbidden).append(f"{name}: {old} -> {new}")
     return forbidden, mutable
+
+
+def score_changes(run: Config, now: Config) -> str:
+    """Lists, as `diff`, the SCORE_SETTINGS that `now` changes; "" if none, and scores of both compare."""
+    return "; ".join(change for change in diff(run, now)[1] if change.startswith(SCORE_SETTINGS))
 
 
 def _is_same_separator(name: str, old: Any, new: Any) -> bool:

@@ -127,7 +127,7 @@ class TrainingConfig:
         "stop",
         "Reaction to an update that is not accepted (a loss, gradient or parameter that is not finite, a spike of the "
         "loss, a non-finite row of recurrent state): stop; skip the update and zero such rows; or rollback, to the "
-        "newest checkpoint, leaving out the windows read since.",
+        "newest checkpoint that was due, leaving out the windows read since.",
         choices=("stop", "skip", "rollback"),
         mutable=True,
     )
@@ -175,7 +175,11 @@ class TrainingConfig:
     )
     sample_length: int = setting(300, "Symbols of each of these samples.", mutable=True)
     sample_temperature: float = setting(0.8, "Divides the logits of these samples; 0: the most probable.", mutable=True)
-    keep_checkpoints: int = setting(3, "Newest checkpoints kept; the best on validation is kept besides.", mutable=True)
+    keep_checkpoints: int = setting(
+        3,
+        "Newest checkpoints kept; the best on validation is kept besides, and for rollback the newest that was due.",
+        mutable=True,
+    )
 
     def __post_init__(self) -> None:
         check_choices(self)

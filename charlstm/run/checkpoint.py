@@ -32,7 +32,7 @@ from charlstm.run.sealing import Damaged
 from charlstm.run.step_directory import StepDirectory
 from charlstm.types import ModelParams, TrainState
 
-Wanted = int | Literal["best"] | None  # a step, the best on validation, or the newest
+Wanted = int | Literal["best", "planned"] | None  # a step, the best on validation, the newest planned, or the newest
 Found = TypeVar("Found")
 
 
@@ -53,13 +53,15 @@ class Checkpoints:
         *,
         keep: int = 3,
         writable: bool = True,
+        is_planned: Callable[[dict[str, Any]], bool] = lambda meta: False,
         log: Callable[[str], None],
         beat: Callable[[], None] = lambda: None,
     ) -> None:
         """Opens `directory`; a writer makes it and clears up what a killed process left unfinished.
 
         Args:
-          keep: the newest checkpoints to keep (1 or more); the best on validation is kept besides.
+          keep: the newest checkpoints to keep (1 or more); the best on validation and the newest planned besides.
+          is_planned: whether a checkpoint, by its `meta`, is one to go back to.
           log: takes one line; called from a background thread too.
           beat: called again and again while files are verified: it takes long, and gets on.
 
@@ -70,7 +72,8 @@ class Checkpoints:
         self.failed_saves = 0
         self.last_failure: str | None = None
         self.newest: int | None = None  # step that is whole on disk, as far as this process has saved or restored it
-        self._files = StepDirectory(directory.resolve(), beat)  # TensorStore takes no path that is relative or has ..
+        # TensorStore takes no path that is relative or has .. in it.
+        self._files = StepDirectory(directory.resolve(), beat, is_planned)
         self._keep, self._writable, self._log = keep, writable, log
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
@@ -165,14 +168,15 @@ class Checkpoints:
             step, lambda candidate: self._files.read_by_all(candidate, None, distributed.all_gather_str)
         )[0]
 
-    def restore(self, abstract: TrainState, *, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
+    def restore(self, abstract: TrainState, *, step: Wanted = None) -> tuple[TrainState, dict[str, Any]]:
         """The state that was saved, and its meta (as `read_meta`).
 
-        Without `step`, damaged checkpoints are logged and skipped; a writer that finds a whole one sets them aside.
+        Without a step's number, damaged checkpoints are logged and skipped; a writer that finds a whole one sets them
+        aside.
 
         Args:
           abstract: a jax.ShapeDtypeStruct for each leaf, with the sharding it shall have, on any number of devices.
-          step: None for the newest whole one.
+          step: None for the newest whole one; "planned" for the newest planned one, or where none is, the newest.
 
         Raises:
           ValueError: there is no such step, or it is damaged, or it holds other leaves, shapes or types.
@@ -216,7 +220,7 @@ class Checkpoints:
         self.failed_saves, self.last_failure, self.newest = 0, None, meta["step"]
         if distributed.is_first_process():
             try:
-                self._files.remove_old(self._keep, self.best())
+                self._files.remove_old(self._keep)
             except OSError as error:
                 self._log(f"old checkpoints in {self._files.path} could not be removed: {error}")
 

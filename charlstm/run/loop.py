@@ -10,13 +10,14 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
+from charlstm import config as config_lib
 from charlstm import distributed
 from charlstm.run import announce, corpus, digest, memory, replicas, run_directory, run_lock, samples
-from charlstm.run.checkpoint import Checkpoints
+from charlstm.run.checkpoint import Checkpoints, Wanted
 from charlstm.run.log import RunLog
 from charlstm.run.metrics import Diverged, MetricAggregator, finite_score, time_left
 from charlstm.run.services import Outcome, Services
-from charlstm.run.start import Run
+from charlstm.run.start import Run, due
 from charlstm.run.validation import Interrupted, Validation
 from charlstm.training import averaging, train_state
 from charlstm.types import Metrics, TrainState
@@ -47,13 +48,8 @@ def train(run: Run, services: Services, given: Sequence[str] = (), terminal: Tex
         for remark in run.remarks:
             log.info(remark)
         place, keep = run.run_dir / "checkpoints", run.config.training.keep_checkpoints
-        checkpoints = opened.enter_context(Checkpoints(place, keep=keep, log=log.info, beat=services.beat))
-        return Training(run, checkpoints, log, services).train()
-
-
-def due(step: int, every: int, last: int = 0) -> bool:
-    """True if `step` is a multiple of `every` (0 disables), or the last step."""
-    return step == last or (every > 0 and step % every == 0)
+        checkpoints = Checkpoints(place, keep=keep, is_planned=run.is_planned, log=log.info, beat=services.beat)
+        return Training(run, opened.enter_context(checkpoints), log, services).train()
 
 
 class Training:
@@ -109,6 +105,9 @@ class Training:
         settings = self.run.config.training
         step, last = int(state.step), settings.num_steps
         saved = step or None  # what is on disk already is not saved again: it would lose its score
+        if not step and settings.on_divergence == "rollback":  # to go back to, also where a stop makes the first one
+            self.save(state, None)
+            saved = step
         if self.metrics.evaluation_due:
             state, score = self.evaluate_and_sample(step, state)
             if score is not None:
@@ -164,22 +163,28 @@ class Training:
         """Keeps a line of metrics.jsonl; the run's `final` one has a digest of the state."""
         self.log.record(record | ({"state_digest": digest.state_digest(state)} if final else {}))
 
-    def restore(self) -> tuple[TrainState, float | None, dict[str, Any] | None]:
-        """Returns (state, validation score, metric sums): of the newest whole checkpoint, or of a new run."""
+    def restore(self, wanted: Wanted = None) -> tuple[TrainState, float | None, dict[str, Any] | None]:
+        """Returns (state, validation score, metric sums): of the `wanted` whole checkpoint, or of a new run."""
         run, V = self.run, self.run.corpus.vocabulary.size
         if distributed.any_process(bool(self.checkpoints.steps())):
-            state, meta = self.checkpoints.restore(train_state.abstract(run.config, V, run.mesh))
+            state, meta = self.checkpoints.restore(train_state.abstract(run.config, V, run.mesh), step=wanted)
             made_with = run_directory.check_checkpoint(meta["identity"], run.config, run.identity, run.run_dir)
             corpus.check_what_was_read(made_with, run.config, int(state.divergence.next_window))
             self.log.info(f"continuing from the checkpoint of step {int(state.step)}")
-            return state, meta["bits_per_symbol"], meta["sums"]
+            score, sums = meta["bits_per_symbol"], meta["sums"]
+            if self._valid and (changed := config_lib.score_changes(made_with, run.config)):
+                self.log.info(
+                    f"new scores do not compare with those so far ({changed}): best and stop_after begin anew"
+                )
+                score, sums = None, sums and sums | {"best": None, "without_gain": 0}
+            return state, score, sums
         state = train_state.place(run.mesh, train_state.init(run.config, V))
         return (state if run.params is None else train_state.with_params(run.config, state, run.params)), None, None
 
     def set_back(self, state: TrainState, sums: dict[str, Any] | None) -> None:
         """Sets the metrics, and the lines that were written of them, to the step of `state`."""
         step = int(state.step)
-        self._left_out, self._went_back = skipped_windows(state), int(state.divergence.rollbacks)
+        self._left_out, self._went_back = train_state.skipped_windows(state), int(state.divergence.rollbacks)
         self.metrics.restart(sums, self._left_out)
         self.metrics.evaluation_due &= self.evaluates(step)  # not of a last step that is none any more
         self.log.rewind(step, evaluated=not self.metrics.evaluation_due)
@@ -282,7 +287,7 @@ class Training:
         if training.on_divergence != "rollback":
             raise diverged
         self.checkpoints.wait()
-        state, score, sums = self.restore()
+        state, score, sums = self.restore("planned")
         # Counted from how this try began: the checkpoint knows of no rollback whose own save has failed.
         rollbacks = self._went_back + 1
         if rollbacks > training.max_rollbacks:
@@ -308,11 +313,6 @@ class Training:
         outcome, sentence = announce.ending(self.run, self.metrics, self.checkpoints, step, seconds, self.gave_up)
         self.log.info(sentence)
         return outcome
-
-
-def skipped_windows(state: TrainState) -> int:
-    """Windows of each stream that the run has passed over."""
-    return int(state.divergence.next_window) - int(state.step)
 
 
 def _drifted(step: int, differing: str) -> Diverged:

@@ -1,8 +1,10 @@
 """Starts a run, new or resumed.  Refuses here, before the run writes anything, all that can be refused."""
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -24,7 +26,14 @@ from data_pipeline.progress import announced
 from data_pipeline.shards import Corpus
 from data_pipeline.streams import StreamPlan
 
+_LOCAL = ("mixture", "reader_threads", "read_ahead")  # settings that each process may have its own way
+
 ChooseMesh = Callable[[Config], Mesh]
+
+
+def due(step: int, every: int, last: int = 0) -> bool:
+    """True if `step` is a multiple of `every` (0 disables), or the last step."""
+    return step == last or (every > 0 and step % every == 0)
 
 
 class Run(NamedTuple):
@@ -46,6 +55,14 @@ class Run(NamedTuple):
     def separator(self) -> Separator:
         """Separator that ends a document; () if documents are not told apart."""
         return run_directory.separator(self.config, self.corpus.vocabulary)
+
+    def is_planned(self, meta: dict[str, Any]) -> bool:
+        """True of a checkpoint to roll back to: one that the run makes even if nothing ever stops it."""
+        settings, step, sums = self.config.training, meta["step"], meta["sums"] or {}
+        if settings.on_divergence != "rollback" or sums.get("evaluation_due"):
+            return False
+        evaluated = "valid" in self.corpus.splits and due(step, settings.evaluate_every)
+        return evaluated or due(step, settings.checkpoint_every)
 
     def open_windows(self, start: int) -> Windows:
         """The windows of this process's streams, from number `start` on."""
@@ -130,6 +147,7 @@ def start(
     identity = Identity(corpus.vocabulary, corpus.fingerprint)
     initial = str(run_directory.named("initial_checkpoint", initial)) if initial else ""
     resumed, config, remarks = _settings(run_dir, config, identity, initial, choose_mesh)
+    _require_agreement(config, identity)
     config, mesh = corpus_lib.fix_segment(config, corpus), choose_mesh(config)
     plan, corpus = check(config, corpus, mesh, fixed=resumed), corpus_lib.as_read(config, corpus)
     config, remark = backend.chosen(config, corpus, plan, mesh, end)
@@ -176,6 +194,27 @@ def _settings(
                 raise
             remarks = [f"begun anew, as there was no checkpoint yet: {str(refused).partition(': give ')[0]}"]
     return False, config_lib.fill_automatic(wanted, choose_mesh(wanted).size), remarks
+
+
+def _require_agreement(config: Config, identity: Identity) -> None:
+    """Raises ValueError, on all processes, where one has other settings or another text than the first.
+
+    Each may have the text elsewhere, and read it ahead in its own way.
+    """
+    own: dict[str, Any] = {"corpus_fingerprint": identity.corpus_fingerprint}
+    for name, (section, field) in config_lib.flatten(config).items():
+        if name not in _LOCAL and not (section == "corpus" and field.metadata["mutable"]):
+            own[name] = getattr(getattr(config, section), name)
+    written = json.dumps(own)
+    if len(set(distributed.all_gather_str(hashlib.sha256(written.encode()).hexdigest()))) == 1:
+        return
+    first, *others = map(json.loads, distributed.all_gather_str(written))
+    for process, other in enumerate(others, 1):
+        if differing := [f"{name}: {first[name]} -> {other[name]}" for name in own if first[name] != other[name]]:
+            raise ValueError(
+                f"process {process} has other settings than process 0 ({'; '.join(differing)}): start all processes of "
+                "a job with the same"
+            )
 
 
 def _require_memory(config: Config, corpus: Corpus, mesh: Mesh, train_step: jax.stages.Wrapped) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
+from charlstm.config import SCORE_SETTINGS
 from charlstm.run.sealing import ALONE, Damaged, read_meta, verify
 from data_pipeline.atomic_files import sync
 
@@ -31,13 +32,19 @@ class StepDirectory:
     step was set aside; it is kept for inspection.
     """
 
-    def __init__(self, path: Path, beat: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        beat: Callable[[], None] = lambda: None,
+        is_planned: Callable[[dict[str, Any]], bool] = lambda meta: False,
+    ) -> None:
         """Names a directory, which need not be there.
 
         Args:
           beat: called again and again while files are verified, as `verify` does.
+          is_planned: whether the step of a `meta` is among those to go back to.
         """
-        self.path, self._beat = path, beat
+        self.path, self._beat, self._is_planned = path, beat, is_planned
 
     def require_seen(self) -> None:
         """Raises ValueError on a process of a job that does not see what another one has made."""
@@ -58,7 +65,7 @@ class StepDirectory:
         return sorted(int(name) for name in names if _STEP.fullmatch(name))
 
     def candidates(self, wanted: int | str | None) -> list[int]:
-        """The steps to try, in order: `wanted` alone; with "best", the best first; with None, the newest first.
+        """The steps to try, in order: `wanted` alone; the best or the planned first; with None, the newest first.
 
         Raises:
           ValueError: there is none, or not that one.
@@ -71,8 +78,8 @@ class StepDirectory:
                 there = ", ".join(map(str, steps))
                 raise ValueError(f"there is no checkpoint {wanted} in {self.path}: choose one of {there}")
             return [wanted]
-        scored = self.by_score() if wanted == "best" else []
-        return scored + [step for step in reversed(steps) if step not in scored]
+        first = self.by_score() if wanted == "best" else self.planned() if wanted == "planned" else []
+        return first + [step for step in reversed(steps) if step not in first]
 
     def none_whole(self, steps: list[int]) -> ValueError:
         there = ", ".join(map(str, sorted(steps)))
@@ -87,9 +94,21 @@ class StepDirectory:
         return found
 
     def by_score(self) -> list[int]:
-        """The steps that were validated, the lowest score first, the earlier of equals first."""
-        scores = {step: meta["bits_per_symbol"] for step, meta in self.sealed().items()}
-        return sorted((step for step in scores if scores[step] is not None), key=lambda step: scores[step])
+        """The steps validated with the newest SCORE_SETTINGS, the lowest score first, the earlier of equals first."""
+        return next(iter(self._ranked()), [])
+
+    def _ranked(self) -> list[list[int]]:
+        """The validated steps in groups whose scores compare, the newest group first, each as `by_score`."""
+        groups: dict[str, list[int]] = {}
+        sealed = self.sealed()
+        for step, meta in reversed(sealed.items()):
+            if meta["bits_per_symbol"] is not None:
+                groups.setdefault(_score_settings(meta), []).append(step)
+        return [sorted(steps, key=lambda step: (sealed[step]["bits_per_symbol"], step)) for steps in groups.values()]
+
+    def planned(self) -> list[int]:
+        """The planned steps, the newest first."""
+        return [step for step, meta in reversed(self.sealed().items()) if self._is_planned(meta)]
 
     def read(self, step: int, items: Collection[str] | None = None, share: tuple[int, int] = ALONE) -> dict[str, Any]:
         """The `meta` of `step`; with `items`, after all files of these were verified, or a `share` (see `verify`).
@@ -177,10 +196,14 @@ class StepDirectory:
         os.rename(self.step(step), target)
         shutil.rmtree(target, ignore_errors=True)
 
-    def remove_old(self, keep: int, besides: int | None) -> None:
-        """Leaves the newest `keep`, and the step `besides`.  One without a seal is left for `read` to judge."""
+    def remove_old(self, keep: int) -> None:
+        """Leaves the newest `keep`, the best and the newest planned.  Those without a seal are left for `read`.
+
+        A run that was scored with several SCORE_SETTINGS keeps the best by each.
+        """
+        besides = [steps[0] for steps in self._ranked()] + self.planned()[:1]
         for step in list(self.sealed())[:-keep]:
-            if step != besides:
+            if step not in besides:
                 self.remove(step)
 
     def clear_staging(self, step: int) -> None:
@@ -205,3 +228,8 @@ class StepDirectory:
 
     def _unique(self, step: int, why: str) -> Path:
         return self.path / f"{step}.{why}-{uuid.uuid4().hex[:12]}"  # the same step may be damaged twice
+
+
+def _score_settings(meta: dict[str, Any]) -> str:
+    settings = [setting for section in meta["identity"]["config"].values() for setting in section.items()]
+    return json.dumps([setting for setting in settings if setting[0] in SCORE_SETTINGS])

@@ -121,11 +121,18 @@ def remarks(config: OptimizerConfig, training: TrainingConfig, steps_per_epoch: 
     waits = {"the learning rate never drops": (config.plateau_patience, config.plateau_latest, "schedule=plateau")}
     waits["the average never begins"] = config.average_patience, config.average_latest, "average=asgd"
     for what, (patience, latest, flag) in waits.items():
-        evaluations = (
-            (num_steps - 1) // training.evaluate_every if training.evaluate_every else 0
-        )  # before the last update
+        # Those before the last update.
+        evaluations = (num_steps - 1) // training.evaluate_every if training.evaluate_every else 0
         needed = min(patience + 1, latest or patience + 1)
-        if flag in (f"schedule={config.schedule}", f"average={config.average}") and patience and evaluations < needed:
+        if flag not in (f"schedule={config.schedule}", f"average={config.average}") or not patience:
+            continue
+        stops_first = 0 < training.stop_after <= patience and not 0 < latest <= evaluations
+        if stops_first and not resumed:  # which may have dropped, or begun to average, already
+            yield (
+                f"{what}: {flag} waits for {patience} evaluations without gain, and stop_after={training.stop_after} "
+                "ends the run no later"
+            )
+        elif evaluations < needed:
             yield (
                 f"{what}: {flag} waits for {needed} evaluations or more, and the run has {evaluations}, as "
                 f"evaluate_every={training.evaluate_every} and num_steps={num_steps}"

@@ -57,6 +57,11 @@ def update_plateau(config: Config, mesh: Mesh, state: TrainState, score: float) 
     return state._replace(plateau=distributed.put(mesh, distributed.REPLICATED, updated))
 
 
+def skipped_windows(state: TrainState) -> int:
+    """Windows of each stream that the run has passed over."""
+    return int(state.divergence.next_window) - int(state.step)
+
+
 def roll_back(mesh: Mesh, state: TrainState, windows: int, rollbacks: int) -> TrainState:
     """Makes the run's `rollbacks`-th rollback, to `state`, skipping `windows`; if any, resets the recurrent state."""
     counts = np.int32(int(state.divergence.next_window) + windows), np.int32(rollbacks)

@@ -1,5 +1,7 @@
 """The first start of a job: one process looks at the text and prepares it, and what goes wrong there ends all."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +11,9 @@ from charlstm.config import Config, replace
 from charlstm.run import corpus as corpus_lib
 from data_pipeline.directory import Directory
 from launch.support import cli
+from tests.compiling import xla_flags
+from tests.conftest import ROOT
+from tests.faults.by_hand import free_port
 from tests.jobs import job
 from tests.launch.conftest import process
 
@@ -59,6 +64,20 @@ def test_a_text_that_the_first_process_refuses_ends_all_with_its_sentence(conten
     refusals = [line for line in done.stderr.splitlines() if "launch.train: " in line]
     assert done.returncode == cli.MISTAKE and len(refusals) == 2, done.stderr
     assert "Traceback" not in done.stderr and "starting again" not in done.stderr
+
+
+def test_processes_with_different_settings_are_refused_with_both_values(arguments, tmp_path):
+    command = [sys.executable, "-m", "launch.train", *arguments, f"--run_dir={tmp_path / 'run'}"]
+    command += [f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
+    environment = os.environ | {"XLA_FLAGS": xla_flags(1), "PYTHONPATH": str(ROOT)}
+    own = [("--process_id=0", "--learning_rate=2e-3"), ("--process_id=1", "--learning_rate=3e-3", "--read_ahead=4")]
+    how = {"cwd": ROOT, "env": environment, "stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen([*command, *flags], **how) for flags in own]
+    said = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [cli.MISTAKE] * 2, said
+    sentence = "process 1 has other settings than process 0 (learning_rate: 0.002 -> 0.003)"
+    assert all(sentence in lines for lines in said), said
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_prepared_corpus_is_looked_at_once_and_not_at_all_by_the_processes_that_follow(folder, trained, monkeypatch):

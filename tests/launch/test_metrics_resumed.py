@@ -140,9 +140,16 @@ def test_what_was_gone_back_from_is_in_no_line_and_windows_left_out_are_in_the_e
     }
 
 
-@pytest.mark.long
-def test_one_that_went_back_is_resumed_with_the_same_metrics(back, go, folder):
-    flags = ("--on_divergence=rollback",)
-    go("back, killed", *flags, poisoned=33, at=38, end=kill)
-    assert go("back, killed", *flags, poisoned=33)[0] == cli.DONE
-    assert but_for_time(folder, "back, killed") == but_for_time(folder, "back")
+@pytest.mark.parametrize(
+    ("poisoned", "end", "at"),
+    [pytest.param(33, kill, 38, marks=pytest.mark.long), (33, interrupt, 32), (5, interrupt, 4)],
+    ids=["killed later", "stopped before", "stopped before the first checkpoint"],
+)
+def test_one_that_goes_back_is_resumed_with_the_same_metrics(poisoned, end, at, back, go, folder):
+    flags, straight = ("--on_divergence=rollback", "--keep_checkpoints=1"), "back" if poisoned == 33 else "back early"
+    if poisoned != 33:
+        assert go(straight, *flags, poisoned=poisoned)[0] == cli.DONE
+    name = f"{straight}, ended at {at}"
+    go(name, *flags, poisoned=poisoned, at=at, end=end)
+    assert go(name, *flags, poisoned=poisoned)[0] == cli.DONE
+    assert but_for_time(folder, name) == but_for_time(folder, straight)

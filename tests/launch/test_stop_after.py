@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from charlstm.run.checkpoint import Checkpoints
 from launch import train
 from launch.support import cli
 from tests.launch.conftest import refusal, steps
@@ -49,6 +50,17 @@ def test_started_again_it_has_nothing_to_do_unless_it_may_wait_longer(stopped, a
     assert go(run_dir, arguments, "--stop_after=2") == cli.DONE and steps(run_dir) == [10, 20, 30]
     assert "a larger --stop_after goes on" in (run_dir / "log.txt").read_text()
     assert go(run_dir, arguments, "--stop_after=3") == cli.DONE and steps(run_dir) == [10, 20, 30, 40]
+
+
+def test_scores_of_other_settings_are_not_compared(stopped, arguments, tmp_path):
+    run_dir = shutil.copytree(stopped, tmp_path / "changed")
+    assert go(run_dir, arguments, "--stop_after=2", "--eval_chunk=4", "--burn_in=0", "--num_steps=90") == cli.DONE
+    assert steps(run_dir) == [10, 20, 30, 40, 50, 60]
+    assert "new scores do not compare with those so far (eval_chunk: 512 -> 4; burn_in: 64 -> 0)" in (
+        (run_dir / "log.txt").read_text()
+    )
+    with Checkpoints(run_dir / "checkpoints", writable=False, log=print) as checkpoints:
+        assert checkpoints.best() == 40
 
 
 def test_a_run_that_never_validates_is_refused(arguments, tmp_path):

@@ -168,6 +168,16 @@ def test_the_newest_and_the_best_are_kept_and_known_after_reopening(tmp_path):
     assert names(tmp_path) == ["2", "5", "6"]
 
 
+def test_scores_with_other_settings_are_not_compared_and_the_best_by_either_is_kept(tmp_path):
+    save_all(tmp_path, (1, 1.0), (2, 1.5))
+    config = IDENTITY["config"] | {"evaluation": {"burn_in": 0, "evaluation_batch_size": 4}}
+    with Checkpoints(tmp_path, keep=1, log=print) as checkpoints:
+        for step, score in ((3, 2.0), (4, 2.5), (5, None)):
+            checkpoints.save(make_state(step), IDENTITY | {"config": config}, score)
+    with Checkpoints(tmp_path, writable=False, log=print) as checkpoints:
+        assert (checkpoints.steps(), checkpoints.best()) == ([1, 3, 5], 3)
+
+
 def test_a_metric_that_is_no_number_never_replaces_the_best(tmp_path):
     infinity = float("inf")
     save_all(

@@ -16,8 +16,9 @@ from charlstm.config.training import TrainingConfig
 from charlstm.inference.score import Score
 from charlstm.run import digest
 from charlstm.run.log import RunLog
-from charlstm.run.loop import Training, due
+from charlstm.run.loop import Training
 from charlstm.run.metrics import Diverged, MetricAggregator
+from charlstm.run.start import due
 from charlstm.training import averaging, divergence, plateau
 from charlstm.types import Metrics, ModelParams, TrainState
 

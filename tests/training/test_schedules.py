@@ -204,8 +204,8 @@ def test_a_decay_rate_below_zero_is_refused():
 PLATEAU = dict(schedule="plateau", plateau_patience=3)
 
 
-def remarks(num_steps=100, evaluate_every=10, resumed=False, **settings) -> list[str]:
-    training = TrainingConfig(num_steps=num_steps, evaluate_every=evaluate_every)
+def remarks(num_steps=100, evaluate_every=10, stop_after=0, resumed=False, **settings) -> list[str]:
+    training = TrainingConfig(num_steps=num_steps, evaluate_every=evaluate_every, stop_after=stop_after)
     return list(schedules.remarks(OptimizerConfig(**settings), training, 10, resumed))
 
 
@@ -249,6 +249,16 @@ def remarks(num_steps=100, evaluate_every=10, resumed=False, **settings) -> list
             "the average never begins: average=asgd waits for 10 evaluations or more, and the run has 9, as "
             "evaluate_every=10 and num_steps=100",
         ),
+        (
+            PLATEAU | dict(stop_after=3, plateau_latest=10),
+            "the learning rate never drops: schedule=plateau waits for 3 evaluations without gain, and stop_after=3 "
+            "ends the run no later",
+        ),
+        (
+            dict(average="asgd", average_patience=4, stop_after=2),
+            "the average never begins: average=asgd waits for 4 evaluations without gain, and stop_after=2 ends the "
+            "run no later",
+        ),
     ],
 )
 def test_what_a_run_does_not_see_of_its_schedule_is_said(settings, said):
@@ -268,6 +278,9 @@ def test_what_a_run_does_not_see_of_its_schedule_is_said(settings, said):
         dict(schedule="step", drop_epochs="9,20"),
         PLATEAU | dict(evaluate_every=24),
         PLATEAU | dict(evaluate_every=30, plateau_latest=3),
+        PLATEAU | dict(stop_after=4),
+        PLATEAU | dict(stop_after=3, plateau_latest=9),
+        PLATEAU | dict(stop_after=3, resumed=True),
         dict(average="asgd", average_patience=0, evaluate_every=0),
         dict(average="ema", evaluate_every=1000),
     ],
