@@ -5,7 +5,6 @@ CHARLSTM_RUNS=DIR    where the runs live; runs/notebooks by default
 """
 
 import atexit
-import concurrent.futures
 import contextlib
 import dataclasses
 import importlib
@@ -42,17 +41,11 @@ def flags(**settings) -> list[str]:
             for name, value in settings.items()]  # fmt: skip
 
 
-def apart(function, *arguments):
-    """What `function` gives, called in a thread of its own: Orbax refuses one with a running event loop, as here."""
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        return thread.submit(function, *arguments).result()
-
-
 def program(name: str, *arguments: str) -> str:
     """What `python -m NAME ARGUMENTS` prints on stdout, run within this process, which has started JAX already."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
-        status = apart(importlib.import_module(name).main, [name, *arguments])
+        status = importlib.import_module(name).main([name, *arguments])
     assert status == 0, f"{name} ended with status {status}"
     return printed.getvalue()
 
