@@ -50,16 +50,44 @@ def init(config: ModelConfig, key: jax.Array, input_width: int, hidden_size: int
     return params
 
 
-@compiler.jit
-def _column_norms(w_HG: jax.Array) -> jax.Array:
-    return jnp.linalg.norm(w_HG, axis=0)
-
-
 def recurrent_weights(params: CellParams) -> jax.Array:
     """Returns w_h with weight norm applied."""
     if params.gain is None:
         return params.w_h
-    return params.w_h * (params.gain / jnp.linalg.norm(params.w_h, axis=0))[None]
+    return _weight_norm(params.w_h, params.gain)
+
+
+@jax.custom_vjp
+def _weight_norm(w_HG: jax.Array, gain_G: jax.Array) -> jax.Array:
+    return w_HG * (gain_G / _column_norms(w_HG))[None]
+
+
+def _weight_norm_forward(w_HG: jax.Array, gain_G: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _weight_norm(w_HG, gain_G), (w_HG, gain_G)
+
+
+def _weight_norm_backward(saved: tuple[jax.Array, jax.Array], d_HG: jax.Array) -> tuple[jax.Array, jax.Array]:
+    w_HG, gain_G = saved
+    norm_G, d_HG = _column_norms(w_HG), _rounded(d_HG, w_HG)
+    direction_HG = w_HG * (1 / norm_G)[None]
+    dgain_G = _rounded(d_HG * direction_HG, d_HG).sum(0)
+    return (d_HG - _rounded(direction_HG * dgain_G[None], direction_HG)) * (gain_G / norm_G)[None], dgain_G
+
+
+_weight_norm.defvjp(_weight_norm_forward, _weight_norm_backward)
+
+
+@compiler.jit
+def _column_norms(w_HG: jax.Array) -> jax.Array:
+    squares_G = _rounded(w_HG * w_HG, w_HG).sum(0)
+    return _rounded(jnp.sqrt(squares_G), squares_G)
+
+
+def _rounded(x: jax.Array, of: jax.Array) -> jax.Array:
+    # Changes no value where x is NaN if `of` is.  XLA simplifies some programs more than others, and the same bits are
+    # wanted on any number of devices: a product is not contracted with an addition, nor a root divided by as rsqrt.
+    # For the same reason there are no quotients of quotients above, and none by a broadcast.
+    return jnp.where(jnp.isnan(of), of, x)
 
 
 def apply(

@@ -231,5 +231,5 @@ class StepDirectory:
 
 
 def _score_settings(meta: dict[str, Any]) -> str:
-    settings = [setting for section in meta["identity"]["config"].values() for setting in section.items()]
+    settings = [setting for section in meta["identity"].get("config", {}).values() for setting in section.items()]
     return json.dumps([setting for setting in settings if setting[0] in SCORE_SETTINGS])

@@ -39,6 +39,19 @@ def _cross_entropy_reverse(residuals, dnats_TB):
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_reverse)
 
 
+@jax.custom_vjp
+def _apart(x: jax.Array) -> jax.Array:
+    """Returns `x`; its gradient is rounded before it is added to another.
+
+    The `where` changes no value.  It keeps XLA from contracting a product with an addition, which it would do for some
+    numbers of devices and not for others.
+    """
+    return x
+
+
+_apart.defvjp(lambda x: (x, x), lambda x, dx: (jnp.where(jnp.isnan(x), x, dx),))
+
+
 def activation_penalties(
     config: OptimizerConfig, features_TBH: jax.Array, dropped_TBH: jax.Array, reset_TB: jax.Array
 ) -> jax.Array:
@@ -61,9 +74,9 @@ def activation_penalties(
     T, _, H = features_TBH.shape
     total = jnp.zeros((), dtype)
     if config.activation_penalty:
-        total += config.activation_penalty / H * jnp.square(dropped_TBH.astype(dtype)).sum()
+        total += config.activation_penalty / H * jnp.square(_apart(dropped_TBH.astype(dtype))).sum()
     if config.activation_change_penalty and T > 1:
-        h_TBH = features_TBH.astype(dtype)
-        change_TBH = jnp.where(reset_TB[1:, :, None], 0, h_TBH[1:] - h_TBH[:-1])
+        h_TBH = _apart(features_TBH.astype(dtype))
+        change_TBH = _apart(jnp.where(reset_TB[1:, :, None], 0, h_TBH[1:] - h_TBH[:-1]))
         total += config.activation_change_penalty / H * T / (T - 1) * jnp.square(change_TBH).sum()
     return total

@@ -14,6 +14,7 @@ from charlstm.inference.sampling import Sampling
 from charlstm.model import language_model, layer
 from charlstm.model.dropout import DropoutKey
 from charlstm.model.ops import autodiff_scan
+from charlstm.types import CellParams
 from tests.model.cells.test_cells import DERIVED, equations
 
 V, B, T, H, E = 9, 4, 6, 6, 5
@@ -266,6 +267,16 @@ def test_weight_norm_starts_as_what_was_drawn_and_knows_directions_only():
         language_model.apply(config, params, state, *window()),
         1e-5,
     )
+
+
+def test_weight_norm_and_its_gradient_are_those_of_the_equation():
+    random = np.random.default_rng(0)
+    w_HG, d_HG, gain_G = (random.normal(size=shape) for shape in ((5, 7), (5, 7), (7,)))
+    with jax.enable_x64():
+        value, back = jax.vjp(lambda w, gain: layer.recurrent_weights(CellParams(w, w, w, w, gain)), w_HG, gain_G)
+        plain, plain_back = jax.vjp(lambda w, gain: w * (gain / jnp.sqrt((w * w).sum(0)))[None], w_HG, gain_G)
+        for found, expected in zip((value, *back(d_HG)), (plain, *plain_back(d_HG)), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])

@@ -49,6 +49,11 @@ def batch(config: Config, number: int) -> Batch:
 PLAIN = make_config(**QUIET, batch_size=24, num_layers=1, optimizer="sgd", learning_rate=0.5, clip_norm=0.0, l2=0.0)
 FAST = config_lib.replace(PLAIN, reduction="fast")
 MASKED = make_config(state_dropout=0.2, **LSTM)
+# A shard for each of 4 devices: without a loop over shards XLA simplifies more.
+ALONE = make_config(
+    **QUIET | {"weight_drop": 0.3}, logical_shards=4, hidden_size=16, num_layers=1, optimizer="sgd", l2=0.0
+)
+NORMED = config_lib.replace(ALONE, weight_norm=True, activation_change_penalty=0.0)
 
 
 @functools.cache
@@ -77,6 +82,8 @@ def assert_equal_bits(one, other):
     ("config", "counts"),
     [
         (MASKED, (4, 1)),
+        (ALONE, (4, 1)),
+        (NORMED, (4, 1)),
         pytest.param(MASKED, (8, 2, 4, 1), marks=pytest.mark.long),
         pytest.param(config_lib.replace(MASKED, remat=True), (8, 1), marks=pytest.mark.long),
         pytest.param(
@@ -90,6 +97,8 @@ def assert_equal_bits(one, other):
     ],
     ids=[
         "lstm",
+        "a shard a device",
+        "weight norm",
         "every count",
         "remat",
         "gru-bfloat16",
