@@ -109,7 +109,7 @@ def test_a_run_that_goes_on_beyond_the_end_of_its_decay_says_so(arguments, capsy
     assert "the learning rate is" not in capsys.readouterr().err
     assert train.main(["train", *run, "--num_steps=4"]) == cli.DONE
     said = (
-        "the learning rate is 0.005 from step 2 on, for 50% of the 4 steps, as decay_steps=2: a decay over 4 steps is "
+        "the learning rate is 0.005 from step 2 on, for 50% of the 4 steps, as decay_steps=2: for a decay over 4 steps "
     )
     assert said in capsys.readouterr().err
 
