@@ -34,7 +34,6 @@ from charlstm.inspect import heatmap, inspection, page, patterns, probe, ranking
 from charlstm.run import corpus as corpus_lib
 from charlstm.run import run_directory
 from data_pipeline import signals
-from data_pipeline.atomic_files import expand_user
 from data_pipeline.settings import check_choices, setting
 from data_pipeline.shards import ArraySplit
 from launch.support import cli, flags, jax_setup, progress
@@ -162,10 +161,7 @@ def _check_output(path: Path, overwrite: bool) -> None:
 
 def _read(name: str, model: Model) -> bytes:
     """Reads the text; says how many of its symbols the model does not know."""
-    try:
-        text = expand_user(name).read_bytes()
-    except OSError as error:
-        raise ValueError(f"text={name} cannot be read: {error.strerror}") from None
+    text = cli.read_file("text", name)
     if not text:
         raise ValueError(f"text={name} is empty: give one that has characters")
     if unknown := ArraySplit(text, model.vocabulary).unknown:

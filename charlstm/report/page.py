@@ -60,7 +60,7 @@ def render(runs: Sequence[History], value: str, by: str = "steps", reload: float
             f"<title>{text(', '.join(run.name for run in runs))}</title><style>{STYLE}</style></head><body>",
             f"<h1>{len(runs)} run{'s' if len(runs) != 1 else ''}, {value.replace('_', ' ')}</h1>",
             _table(runs, value),
-            "<p>Click a run to hide it or to show it again.</p>",
+            "<p>Points: validation; thin lines: training. Click a run to hide it or to show it again.</p>",
             drawn[drawn.index("<svg") :],
             _settings(runs),
             _samples(runs),

@@ -105,6 +105,17 @@ def _of_a_file(error: Exception) -> str:
     return f"{name}({error.strerror}): {remedy}" if name else error.strerror
 
 
+def read_file(flag: str, name: str) -> bytes:
+    """Returns what a file has that a flag names.  Raises ValueError where it cannot be read."""
+    path = expand_user(name)
+    if path.is_dir():
+        raise ValueError(f"{flag}={name} is a directory: name one of its files")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{flag}={name} cannot be read: {error.strerror}") from None
+
+
 def output_file(flag: str, name: str) -> Path:
     """Returns the path of a file that will be written at the end.  Raises ValueError where it cannot be."""
     path = expand_user(name)

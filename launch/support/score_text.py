@@ -10,7 +10,6 @@ import numpy as np
 from charlstm import api
 from charlstm.inference.score import Score
 from charlstm.inspect import surprise, trace
-from data_pipeline.atomic_files import expand_user
 from data_pipeline.shards import ArraySplit
 from launch.support import cli
 
@@ -20,10 +19,7 @@ def main(run_dir: Path, checkpoint: str, file: str, how: str) -> int:
 
     A backward model takes the memory of all that is printed.
     """
-    try:
-        content = sys.stdin.buffer.read() if file == "-" else expand_user(file).read_bytes()
-    except OSError as error:
-        raise ValueError(f"text={file} cannot be read: {error.strerror}") from None
+    content = sys.stdin.buffer.read() if file == "-" else cli.read_file("text", file)
     model = api.load(run_dir, checkpoint)
     split = ArraySplit(content, model.vocabulary)
     if not len(split):

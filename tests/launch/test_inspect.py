@@ -116,6 +116,7 @@ def test_what_cannot_be_shown_is_refused(flags, sentence, trained, text):
     assert sentence in refusal(inspect.main, f"--run_dir={trained}", f"--text={text}", *flags)
     assert "--run_dir is required" in refusal(inspect.main, "--unit=1:0")
     assert "text=nowhere cannot be read" in refusal(inspect.main, f"--run_dir={trained}", "--text=nowhere", "--find=a")
+    assert "text=. is a directory" in refusal(inspect.main, f"--run_dir={trained}", "--text=.", "--find=a")
 
 
 def test_a_text_is_scored_symbol_by_symbol(trained, text, capsys):
