@@ -13,7 +13,7 @@ Progress = Callable[[str, int, int], None]  # (what is being done, how much of i
 
 # Without the counts, which are of many kinds: bytes, symbols, windows.
 BAR, BAR_WITHOUT_TIME_LEFT = (
-    f"{{desc}}: {{percentage:3.0f}}%|{{bar}}| {{elapsed}}{left}" for left in (", {remaining} left", "")
+    f"{{desc}}{{percentage:3.0f}}%|{{bar}}| {{elapsed}}{left}" for left in (", {remaining} left", "")
 )
 tqdm.monitor_interval = 0  # no thread that watches the bars
 
