@@ -31,6 +31,12 @@ from data_pipeline.atomic_files import atomic_write, expand_user
 from data_pipeline.settings import check_choices, setting
 from launch.support import cli, flags
 
+WHERE_WIDE = (
+    "symbols",
+    "last",
+    "parameters",
+    "time",
+)  # columns that a narrow terminal does without, the first ones first
 LONGEST_VALUE = 24  # characters of a setting in the table
 
 
@@ -118,12 +124,18 @@ def _write_files(chosen: CompareFlags, runs: Sequence[History], value: str) -> N
 
 def tables(runs: Sequence[History], value: str) -> list[str]:
     """The table of runs, and that of the settings that differ, if any do."""
-    rows = [page.cells(run, value) for run in runs]
-    found = [f"{value.replace('_', ' ')}\n" + _aligned([list(rows[0]), *(list(row.values()) for row in rows)])]
+    columns = shutil.get_terminal_size(fallback=(10_000, 24)).columns  # a pipe takes any width
+    cells = [page.cells(run, value) for run in runs]
+    for left_out in range(len(WHERE_WIDE) + 1):  # as few as the terminal's width asks for
+        names = [name for name in cells[0] if name not in WHERE_WIDE[:left_out]]
+        table = _aligned([names, *([row[name] for name in names] for row in cells)])
+        if len(table.partition("\n")[0]) <= columns:
+            break
+    found = [f"{value.replace('_', ' ')}\n{table}"]
     if differing := history.differing_settings(runs):
-        table = [["setting", *(run.name for run in runs)]]
-        table += [[name, *(_end_of(str(value)) for value in values)] for name, values in differing.items()]
-        found += _blocks(table, shutil.get_terminal_size().columns)
+        settings = [["setting", *(run.name for run in runs)]]
+        settings += [[name, *(_end_of(str(value)) for value in values)] for name, values in differing.items()]
+        found += _blocks(settings, columns)
     return found
 
 
