@@ -108,7 +108,7 @@ def test_what_is_wider_than_the_terminal_is_left_out_or_stands_below(runs, capsy
     table, *settings = compare.tables(long, "bits_per_byte")
     lines = "\n".join(settings).split("\n")
     assert max(map(len, [*lines, *table.split("\n")])) <= 70 and len(settings) == 4
-    assert table.split("\n")[1].split() == ["run", "state", "step", "best", "train", "symbols/s"]
+    assert table.split("\n")[1].split() == ["run", "state", "step", "best", "train", "symbols/s", "time"]
     for number in range(8):
         assert any(line.endswith(f"/{number}.txt") or f"/{number}.txt  …" in line for line in lines)
 
