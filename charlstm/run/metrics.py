@@ -62,6 +62,7 @@ class MetricAggregator:
         self._first: tuple[int, float] | None = None  # the first step looked at, and when
         self._told = False  # how long the steps take
         self._started, self._begun, self._earlier = time.monotonic(), False, 0.0
+        self._paused, self._made = 0.0, 0  # seconds of pauses and steps, of this process
         self.records: dict[str, dict[str, Any]] = {}
         self.skipped, self.state_resets = 0, 0
         self.restart(None, 0)
@@ -123,6 +124,7 @@ class MetricAggregator:
         (step, metrics), self._pending = self._pending, None
         if not metrics.accepted or metrics.nonfinite_rows:
             self._look_at_divergence(step, metrics)
+        self._made += 1
         self._latest = {"step": step, "learning_rate": float(metrics.learning_rate), "grad_norm": None}
         if metrics.accepted:
             self._nats += float(metrics.loss) * int(metrics.symbols)
@@ -160,8 +162,9 @@ class MetricAggregator:
         self._say(f"{what}: {', '.join(done)}")
 
     def pause(self, seconds: float) -> None:
-        """Leaves `seconds`, spent on evaluating or saving, out of the training speed."""
+        """Leaves `seconds`, spent on evaluating or saving, out of the training speed; the time left has them."""
         self._since += seconds
+        self._paused += seconds
 
     def train_record(self) -> dict[str, Any]:
         """A line of metrics.jsonl for the steps since the last one."""
@@ -211,11 +214,10 @@ class MetricAggregator:
             return ""
         speed = self._speed()
         step = latest["step"]
-        left = (self._num_steps - step) * symbols / steps / max(speed["symbols_per_second"], 1e-9)
+        a_step = symbols / steps / max(speed["symbols_per_second"], 1e-9) + self._paused / self._made
         per_symbol, unit = ("bpb", "bytes") if self._of_bytes else ("bpc", "chars")
-        speeds = (
-            f"{speed['symbols_per_second']:,.0f} {unit}/s  ETA {duration(left)}  input wait {speed['input_wait']:.0%}"
-        )
+        left = duration((self._num_steps - step) * a_step)
+        speeds = f"{speed['symbols_per_second']:,.0f} {unit}/s  ETA {left}  input wait {speed['input_wait']:.0%}"
         where = f"step {step}/{self._num_steps}  epoch {self._epochs(step):.2f}"
         return f"{where}  {nats / symbols / NATS_PER_BIT:.3f} {per_symbol}  {speeds}"  # a terminal may cut the end off
 

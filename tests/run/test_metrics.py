@@ -400,6 +400,9 @@ def test_the_status_line_has_step_epoch_bits_speed_wait_and_the_time_left(clock)
         m.add(step, reported(2.5 * BIT))
     # Three steps of 20 symbols looked at, in 2 s: 30 a second; 997 steps are left.
     assert m.status() == "step 3/1000  epoch 0.38  2.500 bpb  30 bytes/s  ETA 11m04s  input wait 0%"
+    clock.now += 9
+    m.pause(9)  # an evaluation every three steps
+    assert "  ETA 1h00m  " in m.status()
 
 
 def test_before_any_step_was_looked_at_there_is_no_status():
