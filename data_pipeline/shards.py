@@ -161,7 +161,7 @@ class Corpus:
 
     @property
     def places(self) -> tuple[str, ...]:
-        """Where it is read, its store and its cache: a warning begins with one of them."""
+        """Its store and its cache, with one of which a warning about it begins."""
         return (self.store.path("").rstrip("/"), *([str(self.cache.directory)] if self.cache else []))
 
     def waiting(self) -> str:

@@ -126,7 +126,7 @@ def reacting(reaction: Reaction) -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Has Ctrl-C raise KeyboardInterrupt in this block of the main thread: what waits for a line gives it up."""
+    """Lets Ctrl-C raise KeyboardInterrupt in this block of the main thread, so that a wait for a line ends."""
     before = signal.getsignal(signal.SIGINT)
     if before == signal.SIG_IGN:
         yield

@@ -87,9 +87,7 @@ def prepare_by_parts(
                 return work.join(say)
             place.begin(plan)
             may_abandon = share is None  # of several workers, the others go on
-            of = f", worker {share.number} of {share.of}" if share else ""
-            preparing = f"preparing {described}; {len(plan.parts)} part{'s' * (len(plan.parts) > 1)}{of}"
-            for line in (preparing, *remarks(texts, settings, of_other)):
+            for line in (_preparing(described, len(plan.parts), share), *remarks(texts, settings, of_other)):
                 say(line)
             return work.run(say)
     except (FileNotFoundError, ValueError) as error:
@@ -98,6 +96,11 @@ def prepare_by_parts(
         if may_abandon and isinstance(error, ValueError) and not isinstance(error, Recoverable):
             place.abandon()
         raise
+
+
+def _preparing(described: str, parts: int, share: Share | None) -> str:
+    of = f", worker {share.number} of {share.of}" if share else ""
+    return f"preparing {described}; {parts} part{'s' * (parts > 1)}{of}"
 
 
 def _place(output: Path | str, key: str, settings: CorpusSettings, cache: Path) -> Place:
