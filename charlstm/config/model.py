@@ -168,5 +168,4 @@ class ModelConfig:
     @property
     def has_custom_vjp(self) -> bool:
         """True if the cell's hand-derived backward pass covers all settings; else autodiff is used."""
-        general = self.zoneout or self.zoneout_cell or self.mogrifier_rounds or self.train_initial_state
-        return not general and self.cell != "layer_norm_lstm"
+        return not (self.zoneout or self.zoneout_cell or self.mogrifier_rounds or self.train_initial_state)

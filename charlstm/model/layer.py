@@ -9,7 +9,7 @@
 
 Zoneout is that of Krueger et al., Zoneout: Regularizing RNNs by Randomly Preserving Hidden Activations, ICLR 2017
 (arXiv:1606.01305), section 3.2.  Evaluation and sampling use the mean of renewed in its place.  The autodiff path
-(ops/autodiff_scan.py) serves zoneout, the mogrifier, a trained initial state and the layer-normalized LSTM.
+(ops/autodiff_scan.py) serves zoneout, the mogrifier and a trained initial state.
 """
 
 from collections.abc import Callable
@@ -121,8 +121,8 @@ def apply(
             from charlstm.model.ops import lstm_pallas  # takes a third of a second to import, and few machines use it
 
             recurrence = lstm_pallas.recurrence
-        b = cell.bias(params)
-        return recurrence(params.w_h, b, state, inputs_TBX, reset_TB, compute_dtype, config.variant, mask_BH)
+        vectors = cell.vectors(params)
+        return recurrence(params.w_h, vectors, state, inputs_TBX, reset_TB, compute_dtype, config.variant, mask_BH)
 
     def renewed(rate: float, name: str) -> jax.Array | None:
         if dropout_key is None or not rate:
@@ -153,7 +153,7 @@ def trace(
     """
     if not with_gates and config.has_custom_vjp:
         cell, window = CELLS[config.cell], (inputs_TBX, reset_TB, compute_dtype, config.variant)
-        state, states = scan.states(cell, params.w_h, cell.bias(params), state, *window)
+        state, states = scan.states(cell, params.w_h, cell.vectors(params), state, *window)
         return state, _named(states)
     inside: Any = params._replace(gain=None)
     inside = inside if config.mogrifier_rounds else inside._replace(w_x=None)  # which was applied before

@@ -26,12 +26,12 @@ GENERAL = pytest.mark.parametrize(
         EVERYTHING | {"cap_input_gate": True, "last_hidden_size": 4},
         {"cell": "mlstm", "mogrifier_rounds": 2, "train_initial_state": True},
         {"cell": "gru", "zoneout": 0.3, "state_dropout": 0.3},
-        {"cell": "layer_norm_lstm", "state_dropout": 0.3},
+        {"cell": "layer_norm_lstm", "state_dropout": 0.3, "train_initial_state": True},
     ],
     ids=["lstm with everything", "mlstm", "gru", "layer_norm_lstm"],
 )
 
-# What is around a cell is the same code for all: every option with one cell, and the cell that is on this path alone.
+# What is around a cell is the same code for all: every option with one cell, and the cell with most parameters.
 ONE_EACH = pytest.mark.parametrize(
     "changes",
     [

@@ -27,7 +27,7 @@ V = test_step.V
 TABLE = Path(__file__).with_name("golden.json")
 CELLS = {name: {"cell": name} for name in layer.CELLS} | {
     "mlstm": {"cell": "mlstm", "weight_norm": True},
-    "layer_norm_lstm": test_step.GENERAL,
+    "general": test_step.GENERAL,
 }
 MASKS = {
     "plain": test_step.QUIET | {"activation_penalty": 0.0, "activation_change_penalty": 0.0},

@@ -54,6 +54,7 @@ ALONE = make_config(
     **QUIET | {"weight_drop": 0.3}, logical_shards=4, hidden_size=16, num_layers=1, optimizer="sgd", l2=0.0
 )
 NORMED = config_lib.replace(ALONE, weight_norm=True, activation_change_penalty=0.0)
+LAYER_NORM = config_lib.replace(ALONE, cell="layer_norm_lstm")
 
 
 @functools.cache
@@ -84,6 +85,7 @@ def assert_equal_bits(one, other):
         (MASKED, (4, 1)),
         (ALONE, (4, 1)),
         (NORMED, (4, 1)),
+        (LAYER_NORM, (4, 1)),
         pytest.param(MASKED, (8, 2, 4, 1), marks=pytest.mark.long),
         pytest.param(config_lib.replace(MASKED, remat=True), (8, 1), marks=pytest.mark.long),
         pytest.param(
@@ -99,6 +101,7 @@ def assert_equal_bits(one, other):
         "lstm",
         "a shard a device",
         "weight norm",
+        "layer norm",
         "every count",
         "remat",
         "gru-bfloat16",

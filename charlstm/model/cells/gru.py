@@ -58,7 +58,7 @@ def zero_state(batch: int, hidden_size: int, dtype: jax.typing.DTypeLike = jnp.f
     return CellState(h=jnp.zeros((batch, hidden_size), dtype), c=None)
 
 
-def bias(params: CellParams) -> jax.Array:
+def vectors(params: CellParams) -> jax.Array:
     """b, `[4H]`."""
     r_and_u = 2 * (params.b_h.shape[0] // GATES)
     (x_ru, x_n), (h_ru, h_n) = (jnp.split(b, [r_and_u]) for b in (params.b_x, params.b_h))
@@ -71,7 +71,7 @@ def step_projected(
     """One symbol of every stream, straight from the equations, given its projection: (the new state, its gates)."""
     h_masked = state.h if mask_BH is None else state.h * mask_BH
     z_r, z_u, z_n = jnp.split(z_BG, GATES, axis=1)
-    b_q, b_n = jnp.split(bias(params)[None], [z_BG.shape[1]], axis=1)
+    b_q, b_n = jnp.split(vectors(params)[None], [z_BG.shape[1]], axis=1)
     q_r, q_u, q_n = jnp.split(h_masked @ params.w_h + b_q, GATES, axis=1)
     r, u = jax.nn.sigmoid(z_r + q_r), jax.nn.sigmoid(z_u + q_u)
     n = jnp.tanh(z_n + b_n + r * q_n)
@@ -92,7 +92,13 @@ def forward(
 
 
 def backward(
-    matmul: Matmul, dh: jax.Array, dc: Any, states: SavedStates, saved: tuple[jax.Array, ...], variant: str
+    matmul: Matmul,
+    b: jax.Array,
+    dh: jax.Array,
+    dc: Any,
+    states: SavedStates,
+    saved: tuple[jax.Array, ...],
+    variant: str,
 ) -> tuple[jax.Array, jax.Array, None, tuple[jax.Array, jax.Array]]:
     """Gradients: ds, and dh u, of h⁻; and dq and dz_n.  See `ops.scan.Cell`."""
     r, u, n, q_n = saved

@@ -76,7 +76,7 @@ def zero_state(batch: int, hidden_size: int, dtype: jax.typing.DTypeLike = jnp.f
     return CellState(h=jnp.zeros((batch, hidden_size), dtype), c=jnp.zeros((batch, hidden_size), dtype))
 
 
-def bias(params: CellParams) -> jax.Array:
+def vectors(params: CellParams) -> jax.Array:
     """b, `[4H]`."""
     return params.b_x + params.b_h
 
@@ -86,7 +86,7 @@ def step_projected(
 ) -> tuple[CellState, Gates]:
     """One symbol of every stream, straight from the equations, given its projection: (the new state, its gates)."""
     h_masked = state.h if mask_BH is None else state.h * mask_BH
-    return from_preactivations(z_BG + h_masked @ params.w_h + bias(params)[None], state, variant)
+    return from_preactivations(z_BG + h_masked @ params.w_h + vectors(params)[None], state, variant)
 
 
 def from_preactivations(a_BG: jax.Array, state: CellState, variant: str) -> tuple[CellState, Gates]:
@@ -117,20 +117,20 @@ def forward(
     matmul: Matmul, b: jax.Array, prev: CellState, h_masked: jax.Array, z: jax.Array, variant: str
 ) -> tuple[CellState, jax.Array]:
     """The new state; and the gates side by side.  See `ops.scan.Cell`."""
-    ifgo = _fused_gates(z + b + matmul(h_masked))
+    ifgo = fused_gates(z + b + matmul(h_masked))
     i, f, g, o = jnp.split(ifgo, GATES, axis=1)
     c = next_cell(i, f, g, prev.c, variant)
     return CellState(o * jnp.tanh(c), c), ifgo
 
 
-def _fused_gates(a_BG: jax.Array) -> jax.Array:
+def fused_gates(a_BG: jax.Array) -> jax.Array:
     """i f g o side by side, by one tanh for all of them: σ(a) = (1 + tanh(a / 2)) / 2."""
     half_BG = np.repeat(np.asarray([0.5, 0.5, 1.0, 0.5], a_BG.dtype), a_BG.shape[1] // GATES)[None]
     return jnp.tanh(a_BG * half_BG) * half_BG + (1 - half_BG)
 
 
 def backward(
-    matmul: Matmul, dh: jax.Array, dc: Any, states: SavedStates, saved: Sequence[jax.Array], variant: str
+    matmul: Matmul, b: jax.Array, dh: jax.Array, dc: Any, states: SavedStates, saved: Sequence[jax.Array], variant: str
 ) -> tuple[jax.Array, None, jax.Array, jax.Array]:
     """Returns (ds, None, dc⁻, da): h⁻ has no gradient but through s.  See `ops.scan.Cell`."""
     das, dc_prev = gate_gradients(saved, states.c_prev, dh, dc, variant)
@@ -148,15 +148,22 @@ def gate_gradients(
     i, f, g, o = ifgo
     k = jnp.minimum(i, 1 - f) if variant == "capped" else i
     tanh_c = jnp.tanh(f * c_prev + k * g)
-    dc = dc + dh * o * (1 - tanh_c * tanh_c)
+    *das, dc_prev = input_gradients(i, f, g, c_prev, dc + dh * o * (1 - tanh_c * tanh_c), variant)
+    return (*das, dh * tanh_c * o * (1 - o)), dc_prev
+
+
+def input_gradients(
+    i: jax.Array, f: jax.Array, g: jax.Array, c_prev: jax.Array, dc: jax.Array, variant: str
+) -> tuple[jax.Array, ...]:
+    """da_i, da_f, da_g, dc⁻, given the whole dc."""
+    k = jnp.minimum(i, 1 - f) if variant == "capped" else i
     da_i = dc * g * i * (1 - i)
     da_f = dc * c_prev * f * (1 - f)
     da_g = dc * k * (1 - g * g)
     if variant == "capped":
         at_the_cap = i > 1 - f
         da_i, da_f = jnp.where(at_the_cap, 0, da_i), jnp.where(at_the_cap, dc * (c_prev - g) * f * (1 - f), da_f)
-    da_o = dh * tanh_c * o * (1 - o)
-    return (da_i, da_f, da_g, da_o), dc * f
+    return da_i, da_f, da_g, dc * f
 
 
 def parameter_gradients(sums: WindowSums, da_TBG: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

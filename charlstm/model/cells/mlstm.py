@@ -42,7 +42,7 @@ GATES = lstm.GATES  # i f g o
 MATRICES = (GATES, 1)
 HM, MH = 0, 1  # which of them
 SAVED_OVER_Z = False
-zero_state, bias, output = lstm.zero_state, lstm.bias, lstm.output
+zero_state, vectors, output = lstm.zero_state, lstm.vectors, lstm.output
 
 
 def init(
@@ -59,7 +59,7 @@ def step_projected(
     """One symbol of every stream, straight from the equations, given its projection: (the new state, its gates)."""
     h_masked, G = state.h if mask_BH is None else state.h * mask_BH, params.b_h.shape[0]
     m_BH = z_BG[:, G:] * (h_masked @ params.w_h[:, G:])
-    a_BG = z_BG[:, :G] + m_BH @ params.w_h[:, :G] + bias(params)[None]
+    a_BG = z_BG[:, :G] + m_BH @ params.w_h[:, :G] + vectors(params)[None]
     new, gates = lstm.from_preactivations(a_BG, state, variant)
     return new, gates | {"m": m_BH}
 
@@ -76,7 +76,13 @@ def forward(
 
 
 def backward(
-    matmul: Matmul, dh: jax.Array, dc: Any, states: SavedStates, saved: tuple[jax.Array, ...], variant: str
+    matmul: Matmul,
+    b: jax.Array,
+    dh: jax.Array,
+    dc: Any,
+    states: SavedStates,
+    saved: tuple[jax.Array, ...],
+    variant: str,
 ) -> tuple[jax.Array, None, jax.Array, tuple[jax.Array, ...]]:
     """Gradients: ds, no other of h⁻, dc⁻; and dz, dq, and m.  See `ops.scan.Cell`."""
     *gates, q, z_m = saved

@@ -49,7 +49,7 @@ def zero_state(batch: int, hidden_size: int, dtype: jax.typing.DTypeLike = jnp.f
     return CellState(h=jnp.zeros((batch, hidden_size), dtype), c=None)
 
 
-def bias(params: CellParams) -> jax.Array:
+def vectors(params: CellParams) -> jax.Array:
     """b, `[H]`."""
     return params.b_x + params.b_h
 
@@ -59,7 +59,7 @@ def step_projected(
 ) -> tuple[CellState, Gates]:
     """One symbol of every stream, straight from the equations, given its projection: (the new state, no gates)."""
     h_masked = state.h if mask_BH is None else state.h * mask_BH
-    a_BH = z_BH + h_masked @ params.w_h + bias(params)[None]
+    a_BH = z_BH + h_masked @ params.w_h + vectors(params)[None]
     h = jax.nn.relu(a_BH) if variant == "relu" else jnp.tanh(a_BH)
     return CellState(h, None), {}
 
@@ -73,7 +73,7 @@ def forward(
 
 
 def backward(
-    matmul: Matmul, dh: jax.Array, dc: Any, states: SavedStates, saved: None, variant: str
+    matmul: Matmul, b: jax.Array, dh: jax.Array, dc: Any, states: SavedStates, saved: None, variant: str
 ) -> tuple[jax.Array, None, None, jax.Array]:
     """Gradients: ds, no other of h⁻; and da.  See `ops.scan.Cell`."""
     da = jnp.where(states.h > 0, dh, 0) if variant == "relu" else dh * (1 - states.h * states.h)

@@ -52,37 +52,38 @@ class Cell(Protocol):
     SAVED_OVER_Z: bool  # `saved` is one array [B, G], stored in place of z; `backward` gets it split into gates
 
     def forward(
-        self, matmul: Matmul, b: jax.Array, prev: CellState, h_masked: jax.Array, z: jax.Array, variant: str
+        self, matmul: Matmul, vectors: Any, prev: CellState, h_masked: jax.Array, z: jax.Array, variant: str
     ) -> tuple[CellState, Any]:
         """Returns the new state, and `saved`, a tree of arrays for `backward`.
 
         Args:
-          b: the bias, `[1, .]`.
+          vectors: the parameters that are no matrices, `[1, .]` each: one bias, but for the layer-normalized LSTM.
           prev: the state before the symbol, zero if the stream is reset.
           h_masked: prev.h, with state dropout times the mask.
           z: the symbol's projection x W_x.
         """
 
     def backward(
-        self, matmul: Matmul, dh: jax.Array, dc: Any, states: SavedStates, saved: Any, variant: str
+        self, matmul: Matmul, vectors: Any, dh: jax.Array, dc: Any, states: SavedStates, saved: Any, variant: str
     ) -> tuple[jax.Array, jax.Array | None, jax.Array | None, Any]:
         """Returns the gradients of h_masked, of prev.h by other paths (None: there are none), of prev.c, and a tree for
         `parameter_gradients`.
 
         Args:
+          vectors: as of `forward`.
           dh: the gradient of the new h, from this symbol's output and from the next symbol together.
           dc: the gradient of the new c from the next symbol; None without a c.
         """
 
-    def parameter_gradients(self, sums: WindowSums, gradients: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns the gradients of w_h, b and z, given those that `backward` returned, of the whole window."""
+    def parameter_gradients(self, sums: WindowSums, gradients: Any) -> tuple[jax.Array, Any, jax.Array]:
+        """Returns the gradients of w_h, vectors and z, given those that `backward` returned, of the whole window."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 6, 7))
 def recurrence(
     cell: Cell,
     w_h: jax.Array,
-    b: jax.Array,
+    vectors: Any,
     state: CellState,
     z_TBG: jax.Array,
     reset_TB: jax.Array,
@@ -94,7 +95,7 @@ def recurrence(
 
     Args:
       cell: static.
-      w_h, b: the parameters `[H, .]`, and the cell's `bias(params)`; both gradients have the dtype of w_h.
+      w_h, vectors: the parameters `[H, .]`, and the cell's `vectors(params)`; all gradients have the dtype of w_h.
       state: before the window, `[B, H]` each; its dtype is that of the elementwise arithmetic and of matmuls' sums.
       z_TBG: x W_x.
       reset_TB: bool; where True, the stream's state is zero before the symbol is read.
@@ -105,12 +106,12 @@ def recurrence(
     Returns:
       The state after the window, and h_TBH.
     """
-    return _forward(cell, w_h, b, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH)[0]
+    return _forward(cell, w_h, vectors, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH)[0]
 
 
-def _forward(cell, w_h, b, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
+def _forward(cell, w_h, vectors, state, z_TBG, reset_TB, compute_dtype, variant, mask_BH):
     dtype = state.h.dtype
-    matmul, b_1G = _matmuls(cell, w_h, compute_dtype, dtype), b.astype(dtype)[None]
+    matmul, rows = _matmuls(cell, w_h, compute_dtype, dtype), _rows(vectors, dtype)
     h_dtype = dtype if state.c is None else compute_dtype  # without a c, `backward` reads h: in full precision
 
     def step(carry, symbol):
@@ -119,7 +120,7 @@ def _forward(cell, w_h, b, state, z_TBG, reset_TB, compute_dtype, variant, mask_
         h_masked = prev.h if mask_BH is None else prev.h * mask_BH
         if cell.SAVED_OVER_Z:
             z_BG = jax.lax.dynamic_index_in_dim(saved_TBG, t, keepdims=False)
-        new, saved = cell.forward(matmul, b_1G, prev, h_masked, z_BG.astype(dtype), variant)
+        new, saved = cell.forward(matmul, rows, prev, h_masked, z_BG.astype(dtype), variant)
         if cell.SAVED_OVER_Z:
             saved_TBG, saved = jax.lax.dynamic_update_index_in_dim(saved_TBG, saved, t, 0), None
         return (new, saved_TBG), (new.h.astype(h_dtype), prev.c, saved)
@@ -129,34 +130,38 @@ def _forward(cell, w_h, b, state, z_TBG, reset_TB, compute_dtype, variant, mask_
     (final, over_z), (h_TBH, c_prev_TBH, saved) = scan(step, start, (jnp.arange(len(z_TBG)), z, reset_TB))
     saved = over_z if cell.SAVED_OVER_Z else saved
     # The backward pass needs only the dtype of z.  An empty slice carries it, so z itself need not be saved.
-    residuals = w_h, state.h, h_TBH, c_prev_TBH, saved, reset_TB, z_TBG[:0], mask_BH
+    residuals = w_h, vectors, state.h, h_TBH, c_prev_TBH, saved, reset_TB, z_TBG[:0], mask_BH
     return (final, h_TBH.astype(compute_dtype)), residuals
 
 
 def _backward(cell, compute_dtype, variant, residuals, cotangents):
-    w_h, h_first, h_TBH, c_prev_TBH, saved_TB, reset_TB, z_like, mask_BH = residuals
+    w_h, vectors, h_first, h_TBH, c_prev_TBH, saved_TB, reset_TB, z_like, mask_BH = residuals
     dfinal, dh_TBH = cotangents
     dtype, T = h_first.dtype, len(reset_TB)
-    matmul = _matmuls(cell, w_h, compute_dtype, dtype, transpose=True)
+    matmul, rows = _matmuls(cell, w_h, compute_dtype, dtype, transpose=True), _rows(vectors, dtype)
     states = SavedStates(None, None, c_prev_TBH)
     if c_prev_TBH is None:
         h_prev_TBH = jnp.where(reset_TB[:, :, None], 0, jnp.concatenate([h_first[None], h_TBH[:-1]]))
         states = SavedStates(h_prev_TBH, h_TBH, None)
 
+    def stored(d):  # sums over the streams as they are
+        return d.astype(z_like.dtype) if d.ndim == 2 else d
+
     def step(dstate, symbol):
         dh_above, states, saved, reset_B = symbol
         dh = dh_above.astype(dtype) + dstate.h
         saved = blocks_at(saved_TB, saved, cell.GATES) if cell.SAVED_OVER_Z else saved
-        dh_masked, dh_direct, dc_prev, gradients = cell.backward(matmul, dh, dstate.c, states, saved, variant)
+        dh_masked, dh_direct, dc_prev, gradients = cell.backward(matmul, rows, dh, dstate.c, states, saved, variant)
         dh_prev = dh_masked if mask_BH is None else dh_masked * mask_BH
         dprev = CellState(dh_prev if dh_direct is None else dh_direct + dh_prev, dc_prev)
-        return zero_where(reset_B, dprev), jax.tree.map(lambda d: d.astype(z_like.dtype), gradients)
+        return zero_where(reset_B, dprev), jax.tree.map(stored, gradients)
 
     symbols = dh_TBH, states, jnp.arange(T) if cell.SAVED_OVER_Z else saved_TB, reset_TB
     dfirst, gradients = scan(step, dfinal, symbols, reverse=True)
     sums = WindowSums(h_first, h_TBH, reset_TB, mask_BH, compute_dtype)
-    dw_h, db, dz_TBG = cell.parameter_gradients(sums, gradients)
-    return dw_h.astype(w_h.dtype), db.astype(w_h.dtype), dfirst, dz_TBG, None, None
+    gradients = cell.parameter_gradients(sums, gradients)
+    dw_h, dvectors = jax.tree.map(lambda d: d.astype(w_h.dtype), gradients[:2])
+    return dw_h, dvectors, dfirst, gradients[2], None, None
 
 
 recurrence.defvjp(_forward, _backward)
@@ -165,7 +170,7 @@ recurrence.defvjp(_forward, _backward)
 def states(
     cell: Cell,
     w_h: jax.Array,
-    b: jax.Array,
+    vectors: Any,
     state: CellState,
     z_TBG: jax.Array,
     reset_TB: jax.Array,
@@ -173,12 +178,12 @@ def states(
     variant: str = "",
 ) -> tuple[CellState, CellState]:
     """Runs a window as `recurrence`: (the state after it, the state after every symbol, `[T, B, H]` each).  No VJP."""
-    matmul, b_1G = _matmuls(cell, w_h, compute_dtype, state.h.dtype), b.astype(state.h.dtype)[None]
+    matmul, rows = _matmuls(cell, w_h, compute_dtype, state.h.dtype), _rows(vectors, state.h.dtype)
 
     def step(state, symbol):
         z_BG, reset_B = symbol
         prev = zero_where(reset_B, state)
-        new, _ = cell.forward(matmul, b_1G, prev, prev.h, z_BG.astype(prev.h.dtype), variant)
+        new, _ = cell.forward(matmul, rows, prev, prev.h, z_BG.astype(prev.h.dtype), variant)
         return new, new
 
     return scan(step, state, (z_TBG, reset_TB))
@@ -187,6 +192,10 @@ def states(
 def zero_where(reset_B: jax.Array, state: CellState) -> CellState:
     """Zeroes the rows of streams that are reset.  Uses `where`, since 0 times NaN is NaN."""
     return jax.tree.map(lambda s_BH: jnp.where(reset_B[:, None], 0, s_BH), state)
+
+
+def _rows(vectors, dtype):
+    return jax.tree.map(lambda v: v.astype(dtype)[None], vectors)
 
 
 def _matmuls(cell, w_h, compute_dtype, dtype, transpose=False) -> Matmul:

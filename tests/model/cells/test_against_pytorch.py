@@ -45,7 +45,7 @@ def test_a_deep_network_equals_pytorchs_in_value_and_every_gradient(cell, name, 
     def run(params, states, x_TBD):
         finals, reset_TB = [], jnp.zeros((T, B), bool)
         for layer, state in zip(params, states, strict=True):
-            z_TBG, b = jnp.einsum("tbd,dg->tbg", x_TBD, layer.w_x), cell.bias(layer)
+            z_TBG, b = jnp.einsum("tbd,dg->tbg", x_TBD, layer.w_x), cell.vectors(layer)
             final, x_TBD = recurrence(cell, layer.w_h, b, state, z_TBG, reset_TB, z_TBG.dtype, *variant)
             finals.append(final)
         return x_TBD, tuple(finals)

@@ -23,7 +23,7 @@ def test_one_symbol_is_written_without_converting_the_whole_window(cell):
 
     def total(w_h, z_TBG):
         resets_TB = jnp.zeros((T, B), bool)
-        state_, h_TBH = recurrence(cell, w_h, cell.bias(params), state, z_TBG, resets_TB, jnp.bfloat16, variant)
+        state_, h_TBH = recurrence(cell, w_h, cell.vectors(params), state, z_TBG, resets_TB, jnp.bfloat16, variant)
         return h_TBH.astype(jnp.float32).sum() + state_.h.sum()
 
     program = jax.jit(jax.grad(total, (0, 1))).lower(params.w_h, z_TBG).compile().as_text()

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 
 from benchmarks.peers import textbook
 from charlstm.model import layer
-from charlstm.model.cells import gru, lstm, mlstm, rnn
+from charlstm.model.cells import gru, layer_norm_lstm, lstm, mlstm, rnn
 from charlstm.model.ops import matmul
 from charlstm.model.ops.scan import recurrence
 from charlstm.types import CellParams, CellState
@@ -37,9 +37,9 @@ def masked(cell: ModuleType) -> ModuleType:
 
 
 DERIVED = {name: cell for name, cell in layer.CELLS.items() if hasattr(cell, "backward")}  # by hand
-VARIANTS = {
-    "rnn relu": variant(rnn, "relu"), "lstm capped": variant(lstm, "capped"), "mlstm capped": variant(mlstm, "capped"),
-}  # fmt: skip
+VARIANTS = {"rnn relu": variant(rnn, "relu")} | {
+    f"{name} capped": variant(DERIVED[name], "capped") for name in ("lstm", "mlstm", "layer_norm_lstm")
+}
 ALL = DERIVED | VARIANTS | {f"{name} masked": masked(cell) for name, cell in DERIVED.items()}
 CELLS = pytest.mark.parametrize("cell", DERIVED.values(), ids=DERIVED)
 ONE_CELL = pytest.mark.parametrize(  # of what the twin of each cell says as well
@@ -91,7 +91,7 @@ def project(params, x_TBD):
 
 
 def fast(cell, params, state, x_TBD, reset_TB):
-    z_TBG, b = project(params, x_TBD), cell.bias(params)
+    z_TBG, b = project(params, x_TBD), cell.vectors(params)
     settings = getattr(cell, "VARIANT", ""), getattr(cell, "MASK_BH", None)
     return recurrence(cell, params.w_h, b, state, z_TBG, reset_TB, z_TBG.dtype, *settings)
 
@@ -212,11 +212,11 @@ def test_gradients_do_not_cross_a_reset(cell):
 @pytest.mark.parametrize(
     ("cell", "z_dtype"),
     [
-        *((cell, jnp.bfloat16) for cell in (lstm, gru, rnn, mlstm)),
-        (lstm, jnp.float32),
-        *(pytest.param(cell, jnp.float32, marks=pytest.mark.long) for cell in (gru, rnn, mlstm)),
+        pytest.param(cell, dtype, marks=() if dtype is jnp.bfloat16 or name == "lstm" else pytest.mark.long)
+        for dtype in (jnp.bfloat16, jnp.float32)
+        for name, cell in DERIVED.items()
     ],
-    ids=[f"{cell}, z {dtype}" for dtype in ("bfloat16", "float32") for cell in ("lstm", "gru", "rnn", "mlstm")],
+    ids=[f"{name}, z {dtype}" for dtype in ("bfloat16", "float32") for name in DERIVED],
 )
 def test_bfloat16_products_leave_state_and_gradients_float32(cell, z_dtype):
     p = problem(cell, resets=True)
@@ -228,7 +228,7 @@ def test_bfloat16_products_leave_state_and_gradients_float32(cell, z_dtype):
         def window(w_h, b, state, z_TBG):
             return recurrence(cell, w_h, b, state, z_TBG, p.reset_TB, dtype)
 
-        (state, h), pull = jax.vjp(window, w_h, cell.bias(p.params), p.state, z_TBG)
+        (state, h), pull = jax.vjp(window, w_h, cell.vectors(p.params), p.state, z_TBG)
         return state, h, *pull((p.dfinal, p.dh_TBH.astype(h.dtype)))
 
     got = outputs_and_gradients(jnp.bfloat16, z_TBG)
@@ -278,8 +278,8 @@ def test_the_gradient_of_the_recurrent_weights_is_one_product_after_the_loop(cel
 
 @pytest.mark.parametrize(
     "cell",
-    [lstm, mlstm, *(pytest.param(cell, marks=pytest.mark.long) for cell in (gru, rnn))],
-    ids=["lstm", "mlstm", "gru", "rnn"],
+    [lstm, mlstm, *(pytest.param(cell, marks=pytest.mark.long) for cell in (gru, rnn, layer_norm_lstm))],
+    ids=["lstm", "mlstm", "gru", "rnn", "layer_norm_lstm"],
 )
 def test_shards_taken_in_turn_on_many_devices_give_what_one_shard_alone_gives(cell):
     """Inside `shard_map` with its check of what varies over the mesh, and inside a loop over the shards of a device."""
@@ -366,13 +366,13 @@ def test_a_layer_starts_float32_with_its_gates_side_by_side_and_its_state_at_zer
     assert all(w.dtype == jnp.float32 for w in jax.tree.leaves(params))
     for block in jnp.split(params.w_h, params.w_h.shape[1] // H, axis=1):
         np.testing.assert_allclose(block.T @ block, np.eye(H), atol=1e-5)
-    forget = slice(H, 2 * H) if cell in (lstm, mlstm) else slice(0, 0)
+    forget = slice(H, 2 * H) if cell in (lstm, mlstm, layer_norm_lstm) else slice(0, 0)
     expected = np.zeros(width, np.float32)
     expected[forget] = 1.5
     np.testing.assert_array_equal(params.b_x, expected)
     np.testing.assert_array_equal(params.b_h, jnp.zeros(width))
     state = cell.zero_state(B, H)
-    assert (state.c is not None) == (cell in (lstm, mlstm))
+    assert (state.c is None) == (cell in (gru, rnn))
     for s_BH in jax.tree.leaves(state):
         np.testing.assert_array_equal(s_BH, np.zeros((B, H), np.float32))
 
