@@ -16,7 +16,7 @@ from charlstm.run import estimate
 from charlstm.run.metrics import duration
 
 SMALL_TEXT, LARGE_TEXT = 5_000_000, 300_000_000  # symbols up to which small is meant, and from which on large
-EPOCHS = 12  # at most: with more, a model of a preset's size over-fits
+EPOCHS = 8  # at most: with more, a model of a preset's size over-fits
 TIMED_SYMBOLS = 16
 OVERHEAD = 1.5  # an update beside the same arithmetic done as recurrent matmuls alone, about
 

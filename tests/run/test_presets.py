@@ -23,12 +23,12 @@ def test_the_preset_goes_by_the_size_of_the_text_and_the_devices(symbols, on_cpu
     assert presets.preset_for(symbols, on_cpu, devices) == name
 
 
-def test_steps_are_those_of_the_preset_but_of_one_epoch_at_least_and_of_twelve_at_most():
+def test_steps_are_those_of_the_preset_but_of_one_epoch_at_least_and_of_eight_at_most():
     small, a_step = Config.recipe("small"), 32 * 64
     own = small.training.num_steps
     assert presets.steps_for(small, own * a_step // 5) == own
     assert presets.steps_for(small, 2 * own * a_step) == 2 * own
-    assert presets.steps_for(small, 100 * a_step) == 1200
+    assert presets.steps_for(small, 100 * a_step) == 800
     assert presets.steps_for(small, 1) == 1
 
 
@@ -36,7 +36,7 @@ def test_one_sentence_names_preset_steps_epochs_and_time():
     mesh = distributed.make()
     told = presets.suggestion(Config(), 900_000, 256, mesh)
     assert f"for 900,000 symbols on {distributed.describe(mesh)}" in told
-    assert "--flagfile=configs/small.flags --num_steps=5300 is meant (12 epochs, about " in told and "\n" not in told
+    assert "--flagfile=configs/small.flags --num_steps=3500 is meant (8 epochs, about " in told and "\n" not in told
 
 
 @pytest.mark.parametrize("chosen", [{"hidden_size": 128}, {"num_steps": 20}])
