@@ -10,6 +10,7 @@ import pytest
 import charlstm as cl
 from charlstm.inspect import patterns, ranking, saliency, surprise, survey, trace, units
 from charlstm.model import language_model
+from charlstm.model.layer import CELLS
 from data_pipeline.mixture import Joined
 from data_pipeline.shards import ArraySplit
 from data_pipeline.vocabulary import Vocabulary
@@ -162,6 +163,14 @@ def test_states_without_gates_are_those_of_a_trace(settings):
     assert {f"{n}.h" for n in (1, 2)} <= set(states) <= set(named)
     for name, array in states.items():
         np.testing.assert_allclose(array, named[name], atol=1e-5)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_saliency_is_as_large_as_what_another_symbol_in_its_place_changes(cell):
+    model, text = drawn(cell=cell), text_of(40)
+    got = saliency.saliency(model, ArraySplit(text, CHARACTERS), 1)[20:]
+    others = [np.abs(model.bits(text[:t] + "é" + text[t + 1 :]) - model.bits(text))[t + 1] for t in range(19, 39)]
+    assert np.mean(got) > 0.1 * np.mean(others)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
