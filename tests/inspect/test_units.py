@@ -25,6 +25,7 @@ def test_a_trace_has_the_models_logits_and_comes_in_chunks_that_join(model):
     logits, _ = model(CHARACTERS.encode(text))
     np.testing.assert_allclose(found["logits"], logits, atol=2e-4)
     assert set(found) == {"logits", *(f"{layer}.{name}" for layer in (1, 2) for name in "chifgo")}
+    assert np.array_equal(model.trace(ArraySplit(text, CHARACTERS), ["2.h"])["2.h"], found["2.h"])
     parts = list(cl.inspect.chunks(model, ArraySplit(text, CHARACTERS), ["2.h"]))
     assert [len(part["2.h"]) for part in parts] == [trace.WINDOW, trace.WINDOW, 20]
     np.testing.assert_allclose(np.concatenate([part["2.h"] for part in parts]), found["2.h"], atol=2e-4)
@@ -100,6 +101,11 @@ def test_what_is_opened_and_never_closed_is_outside_and_costs_no_more_than_other
     for drawn_text in [text, *("".join(random.choice(list("/*#\n a“”'\""), 40)) for _ in range(2000))]:
         np.testing.assert_array_equal(label(drawn_text), patterns.expression(plain)(drawn_text), drawn_text)
     assert not label("/* “ab„ " * 100_000).any()  # for minutes, if each opener's closer is looked for to the end
+
+
+def test_chunks_of_a_string_are_those_of_all_its_bytes():
+    chunks = cl.inspect.chunks(drawn(Vocabulary("bytes")), "é" * trace.WINDOW + "z" * 10, ["1.c"])
+    assert [len(chunk["1.c"]) for chunk in chunks] == [trace.WINDOW, trace.WINDOW, 10]
 
 
 def test_characters_of_several_bytes_and_what_cannot_be_seen():
@@ -214,6 +220,20 @@ def test_a_split_of_another_vocabulary_is_refused_with_both(model, tmp_path):
         lambda: next(trace.chunks(drawn(reverse=True), Joined([split]))),
     ):
         with pytest.raises(ValueError, match=r"has a vocabulary of 19 characters .* has a vocabulary of 256 bytes"):
+            refused()
+
+
+def test_what_is_neither_a_text_nor_a_split_is_refused_in_a_sentence(model, tmp_path):
+    corpus = cl.load_corpus(text_of(3000), vocabulary="characters", cache_dir=str(tmp_path / "cache"))
+    for refused, kind in (
+        (lambda: model.evaluate(corpus), "Corpus"),
+        (lambda: ranking.units_for(model, corpus, INSIDE), "Corpus"),
+        (lambda: next(trace.chunks(model, corpus)), "Corpus"),
+        (lambda: model.evaluate(tmp_path / "text.txt"), "PosixPath"),
+        (lambda: model.trace(CHARACTERS.encode("abc")), "ndarray"),
+        (lambda: model.sample(b"a", 2), "bytes"),
+    ):
+        with pytest.raises(TypeError, match=f"(text is a|is of type) {kind}: give"):
             refused()
 
 
