@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from charlstm.inspect import heatmap, inspection, page, patterns, units
+from charlstm.inspect import heatmap, inspection, page, patterns, probe, units
 from data_pipeline.vocabulary import Vocabulary
 from tests.browser import chromium
 from tests.inspect.conftest import PLANTED, WIDTH, drawn, text_of
@@ -205,6 +205,17 @@ def test_symbols_that_are_not_in_the_vocabulary_are_counted_and_shown(model):
     assert "20 symbols are not in the vocabulary" in page._about(found) and "30 more were read" in page._about(found)
     with pytest.raises(ValueError, match="the text is empty"):
         inspection.inspect(model, "", "empty")
+
+
+def test_an_unknown_symbol_is_read_as_one_where_the_vocabulary_has_a_replacement_character():
+    model, text = drawn(Vocabulary("characters", " ab\ufffd")), "abZ" * 20
+    found = inspection.inspect(model, text, "unknown", length=30, lookback=0, patterns={})
+    np.testing.assert_allclose(found.expected.bits, model.bits(text)[:30], atol=1e-4)
+    levels = np.tanh(np.concatenate([*model.trace(text, ["1.c", "2.c"]).values()], axis=1))[:30] * 127 + 127
+    np.testing.assert_allclose(found.arrays["c"], levels, atol=0.6)
+    shown, split = inspection.first_characters(model, text, 30)
+    assert shown == found.text and split.read(0, 30).tolist() == [2, 3, 0] * 10 and split.unknown == 10
+    assert not probe.examples(model, text * 100, patterns.expression("a"))[0].read(2, 3).any()
 
 
 def test_a_large_page_has_fewer_levels_and_they_stay_near(found, monkeypatch):

@@ -73,6 +73,14 @@ def test_a_page_is_written_beside_nothing_and_over_nothing_but_its_own(trained, 
     assert {path.name for path in tmp_path.iterdir()} == {"a.html", "text.txt"}
 
 
+def test_a_probe_that_cannot_be_fitted_is_refused_before_the_text_is_read(trained, text, tmp_path, monkeypatch):
+    pytest.importorskip("sklearn", reason="extra inspect is not installed")
+    monkeypatch.setattr("charlstm.inspect.inspection.inspect", None)
+    flags = (f"--run_dir={trained}", f"--text={text}", f"--output={tmp_path / 'a.html'}")
+    said = refusal(inspect.main, *flags, "--probe=[ab]|digit")
+    assert "no probe of 'digit' can be fitted" in said and said.endswith("use another pattern or text")
+
+
 def test_a_page_names_the_run_however_it_is_named(trained, text, tmp_path, capsys, monkeypatch):
     output = tmp_path / "a.html"
     flags = (f"--text={text}", "--saliency=0", "--length=20", f"--output={output}")
