@@ -19,7 +19,7 @@ if __name__ == "__main__":  # before what takes seconds to import
 import dataclasses
 import itertools
 import json
-import os
+import shutil
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -150,6 +150,16 @@ def _check(chosen: InspectFlags, given: Collection[str]) -> None:
     if chosen.unit:
         units.parse(chosen.unit, config)
     _arrays(chosen, config)
+    if chosen.other:
+        _arrays(chosen, run_directory.read(_other(chosen.other)[0], "other")[0].model)
+
+
+def _other(value: str) -> tuple[Path, str]:
+    """Returns the run directory and the checkpoint, or "", of RUN_DIR@CHECKPOINT; a path may have an @ of its own."""
+    run_dir, at, checkpoint = value.rpartition("@")
+    if not at or run_directory.exists(run_directory.named("other", value)):
+        return run_directory.named("other", value), ""
+    return run_directory.named("other", run_dir), checkpoint
 
 
 def _check_output(path: Path, overwrite: bool) -> None:
@@ -180,10 +190,10 @@ def _own_split(model: Model) -> Split:
 def _inspections(chosen: InspectFlags, model: Model, text: Split | bytes) -> list[inspection.Inspection]:
     models = {run_directory.name_of(run_directory.named("run_dir", chosen.run_dir)): model}
     if chosen.other:
-        run_dir, at, checkpoint = chosen.other.partition("@")
-        other, path = api.load(run_dir, checkpoint or "best"), run_directory.named("other", run_dir)
-        name = run_directory.name_of(path) + at + checkpoint
-        models[f"{path}{at}{checkpoint}" if name in models else name] = other
+        path, checkpoint = _other(chosen.other)
+        at = f"@{checkpoint}" if checkpoint else ""
+        name = run_directory.name_of(path) + at
+        models[f"{path}{at}" if name in models else name] = api.load(path, checkpoint or "best")
     found, arrays_of = [], {name: _arrays(chosen, each.config.model) for name, each in models.items()}
     texts = {name: _in_vocabulary(text, each.vocabulary) for name, each in models.items()}
     probes = list(filter(None, chosen.probe.split("|")))
@@ -234,7 +244,8 @@ def _show_unit(chosen: InspectFlags, model: Model, text: Split | bytes) -> None:
         _write(chosen.output, heatmap.svg(shown, values, name, largest=largest))
         return
     colors = cli.terminal_colors() if chosen.colors == "auto" else COLORS[chosen.colors]
-    width = min(100, os.get_terminal_size().columns) if sys.stdout.isatty() else heatmap.WIDTH
+    columns = shutil.get_terminal_size(fallback=(heatmap.WIDTH, 24)).columns  # a pty may have none
+    width = min(100, columns) if sys.stdout.isatty() else heatmap.WIDTH
     print(f"{name} of step {model.step}: {heatmap.legend(colors, largest)}", flush=True)
     sys.stdout.buffer.write(heatmap.in_terminal(shown, values, colors, width, largest).encode("utf-8", "replace"))
     print(flush=True)
