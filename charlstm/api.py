@@ -201,9 +201,12 @@ class Model:
     def __call__(self, ids: Any, state: RecurrentState | None = None) -> tuple[jax.Array, RecurrentState]:
         """(logits of the symbol after each one, the state after them).
 
+        Nothing is reset within `ids`, as in exported models.  Where a run tells documents apart, give each by itself
+        and without a state, beginning with the last symbol of the separator before it.
+
         Args:
           ids: symbol ids `[T]` as they are read, or `[B, T]` of B texts side by side; of NumPy or JAX.
-          state: that of the call before; None before a text begins.
+          state: that of the call before; None before a text or document begins.
 
         Returns:
           Logits `[T, V]`, or `[B, T, V]`, and the state to be handed on.

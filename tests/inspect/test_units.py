@@ -1,5 +1,6 @@
 """Which units know a pattern: planted ones are found, chance is not, and a text read side by side is the text."""
 
+import itertools
 import re
 
 import jax
@@ -101,6 +102,15 @@ def test_what_is_opened_and_never_closed_is_outside_and_costs_no_more_than_other
     for drawn_text in [text, *("".join(random.choice(list("/*#\n a“”'\""), 40)) for _ in range(2000))]:
         np.testing.assert_array_equal(label(drawn_text), patterns.expression(plain)(drawn_text), drawn_text)
     assert not label("/* “ab„ " * 100_000).any()  # for minutes, if each opener's closer is looked for to the end
+
+
+def test_documents_given_one_by_one_have_the_logits_of_a_trace_that_resets_between_them():
+    model = drawn(reset_state="document", document_separator="00")
+    text = "ab“cd00ef gh00”bc"
+    ids, begins = CHARACTERS.encode(text), [0, text.index("00") + 1, text.rindex("00") + 1, len(text)]
+    by_document = [model(ids[start:stop])[0] for start, stop in itertools.pairwise(begins)]
+    np.testing.assert_allclose(np.concatenate(by_document), model.trace(text, ["logits"])["logits"], atol=1e-5)
+    assert np.abs(model(ids)[0] - np.concatenate(by_document))[begins[1] :].max() > 0.1, "one call resets nothing"
 
 
 def test_chunks_of_a_string_are_those_of_all_its_bytes():
