@@ -112,6 +112,13 @@ def test_arrow_keys_flip_through_the_units_and_a_name_chooses_one(opened):
     )
     opened.run(f"{choose}('2:3')")
     assert opened.run("runs[0].place") == WIDTH + 3
+    array = "document.querySelector('.array').value"
+    opened.run(f"{choose}('1.f:2')")
+    assert opened.run("runs[0].place") == 2 and opened.run(array) == "f"
+    opened.run(f"{choose}('1.o:1')")  # the page has none
+    assert opened.run("runs[0].place") == 2 and opened.run("!!document.querySelector('.unit.bad')")
+    opened.run(f"{choose}('2.c:3')")
+    assert opened.run("runs[0].place") == WIDTH + 3 and opened.run(array) == "c"
     opened.run(f"{choose}('9:3')")
     assert opened.run("runs[0].place") == WIDTH + 3 and opened.run("!!document.querySelector('.unit.bad')")
 
