@@ -140,14 +140,16 @@ def _saliency(
     """The saliency of each character's last symbol, summed over the symbols of each of `lookback` characters before."""
     if not lookback:
         return np.zeros((len(last), 0), np.float32)
-    of_symbols = saliency.saliency(model, split, lookback, progress)
+    characters = np.arange(len(last))
+    first = last - lengths + 1
+    symbols = int((last - first[np.maximum(characters - lookback, 0)]).max())  # that reach so many characters back
+    of_symbols = saliency.saliency(model, split, max(1, symbols), progress)
     total = np.concatenate([np.zeros((len(split), 1), np.float32), np.cumsum(of_symbols, axis=1)], axis=1)[last]
     found = np.zeros((len(last), lookback), np.float32)
     for back in range(1, min(lookback, len(last) - 1) + 1):
         end = last[back:] - last[:-back]  # symbols from that character's last one to this one's
-        begin = np.minimum(end + lengths[:-back] - 1, lookback)
-        rows = np.arange(back, len(last))
-        found[back:, back - 1] = total[rows, begin] - total[rows, np.minimum(end - 1, lookback)]
+        rows, begin = characters[back:], end + lengths[:-back] - 1
+        found[back:, back - 1] = total[rows, begin] - total[rows, end - 1]
     return found
 
 

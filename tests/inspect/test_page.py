@@ -6,7 +6,8 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from charlstm.inspect import heatmap, inspection, page, patterns, probe, units
+from charlstm.inspect import heatmap, inspection, page, patterns, probe, saliency, units
+from data_pipeline.shards import ArraySplit
 from data_pipeline.vocabulary import Vocabulary
 from tests.browser import chromium
 from tests.inspect.conftest import PLANTED, WIDTH, drawn, text_of
@@ -212,6 +213,18 @@ def test_symbols_that_are_not_in_the_vocabulary_are_counted_and_shown(model):
     assert "20 symbols are not in the vocabulary" in page._about(found) and "30 more were read" in page._about(found)
     with pytest.raises(ValueError, match="the text is empty"):
         inspection.inspect(model, "", "empty")
+
+
+def test_saliency_is_of_as_many_characters_as_asked_for_and_of_all_their_bytes():
+    model, text = drawn(Vocabulary("bytes"), num_layers=1), "日本語é文a" * 4
+    found = inspection.inspect(model, text, "bytes", lookback=8, patterns={}).saliency
+    of_bytes = saliency.saliency(model, ArraySplit(text, model.vocabulary), 40)
+    ends = np.cumsum([len(character.encode()) for character in text]).tolist()
+    for place, back in ((20, 1), (20, 8), (11, 3), (2, 2)):
+        before = range(ends[place - back - 1] if place > back else 0, ends[place - back])  # bytes of that character
+        expected = sum(of_bytes[ends[place] - 1, ends[place] - 1 - byte - 1] for byte in before)
+        np.testing.assert_allclose(found[place, back - 1], expected, rtol=1e-3)
+    assert found[8:].min() > 0 and not found[2, 2:].any()
 
 
 def test_an_unknown_symbol_is_read_as_one_where_the_vocabulary_has_a_replacement_character():
