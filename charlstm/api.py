@@ -40,7 +40,7 @@ from data_pipeline.build import corpora
 from data_pipeline.mixture import Mixture
 from data_pipeline.progress import bar, say_on_stderr
 from data_pipeline.settings import CorpusSettings, without_effect
-from data_pipeline.shards import ArraySplit, Corpus
+from data_pipeline.shards import Corpus
 from data_pipeline.vocabulary import Vocabulary
 
 _log = logging.getLogger("charlstm")
@@ -173,20 +173,20 @@ class Model:
         evaluator = evaluate_lib.make_evaluator(self.config, self.vocabulary.size, split, mesh, self.separator)
         return evaluator(distributed.put(mesh, distributed.REPLICATED, jax.tree.map(np.asarray, self.params)))
 
-    def bits(self, text: str | bytes) -> np.ndarray:
+    def bits(self, text: evaluate_lib.Split | str | bytes) -> np.ndarray:
         """Bits of each symbol given all before it, float32 [symbols]; the first has log2(V), as nothing precedes it.
 
         A backward model has read all after it, and the last has log2(V).
         """
         return trace.bits(self, text)
 
-    def states(self, text: str | bytes) -> tuple[CellState, ...]:
+    def states(self, text: evaluate_lib.Split | str | bytes) -> tuple[CellState, ...]:
         """The state of every layer after each symbol: hidden states h, and cell states c if any, `[symbols, H]`."""
         layers, cells = range(1, len(self.config.model.widths) + 1), self.config.model.cell.endswith("lstm")
         found: dict[str, Any] = self.trace(text, [f"{n}.{name}" for n in layers for name in ("hc" if cells else "h")])
         return tuple(CellState(found[f"{n}.h"], found.get(f"{n}.c")) for n in layers)
 
-    def trace(self, text: str | bytes, names: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    def trace(self, text: evaluate_lib.Split | str | bytes, names: Sequence[str] = ()) -> dict[str, np.ndarray]:
         """Returns named arrays of each symbol: "logits" of the next one `[symbols, V]`, states and gates.
 
         Args:
@@ -196,14 +196,17 @@ class Model:
         Raises:
           ValueError: there is no array of a name.
         """
-        return trace.whole(self, ArraySplit(text, self.vocabulary), names)
+        return trace.whole(self, trace.split_of(self, text), names)
 
     def __call__(self, ids: Any, state: RecurrentState | None = None) -> tuple[jax.Array, RecurrentState]:
         """(logits of the symbol after each one, the state after them).
 
+        Nothing is reset within `ids`, as in exported models.  Where a run tells documents apart, give each by itself
+        and without a state, beginning with the last symbol of the separator before it.
+
         Args:
           ids: symbol ids `[T]` as they are read, or `[B, T]` of B texts side by side; of NumPy or JAX.
-          state: that of the call before; None before a text begins.
+          state: that of the call before; None before a text or document begins.
 
         Returns:
           Logits `[T, V]`, or `[B, T, V]`, and the state to be handed on.

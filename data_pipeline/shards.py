@@ -124,6 +124,17 @@ class ArraySplit:
         self.characters = None if any("\udc80" <= symbol <= "\udcff" for symbol in whole) else len(whole)
         self.unknown = int((self._ids == 0).sum()) if vocabulary.kind == "characters" else 0
 
+    @classmethod
+    def of_ids(cls, ids: np.ndarray, vocabulary: Vocabulary) -> "ArraySplit":
+        """Returns a split of these symbols.
+
+        Their text, encoded again, can be others: the unknown one is decoded as U+FFFD, which may be a character.
+        """
+        split = cls(vocabulary.decode_bytes(ids), vocabulary)
+        split._ids = ids.astype(split.dtype)
+        split.unknown = int((ids == 0).sum()) if vocabulary.kind == "characters" else 0
+        return split
+
     def __len__(self) -> int:
         """Symbols in the text."""
         return len(self._ids)

@@ -17,8 +17,9 @@ if __name__ == "__main__":  # before what takes seconds to import
     startup.attach("launch.inspect")
 
 import dataclasses
+import itertools
 import json
-import os
+import shutil
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ from charlstm.run import run_directory
 from data_pipeline import signals
 from data_pipeline.settings import check_choices, setting
 from data_pipeline.shards import ArraySplit
+from data_pipeline.vocabulary import Vocabulary
 from launch.support import cli, flags, jax_setup, progress
 
 MOST_SHOWN = 20_000  # characters of a page
@@ -103,16 +105,16 @@ def main(argv: Sequence[str]) -> int:
     jax_setup.keep_compiled()
     model = api.load(chosen.run_dir, chosen.checkpoint)
     split = None if chosen.text else _own_split(model)
-    text = _read(chosen.text, model) if split is None else b""
+    text: Split | bytes = _read(chosen.text, model) if split is None else split
     if chosen.find:
         _print_ranking(
-            ranking.units_for(model, text if split is None else split, chosen.find, progress=progress.shown("reading")),
+            ranking.units_for(model, text, chosen.find, progress=progress.shown("reading")),
             chosen.format,
         )
     if not (chosen.unit or chosen.output):
         return cli.DONE
     if split is not None:
-        text = model.vocabulary.decode_bytes(split.read(0, min(len(split), MOST_SURVEYED)))
+        text = ArraySplit.of_ids(split.read(0, min(len(split), MOST_SURVEYED)), model.vocabulary)
     if chosen.is_page:
         unit = units.parse(chosen.unit, model.config.model) if chosen.unit else None
         _write(chosen.output, page.render(_inspections(chosen, model, text), unit))
@@ -148,6 +150,16 @@ def _check(chosen: InspectFlags, given: Collection[str]) -> None:
     if chosen.unit:
         units.parse(chosen.unit, config)
     _arrays(chosen, config)
+    if chosen.other:
+        _arrays(chosen, run_directory.read(_other(chosen.other)[0], "other")[0].model)
+
+
+def _other(value: str) -> tuple[Path, str]:
+    """Returns the run directory and the checkpoint, or "", of RUN_DIR@CHECKPOINT; a path may have an @ of its own."""
+    run_dir, at, checkpoint = value.rpartition("@")
+    if not at or run_directory.exists(run_directory.named("other", value)):
+        return run_directory.named("other", value), ""
+    return run_directory.named("other", run_dir), checkpoint
 
 
 def _check_output(path: Path, overwrite: bool) -> None:
@@ -175,30 +187,41 @@ def _own_split(model: Model) -> Split:
     return corpus.splits.get("valid") or corpus.splits["train"]
 
 
-def _inspections(chosen: InspectFlags, model: Model, text: bytes) -> list[inspection.Inspection]:
+def _inspections(chosen: InspectFlags, model: Model, text: Split | bytes) -> list[inspection.Inspection]:
     models = {run_directory.name_of(run_directory.named("run_dir", chosen.run_dir)): model}
     if chosen.other:
-        run_dir, at, checkpoint = chosen.other.partition("@")
-        other, path = api.load(run_dir, checkpoint or "best"), run_directory.named("other", run_dir)
-        name = run_directory.name_of(path) + at + checkpoint
-        models[f"{path}{at}{checkpoint}" if name in models else name] = other
+        path, checkpoint = _other(chosen.other)
+        at = f"@{checkpoint}" if checkpoint else ""
+        name = run_directory.name_of(path) + at
+        models[f"{path}{at}" if name in models else name] = api.load(path, checkpoint or "best")
     found, arrays_of = [], {name: _arrays(chosen, each.config.model) for name, each in models.items()}
+    texts = {name: _in_vocabulary(text, each.vocabulary) for name, each in models.items()}
+    probes = list(filter(None, chosen.probe.split("|")))
+    for name, pattern in itertools.product(models, probes):
+        probe.examples(models[name], texts[name], pattern)  # refuses now what it would after minutes
     for name, each in models.items():
         signals.say(f"reading the text with {name}, step {each.step}")
         read = inspection.inspect(
             each,
-            text,
+            texts[name],
             name,
             length=chosen.length,
             arrays=arrays_of[name],
             lookback=chosen.saliency,
             progress=progress.shown,
         )
-        probed = [probe.probe(each, text, pattern) for pattern in filter(None, chosen.probe.split("|"))]
+        probed = [probe.probe(each, texts[name], pattern) for pattern in probes]
         found.append(dataclasses.replace(read, probes=probed))
         if read.left_out:
             signals.say(f"{len(read.text):,} of {len(read.text) + read.left_out:,} characters are shown (--length)")
     return found
+
+
+def _in_vocabulary(text: Split | bytes, vocabulary: Vocabulary) -> Split | bytes:
+    """Returns a text for a model: symbols of another vocabulary as the bytes of their text."""
+    if isinstance(text, bytes) or text.vocabulary == vocabulary:
+        return text
+    return text.vocabulary.decode_bytes(text.read(0, len(text)))
 
 
 def _arrays(chosen: InspectFlags, config: ModelConfig) -> tuple[str, ...]:
@@ -211,17 +234,18 @@ def _arrays(chosen: InspectFlags, config: ModelConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*arrays, *of_unit)))
 
 
-def _show_unit(chosen: InspectFlags, model: Model, text: bytes) -> None:
+def _show_unit(chosen: InspectFlags, model: Model, text: Split | bytes) -> None:
     unit = units.parse(chosen.unit, model.config.model)
-    shown = text.decode("utf-8", "surrogateescape")[: chosen.length]
-    values = inspection.values(model, shown, unit)
+    shown, split = inspection.first_characters(model, text, chosen.length)
+    values = inspection.values(model, split, unit)
     largest = 1.0 if chosen.scale == "fixed" else heatmap.own_scale(values)
     name = f"tanh({unit})" if unit.array == "c" else str(unit)
     if chosen.output:
         _write(chosen.output, heatmap.svg(shown, values, name, largest=largest))
         return
     colors = cli.terminal_colors() if chosen.colors == "auto" else COLORS[chosen.colors]
-    width = min(100, os.get_terminal_size().columns) if sys.stdout.isatty() else heatmap.WIDTH
+    columns = shutil.get_terminal_size(fallback=(heatmap.WIDTH, 24)).columns  # a pty may have none
+    width = min(100, columns) if sys.stdout.isatty() else heatmap.WIDTH
     print(f"{name} of step {model.step}: {heatmap.legend(colors, largest)}", flush=True)
     sys.stdout.buffer.write(heatmap.in_terminal(shown, values, colors, width, largest).encode("utf-8", "replace"))
     print(flush=True)

@@ -141,8 +141,11 @@ def encode_prompt(
       remedy: what can be done about an unknown symbol where the text was given.
 
     Raises:
+      TypeError: it is no string.
       ValueError: a symbol is unknown; says which, where, and the remedy.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"the prompt or stop string is of type {type(text).__name__}: give a str")
     ids = vocabulary.encode(text, "map")
     if unknown == "refuse" and vocabulary.kind == "characters" and not ids.all():
         position = int(np.argmin(ids != 0))

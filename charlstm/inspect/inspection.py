@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from charlstm.inference.evaluate import Split
 from charlstm.inspect import ranking, saliency, surprise, survey, trace
 from charlstm.inspect.patterns import NAMED, Pattern, symbols_of
 from charlstm.inspect.probe import Probe
@@ -49,7 +50,7 @@ class Inspection:
 
 def inspect(
     model: "Model",
-    text: str | bytes,
+    text: Split | str | bytes,
     name: str,
     *,
     length: int = 4000,
@@ -70,13 +71,13 @@ def inspect(
     Raises:
       ValueError: the text is empty.
     """
-    config, whole = model.config.model, ArraySplit(text, model.vocabulary)
+    config, whole = model.config.model, trace.split_of(model, text)
     if not len(whole):
         raise ValueError("the text is empty: give one that has characters")
     everything, lengths = symbols_of(model.vocabulary, whole.read(0, len(whole)))
     ends = np.cumsum(lengths)
     shown_text, last = everything[:length], ends[:length] - 1
-    part = ArraySplit(everything[:length], model.vocabulary)
+    part = ArraySplit.of_ids(whole.read(0, last[-1] + 1), model.vocabulary)
     wanted = tuple(dict.fromkeys((main_array(config), *arrays)))
     found = survey.read(model, whole, patterns, progress=progress(f"{name}: reading"))
     expected = surprise.joined(surprise.expected(model, part))
@@ -95,9 +96,16 @@ def inspect(
     )
 
 
-def values(model: "Model", text: str, unit: Unit) -> np.ndarray:
+def first_characters(model: "Model", text: Split | str | bytes, length: int) -> tuple[str, ArraySplit]:
+    """Returns the first characters of a text, as they are read, and their symbols."""
+    whole = trace.split_of(model, text)
+    characters, lengths = symbols_of(model.vocabulary, whole.read(0, len(whole)))
+    return characters[:length], ArraySplit.of_ids(whole.read(0, int(lengths[:length].sum())), model.vocabulary)
+
+
+def values(model: "Model", text: Split | str | bytes, unit: Unit) -> np.ndarray:
     """The values that are shown of a unit, within -1 and 1, at each character of a text."""
-    split = ArraySplit(text, model.vocabulary)
+    split = trace.split_of(model, text)
     _, lengths = symbols_of(model.vocabulary, split.read(0, len(split)))
     array = trace.whole(model, split, (unit.name,))[unit.name][:, unit.number]
     return np.asarray(shown(model.config.model, unit.array, array))[np.cumsum(lengths) - 1]
@@ -132,14 +140,16 @@ def _saliency(
     """The saliency of each character's last symbol, summed over the symbols of each of `lookback` characters before."""
     if not lookback:
         return np.zeros((len(last), 0), np.float32)
-    of_symbols = saliency.saliency(model, split, lookback, progress)
+    characters = np.arange(len(last))
+    first = last - lengths + 1
+    symbols = int((last - first[np.maximum(characters - lookback, 0)]).max())  # that reach so many characters back
+    of_symbols = saliency.saliency(model, split, max(1, symbols), progress)
     total = np.concatenate([np.zeros((len(split), 1), np.float32), np.cumsum(of_symbols, axis=1)], axis=1)[last]
     found = np.zeros((len(last), lookback), np.float32)
     for back in range(1, min(lookback, len(last) - 1) + 1):
         end = last[back:] - last[:-back]  # symbols from that character's last one to this one's
-        begin = np.minimum(end + lengths[:-back] - 1, lookback)
-        rows = np.arange(back, len(last))
-        found[back:, back - 1] = total[rows, begin] - total[rows, np.minimum(end - 1, lookback)]
+        rows, begin = characters[back:], end + lengths[:-back] - 1
+        found[back:, back - 1] = total[rows, begin] - total[rows, end - 1]
     return found
 
 

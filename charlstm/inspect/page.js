@@ -31,11 +31,12 @@ class Run {
     return `${layer + 1}:${place}`;
   }
 
-  placeOf(name) {
-    const found = /^\s*(\d+)(?:\.\w)?:(\d+)\s*$/.exec(name);
-    if (!found || !(+found[1] >= 1) || +found[1] > this.head.widths.length) return -1;
-    if (+found[2] >= this.head.widths[found[1] - 1]) return -1;
-    return this.head.widths.slice(0, found[1] - 1).reduce((a, b) => a + b, 0) + +found[2];
+  // The number of a unit's array, by default of the one that is shown, and its place; null where the page has none.
+  parse(name) {
+    const found = /^\s*(\d+)(?:\.(\w))?:(\d+)\s*$/.exec(name), { arrays, widths } = this.head;
+    if (!found || !(+found[1] >= 1) || +found[1] > widths.length || +found[3] >= widths[found[1] - 1]) return null;
+    const array = found[2] ? arrays.indexOf(found[2]) : $(this.root, "array").selectedIndex;
+    return array < 0 ? null : [array, widths.slice(0, found[1] - 1).reduce((a, b) => a + b, 0) + +found[3]];
   }
 
   // The levels of a unit over the text: 0 to 254 for -1 to 1.
@@ -292,9 +293,11 @@ class Run {
       e.stopPropagation();
     });
     $(root, "unit").addEventListener("change", (e) => {
-      const place = this.placeOf(e.target.value);
-      e.target.classList.toggle("bad", place < 0);
-      if (place >= 0) this.show(place);
+      const found = this.parse(e.target.value);
+      e.target.classList.toggle("bad", !found);
+      if (!found) return;
+      $(root, "array").selectedIndex = found[0];
+      this.show(found[1]);
     });
     for (const name of ["array", "what", "scale"]) $(root, name).addEventListener("change", () => this.color());
     $(root, "threshold").addEventListener("input", () => this.span && this.select(...this.span));

@@ -6,13 +6,14 @@ one gives the figures.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from charlstm.inference.evaluate import Split
 from charlstm.inspect import trace
 from charlstm.inspect.patterns import Pattern, symbols_of
-from charlstm.inspect.ranking import pattern_of
+from charlstm.inspect.ranking import name_of, pattern_of
 from charlstm.inspect.survey import BLOCK
 from charlstm.inspect.units import Unit, all_units, shown
 from data_pipeline.shards import ArraySplit
@@ -44,38 +45,65 @@ def check_installed() -> None:
         raise ValueError(MISSING) from None
 
 
-def probe(model: "Model", text: str | bytes, pattern: str | Pattern) -> Probe:
+def probe(model: "Model", text: Split | str | bytes, pattern: str | Pattern) -> Probe:
     """Fits a probe on the main array of all layers; of a text, the first 30,000 symbols.
 
     Raises:
       ValueError: scikit-learn is not installed, or a third of the text is all inside the pattern or all outside.
     """
-    split = ArraySplit(text, model.vocabulary)
-    split = ArraySplit(model.vocabulary.decode_bytes(split.read(0, min(len(split), MOST_SYMBOLS))), model.vocabulary)
-    decoded, lengths = symbols_of(model.vocabulary, split.read(0, len(split)))
+    check_installed()
+    split, inside, third = examples(model, text, pattern)
+    return _fitted(model, name_of(pattern), _inputs(model, split), inside, third)
+
+
+def examples(
+    model: "Model", text: Split | str | bytes, pattern: str | Pattern
+) -> tuple[ArraySplit, np.ndarray, np.ndarray]:
+    """Returns the symbols that a probe is fitted on, whether each is inside the pattern, and the third that it is in.
+
+    Raises:
+      ValueError: a third is all inside the pattern or all outside.
+    """
+    whole = trace.split_of(model, text)
+    ids = whole.read(0, min(len(whole), MOST_SYMBOLS))
+    decoded, lengths = symbols_of(model.vocabulary, ids)
     inside = np.repeat(pattern_of(pattern)(decoded), lengths)
     third = np.arange(len(inside)) // min(BLOCK, max(1, len(inside) // 12)) % 3
-    name = pattern if isinstance(pattern, str) else getattr(pattern, "__name__", "pattern")
-    return _fitted(model, name, _inputs(model, split), inside, third)
+    for part in range(3):
+        if not inside[third == part].any() or inside[third == part].all():
+            raise ValueError(
+                f"no probe of {name_of(pattern)!r} can be fitted: it matches all or nothing in a third of the text's "
+                f"first {len(ids):,} symbols: use another pattern or text"
+            )
+    return ArraySplit.of_ids(ids, model.vocabulary), inside, third
 
 
-def probe_texts(model: "Model", texts: Sequence[str | bytes], labels: Sequence[bool]) -> Probe:
+def probe_texts(model: "Model", texts: Sequence[str | bytes], labels: Sequence[Any]) -> Probe:
     """Fits a probe on the states after reading each of many texts, such as reviews and whether they are content.
 
     A third of the texts of each label is learned from, one chooses the penalty, one gives the figures.
 
     Args:
-      labels: of each text, one of two classes.
+      labels: of each text, one of two values.  What is looked for is the one that sorts last, such as True or 1.
 
     Raises:
-      ValueError: scikit-learn is not installed, a text is empty, or a label has fewer than three texts.
+      ValueError: scikit-learn is not installed, a text is empty, there is not one label a text, there are not two
+        values, or one of them has fewer than three texts.
     """
-    is_on = np.asarray(labels, bool)
-    third = np.zeros(len(is_on), int)
-    for value in (False, True):
-        third[is_on == value] = np.arange((is_on == value).sum()) % 3
+    check_installed()
+    if len(labels) != len(texts):
+        raise ValueError(f"there are {len(texts)} texts and {len(labels)} labels: give a label for each text")
     if not all(texts):
         raise ValueError("a text is empty: leave it out")
+    values, label, counts = np.unique(np.asarray(labels), return_inverse=True, return_counts=True)
+    if len(values) != 2:
+        raise ValueError(f"the labels have {len(values)} different values: give two, such as True and False")
+    if counts.min() < 3:
+        fewest = values.tolist()[counts.argmin()]
+        raise ValueError(f"a probe needs three texts of each label, and {fewest!r} has {counts.min()}: give more texts")
+    is_on, third = label == 1, np.zeros(len(label), int)
+    for value in (False, True):
+        third[is_on == value] = np.arange((is_on == value).sum()) % 3
     last = 0 if model.config.streams.reverse else -1  # states come in the order of the text
     states = [_inputs(model, ArraySplit(text, model.vocabulary))[last] for text in texts]
     return _fitted(model, "labels", np.stack(states), is_on, third)
@@ -90,13 +118,9 @@ def _inputs(model: "Model", split: ArraySplit) -> np.ndarray:
 
 def _fitted(model: "Model", name: str, inputs: np.ndarray, inside: np.ndarray, third: np.ndarray) -> Probe:
     """Fits on third 0, chooses the penalty on third 1, and takes the figures on third 2."""
-    try:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.metrics import roc_auc_score
-    except ImportError:
-        raise ValueError(MISSING) from None
-    if any(inside[third == part].all() or not inside[third == part].any() for part in range(3)):
-        raise ValueError("a third of the examples is all inside or all outside: give a longer text, or more texts")
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+
     best, best_auc = None, -1.0
     for strength in STRENGTHS:
         fitted = LogisticRegression(l1_ratio=1, C=strength, solver="liblinear", random_state=0)

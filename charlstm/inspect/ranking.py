@@ -61,11 +61,16 @@ def units_for(
         the split has another vocabulary than the model.
     """
     split = trace.split_of(model, text)
-    name = pattern if isinstance(pattern, str) else getattr(pattern, "__name__", "pattern")
+    name = name_of(pattern)
     survey = survey_lib.read(model, split, {name: pattern_of(pattern)}, patterns_only=True, progress=progress)
     if problem := unusable(survey, 0):
         raise ValueError(f"{name!r} {problem}")
     return ranking(model, survey, 0, most)
+
+
+def name_of(pattern: str | Pattern) -> str:
+    """Returns what a pattern is called."""
+    return pattern if isinstance(pattern, str) else getattr(pattern, "__name__", "pattern")
 
 
 def pattern_of(pattern: str | Pattern) -> Pattern:

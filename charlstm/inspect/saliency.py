@@ -1,6 +1,7 @@
 """Saliency of the earlier symbols for a prediction: input times gradient, of the log-probability of what came.
 
-The input of symbol s, embedded or one-hot and projected, is scaled by a factor of 1.  The derivative of
+The input of symbol s, embedded or one-hot and projected, is scaled by a factor of 1: in a layer-normalized cell after
+the normalization of the projection, in which a factor of the input would be lost.  The derivative of
 log p(symbol t) with respect to that factor is the input times its gradient (Shrikumar et al., arXiv:1605.01713): how
 much the prediction would change, to first order, with the symbol's strength.
 """

@@ -50,9 +50,16 @@ def require_vocabulary(model: "Model", text: Split | Corpus) -> None:
 
 
 def split_of(model: "Model", text: Split | str | bytes) -> Split:
-    """Returns a text as a split of the model's symbols, and such a split as it is; raises as `require_vocabulary`."""
+    """Returns a text as a split of the model's symbols, and such a split as it is.
+
+    Raises:
+      TypeError: it is neither, such as a corpus or a path.
+      ValueError: the split has another vocabulary than the model.
+    """
     if isinstance(text, str | bytes):
         return ArraySplit(text, model.vocabulary)
+    if not (hasattr(text, "read") and hasattr(text, "vocabulary")):
+        raise TypeError(f"text is a {type(text).__name__}: give the text itself, or a split such as corpus.valid")
     require_vocabulary(model, text)
     return text
 
@@ -91,21 +98,21 @@ def names_of(config: ModelConfig) -> tuple[str, ...]:
     return ("logits", *(f"{n + 1}.{array}" for n in range(len(config.widths)) for array in arrays_of(config)))
 
 
-def chunks(model: "Model", split: Split, names: Sequence[str] = ()) -> Iterator[dict[str, np.ndarray]]:
+def chunks(model: "Model", text: Split | str | bytes, names: Sequence[str] = ()) -> Iterator[dict[str, np.ndarray]]:
     """Yields the named arrays of each window of a text, `[symbols, .]`, after each symbol; by default all.
 
     Args:
-      split: in the order of the text; windows and symbols come in the order in which the model reads.
+      text: a text, or a split in the order of the text; windows and symbols come in the order in which the model reads.
 
     Raises:
       ValueError: there is no array of a name, or the split has another vocabulary than the model.
     """
-    config = model.config.model
+    config, split = model.config.model, as_read(model, text)
     known = names_of(config)
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"there is no array {unknown[0]!r}: use {', '.join(known)}")
     state, wanted, left = first_state(config, model.params, 1), tuple(names or known), len(split)
-    for read, _, reset in windows(as_read(model, split), model.separator, 0):
+    for read, _, reset in windows(split, model.separator, 0):
         state, found = _trace(model.params, state, read, reset, config, wanted)
         yield {name: np.asarray(found[name])[:left, 0] for name in wanted}
         left -= WINDOW

@@ -131,7 +131,8 @@ def trace(
 
     Args:
       held: of each layer, units whose state is replaced after each symbol, before anything reads it.
-      scale_BT: factors of the first layer's inputs: a derivative with respect to them is input times gradient.
+      scale_BT: factors of the first layer's inputs, as in `layer.trace`: a derivative with respect to them is input
+        times gradient.
       with_gates: False is for states alone, by the step of `apply`, in two thirds of the time.
 
     Returns:
@@ -141,10 +142,10 @@ def trace(
     found: dict[str, jax.Array] = {}
 
     def run(config, p, layer_state, inputs_TBX, reset_TB, dropout_key, number, dtype):
-        if scale_BT is not None and number == 0:
-            inputs_TBX = inputs_TBX * scale_BT.T[:, :, None].astype(inputs_TBX.dtype)
         of_layer = held[number] if held else ()
-        layer_state, named = layer_lib.trace(config, p, layer_state, inputs_TBX, reset_TB, dtype, of_layer, with_gates)
+        scale_TB = scale_BT.T if scale_BT is not None and number == 0 else None
+        window = inputs_TBX, reset_TB, dtype
+        layer_state, named = layer_lib.trace(config, p, layer_state, *window, of_layer, scale_TB, with_gates)
         found.update({f"{number + 1}.{name}": array for name, array in named.items()})
         return layer_state, named["h"].astype(dtype)
 

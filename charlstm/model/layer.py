@@ -132,7 +132,8 @@ def apply(
     masks = (renewed(config.zoneout, "zoneout"), renewed(config.zoneout_cell, "zoneout_cell"))
     inside: Any = params._replace(gain=None)
     inside = inside if config.mogrifier_rounds else inside._replace(w_x=None)  # which was applied before
-    return autodiff_scan.recurrence(_step(config), inside, mask_BH, state, (inputs_TBX, reset_TB, masks), compute_dtype)
+    inputs = inputs_TBX, reset_TB, masks, None
+    return autodiff_scan.recurrence(_step(config), inside, mask_BH, state, inputs, compute_dtype)
 
 
 def trace(
@@ -143,13 +144,16 @@ def trace(
     reset_TB: jax.Array,
     compute_dtype: jax.typing.DTypeLike,
     held: Held = (),
+    scale_TB: jax.Array | None = None,
     with_gates: bool = True,
 ) -> tuple[CellState, Gates]:
     """Runs a window as `apply` without dropout: (the state after it, "h", "c" if any, and gates by name, `[T, B, H]`).
 
     Args:
       held: units whose state is replaced after each symbol, before anything reads it.
-      with_gates: False takes the step of `apply`, which is faster and does not give them; nothing can be held then.
+      scale_TB: factors of the input as the gates see it: of its projection, after the normalization where there is one.
+      with_gates: False takes the step of `apply`, which is faster and does not give them; nothing can be held or scaled
+        then.
     """
     if not with_gates and config.has_custom_vjp:
         cell, window = CELLS[config.cell], (inputs_TBX, reset_TB, compute_dtype, config.variant)
@@ -157,7 +161,7 @@ def trace(
         return state, _named(states)
     inside: Any = params._replace(gain=None)
     inside = inside if config.mogrifier_rounds else inside._replace(w_x=None)  # which was applied before
-    inputs = inputs_TBX, reset_TB, (None, None)
+    inputs = inputs_TBX, reset_TB, (None, None), scale_TB
     state, (states, gates) = autodiff_scan.trace(_step(config, held), inside, state, inputs, compute_dtype)
     return state, _named(states) | gates
 
@@ -176,11 +180,13 @@ def _step(config: ModelConfig, held: Held = ()) -> autodiff_scan.Step:
         return array
 
     def step(params: Any, mask_BH: Any, state: CellState, symbol: Any) -> tuple[CellState, Gates]:
-        x_BX, reset_B, (renewed_h, renewed_c) = symbol
+        x_BX, reset_B, (renewed_h, renewed_c), scale_B = symbol
         first = jax.tree.map(lambda s_BH: jnp.zeros_like(s_BH[0]), state) if params.first is None else params.first
         # `where`, not a product with 0: 0 times NaN is NaN, so a NaN would survive the reset.
         state = jax.tree.map(lambda f_H, s_BH: jnp.where(reset_B[:, None], f_H[None], s_BH), first, state)
         x_BX = x_BX.astype(state.h.dtype)
+        if scale_B is not None:
+            x_BX, params = _scaled(params, x_BX, scale_B[:, None])
         if params.rounds is None:
             new, gates = cell.step_projected(params, state, x_BX, config.variant, mask_BH)
         else:
@@ -196,6 +202,19 @@ def _step(config: ModelConfig, held: Held = ()) -> autodiff_scan.Step:
         return CellState(hold(h, "h"), None if c is None else hold(c, "c")), gates
 
     return step
+
+
+def _scaled(params: CellParams, x_BX: jax.Array, scale_B1: jax.Array) -> tuple[jax.Array, CellParams]:
+    """Returns the input times a factor, and parameters that keep the factor where the projection is normalized.
+
+    N(s z) = N(z): the layer-normalized cell takes the factor in the gain of N(z).  Its x, too, where a mogrifier has x
+    scale h.
+    """
+    if params.norms is None:
+        return scale_B1 * x_BX, params
+    gain_x = scale_B1 * params.norms.gain_x[None]
+    params = params._replace(norms=params.norms._replace(gain_x=gain_x))
+    return (x_BX if params.rounds is None else scale_B1 * x_BX), params
 
 
 def _zoned_out(new: jax.Array, old: Any, rate: float, renewed: jax.Array | None) -> jax.Array:

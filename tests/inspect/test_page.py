@@ -6,7 +6,8 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from charlstm.inspect import heatmap, inspection, page, patterns, units
+from charlstm.inspect import heatmap, inspection, page, patterns, probe, saliency, units
+from data_pipeline.shards import ArraySplit
 from data_pipeline.vocabulary import Vocabulary
 from tests.browser import chromium
 from tests.inspect.conftest import PLANTED, WIDTH, drawn, text_of
@@ -112,6 +113,13 @@ def test_arrow_keys_flip_through_the_units_and_a_name_chooses_one(opened):
     )
     opened.run(f"{choose}('2:3')")
     assert opened.run("runs[0].place") == WIDTH + 3
+    array = "document.querySelector('.array').value"
+    opened.run(f"{choose}('1.f:2')")
+    assert opened.run("runs[0].place") == 2 and opened.run(array) == "f"
+    opened.run(f"{choose}('1.o:1')")  # the page has none
+    assert opened.run("runs[0].place") == 2 and opened.run("!!document.querySelector('.unit.bad')")
+    opened.run(f"{choose}('2.c:3')")
+    assert opened.run("runs[0].place") == WIDTH + 3 and opened.run(array) == "c"
     opened.run(f"{choose}('9:3')")
     assert opened.run("runs[0].place") == WIDTH + 3 and opened.run("!!document.querySelector('.unit.bad')")
 
@@ -205,6 +213,29 @@ def test_symbols_that_are_not_in_the_vocabulary_are_counted_and_shown(model):
     assert "20 symbols are not in the vocabulary" in page._about(found) and "30 more were read" in page._about(found)
     with pytest.raises(ValueError, match="the text is empty"):
         inspection.inspect(model, "", "empty")
+
+
+def test_saliency_is_of_as_many_characters_as_asked_for_and_of_all_their_bytes():
+    model, text = drawn(Vocabulary("bytes"), num_layers=1), "日本語é文a" * 4
+    found = inspection.inspect(model, text, "bytes", lookback=8, patterns={}).saliency
+    of_bytes = saliency.saliency(model, ArraySplit(text, model.vocabulary), 40)
+    ends = np.cumsum([len(character.encode()) for character in text]).tolist()
+    for place, back in ((20, 1), (20, 8), (11, 3), (2, 2)):
+        before = range(ends[place - back - 1] if place > back else 0, ends[place - back])  # bytes of that character
+        expected = sum(of_bytes[ends[place] - 1, ends[place] - 1 - byte - 1] for byte in before)
+        np.testing.assert_allclose(found[place, back - 1], expected, rtol=1e-3)
+    assert found[8:].min() > 0 and not found[2, 2:].any()
+
+
+def test_an_unknown_symbol_is_read_as_one_where_the_vocabulary_has_a_replacement_character():
+    model, text = drawn(Vocabulary("characters", " ab\ufffd")), "abZ" * 20
+    found = inspection.inspect(model, text, "unknown", length=30, lookback=0, patterns={})
+    np.testing.assert_allclose(found.expected.bits, model.bits(text)[:30], atol=1e-4)
+    levels = np.tanh(np.concatenate([*model.trace(text, ["1.c", "2.c"]).values()], axis=1))[:30] * 127 + 127
+    np.testing.assert_allclose(found.arrays["c"], levels, atol=0.6)
+    shown, split = inspection.first_characters(model, text, 30)
+    assert shown == found.text and split.read(0, 30).tolist() == [2, 3, 0] * 10 and split.unknown == 10
+    assert not probe.examples(model, text * 100, patterns.expression("a"))[0].read(2, 3).any()
 
 
 def test_a_large_page_has_fewer_levels_and_they_stay_near(found, monkeypatch):

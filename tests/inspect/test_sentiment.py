@@ -30,9 +30,17 @@ def test_labeled_texts_have_a_probe_and_each_class_its_part_in_all_thirds():
     found = cl.inspect.probe_texts(planted(), texts, labels)
     assert found.accuracy == found.auc == 1 and found.weights[0][0] == (1, "c", PLANTED)
     assert [str(unit) for unit, weight in found.weights if weight > 0][:1] == [f"1.c:{PLANTED}"]
-    for bad, sentence in ((["ab", ""], "is empty"), (["ab", "cd"], "more texts")):
+    for names in ((-1, 1), (1, 2), ("neg", "pos")):
+        assert cl.inspect.probe_texts(planted(), texts, [names[is_on] for is_on in labels]) == found
+    for bad, of, sentence in (
+        (["ab", ""], [True, False], "is empty"),
+        (["ab", "cd"], [True, False], "three texts of each label, and False has 1: give more texts"),
+        (texts, labels[:40], "45 texts and 40 labels"),
+        (texts, [0, 1, 2] * 15, "3 different values: give two"),
+        (texts, [True] * 45, "1 different values: give two"),
+    ):
         with pytest.raises(ValueError, match=sentence):
-            cl.inspect.probe_texts(planted(), bad, [True, False])
+            cl.inspect.probe_texts(planted(), bad, of)
 
 
 def test_the_state_of_a_text_is_that_after_its_last_symbol_in_the_order_of_reading():

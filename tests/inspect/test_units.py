@@ -1,5 +1,6 @@
 """Which units know a pattern: planted ones are found, chance is not, and a text read side by side is the text."""
 
+import itertools
 import re
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 import charlstm as cl
 from charlstm.inspect import patterns, ranking, saliency, surprise, survey, trace, units
 from charlstm.model import language_model
+from charlstm.model.layer import CELLS
 from data_pipeline.mixture import Joined
 from data_pipeline.shards import ArraySplit
 from data_pipeline.vocabulary import Vocabulary
@@ -24,6 +26,7 @@ def test_a_trace_has_the_models_logits_and_comes_in_chunks_that_join(model):
     logits, _ = model(CHARACTERS.encode(text))
     np.testing.assert_allclose(found["logits"], logits, atol=2e-4)
     assert set(found) == {"logits", *(f"{layer}.{name}" for layer in (1, 2) for name in "chifgo")}
+    assert np.array_equal(model.trace(ArraySplit(text, CHARACTERS), ["2.h"])["2.h"], found["2.h"])
     parts = list(cl.inspect.chunks(model, ArraySplit(text, CHARACTERS), ["2.h"]))
     assert [len(part["2.h"]) for part in parts] == [trace.WINDOW, trace.WINDOW, 20]
     np.testing.assert_allclose(np.concatenate([part["2.h"] for part in parts]), found["2.h"], atol=2e-4)
@@ -101,6 +104,20 @@ def test_what_is_opened_and_never_closed_is_outside_and_costs_no_more_than_other
     assert not label("/* “ab„ " * 100_000).any()  # for minutes, if each opener's closer is looked for to the end
 
 
+def test_documents_given_one_by_one_have_the_logits_of_a_trace_that_resets_between_them():
+    model = drawn(reset_state="document", document_separator="00")
+    text = "ab“cd00ef gh00”bc"
+    ids, begins = CHARACTERS.encode(text), [0, text.index("00") + 1, text.rindex("00") + 1, len(text)]
+    by_document = [model(ids[start:stop])[0] for start, stop in itertools.pairwise(begins)]
+    np.testing.assert_allclose(np.concatenate(by_document), model.trace(text, ["logits"])["logits"], atol=1e-5)
+    assert np.abs(model(ids)[0] - np.concatenate(by_document))[begins[1] :].max() > 0.1, "one call resets nothing"
+
+
+def test_chunks_of_a_string_are_those_of_all_its_bytes():
+    chunks = cl.inspect.chunks(drawn(Vocabulary("bytes")), "é" * trace.WINDOW + "z" * 10, ["1.c"])
+    assert [len(chunk["1.c"]) for chunk in chunks] == [trace.WINDOW, trace.WINDOW, 10]
+
+
 def test_characters_of_several_bytes_and_what_cannot_be_seen():
     ids = np.frombuffer("aé€😀".encode() + b"\xff", np.uint8)
     text, lengths = patterns.symbols_of(Vocabulary("bytes"), ids)
@@ -164,6 +181,14 @@ def test_states_without_gates_are_those_of_a_trace(settings):
         np.testing.assert_allclose(array, named[name], atol=1e-5)
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_saliency_is_as_large_as_what_another_symbol_in_its_place_changes(cell):
+    model, text = drawn(cell=cell), text_of(40)
+    got = saliency.saliency(model, ArraySplit(text, CHARACTERS), 1)[20:]
+    others = [np.abs(model.bits(text[:t] + "é" + text[t + 1 :]) - model.bits(text))[t + 1] for t in range(19, 39)]
+    assert np.mean(got) > 0.1 * np.mean(others)
+
+
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_saliency_is_the_derivative_of_the_whole_text(cell):
     model, text = drawn(cell=cell), text_of(40)
@@ -208,6 +233,20 @@ def test_a_split_of_another_vocabulary_is_refused_with_both(model, tmp_path):
             refused()
 
 
+def test_what_is_neither_a_text_nor_a_split_is_refused_in_a_sentence(model, tmp_path):
+    corpus = cl.load_corpus(text_of(3000), vocabulary="characters", cache_dir=str(tmp_path / "cache"))
+    for refused, kind in (
+        (lambda: model.evaluate(corpus), "Corpus"),
+        (lambda: ranking.units_for(model, corpus, INSIDE), "Corpus"),
+        (lambda: next(trace.chunks(model, corpus)), "Corpus"),
+        (lambda: model.evaluate(tmp_path / "text.txt"), "PosixPath"),
+        (lambda: model.trace(CHARACTERS.encode("abc")), "ndarray"),
+        (lambda: model.sample(b"a", 2), "bytes"),
+    ):
+        with pytest.raises(TypeError, match=f"(text is a|is of type) {kind}: give"):
+            refused()
+
+
 def test_units_are_named_and_what_is_none_is_refused(model):
     config = model.config.model
     assert str(units.parse("1:4", config)) == "1.c:4" and units.parse("2.f:0", config) == (2, "f", 0)
@@ -248,5 +287,5 @@ def test_a_probe_finds_the_planted_unit_alone():
 
     found = probe.probe(planted(), text_of(3000), INSIDE)
     assert found.auc > 0.999 and found.weights[0][0] == units.Unit(1, "c", PLANTED) and found.weights[0][1] > 0
-    with pytest.raises(ValueError, match="give a longer text"):
+    with pytest.raises(ValueError, match=r"no probe of 'digit' can be fitted: .* the text's first 500 symbols"):
         probe.probe(planted(), "a" * 500, "digit")

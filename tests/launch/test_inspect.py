@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -71,6 +72,38 @@ def test_a_page_is_written_beside_nothing_and_over_nothing_but_its_own(trained, 
     ran(inspect.main, capsys, *flags, f"--output={output}", "--overwrite", "--unit=1.f:3")
     assert '"place": 3, "array": 1' in head_of(output)
     assert {path.name for path in tmp_path.iterdir()} == {"a.html", "text.txt"}
+
+
+def test_a_probe_that_cannot_be_fitted_is_refused_before_the_text_is_read(trained, text, tmp_path, monkeypatch):
+    pytest.importorskip("sklearn", reason="extra inspect is not installed")
+    monkeypatch.setattr("charlstm.inspect.inspection.inspect", None)
+    flags = (f"--run_dir={trained}", f"--text={text}", f"--output={tmp_path / 'a.html'}")
+    said = refusal(inspect.main, *flags, "--probe=[ab]|digit")
+    assert "no probe of 'digit' can be fitted" in said and said.endswith("use another pattern or text")
+
+
+def test_another_run_may_have_an_at_sign_in_its_path(copied, tmp_path, capsys):
+    other, output = copied.parent / "me@work", tmp_path / "a.html"
+    shutil.copytree(copied, other)
+    flags = (f"--run_dir={copied}", "--saliency=0", "--length=20", f"--output={output}")
+    for given, title in ((other, "me@work"), (f"{other}@20", "me@work@20")):
+        ran(inspect.main, capsys, *flags, f"--other={given}")
+        assert f"<title>{copied.name}, {title}" in output.read_text()
+    for missing in ("nowhere", "me@home", "me@home@20"):  # before the text is read, and it is none
+        folder = missing.rpartition("@")[0] or missing
+        said = refusal(inspect.main, *flags, "--text=nowhere", f"--other={copied.parent / missing}")
+        assert f"other={copied.parent / folder} is not a run" in said
+
+
+def test_a_terminal_without_a_size_has_lines_of_80_columns(trained, tmp_path, capsys, monkeypatch):
+    (tmp_path / "long.txt").write_text("a" * 200)
+    flags = (f"--run_dir={trained}", f"--text={tmp_path / 'long.txt'}", "--unit=1:3", "--colors=none")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setattr("os.get_terminal_size", lambda *_: os.terminal_size((0, 0)))
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert "\n" + 80 * "a" + "\n" in ran(inspect.main, capsys, *flags)
+    monkeypatch.setenv("COLUMNS", "50")
+    assert "\n" + 50 * "a" + "\n" in ran(inspect.main, capsys, *flags)
 
 
 def test_a_page_names_the_run_however_it_is_named(trained, text, tmp_path, capsys, monkeypatch):

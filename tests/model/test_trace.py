@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from charlstm.model import language_model
-from tests.model.test_layer import T, V, drawn, make, window
+from charlstm.model.layer import CELLS
+from tests.model.test_layer import T, drawn, make, window
 
 CASES = {
     "lstm": {"cell": "lstm", "cap_input_gate": True},
@@ -91,20 +92,48 @@ def test_a_held_unit_has_its_value_after_every_symbol_and_the_layers_above_and_t
     assert (np.asarray(named["2.h"])[:, :, 1] == -0.5).all() and np.abs(np.asarray(by_h - free)).max() > 1e-6
 
 
-@SOME_CASES
-def test_the_derivative_by_the_scale_of_an_input_is_input_times_gradient(changes):
-    config = make(**changes)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"cell": cell} for cell in CELLS),
+        {"cell": "layer_norm_lstm", "embedding_size": 0},
+        {"cell": "layer_norm_lstm", "mogrifier_rounds": 2},
+        CASES["lstm, everything"],
+    ],
+    ids=lambda changes: ", ".join(map(str, changes.values()))[:40],
+)
+def test_the_derivative_by_the_scale_of_an_input_is_that_by_weights_scaled_for_one_symbol(changes):
+    config, place = make(**changes), 3
+
+    def scaled(params, factor):
+        """Weights with which a symbol has another strength; where its projection is normalized, that is of the gain."""
+        p, table = params.cells[0], params.embedding
+        if p.norms is not None:
+            p = p._replace(norms=p.norms._replace(gain_x=p.norms.gain_x * factor))
+        if p.norms is None or config.mogrifier_rounds:
+            p, table = (p._replace(w_x=p.w_x * factor), None) if table is None else (p, table * factor)
+        return params._replace(embedding=table, cells=(p, *params.cells[1:]))
+
     with jax.enable_x64(True):
         params, state = drawn(config, np.float64)
         inputs_BT, reset_BT = window()
 
-        @jax.jit
-        def value(scale_BT):
-            return language_model.trace(config, params, state, inputs_BT, reset_BT, (), scale_BT)[1].sum()
+        def by_scale(scale_BT):
+            return language_model.trace(config, params, state, inputs_BT, reset_BT, (), scale_BT)[1][:, 1].sum()
 
-        ones, step = np.ones(inputs_BT.shape), 1e-5
-        got = np.asarray(jax.grad(value)(jnp.asarray(ones)))
-        moved = np.where(np.arange(T)[None] == 3, step, 0) * (np.arange(len(ones)) == 1)[:, None]
-        expected = (value(ones + moved) - value(ones - moved)) / (2 * step)
-    np.testing.assert_allclose(got[1, 3], expected, rtol=1e-5)
-    assert V and np.abs(got).min() > 0
+        @jax.jit
+        def by_weights(factor):
+            total, before = 0.0, state
+            for parts, weights in (
+                (slice(place), params),
+                (slice(place, place + 1), scaled(params, factor)),
+                (slice(place + 1, T), params),
+            ):
+                before, logits = language_model.apply(config, weights, before, inputs_BT[:, parts], reset_BT[:, parts])
+                total += logits[:, 1].sum()
+            return total
+
+        got = np.asarray(jax.jit(jax.grad(by_scale))(jnp.ones(inputs_BT.shape)))
+        expected = (by_weights(1 + 1e-5) - by_weights(1 - 1e-5)) / 2e-5
+    np.testing.assert_allclose(got[1, place], expected, rtol=1e-5)
+    assert not got[0].any() and np.abs(got[1]).min() > 1e-4

@@ -88,8 +88,9 @@ def output(params: CellParams, o: jax.Array, c: jax.Array) -> jax.Array:
     return o * jnp.tanh(_normalized(c, params.norms.gain_c) + params.norms.b_c[None])
 
 
-def _normalized(v_BN: jax.Array, gain_N: jax.Array) -> jax.Array:
-    return gain_N[None] * _standardized(v_BN)[0]
+def _normalized(v_BN: jax.Array, gain: jax.Array) -> jax.Array:
+    """gain N(v), of one gain `[N]`, or of each stream's own `[B, N]`."""
+    return jnp.atleast_2d(gain) * _standardized(v_BN)[0]
 
 
 def forward(
