@@ -3,6 +3,7 @@
 import asyncio
 import collections
 import json
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
@@ -18,10 +19,12 @@ except ModuleNotFoundError as error:
 from charlstm.serving import completions
 from charlstm.serving.completions import Choice, Scored
 from charlstm.serving.protocol import Answer, Ask, Limits, Refused, parse, usage_of
-from charlstm.serving.slots import Full, OtherModel, Slots
+from charlstm.serving.slots import Broken, Full, OtherModel, Slots
 from charlstm.serving.texts import Loaded, Prompt, Text
 
 MOST_BODY = 16 << 20  # bytes of a request
+
+_log = logging.getLogger(__name__)
 
 
 class Server:
@@ -72,6 +75,9 @@ class Server:
             response = Response(refused.body(), refused.status, headers, "application/json")
         except ClientDisconnect:
             response = Response(status_code=499)  # nobody reads it
+        except Exception as error:  # of the device, as a prompt is scored: out of memory, say
+            _log.exception("a request could not be answered")
+            response = Response(_failed(error).body(), 500, media_type="application/json")
         self._answers[response.status_code] += 1
         return response
 
@@ -106,6 +112,8 @@ class Server:
             self.slots.submit(choices)
         except Full:
             raise self._full(len(choices)) from None
+        except Broken:
+            raise Refused(503, "the device has failed for good, and the server must be started again") from None
 
     def _full(self, count: int) -> Refused:
         waiting = f"{self.slots.busy} texts are written and {self.slots.waiting} wait"
@@ -167,7 +175,7 @@ class Server:
         yield b"data: [DONE]\n\n"
 
     def _begun(self, ask: Ask, choices: list[Choice]) -> Answer:
-        return Answer.begun(choices[0].prompt.group.model or self.slots.model, self._name, ask.seed)
+        return Answer.begun(choices[0].prompt.group.model or choices[0].model, self._name, ask.seed)
 
     async def _show_page(self, request: Request) -> Response:
         return HTMLResponse(self._page)
@@ -192,8 +200,8 @@ class Server:
     async def _show_health(self, request: Request) -> Response:
         slots = self.slots
         counts = {"busy": slots.busy, "slots": slots.slots, "waiting": slots.waiting, "step": slots.model.step}
-        word = "draining" if self.is_draining else "ok"
-        return _json({"status": word, "model": self._name} | counts, 503 if self.is_draining else 200)
+        word = "broken" if slots.is_broken else "draining" if self.is_draining else "ok"
+        return _json({"status": word, "model": self._name} | counts, 200 if word == "ok" else 503)
 
     async def _show_metrics(self, request: Request) -> Response:
         slots = self.slots
@@ -252,4 +260,8 @@ def _raise_if_failed(choices: list[Choice]) -> None:
     for error in (choice.error for choice in choices if choice.error):
         if isinstance(error, OtherModel):
             raise Refused(503, "the model has just been replaced by a better one: ask again")
-        raise Refused(500, f"the text could not be written: {' '.join(str(error).split())[:200]}")
+        raise _failed(error)
+
+
+def _failed(error: Exception) -> Refused:
+    return Refused(500, f"the text could not be written: {' '.join(str(error).split())[:200]}")

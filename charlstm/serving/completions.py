@@ -34,6 +34,7 @@ class Choice(Text):
     """One text of an answer.
 
     Attributes:
+      model: that read the request; its group may get another one before it is begun.
       pieces: what can be shown, each a choice of OpenAI's; of an answer that is not streamed one, with everything.
       error: why there will be no more of them; None if there is none.
       is_done: nothing comes after the pieces.
@@ -58,7 +59,7 @@ class Choice(Text):
         """
         which, number = place
         super().__init__(prompt, ask.sampling, ask.seed, ask.joint.number + number, ask.max_tokens)
-        self._ask, self._model, self._index, self.changed = ask, model, which * ask.n + number, changed
+        self._ask, self.model, self._index, self.changed = ask, model, which * ask.n + number, changed
         self._scored = Scored([], [], [])
         self._scored.add(*(scored or self._scored))  # a copy: other texts of the prompt have it, too
         ids, end = ask.prompts[which], np.array(model.separator, np.int32)
@@ -109,7 +110,7 @@ class Choice(Text):
                 shown = len(sample.ids)
                 beginning = self._trail[-1 - (self.written - shown)]
                 joint = opaque.Joint(self._ask.joint.drawn + shown, self.number, sample.pending)
-                piece["state"] = opaque.pack(self.prompt.group.model or self._model, beginning, joint)
+                piece["state"] = opaque.pack(self.prompt.group.model or self.model, beginning, joint)
             self.written = len(sample.ids)
         if text or is_last or piece["logprobs"]:
             self.pieces.append(piece)

@@ -5,6 +5,7 @@ import base64
 import codecs
 import json
 import re
+import threading
 from types import SimpleNamespace
 
 import jax
@@ -318,6 +319,44 @@ def test_a_full_queue_is_429_and_a_draining_server_503(runs):
         answer = client.post("/v1/completions", json={})
         assert answer.status_code == client.get("/health").status_code == 503
         check_error(answer, "about to end")
+    server.slots.close()
+
+
+def test_a_device_that_fails_while_a_prompt_is_scored_is_an_error_object_and_is_counted(bytes_client, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr("charlstm.serving.completions.distributions", fail)
+    answer = bytes_client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 0, "echo": True, "logprobs": 1})
+    assert answer.status_code == 500
+    check_error(answer, "out of memory")
+    assert 'requests_total{status="500"} 1' in bytes_client.get("/metrics").text
+
+
+def test_a_server_whose_device_has_failed_for_good_is_not_healthy_and_says_so(runs):
+    server = server_of(runs["bytes"])
+    server.slots.is_broken = True
+    with TestClient(server.app) as client:
+        health, answer = client.get("/health"), client.post("/v1/completions", json={"prompt": "abc"})
+    assert health.status_code == answer.status_code == 503 and health.json()["status"] == "broken"
+    check_error(answer, "must be started again")
+    server.slots.close()
+
+
+def test_a_scored_answer_names_the_model_that_scored_whichever_comes_meanwhile(runs, monkeypatch):
+    server = server_of(runs["bytes"])
+    new = server.slots.model._replace(step=9)
+
+    def score(*given):
+        yield from scored(*given)
+        server.slots.use(new)
+        while server.slots.model is not new:
+            threading.Event().wait(0.01)
+
+    scored, _ = completions.score, monkeypatch.setattr(completions, "score", score)
+    with TestClient(server.app) as client:
+        answer = ask(client, prompt="abc", max_tokens=0, echo=True, logprobs=1)
+    assert answer["system_fingerprint"].startswith("step-3-")
     server.slots.close()
 
 
