@@ -18,7 +18,7 @@ except ModuleNotFoundError as error:
 
 from charlstm.serving import completions
 from charlstm.serving.completions import Choice, Scored
-from charlstm.serving.protocol import Answer, Ask, Limits, Refused, parse, usage_of
+from charlstm.serving.protocol import Answer, Ask, Limits, Refused, packed, parse, usage_of
 from charlstm.serving.slots import Broken, Full, OtherModel, Slots
 from charlstm.serving.texts import Loaded, Prompt, Text
 
@@ -88,15 +88,17 @@ class Server:
         model = self.slots.model
         ask = parse(body, model, self._name, self._limits)
         prompts = completions.prompts_of(ask, model)
-        scored: list[Scored | None] = [None] * len(prompts)
-        if ask.echo and ask.logprobs is not None:
+        places, changed = [(which, n) for which in range(len(prompts)) for n in range(ask.n)], asyncio.Event()
+        choices = [Choice(ask, model, prompts[which], (which, n), changed) for which, n in places]
+        if ask.is_scored:
             gone, shown = asyncio.ensure_future(_gone(request)), map(len, ask.prompts)
             try:
-                scored = [await self._score(ask, p, n, model, gone) for p, n in zip(prompts, shown, strict=True)]
+                for which, (prompt, count) in enumerate(zip(prompts, shown, strict=True)):
+                    scored = await self._score(ask, prompt, count, model, gone)
+                    for choice in choices[which * ask.n : (which + 1) * ask.n]:
+                        await asyncio.to_thread(choice.name_prompt, scored)
             finally:
                 gone.cancel()
-        places, changed = [(which, n) for which in range(len(prompts)) for n in range(ask.n)], asyncio.Event()
-        choices = [Choice(ask, model, prompts[which], (which, n), scored[which], changed) for which, n in places]
         if ask.max_tokens or ask.return_state:
             self._submit(choices)
         else:
@@ -150,7 +152,11 @@ class Server:
             self.slots.leave([choice for choice in choices if not choice.is_done])
         _raise_if_failed(choices)
         usage = usage_of(ask, sum(choice.written for choice in choices))
-        content = self._begun(ask, choices).part([choice.pieces[0] for choice in choices], usage)
+        pieces = []
+        for choice in choices:
+            pieces.append(packed(choice.pieces[0]))
+            await asyncio.sleep(0)  # others have their turn
+        content = self._begun(ask, choices).part(pieces, usage)
         return Response(content, media_type="application/json")
 
     async def _stream(self, ask: Ask, choices: list[Choice], changed: asyncio.Event) -> AsyncIterator[bytes]:
@@ -163,7 +169,7 @@ class Server:
                 answer = answer or self._begun(ask, choices)
                 for choice in choices:
                     while choice.pieces:
-                        yield b"data: " + answer.part([choice.pieces.popleft()]) + b"\n\n"
+                        yield b"data: " + answer.part([packed(choice.pieces.popleft())]) + b"\n\n"
                 _raise_if_failed(choices)
             if ask.include_usage and answer:
                 usage = usage_of(ask, sum(choice.written for choice in choices))

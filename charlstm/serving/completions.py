@@ -47,21 +47,17 @@ class Choice(Text):
         model: Loaded,
         prompt: Prompt,
         place: tuple[int, int],
-        scored: Scored | None,
         changed: asyncio.Event,
     ) -> None:
         """Takes what is wanted.
 
         Args:
           place: of the prompt in the request, and of the text among those of the prompt.
-          scored: the symbols of the prompt, where they are part of the text.
           changed: set, in the thread of the event loop, when there are new pieces.
         """
         which, number = place
         super().__init__(prompt, ask.sampling, ask.seed, ask.joint.number + number, ask.max_tokens)
         self._ask, self.model, self._index, self.changed = ask, model, which * ask.n + number, changed
-        self._scored = Scored([], [], [])
-        self._scored.add(*(scored or self._scored))  # a copy: other texts of the prompt have it, too
         ids, end = ask.prompts[which], np.array(model.separator, np.int32)
         stops = [end] if ask.stops is None else ask.stops
         before_stop = _before_stop(ask, ids) if ask.stops is None and len(end) else None
@@ -73,6 +69,11 @@ class Choice(Text):
         self.pieces: collections.deque[dict[str, Any]] = collections.deque()
         self.error: Exception | None = None
         self.is_done, self.written = False, 0
+        self._of_prompt: dict[str, list[Any]] = {}  # log-probabilities, of the first piece
+
+    def name_prompt(self, scored: Scored) -> None:
+        """Takes the symbols of the prompt as part of the text: a tenth of a second's work, before it is begun."""
+        self._of_prompt = self._names.describe(*scored)
 
     def begin(self, beginning: Beginning | None) -> None:
         self._trail = [beginning] if beginning else []
@@ -101,9 +102,9 @@ class Choice(Text):
         piece: dict[str, Any] = {"index": self._index, "text": text, "logprobs": None, "finish_reason": None}
         part = slice(start, sample.taken)
         if self._ask.logprobs is not None:
-            found, self._scored = self._scored, Scored([], [], [])
-            found.add(sample.ids[part], sample.log_probabilities[part], self._tops[part])
-            piece["logprobs"] = self._names.describe(*found)
+            found = self._names.describe(sample.ids[part], sample.log_probabilities[part], self._tops[part])
+            piece["logprobs"] = {name: self._of_prompt.get(name, []) + values for name, values in found.items()}
+            self._of_prompt = {}
         if is_last:
             piece["finish_reason"] = "stop" if sample.stopped else "length"
             if self._ask.return_state:
@@ -137,7 +138,7 @@ def _tops(symbols: Symbols, count: int) -> list[list[tuple[int, float]]]:
 def prompts_of(ask: Ask, model: Loaded) -> list[Prompt]:
     """Returns what is read for each prompt of a request."""
     # What the request has of this model must be of the one that writes.
-    has_numbers = ask.after is not None or (ask.echo and ask.logprobs is not None)
+    has_numbers = ask.after is not None or ask.is_scored
     group = Group(model.digest if has_numbers else None)
     return [Prompt(group, _read_before(ask, ids, model), ask.after, ask.joint.drawn) for ids in ask.prompts]
 

@@ -20,8 +20,9 @@ from charlstm import api, distributed
 from charlstm import config as config_lib
 from charlstm.inference.text import Sample
 from charlstm.run import run_directory
-from charlstm.serving import completions, loading, opaque
+from charlstm.serving import completions, loading, opaque, protocol
 from charlstm.serving.app import MOST_BODY, Server
+from charlstm.serving.protocol import TokenNames
 from data_pipeline.vocabulary import Vocabulary
 from tests.fuzzing import ANY_JSON, fuzzed, spoiled
 from tests.serving.conftest import RUNS, make_run
@@ -320,6 +321,33 @@ def test_a_full_queue_is_429_and_a_draining_server_503(runs):
         assert answer.status_code == client.get("/health").status_code == 503
         check_error(answer, "about to end")
     server.slots.close()
+
+
+def test_many_symbols_that_are_scored_are_named_where_nobody_waits(bytes_client, monkeypatch):
+    """In a thread of their own: not that of the event loop, in which /health is answered, nor the one that writes."""
+    where = {}
+
+    def describe(self, ids, *rest):
+        where.setdefault(threading.current_thread().name.partition("_")[0], []).append(len(ids))
+        return described(self, ids, *rest)
+
+    described, _ = TokenNames.describe, monkeypatch.setattr(TokenNames, "describe", describe)
+    for written in (0, 3):
+        ask(bytes_client, prompt=["a" * 300, "b" * 200], n=2, max_tokens=written, echo=True, logprobs=20)
+    assert where.pop("asyncio") == [300, 300, 200, 200] * 2
+    assert max(max(counts) for counts in where.values()) <= 3
+
+
+def test_a_request_may_have_so_many_symbols_to_score(bytes_client, monkeypatch):
+    monkeypatch.setattr(protocol, "MOST_SCORED", 100)  # but one prompt may always be scored
+    how = {"max_tokens": 0, "echo": True, "logprobs": 0}
+    for fields in ({"prompt": "a" * 300}, {"prompt": ["a" * 100, "b" * 50], "n": 2}):
+        assert ask(bytes_client, **fields, **how)["choices"]
+    ask(bytes_client, prompt=["a" * 300] * 2, max_tokens=0, logprobs=1)  # nothing is scored
+    for fields in ({"prompt": ["a" * 300, "b"]}, {"prompt": "a" * 151, "n": 2}):
+        answer = bytes_client.post("/v1/completions", json=fields | how)
+        assert answer.status_code == 400
+        check_error(answer, "symbols to score, and may have 300: ask for fewer at a time")
 
 
 def test_a_device_that_fails_while_a_prompt_is_scored_is_an_error_object_and_is_counted(bytes_client, monkeypatch):
