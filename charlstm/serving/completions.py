@@ -84,7 +84,7 @@ class Choice(Text):
         self.written += len(symbols.ids)
         self._sample.feed(symbols.ids, symbols.log_probabilities)
         if self._ask.logprobs is not None:
-            self._tops += _tops(symbols, self._ask.logprobs)
+            self._tops += _tops(symbols, self._ask.logprobs, self.model.unknown_id)
             del self._tops[len(self._sample.ids) :]
         if self._ask.return_state:
             self._trail = (self._trail + symbols.beginnings())[-LONGEST_STOP - CHUNK :]
@@ -126,11 +126,11 @@ def _before_stop(ask: Ask, ids: np.ndarray) -> np.ndarray:
     return np.concatenate([last_K[max(0, len(last_K) - ask.joint.drawn) :], ids]).astype(np.int32)
 
 
-def _tops(symbols: Symbols, count: int) -> list[list[tuple[int, float]]]:
+def _tops(symbols: Symbols, count: int, unknown_id: int | None) -> list[list[tuple[int, float]]]:
     """Returns the most probable symbols at each place; the one that was chosen with the slot's own number."""
     logits_TV = symbols.logits().astype(np.float64)
     logits_TV -= logits_TV.max(axis=1, keepdims=True)
-    tops = most_probable(logits_TV - np.log(np.exp(logits_TV).sum(axis=1, keepdims=True)), count)
+    tops = most_probable(logits_TV - np.log(np.exp(logits_TV).sum(axis=1, keepdims=True)), count, unknown_id)
     own = zip(symbols.ids, symbols.log_probabilities, strict=True)
     return [[(i, value if i == chosen else v) for i, v in top] for top, (chosen, value) in zip(tops, own, strict=True)]
 
@@ -166,7 +166,7 @@ def score(prompt: Prompt, shown: int, count: int, model: Loaded) -> Iterator[Sco
         following = ids[place : place + len(log_probabilities_TV)]
         first = max(0, unseen - place)
         values = log_probabilities_TV[np.arange(len(following)), following]
-        tops = most_probable(log_probabilities_TV[first : len(following)], count)
+        tops = most_probable(log_probabilities_TV[first : len(following)], count, model.unknown_id)
         scored.add(following[first:], values[first:].tolist(), tops)
         place += len(following)
         yield scored

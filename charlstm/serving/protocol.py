@@ -302,8 +302,16 @@ def finite(value: float | None) -> float | None:
     return float(value) if value is not None and np.isfinite(value) else None
 
 
-def most_probable(log_probabilities_TV: np.ndarray, count: int) -> list[list[tuple[int, float]]]:
-    """Returns (id, log-probability) of the `count` most probable symbols of each row, in order."""
-    count = min(count, log_probabilities_TV.shape[1])
-    order = np.argsort(-log_probabilities_TV, axis=1, kind="stable")[:, :count]
+def most_probable(
+    log_probabilities_TV: np.ndarray, count: int, unknown_id: int | None
+) -> list[list[tuple[int, float]]]:
+    """Returns (id, log-probability) of the `count` most probable symbols of each row, in order.
+
+    Args:
+      unknown_id: of the symbol that is not named, as it is never drawn: it may share its name with a character.
+    """
+    order = np.argsort(-log_probabilities_TV, axis=1, kind="stable")
+    if unknown_id is not None:
+        order = order[order != unknown_id].reshape(len(order), -1)
+    order = order[:, :count]
     return [[(int(i), float(row[i])) for i in ids] for row, ids in zip(log_probabilities_TV, order, strict=True)]

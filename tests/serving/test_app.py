@@ -323,6 +323,21 @@ def test_a_full_queue_is_429_and_a_draining_server_503(runs):
     server.slots.close()
 
 
+def test_the_unknown_symbol_is_not_among_the_most_probable_and_hides_no_character_of_its_name(tmp_path):
+    vocabulary = Vocabulary("characters", "ab\ufffd")  # as in text that was once decoded wrongly
+    server = server_of(make_run(tmp_path / "run", vocabulary))
+    model = api.load(tmp_path / "run")
+    with TestClient(server.app) as client:
+        how = {"prompt": "ab\ufffdba", "echo": True, "logprobs": 20}
+        (choice,) = ask(client, max_tokens=3, temperature=0, **how)["choices"]
+    logits, _ = model(model.vocabulary.encode(choice["text"]))
+    expected = np.asarray(jax.nn.log_softmax(logits))[:-1, 1:]
+    for top, values in zip(choice["logprobs"]["top_logprobs"][1:], expected, strict=True):
+        np.testing.assert_allclose([top[name] for name in vocabulary.characters], values, rtol=1e-3, atol=1e-4)
+        assert len(top) == 3
+    server.slots.close()
+
+
 def test_many_symbols_that_are_scored_are_named_where_nobody_waits(bytes_client, monkeypatch):
     """In a thread of their own: not that of the event loop, in which /health is answered, nor the one that writes."""
     where = {}
