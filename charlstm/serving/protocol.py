@@ -312,6 +312,6 @@ def most_probable(
     """
     order = np.argsort(-log_probabilities_TV, axis=1, kind="stable")
     if unknown_id is not None:
-        order = order[order != unknown_id].reshape(len(order), -1)
+        order = order[order != unknown_id].reshape(len(order), order.shape[1] - 1)
     order = order[:, :count]
     return [[(int(i), float(row[i])) for i in ids] for row, ids in zip(log_probabilities_TV, order, strict=True)]

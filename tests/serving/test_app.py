@@ -336,6 +336,7 @@ def test_the_unknown_symbol_is_not_among_the_most_probable_and_hides_no_characte
         np.testing.assert_allclose([top[name] for name in vocabulary.characters], values, rtol=1e-3, atol=1e-4)
         assert len(top) == 3
     server.slots.close()
+    assert protocol.most_probable(np.zeros((0, 4)), 3, 0) == []  # of a window of which no symbol is shown
 
 
 def test_many_symbols_that_are_scored_are_named_where_nobody_waits(bytes_client, monkeypatch):
