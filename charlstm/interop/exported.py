@@ -27,6 +27,12 @@ class Exported:
     run_dir: Path | None = None  # where its measurements are
     held_out: Split | Corpus | None = None  # text that it was not trained on, or a corpus or mixture with such splits
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What its logits are computed with, and `reverse`; nothing of the machine and the texts that trained it."""
+        model = dataclasses.replace(self.config.model, weight_norm=False)  # it is folded
+        return {"reverse": self.config.streams.reverse, **dataclasses.asdict(model)}
+
 
 def folded(params: ModelParams) -> ModelParams:
     """Returns the parameters as NumPy arrays, float32, each w_h with its weight norm applied and no gain."""

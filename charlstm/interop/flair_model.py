@@ -47,7 +47,7 @@ def write(exported: Exported, folder: Path) -> None:
         "state_dict": arrays(exported.params),
         "dictionary": _dictionary(exported.vocabulary),
         "is_forward_lm": not backward,
-        "hidden_size": model.hidden_size,
+        "hidden_size": model.widths[0],
         "nlayers": model.num_layers,
         "embedding_size": model.embedding_size or exported.vocabulary.size,
         "nout": None,

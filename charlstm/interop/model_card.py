@@ -1,5 +1,6 @@
 """The model card: a README whose front matter model hubs read, filled in from the run."""
 
+import dataclasses
 import json
 import re
 from pathlib import PurePosixPath
@@ -9,6 +10,7 @@ from charlstm.config import Config
 from charlstm.inference.score import FIGURES
 from charlstm.interop.exported import Exported
 from charlstm.report import history
+from charlstm.run.step_directory import StepDirectory
 from data_pipeline import mixture
 from data_pipeline.vocabulary import Vocabulary
 
@@ -109,7 +111,7 @@ def card(exported: Exported, parameters: int, has_pytorch: bool) -> str:
         front_score=_front_score(record, names, slugs) if record else "",
         of_texts=f" of {' and '.join(names)}" if names else "",
         what=f"{what}{trained}.{way}{' It was trained with charlstm.' if names else ''}",
-        score=_in_words(record, config) if record else "It was not measured.",
+        score=_in_words(record, exported) if record else "It was not measured.",
         use=TORCH if has_pytorch else NUMPY.format(prompt=prompt),
         prompt=prompt,
         training=_training(config) if names else "It was imported: on which text and how it was trained is not known.",
@@ -122,7 +124,9 @@ def texts_of(config: Config) -> list[str]:
         return [part.name for part in mixture.parse(config.streams.mixture)]
     if not (config.corpus.train or config.corpus.corpus):
         return []
-    name = PurePosixPath(config.corpus.train or config.corpus.corpus).name.partition(".")[0]
+    path = PurePosixPath(config.corpus.train or config.corpus.corpus)
+    # Of a glob, such as news/*.txt, what its files have in common.
+    name = next((part for part in reversed(path.parts) if "*" not in part), "").partition(".")[0]
     name = re.sub(r"-[0-9a-f]{16}$", "", name)  # of a prepared corpus in the cache
     return ["text" if re.fullmatch(r"[0-9a-f]{32}|", name) else name]
 
@@ -161,14 +165,23 @@ def _front_score(record: dict[str, Any], names: list[str], slugs: list[str]) -> 
     )
 
 
-def _in_words(record: dict[str, Any], config: Config) -> str:
+def _scored_by(exported: Exported) -> dict[str, Any]:
+    """The settings of evaluation with which the parameters were saved; a run that was resumed may have others now."""
+    assert exported.run_dir is not None
+    sealed = StepDirectory(exported.run_dir / "checkpoints").sealed()
+    if exported.step not in sealed:  # it was removed since
+        return dataclasses.asdict(exported.config.evaluation)
+    return sealed[exported.step]["identity"]["config"]["evaluation"]
+
+
+def _in_words(record: dict[str, Any], exported: Exported) -> str:
     """The score, and how it was measured."""
     figures = ", ".join(f"{value:.4f} {name.replace('_', ' ')}" for name, value in _figures(record).items())
-    settings = config.evaluation
-    dtype = f", with matrix products in {config.model.compute_dtype}" if config.model.compute_dtype != "float32" else ""
+    settings, compute_dtype = _scored_by(exported), exported.config.model.compute_dtype
+    dtype = f", with matrix products in {compute_dtype}" if compute_dtype != "float32" else ""
     return (
         f"**{figures}** on {record['scored_symbols']:,} symbols of the validation split, in chunks of "
-        f"{settings.eval_chunk:,} symbols, each after {settings.burn_in:,} symbols that are only read{dtype}. "
+        f"{settings['eval_chunk']:,} symbols, each after {settings['burn_in']:,} symbols that are only read{dtype}. "
         "No update saw this split, but a run's best checkpoint is chosen by it."
     )
 

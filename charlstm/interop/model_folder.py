@@ -13,7 +13,6 @@ embedding.weight is `[V, E]`, linear.weight `[V, H]` and linear.bias `[V]`.  A o
 one no linear.weight; weight norm is folded into the weights.
 """
 
-import dataclasses
 import importlib.resources
 import json
 from pathlib import Path
@@ -70,9 +69,8 @@ def describe(exported: Exported) -> dict[str, Any]:
         "vocabulary_size": exported.vocabulary.size,
         "hidden_sizes": list(model.widths),
         "separator": list(run_directory.separator(exported.config, exported.vocabulary)),
-        "reverse": exported.config.streams.reverse,
         "step": exported.step,
-        **dataclasses.asdict(dataclasses.replace(model, weight_norm=False)),  # it is folded
+        **exported.settings,
     }
 
 

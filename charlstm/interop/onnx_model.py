@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from charlstm import config as config_lib
 from charlstm.config.model import ModelConfig
 from charlstm.interop.exported import Exported
 from charlstm.run import run_directory
@@ -69,6 +68,7 @@ def properties(exported: Exported) -> dict[str, str]:
     vocabulary: {"kind": "bytes"}, whose ids are the values of bytes, or {"kind": "characters", "characters": ...},
     where id k is the k-th of them, from 1 on, and id 0 an unknown one.  separator: the ids that end a document; the
     last one is read from the first state.  first_state: of each state input, [H] values; zeros where it is not learned.
+    config: the settings of the model, and `reverse`.
     """
     separator = run_directory.separator(exported.config, exported.vocabulary)
     first: dict[str, list[float]] = {}
@@ -84,7 +84,7 @@ def properties(exported: Exported) -> dict[str, str]:
         "separator": json.dumps(separator),
         "first_state": json.dumps(first),
         "step": json.dumps(exported.step),
-        "config": config_lib.to_json(exported.config),
+        "config": json.dumps(exported.settings),
     }
 
 

@@ -64,6 +64,10 @@ def refusal(old: ModelConfig, new: ModelConfig) -> str:
     rectified = new.cell == "rnn" and new.nonlinearity == "relu"
     if more and rectified and new.skip:
         return f"a layer more of rectified units that adds nothing to skip's sum would get no gradient: keep {layers}"
+    if more and rectified and new.zoneout:
+        return (
+            f"a layer more of rectified units passes on its input, but with zoneout={new.zoneout} mixes it with old h"
+        )
     if more and rectified and len(set(new.widths[layers - 1 :])) > 1:
         return f"new layers of rectified units pass on their input, and {new.widths[layers - 1 :]} are different widths"
     if more and not rectified and not new.skip:

@@ -3,6 +3,7 @@
 import asyncio
 import collections
 import json
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
@@ -17,11 +18,13 @@ except ModuleNotFoundError as error:
 
 from charlstm.serving import completions
 from charlstm.serving.completions import Choice, Scored
-from charlstm.serving.protocol import Answer, Ask, Limits, Refused, parse, usage_of
-from charlstm.serving.slots import Full, OtherModel, Slots
+from charlstm.serving.protocol import Answer, Ask, Limits, Refused, packed, parse, usage_of
+from charlstm.serving.slots import Broken, Full, OtherModel, Slots
 from charlstm.serving.texts import Loaded, Prompt, Text
 
 MOST_BODY = 16 << 20  # bytes of a request
+
+_log = logging.getLogger(__name__)
 
 
 class Server:
@@ -72,6 +75,9 @@ class Server:
             response = Response(refused.body(), refused.status, headers, "application/json")
         except ClientDisconnect:
             response = Response(status_code=499)  # nobody reads it
+        except Exception as error:  # of the device, as a prompt is scored: out of memory, say
+            _log.exception("a request could not be answered")
+            response = Response(_failed(error).body(), 500, media_type="application/json")
         self._answers[response.status_code] += 1
         return response
 
@@ -82,15 +88,17 @@ class Server:
         model = self.slots.model
         ask = parse(body, model, self._name, self._limits)
         prompts = completions.prompts_of(ask, model)
-        scored: list[Scored | None] = [None] * len(prompts)
-        if ask.echo and ask.logprobs is not None:
+        places, changed = [(which, n) for which in range(len(prompts)) for n in range(ask.n)], asyncio.Event()
+        choices = [Choice(ask, model, prompts[which], (which, n), changed) for which, n in places]
+        if ask.is_scored:
             gone, shown = asyncio.ensure_future(_gone(request)), map(len, ask.prompts)
             try:
-                scored = [await self._score(ask, p, n, model, gone) for p, n in zip(prompts, shown, strict=True)]
+                for which, (prompt, count) in enumerate(zip(prompts, shown, strict=True)):
+                    scored = await self._score(ask, prompt, count, model, gone)
+                    for choice in choices[which * ask.n : (which + 1) * ask.n]:
+                        await asyncio.to_thread(choice.name_prompt, scored)
             finally:
                 gone.cancel()
-        places, changed = [(which, n) for which in range(len(prompts)) for n in range(ask.n)], asyncio.Event()
-        choices = [Choice(ask, model, prompts[which], (which, n), scored[which], changed) for which, n in places]
         if ask.max_tokens or ask.return_state:
             self._submit(choices)
         else:
@@ -106,6 +114,8 @@ class Server:
             self.slots.submit(choices)
         except Full:
             raise self._full(len(choices)) from None
+        except Broken:
+            raise Refused(503, "the device has failed for good, and the server must be started again") from None
 
     def _full(self, count: int) -> Refused:
         waiting = f"{self.slots.busy} texts are written and {self.slots.waiting} wait"
@@ -142,7 +152,11 @@ class Server:
             self.slots.leave([choice for choice in choices if not choice.is_done])
         _raise_if_failed(choices)
         usage = usage_of(ask, sum(choice.written for choice in choices))
-        content = self._begun(ask, choices).part([choice.pieces[0] for choice in choices], usage)
+        pieces = []
+        for choice in choices:
+            pieces.append(packed(choice.pieces[0]))
+            await asyncio.sleep(0)  # others have their turn
+        content = self._begun(ask, choices).part(pieces, usage)
         return Response(content, media_type="application/json")
 
     async def _stream(self, ask: Ask, choices: list[Choice], changed: asyncio.Event) -> AsyncIterator[bytes]:
@@ -155,7 +169,7 @@ class Server:
                 answer = answer or self._begun(ask, choices)
                 for choice in choices:
                     while choice.pieces:
-                        yield b"data: " + answer.part([choice.pieces.popleft()]) + b"\n\n"
+                        yield b"data: " + answer.part([packed(choice.pieces.popleft())]) + b"\n\n"
                 _raise_if_failed(choices)
             if ask.include_usage and answer:
                 usage = usage_of(ask, sum(choice.written for choice in choices))
@@ -167,7 +181,7 @@ class Server:
         yield b"data: [DONE]\n\n"
 
     def _begun(self, ask: Ask, choices: list[Choice]) -> Answer:
-        return Answer.begun(choices[0].prompt.group.model or self.slots.model, self._name, ask.seed)
+        return Answer.begun(choices[0].prompt.group.model or choices[0].model, self._name, ask.seed)
 
     async def _show_page(self, request: Request) -> Response:
         return HTMLResponse(self._page)
@@ -192,8 +206,8 @@ class Server:
     async def _show_health(self, request: Request) -> Response:
         slots = self.slots
         counts = {"busy": slots.busy, "slots": slots.slots, "waiting": slots.waiting, "step": slots.model.step}
-        word = "draining" if self.is_draining else "ok"
-        return _json({"status": word, "model": self._name} | counts, 503 if self.is_draining else 200)
+        word = "broken" if slots.is_broken else "draining" if self.is_draining else "ok"
+        return _json({"status": word, "model": self._name} | counts, 200 if word == "ok" else 503)
 
     async def _show_metrics(self, request: Request) -> Response:
         slots = self.slots
@@ -252,4 +266,8 @@ def _raise_if_failed(choices: list[Choice]) -> None:
     for error in (choice.error for choice in choices if choice.error):
         if isinstance(error, OtherModel):
             raise Refused(503, "the model has just been replaced by a better one: ask again")
-        raise Refused(500, f"the text could not be written: {' '.join(str(error).split())[:200]}")
+        raise _failed(error)
+
+
+def _failed(error: Exception) -> Refused:
+    return Refused(500, f"the text could not be written: {' '.join(str(error).split())[:200]}")

@@ -34,6 +34,7 @@ class Choice(Text):
     """One text of an answer.
 
     Attributes:
+      model: that read the request; its group may get another one before it is begun.
       pieces: what can be shown, each a choice of OpenAI's; of an answer that is not streamed one, with everything.
       error: why there will be no more of them; None if there is none.
       is_done: nothing comes after the pieces.
@@ -46,21 +47,17 @@ class Choice(Text):
         model: Loaded,
         prompt: Prompt,
         place: tuple[int, int],
-        scored: Scored | None,
         changed: asyncio.Event,
     ) -> None:
         """Takes what is wanted.
 
         Args:
           place: of the prompt in the request, and of the text among those of the prompt.
-          scored: the symbols of the prompt, where they are part of the text.
           changed: set, in the thread of the event loop, when there are new pieces.
         """
         which, number = place
         super().__init__(prompt, ask.sampling, ask.seed, ask.joint.number + number, ask.max_tokens)
-        self._ask, self._model, self._index, self.changed = ask, model, which * ask.n + number, changed
-        self._scored = Scored([], [], [])
-        self._scored.add(*(scored or self._scored))  # a copy: other texts of the prompt have it, too
+        self._ask, self.model, self._index, self.changed = ask, model, which * ask.n + number, changed
         ids, end = ask.prompts[which], np.array(model.separator, np.int32)
         stops = [end] if ask.stops is None else ask.stops
         before_stop = _before_stop(ask, ids) if ask.stops is None and len(end) else None
@@ -72,6 +69,11 @@ class Choice(Text):
         self.pieces: collections.deque[dict[str, Any]] = collections.deque()
         self.error: Exception | None = None
         self.is_done, self.written = False, 0
+        self._of_prompt: dict[str, list[Any]] = {}  # log-probabilities, of the first piece
+
+    def name_prompt(self, scored: Scored) -> None:
+        """Takes the symbols of the prompt as part of the text: a tenth of a second's work, before it is begun."""
+        self._of_prompt = self._names.describe(*scored)
 
     def begin(self, beginning: Beginning | None) -> None:
         self._trail = [beginning] if beginning else []
@@ -82,7 +84,7 @@ class Choice(Text):
         self.written += len(symbols.ids)
         self._sample.feed(symbols.ids, symbols.log_probabilities)
         if self._ask.logprobs is not None:
-            self._tops += _tops(symbols, self._ask.logprobs)
+            self._tops += _tops(symbols, self._ask.logprobs, self.model.unknown_id)
             del self._tops[len(self._sample.ids) :]
         if self._ask.return_state:
             self._trail = (self._trail + symbols.beginnings())[-LONGEST_STOP - CHUNK :]
@@ -100,16 +102,16 @@ class Choice(Text):
         piece: dict[str, Any] = {"index": self._index, "text": text, "logprobs": None, "finish_reason": None}
         part = slice(start, sample.taken)
         if self._ask.logprobs is not None:
-            found, self._scored = self._scored, Scored([], [], [])
-            found.add(sample.ids[part], sample.log_probabilities[part], self._tops[part])
-            piece["logprobs"] = self._names.describe(*found)
+            found = self._names.describe(sample.ids[part], sample.log_probabilities[part], self._tops[part])
+            piece["logprobs"] = {name: self._of_prompt.get(name, []) + values for name, values in found.items()}
+            self._of_prompt = {}
         if is_last:
             piece["finish_reason"] = "stop" if sample.stopped else "length"
             if self._ask.return_state:
                 shown = len(sample.ids)
                 beginning = self._trail[-1 - (self.written - shown)]
                 joint = opaque.Joint(self._ask.joint.drawn + shown, self.number, sample.pending)
-                piece["state"] = opaque.pack(self.prompt.group.model or self._model, beginning, joint)
+                piece["state"] = opaque.pack(self.prompt.group.model or self.model, beginning, joint)
             self.written = len(sample.ids)
         if text or is_last or piece["logprobs"]:
             self.pieces.append(piece)
@@ -124,11 +126,11 @@ def _before_stop(ask: Ask, ids: np.ndarray) -> np.ndarray:
     return np.concatenate([last_K[max(0, len(last_K) - ask.joint.drawn) :], ids]).astype(np.int32)
 
 
-def _tops(symbols: Symbols, count: int) -> list[list[tuple[int, float]]]:
+def _tops(symbols: Symbols, count: int, unknown_id: int | None) -> list[list[tuple[int, float]]]:
     """Returns the most probable symbols at each place; the one that was chosen with the slot's own number."""
     logits_TV = symbols.logits().astype(np.float64)
     logits_TV -= logits_TV.max(axis=1, keepdims=True)
-    tops = most_probable(logits_TV - np.log(np.exp(logits_TV).sum(axis=1, keepdims=True)), count)
+    tops = most_probable(logits_TV - np.log(np.exp(logits_TV).sum(axis=1, keepdims=True)), count, unknown_id)
     own = zip(symbols.ids, symbols.log_probabilities, strict=True)
     return [[(i, value if i == chosen else v) for i, v in top] for top, (chosen, value) in zip(tops, own, strict=True)]
 
@@ -136,7 +138,7 @@ def _tops(symbols: Symbols, count: int) -> list[list[tuple[int, float]]]:
 def prompts_of(ask: Ask, model: Loaded) -> list[Prompt]:
     """Returns what is read for each prompt of a request."""
     # What the request has of this model must be of the one that writes.
-    has_numbers = ask.after is not None or (ask.echo and ask.logprobs is not None)
+    has_numbers = ask.after is not None or ask.is_scored
     group = Group(model.digest if has_numbers else None)
     return [Prompt(group, _read_before(ask, ids, model), ask.after, ask.joint.drawn) for ids in ask.prompts]
 
@@ -164,7 +166,7 @@ def score(prompt: Prompt, shown: int, count: int, model: Loaded) -> Iterator[Sco
         following = ids[place : place + len(log_probabilities_TV)]
         first = max(0, unseen - place)
         values = log_probabilities_TV[np.arange(len(following)), following]
-        tops = most_probable(log_probabilities_TV[first : len(following)], count)
+        tops = most_probable(log_probabilities_TV[first : len(following)], count, model.unknown_id)
         scored.add(following[first:], values[first:].tolist(), tops)
         place += len(following)
         yield scored

@@ -1,6 +1,7 @@
 """Requests and answers of POST /v1/completions, as OpenAI's clients speak them.  A token is a symbol."""
 
 import dataclasses
+import functools
 import json
 import secrets
 import time
@@ -17,6 +18,7 @@ from charlstm.serving.texts import Loaded
 from data_pipeline.vocabulary import Vocabulary
 
 MOST_STOPS, MOST_LOGPROBS, LONGEST_STOP = 4, 20, 256
+MOST_SCORED = 1 << 16  # symbols of all texts of a request, or one prompt: with 20 log-probabilities each, 42 MB
 # OpenAI's fields that mean something else to this model, with the values at which they ask for nothing.
 WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "suffix": (None, ""), "presence_penalty": (None, 0), "frequency_penalty": (None, 0), "logit_bias": (None, {}),
@@ -70,6 +72,11 @@ class Ask:
     after: Beginning | None
     joint: opaque.Joint
 
+    @property
+    def is_scored(self) -> bool:
+        """True if the symbols of the prompts have log-probabilities, too."""
+        return self.echo and self.logprobs is not None
+
 
 def parse(body: bytes, model: Loaded, name: str, limits: Limits) -> Ask:
     """Reads a request.  Raises Refused, which says what is wrong with it, and where."""
@@ -96,7 +103,7 @@ def parse(body: bytes, model: Loaded, name: str, limits: Limits) -> Ask:
     options = fields.get("stream_options") or {}
     if not isinstance(options, dict):
         raise Refused(400, "stream_options must be an object", "stream_options")
-    return Ask(
+    ask = Ask(
         prompts=prompts,
         sampling=sampling,
         max_tokens=take.whole("max_tokens", min(256, limits.max_tokens), 0, limits.max_tokens),
@@ -111,6 +118,11 @@ def parse(body: bytes, model: Loaded, name: str, limits: Limits) -> Ask:
         after=after,
         joint=joint,
     )
+    to_score = n * sum(map(len, prompts)) if ask.is_scored else 0
+    if to_score > (most := max(MOST_SCORED, limits.max_prompt)):
+        texts = f"the texts have {to_score} symbols to score, and may have {most}"
+        raise Refused(400, f"{texts}: ask for fewer at a time", "prompt")
+    return ask
 
 
 def _refuse_unknown(fields: Mapping[str, Any], name: str) -> None:
@@ -231,13 +243,19 @@ class Answer(NamedTuple):
         fingerprint = f"step-{model.step}-{model.digest.hex()[:12]}"
         return cls(f"cmpl-{secrets.token_hex(12)}", int(time.time()), name, fingerprint, seed)
 
-    def part(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> bytes:
-        """Returns the JSON of an answer or of a part of one."""
+    def part(self, choices: Sequence[str], usage: dict[str, int] | None = None) -> bytes:
+        """Returns the JSON of an answer or of a part of one; `choices` are `packed`."""
         fields = {
             **{"id": self.id, "object": "text_completion", "created": self.created, "model": self.model},
-            **{"system_fingerprint": self.fingerprint, "seed": self.seed, "choices": choices},
+            **{"system_fingerprint": self.fingerprint, "seed": self.seed},
+            **({} if usage is None else {"usage": usage}),
         }
-        return json.dumps(fields | ({} if usage is None else {"usage": usage}), allow_nan=False).encode()
+        return f'{json.dumps(fields)[:-1]}, "choices": [{", ".join(choices)}]}}'.encode()
+
+
+def packed(choice: Mapping[str, Any]) -> str:
+    """Returns the JSON of a choice, of which many log-probabilities take a tenth of a second."""
+    return json.dumps(choice, allow_nan=False)
 
 
 def usage_of(ask: Ask, written: int) -> dict[str, int]:
@@ -246,19 +264,21 @@ def usage_of(ask: Ask, written: int) -> dict[str, int]:
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
+@functools.lru_cache(maxsize=2)  # an older model's, too
+def names_of(vocabulary: Vocabulary) -> list[str]:
+    """Returns the name of each symbol: the character, or bytes:\\xHH for a byte that is part of one."""
+    if vocabulary.kind == "bytes":
+        return [chr(value) if value < 0x80 else rf"bytes:\x{value:02x}" for value in range(256)]
+    return list(vocabulary.decode(np.arange(vocabulary.size)))
+
+
 class TokenNames:
     """Names of symbols as strings, and where they begin in the text."""
 
     def __init__(self, vocabulary: Vocabulary, before: np.ndarray) -> None:
         """Takes the ids [symbols] before the text, of which the last may have begun its first character."""
-        self._vocabulary, self._decoder, self._length = vocabulary, vocabulary.decoder(), 0
+        self._names, self._decoder, self._length = names_of(vocabulary), vocabulary.decoder(), 0
         self._decoder.feed(before)
-
-    def of(self, symbol: int) -> str:
-        """Returns the character, or bytes:\\xHH for a byte that is part of one."""
-        if self._vocabulary.kind == "bytes" and symbol >= 0x80:
-            return rf"bytes:\x{symbol:02x}"
-        return self._vocabulary.decode(np.array([symbol]))
 
     def offset(self, symbol: int) -> int:
         """Returns the place of the character in the text to which the next symbol belongs."""
@@ -267,9 +287,10 @@ class TokenNames:
 
     def describe(self, ids: Sequence[int], values: Sequence[float | None], tops: Sequence[Any]) -> dict[str, Any]:
         """Returns the object `logprobs` of symbols; `tops` has for each of them its most probable ones by id."""
-        named: Callable[[Any], Any] = lambda top: None if top is None else {self.of(i): finite(v) for i, v in top}  # noqa: E731
+        names = self._names
+        named: Callable[[Any], Any] = lambda top: None if top is None else {names[i]: finite(v) for i, v in top}  # noqa: E731
         return {
-            "tokens": [self.of(symbol) for symbol in ids],
+            "tokens": [names[symbol] for symbol in ids],
             "token_logprobs": [finite(value) for value in values],
             "top_logprobs": [named(top) for top in tops],
             "text_offset": [self.offset(symbol) for symbol in ids],
@@ -281,8 +302,16 @@ def finite(value: float | None) -> float | None:
     return float(value) if value is not None and np.isfinite(value) else None
 
 
-def most_probable(log_probabilities_TV: np.ndarray, count: int) -> list[list[tuple[int, float]]]:
-    """Returns (id, log-probability) of the `count` most probable symbols of each row, in order."""
-    count = min(count, log_probabilities_TV.shape[1])
-    order = np.argsort(-log_probabilities_TV, axis=1, kind="stable")[:, :count]
+def most_probable(
+    log_probabilities_TV: np.ndarray, count: int, unknown_id: int | None
+) -> list[list[tuple[int, float]]]:
+    """Returns (id, log-probability) of the `count` most probable symbols of each row, in order.
+
+    Args:
+      unknown_id: of the symbol that is not named, as it is never drawn: it may share its name with a character.
+    """
+    order = np.argsort(-log_probabilities_TV, axis=1, kind="stable")
+    if unknown_id is not None:
+        order = order[order != unknown_id].reshape(len(order), order.shape[1] - 1)
+    order = order[:, :count]
     return [[(int(i), float(row[i])) for i in ids] for row, ids in zip(log_probabilities_TV, order, strict=True)]

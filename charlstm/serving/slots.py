@@ -30,6 +30,10 @@ class Full(Exception):
     """There are as many texts waiting as may."""
 
 
+class Broken(Exception):
+    """The device has failed, and cannot even make an empty state."""
+
+
 class OtherModel(Exception):
     """The model has been replaced since the request was read."""
 
@@ -48,6 +52,7 @@ class Slots:
     Attributes:
       model: that writes.
       written, read: symbols so far.
+      is_broken: no text will be written any more, as the device has failed for good.
     """
 
     def __init__(
@@ -64,7 +69,7 @@ class Slots:
         self.model, self._queue, self._notify = model, queue, notify
         self._next: Loaded | None = None
         self.written = self.read = 0
-        self._changed, self._is_closed = threading.Condition(), False
+        self._changed, self._is_closed, self.is_broken = threading.Condition(), False, False
         self._waiting: collections.deque[Text] = collections.deque()
         self._texts: list[Text | None] = [None] * self.slots
         self._empty()
@@ -88,8 +93,10 @@ class Slots:
         return self.slots + self._queue
 
     def submit(self, texts: Sequence[Text]) -> None:
-        """Takes texts to be written.  Raises Full where not all of them can be written or wait."""
+        """Takes texts to be written.  Raises Broken, or Full where not all of them can be written or wait."""
         with self._changed:
+            if self.is_broken:
+                raise Broken
             if self.busy + len(self._waiting) + len(texts) > self.capacity:
                 raise Full
             self._waiting.extend(texts)
@@ -126,24 +133,30 @@ class Slots:
 
     def _work(self) -> None:
         while True:
-            with self._changed:
-                while not (self._is_closed or self._waiting or self._next or any(self._texts)):
-                    self._changed.wait()
-                if self._is_closed:
-                    break
-                failed = self._admit()
+            failed = []
             try:
-                self._notify(failed + self._turn())
+                with self._changed:
+                    while not (self._is_closed or self._waiting or self._next or any(self._texts)):
+                        self._changed.wait()
+                    if self._is_closed:
+                        break
+                    failed = self._admit()
+                touched = self._turn()
             except Exception as error:  # of the device: out of memory, say
-                self._notify(self._fail_all(error))
+                touched = self._fail_all(error)
+            self._notify(failed + touched)
         self._notify(self._fail_all(RuntimeError("the server has ended")))
 
     def _fail_all(self, error: Exception) -> list[Text]:
+        """Begins anew without texts, and returns those that there were; refuses all others where it cannot begin."""
+        try:
+            self._empty()
+        except Exception:
+            self.is_broken = True  # before a text has failed, so none of them is asked for again
         with self._changed:
             texts = [text for text in (*self._texts, *self._waiting) if text]
             self._texts = [None] * self.slots
             self._waiting.clear()
-        self._empty()
         for text in texts:
             text.fail(error)
         return texts

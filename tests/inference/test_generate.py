@@ -140,6 +140,16 @@ def test_a_row_has_the_same_bits_however_many_rows_are_beside_it(rows):
     np.testing.assert_array_equal(log_probabilities[:common], other_log_probabilities[:common])
 
 
+@pytest.mark.optimized
+@pytest.mark.parametrize("cell", layer.CELLS)
+def test_a_row_of_every_cell_has_the_bits_that_it_has_alone(cell):
+    """Compiled as users do, XLA:CPU sums along a row in another order where there are many rows."""
+    config = dataclasses.replace(CONFIG, cell=cell, hidden_size=24)
+    alone, beside = (sampled(Sampling(), config=config, rows=rows) for rows in (1, 32))
+    for one, many in zip(alone, beside, strict=True):
+        np.testing.assert_array_equal(many[0], one[0])
+
+
 @pytest.mark.parametrize("window", [1, 4])
 def test_a_prompt_read_in_windows_is_a_prompt_read_at_once(window):
     separator = (3, 5, 8)  # straddles two windows of either length

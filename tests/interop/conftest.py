@@ -24,6 +24,7 @@ MODELS: dict[str, dict] = {
     "lstm": {"embedding_size": 5},
     "lstm one-hot": {},
     "lstm of one layer": {"num_layers": 1, "embedding_size": 5},
+    "lstm of one last layer": {"num_layers": 1, "embedding_size": 5, "last_hidden_size": 6},
     "lstm tied": {"embedding_size": 8, "tie_embeddings": True},
     "lstm weight norm": {"embedding_size": 5, "weight_norm": True},
     "lstm capped": {"embedding_size": 5, "cap_input_gate": True},

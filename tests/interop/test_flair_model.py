@@ -17,7 +17,7 @@ from tests.interop.conftest import BYTES, CHARACTERS, MODELS, drawn, each, needs
 from tests.jobs import ROOT
 
 TEXT = "\nhe fed a big bag éin hie'chief ääßb😀 f\n"  # é is not in the vocabulary
-FITS = ["lstm", "lstm one-hot", "lstm of one layer", "lstm tied", "lstm weight norm"]
+FITS = ["lstm", "lstm one-hot", "lstm of one layer", "lstm of one last layer", "lstm tied", "lstm weight norm"]
 
 
 def turned(model: Model, reverse: bool, **settings) -> Model:
@@ -87,6 +87,17 @@ def test_the_file_has_the_weights_by_flairs_names_and_the_dictionary(name, tmp_p
         "is_forward_lm": True, "hidden_size": 8, "nlayers": 2, "embedding_size": E, "nout": None, "dropout": 0.0,
         "document_delimiter": "\n", "recurrent_type": "lstm", "has_decoder": True,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_the_sizes_that_flair_makes_its_layers_of_are_those_of_the_weights(name, tmp_path):
+    content = read(drawn(name).export(tmp_path / "out", "flair") / "lm-forward.pt")
+    (V, E), H, layers = content["state_dict"]["encoder.weight"].shape, content["hidden_size"], content["nlayers"]
+    expected = {"encoder.weight": (V, content["embedding_size"]), "decoder.weight": (V, H), "decoder.bias": (V,)}
+    for layer in range(layers):
+        expected |= {f"rnn.bias_{part}_l{layer}": (4 * H,) for part in ("ih", "hh")}
+        expected |= {f"rnn.weight_ih_l{layer}": (4 * H, H if layer else E), f"rnn.weight_hh_l{layer}": (4 * H, H)}
+    assert {key: array.shape for key, array in content["state_dict"].items()} == expected
 
 
 def test_a_backward_model_says_so_and_has_its_separator_as_it_reads_it(tmp_path):

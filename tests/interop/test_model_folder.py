@@ -224,6 +224,14 @@ def test_a_card_without_a_run_has_no_score_and_no_folder_of_the_text(tmp_path):
     assert "- my-novel\n" not in card and '- "my-novel"\n' in card and "/home" not in card
     assert "It was not measured" in card and "metrics:" not in card and "PyTorch has no layer" in card
     assert model_card.texts_of(drawn("gru", mixture="data/web:0.6,books=b/v2:0.4").config) == ["web", "books"]
+    globs = {
+        "news/*.txt": "news",
+        "s3://bucket/2024-*/part-*.jsonl": "bucket",
+        "*.txt": "text",
+        "novel [1].txt": "novel [1]",
+    }
+    for corpus, name in globs.items():
+        assert model_card.texts_of(drawn("gru", corpus=corpus).config) == [name]
 
 
 @pytest.mark.parametrize(

@@ -75,14 +75,16 @@ def test_what_has_no_operator_is_refused_by_name_and_leaves_nothing(name, tmp_pa
 
 @pytest.mark.parametrize("vocabulary", [BYTES, CHARACTERS], ids=lambda vocabulary: vocabulary.kind)
 def test_the_file_has_the_vocabulary_and_settings_and_says_which_operators_it_needs(vocabulary, tmp_path):
-    model = drawn("lstm", vocabulary, reset_state="document", document_separator=r"\nj")
+    of_trainer = {"corpus": "/home/someone/secret.txt", "cache_dir": "/home/someone/cache"}
+    model = drawn("lstm", vocabulary, reset_state="document", document_separator=r"\nj", **of_trainer)
     path = model.export(tmp_path / "exported", "onnx") / "model.onnx"
     read = onnx.load(path)
     assert [(entry.domain, entry.version) for entry in read.opset_import] == [("", onnx_model.OPSET)]
     found = {entry.key: json.loads(entry.value) for entry in read.metadata_props}
     assert Vocabulary.from_json(found["vocabulary"]) == vocabulary
     assert found["separator"] == vocabulary.encode("\nj").tolist()
-    assert found["config"]["model"]["cell"] == "lstm" and found["step"] == 7 and found["first_state"] == {}
+    assert found["config"]["cell"] == "lstm" and found["step"] == 7 and found["first_state"] == {}
+    assert found["config"]["reverse"] is False and b"someone" not in path.read_bytes()
     assert {node.op_type for node in read.graph.node if node.op_type in onnx_model.OPERATORS.values()} == {"LSTM"}
 
 

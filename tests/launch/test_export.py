@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -65,6 +66,16 @@ def test_the_folder_that_it_names_file_by_file_has_the_average_and_the_score_of_
     assert f"{record['scored_symbols']:,} symbols of the validation split" in text
     assert front["library_name"] == "charlstm" and front["datasets"] == ["text"] and "license" not in front
     assert "average=ema" in text and "after 12 updates" in text and str(run_dir.parent) not in text
+
+
+def test_the_card_says_how_its_score_was_measured_whatever_the_run_has_been_set_to_since(run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "run")
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    before = (settings["evaluation"]["eval_chunk"], settings["evaluation"]["burn_in"])
+    settings["evaluation"] |= {"eval_chunk": 77, "burn_in": 5}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(settings))
+    card = (cl.load(tmp_path / "run").export(tmp_path / "made") / "README.md").read_text("utf-8")
+    assert "in chunks of {:,} symbols, each after {:,} symbols".format(*before) in card and before != (77, 5)
 
 
 def test_the_numpy_program_of_the_folder_scores_as_the_run_does(run_dir, tmp_path):

@@ -156,6 +156,7 @@ def test_symbols_and_units_may_grow_at_once():
         (LSTM | {"train_initial_state": True}, {"train_initial_state": False}, "train_initial_state"),
         (LSTM | {"cell": "layer_norm_lstm"}, {"hidden_size": 8}, "takes the mean of all units"),
         (SKIP | {"cell": "rnn", "nonlinearity": "relu"}, {"num_layers": 3}, "would get no gradient"),
+        (RELU | {"zoneout": 0.2}, {"num_layers": 3}, "with zoneout=0.2 mixes it with old h"),
         (
             LSTM | {"cell": "rnn", "nonlinearity": "relu", "last_hidden_size": 3},
             {"num_layers": 3, "last_hidden_size": 8},

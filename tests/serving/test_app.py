@@ -5,6 +5,7 @@ import base64
 import codecs
 import json
 import re
+import threading
 from types import SimpleNamespace
 
 import jax
@@ -19,8 +20,9 @@ from charlstm import api, distributed
 from charlstm import config as config_lib
 from charlstm.inference.text import Sample
 from charlstm.run import run_directory
-from charlstm.serving import completions, loading, opaque
+from charlstm.serving import completions, loading, opaque, protocol
 from charlstm.serving.app import MOST_BODY, Server
+from charlstm.serving.protocol import TokenNames
 from data_pipeline.vocabulary import Vocabulary
 from tests.fuzzing import ANY_JSON, fuzzed, spoiled
 from tests.serving.conftest import RUNS, make_run
@@ -318,6 +320,87 @@ def test_a_full_queue_is_429_and_a_draining_server_503(runs):
         answer = client.post("/v1/completions", json={})
         assert answer.status_code == client.get("/health").status_code == 503
         check_error(answer, "about to end")
+    server.slots.close()
+
+
+def test_the_unknown_symbol_is_not_among_the_most_probable_and_hides_no_character_of_its_name(tmp_path):
+    vocabulary = Vocabulary("characters", "ab\ufffd")  # as in text that was once decoded wrongly
+    server = server_of(make_run(tmp_path / "run", vocabulary))
+    model = api.load(tmp_path / "run")
+    with TestClient(server.app) as client:
+        how = {"prompt": "ab\ufffdba", "echo": True, "logprobs": 20}
+        (choice,) = ask(client, max_tokens=3, temperature=0, **how)["choices"]
+    logits, _ = model(model.vocabulary.encode(choice["text"]))
+    expected = np.asarray(jax.nn.log_softmax(logits))[:-1, 1:]
+    for top, values in zip(choice["logprobs"]["top_logprobs"][1:], expected, strict=True):
+        np.testing.assert_allclose([top[name] for name in vocabulary.characters], values, rtol=1e-3, atol=1e-4)
+        assert len(top) == 3
+    server.slots.close()
+    assert protocol.most_probable(np.zeros((0, 4)), 3, 0) == []  # of a window of which no symbol is shown
+
+
+def test_many_symbols_that_are_scored_are_named_where_nobody_waits(bytes_client, monkeypatch):
+    """In a thread of their own: not that of the event loop, in which /health is answered, nor the one that writes."""
+    where = {}
+
+    def describe(self, ids, *rest):
+        where.setdefault(threading.current_thread().name.partition("_")[0], []).append(len(ids))
+        return described(self, ids, *rest)
+
+    described, _ = TokenNames.describe, monkeypatch.setattr(TokenNames, "describe", describe)
+    for written in (0, 3):
+        ask(bytes_client, prompt=["a" * 300, "b" * 200], n=2, max_tokens=written, echo=True, logprobs=20)
+    assert where.pop("asyncio") == [300, 300, 200, 200] * 2
+    assert max(max(counts) for counts in where.values()) <= 3
+
+
+def test_a_request_may_have_so_many_symbols_to_score(bytes_client, monkeypatch):
+    monkeypatch.setattr(protocol, "MOST_SCORED", 100)  # but one prompt may always be scored
+    how = {"max_tokens": 0, "echo": True, "logprobs": 0}
+    for fields in ({"prompt": "a" * 300}, {"prompt": ["a" * 100, "b" * 50], "n": 2}):
+        assert ask(bytes_client, **fields, **how)["choices"]
+    ask(bytes_client, prompt=["a" * 300] * 2, max_tokens=0, logprobs=1)  # nothing is scored
+    for fields in ({"prompt": ["a" * 300, "b"]}, {"prompt": "a" * 151, "n": 2}):
+        answer = bytes_client.post("/v1/completions", json=fields | how)
+        assert answer.status_code == 400
+        check_error(answer, "symbols to score, and may have 300: ask for fewer at a time")
+
+
+def test_a_device_that_fails_while_a_prompt_is_scored_is_an_error_object_and_is_counted(bytes_client, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr("charlstm.serving.completions.distributions", fail)
+    answer = bytes_client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 0, "echo": True, "logprobs": 1})
+    assert answer.status_code == 500
+    check_error(answer, "out of memory")
+    assert 'requests_total{status="500"} 1' in bytes_client.get("/metrics").text
+
+
+def test_a_server_whose_device_has_failed_for_good_is_not_healthy_and_says_so(runs):
+    server = server_of(runs["bytes"])
+    server.slots.is_broken = True
+    with TestClient(server.app) as client:
+        health, answer = client.get("/health"), client.post("/v1/completions", json={"prompt": "abc"})
+    assert health.status_code == answer.status_code == 503 and health.json()["status"] == "broken"
+    check_error(answer, "must be started again")
+    server.slots.close()
+
+
+def test_a_scored_answer_names_the_model_that_scored_whichever_comes_meanwhile(runs, monkeypatch):
+    server = server_of(runs["bytes"])
+    new = server.slots.model._replace(step=9)
+
+    def score(*given):
+        yield from scored(*given)
+        server.slots.use(new)
+        while server.slots.model is not new:
+            threading.Event().wait(0.01)
+
+    scored, _ = completions.score, monkeypatch.setattr(completions, "score", score)
+    with TestClient(server.app) as client:
+        answer = ask(client, prompt="abc", max_tokens=0, echo=True, logprobs=1)
+    assert answer["system_fingerprint"].startswith("step-3-")
     server.slots.close()
 
 

@@ -15,7 +15,7 @@ from charlstm import distributed
 from charlstm.inference.generate import generate
 from charlstm.inference.sampling import Sampling
 from charlstm.serving import opaque
-from charlstm.serving.slots import CHUNK, Full, OtherModel, Slots
+from charlstm.serving.slots import CHUNK, Broken, Full, OtherModel, Slots
 from charlstm.serving.texts import Group, Loaded, Prompt, Text
 from data_pipeline.vocabulary import Vocabulary
 from tests.serving.conftest import CONFIG, params_of
@@ -220,6 +220,23 @@ def test_a_failure_of_the_device_fails_the_texts_and_the_next_are_written(slots,
     slots.submit([again])
     wait([again])
     assert again.ids == expected(slots.model, again)[0]
+
+
+@pytest.mark.parametrize("slots", [(2, 99)], indirect=True)
+@pytest.mark.parametrize("place", ["slots.make_chunk", "slots.first_symbols", "slots.Slots._admit"])
+def test_a_device_that_fails_for_good_fails_the_texts_and_no_more_are_taken(slots, place, monkeypatch):
+    def fail(*args):
+        raise RuntimeError("an illegal memory access")
+
+    texts = [Written([], number=number) for number in range(3)]
+    monkeypatch.setattr(f"charlstm.serving.{place}", fail)
+    monkeypatch.setattr("charlstm.model.language_model.zero_state", fail)
+    slots.submit(texts)
+    for text in texts:
+        assert text.done.wait(30) and "illegal" in str(text.error)
+    assert slots.is_broken and slots.busy == slots.waiting == 0
+    with pytest.raises(Broken):
+        slots.submit([Written([1])])
 
 
 def whole_state(model):
