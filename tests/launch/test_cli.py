@@ -1,6 +1,7 @@
 """What every program does with a signal and with an error that nobody can catch."""
 
 import errno
+import os
 import re
 import signal
 import subprocess
@@ -189,6 +190,12 @@ def test_sigterm_where_nothing_is_to_be_saved_is_one_line_and_its_own_status():
     told = INTERRUPTED_IN_A_FINALIZER.replace("SIGINT", "SIGTERM")
     done = subprocess.run([sys.executable, "-c", told], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (143, "launch.test: terminated\n")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_a_name_that_stdout_cannot_encode_loses_no_result(encoding):
+    code = "from launch.support import cli\ncli.run('launch.test', lambda argv: print('caf\\udce9 実験') or cli.DONE)\n"
+    assert python(code, env=os.environ | {"PYTHONIOENCODING": f"{encoding}:strict"}) == (cli.DONE, "")
 
 
 def test_memory_that_runs_out_is_one_sentence():
