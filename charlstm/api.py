@@ -215,9 +215,9 @@ class Model:
             self.vocabulary.require_ids(np.asarray(ids))
         ids_BT = jnp.atleast_2d(jnp.asarray(ids, jnp.int32))
         state = trace.first_state(self.config.model, self.params, len(ids_BT)) if state is None else state
-        logits_BTV = jnp.zeros((*ids_BT.shape, self.vocabulary.size))
-        if ids_BT.size:
-            state, logits_BTV = _logits(self.params, state, ids_BT, self.config.model)
+        if not ids_BT.size:
+            return jnp.zeros((*np.shape(ids), self.vocabulary.size)), state
+        state, logits_BTV = _logits(self.params, state, ids_BT, self.config.model)
         return (logits_BTV if np.ndim(ids) == 2 else logits_BTV[0]), state
 
     def sample(self, prompt: str = "", length: int = 1000, *, num_samples: int = 1, **how: Any) -> str | list[str]:

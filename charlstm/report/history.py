@@ -53,8 +53,9 @@ class History(NamedTuple):
         trained = [line for line in self.records if line["split"] == "train"]
         checkpoints = StepDirectory(self.run_dir / "checkpoints")
         # Of all lines only where no checkpoint says which is the best: a setting of evaluation may have changed.
-        of_best = [score for score in scores if score[1] in checkpoints.by_score()[:1]]
-        best, best_step = min(of_best or scores, default=(None, None))
+        best_steps = checkpoints.by_score()[:1]
+        of_best = [score for score in scores if score[1] in best_steps]
+        best, best_step = min(of_best[-1:] or scores, default=(None, None))
         # A run that was stopped between two lines has saved a later step than the last one has.
         step = max([last.get("step", 0), *checkpoints.steps()])
         return {
