@@ -210,11 +210,18 @@ class Model:
 
         Returns:
           Logits `[T, V]`, or `[B, T, V]`, and the state to be handed on.
+
+        Raises:
+          ValueError: an id is none of the vocabulary's.
         """
+        if not isinstance(ids, jax.core.Tracer):  # within a jax.jit they have no values yet
+            self.vocabulary.require_ids(np.asarray(ids))
         ids_BT = jnp.atleast_2d(jnp.asarray(ids, jnp.int32))
-        state = self._start(len(ids_BT)) if state is None else state
+        state = trace.first_state(self.config.model, self.params, len(ids_BT)) if state is None else state
+        if not ids_BT.size:
+            return jnp.zeros((*np.shape(ids), self.vocabulary.size)), state
         state, logits_BTV = _logits(self.params, state, ids_BT, self.config.model)
-        return (logits_BTV if jnp.ndim(ids) == 2 else logits_BTV[0]), state
+        return (logits_BTV if np.ndim(ids) == 2 else logits_BTV[0]), state
 
     def sample(self, prompt: str = "", length: int = 1000, *, num_samples: int = 1, **how: Any) -> str | list[str]:
         """The prompt with its continuation, which of a backward model precedes it; of several samples, a list.
@@ -305,9 +312,6 @@ class Model:
         before_stop = ids if tuple(ends.tolist()) == separator else None
         samples = [Sample(self.vocabulary, ids, ends, before_stop, backward=backward) for _ in range(count)]
         return samples, grow(samples, chunks)
-
-    def _start(self, rows: int) -> RecurrentState:
-        return trace.first_state(self.config.model, self.params, rows)
 
 
 @partial(compiler.jit, static_argnames="config")

@@ -20,7 +20,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # the disk i
 class InUse(ValueError):
     """A lock is held by another process, which is to be waited for."""
 
-    errno = errno.EBUSY
+    errno = errno.EALREADY  # no file system gives it, as it gives EBUSY of a mount point
 
 
 class Recoverable(ValueError):

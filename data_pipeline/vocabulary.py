@@ -106,6 +106,12 @@ class Vocabulary:
             return ids.astype(np.uint8).tobytes()
         return self.decode(ids).encode("utf-8")
 
+    def require_ids(self, ids: np.ndarray) -> None:
+        """Raises ValueError where one of `ids`, of any shape, is none of this vocabulary."""
+        others = ids[(ids < 0) | (ids >= self.size)]
+        if others.size:
+            raise ValueError(f"id {others[0]} is none of {self.size} symbols: ids are from 0 to {self.size - 1}")
+
     def encode_escaped(self, text: str) -> np.ndarray:
         r"""Encodes `text`, with its escapes replaced, as ids `[symbols]` of `self.dtype`.
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import jax
 
+from charlstm.inspect import patterns
 from charlstm.report import curves, history, page
 from charlstm.report.history import History
 from data_pipeline import signals
@@ -77,10 +78,12 @@ def main(argv: Sequence[str]) -> int:
     while True:
         runs = _readable(run_dirs, left_out)
         value = history.common_figure(runs)
-        _write_files(chosen, runs, value)
+        lacking = _write_files(chosen, runs, value)
         for path in () if told else filter(None, (chosen.page, chosen.plot)):
             again = f", written again every {chosen.follow:g} s until Ctrl-C" if chosen.follow else ""
             signals.say(f"{path}: {math.ceil(expand_user(path).stat().st_size / 1024):,} KB{again}")
+        if lacking and not told:
+            signals.say(f"{chosen.plot} has boxes for {lacking}, which its font lacks: --plot=NAME.svg has them")
         told = True
         if not chosen.follow:
             break
@@ -112,14 +115,18 @@ def _readable(run_dirs: Sequence[Path], left_out: set[Path]) -> list[History]:
     return runs
 
 
-def _write_files(chosen: CompareFlags, runs: Sequence[History], value: str) -> None:
+def _write_files(chosen: CompareFlags, runs: Sequence[History], value: str) -> str:
+    """Writes what was asked for; returns the characters that a picture lacks."""
+    lacking = ""
     if chosen.page:
         cli.write_output(chosen.page, page.render(runs, value, chosen.by, chosen.follow))
     if chosen.plot.endswith(".png"):
+        picture, lacking = curves.png(runs, value, chosen.by)
         with atomic_write(expand_user(chosen.plot)) as file:
-            curves.figure(runs, value, chosen.by).savefig(file, format="png", dpi=150)
+            file.write(picture)
     elif chosen.plot:
         cli.write_output(chosen.plot, curves.svg(runs, value, chosen.by))
+    return lacking
 
 
 def tables(runs: Sequence[History], value: str) -> list[str]:
@@ -149,8 +156,8 @@ def _blocks(rows: list[list[str]], columns: int) -> list[str]:
     head, *runs = zip(*rows, strict=True)
     blocks, taken = [[head]], 0
     for run in runs:
-        width = 2 + max(map(len, run))
-        if len(blocks[-1]) > 1 and max(map(len, head)) + taken + width > columns:
+        width = 2 + max(map(patterns.columns, run))
+        if len(blocks[-1]) > 1 and max(map(patterns.columns, head)) + taken + width > columns:
             blocks.append([head])
             taken = 0
         blocks[-1].append(run)
@@ -159,11 +166,12 @@ def _blocks(rows: list[list[str]], columns: int) -> list[str]:
 
 
 def _aligned(rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [max(map(patterns.columns, column)) for column in zip(*rows, strict=True)]
     lines = []
-    for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    for row in rows:
+        spaces = [" " * (width - patterns.columns(cell)) for cell, width in zip(row, widths, strict=True)]
+        cells = [space + cell for cell, space in zip(row[1:], spaces[1:], strict=True)]
+        lines.append("  ".join([row[0] + spaces[0], *cells]).rstrip())
     return "\n".join(lines)
 
 

@@ -231,11 +231,10 @@ def _gets_bytes(stdout: Any, vocabulary: Vocabulary) -> bool:
 
 
 def _print_text(samples: list[Sample], chunks: Iterable[Chunk], errors: str = "replace") -> None:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        if errors == "surrogateescape":  # together with the decoder's, each byte is written as it is
-            sys.stdout.reconfigure(encoding="utf-8", errors=errors)
-        else:
-            sys.stdout.reconfigure(errors="replace")  # what the terminal cannot show must not end the text
+    if errors == "surrogateescape" and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors=errors)  # with the decoder's, each byte is written as it is
+    else:
+        cli.set_errors(sys.stdout, "replace")  # what the terminal cannot show must not end the text
     live, *others = samples
     came: list[int] = []
 

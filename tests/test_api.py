@@ -313,6 +313,16 @@ def test_bits_add_up_to_the_score_and_calls_with_carried_state_to_the_bits(model
     assert model.bits("").shape == (0,) and model.bits("a").tolist() == [8]
 
 
+def test_no_symbols_have_no_logits_and_leave_the_state_and_symbols_that_there_are_not_are_refused(model):
+    _, state = model([97, 98])
+    for ids, shape in (([], (0, 256)), (np.zeros((1, 0), int), (1, 0, 256))):
+        logits, after = model(ids, state)
+        assert logits.shape == shape and after is state and model(ids)[0].shape == shape
+    for ids, wrong in (([1, 999], 999), ([[1, -1]], -1), (np.array([256]), 256)):
+        with pytest.raises(ValueError, match=f"id {wrong} is none of 256 symbols: ids are from 0 to 255"):
+            model(ids)
+
+
 def test_states_are_those_that_calls_end_with(model):
     text = TEXT[:300]
     states = model.states(text)

@@ -93,7 +93,7 @@ def deeper_than(depth: int) -> Pattern:
         steps = np.isin(codes, [ord(c) for c in "([{"]).astype(int) - np.isin(codes, [ord(c) for c in ")]}"])
         found = np.zeros(len(text), bool)
         start = 0
-        for end in [*(match.end() for match in re.finditer(r"\n[ \t]*\n", text)), len(text)]:
+        for end in [*(match.end() for match in re.finditer(r"\n[ \t]*\r?\n", text)), len(text)]:
             total = np.cumsum(steps[start:end])
             # What closes without having been opened does not count.
             found[start:end] = total - np.minimum(np.minimum.accumulate(total), 0) > depth
@@ -103,16 +103,21 @@ def deeper_than(depth: int) -> Pattern:
     return label
 
 
+def upper_case(text: str) -> np.ndarray:
+    """The pattern of capital letters of any script."""
+    return np.fromiter(map(str.isupper, text), bool, len(text))
+
+
 NAMED: Mapping[str, Pattern] = {
     "inside quotes": expression_or_between(r'"[^"\n]*"|' + r"(?<!\w)'[^'\n]*'(?!\w)", "“", "”"),
     "inside brackets": deeper_than(0),
     "inside two brackets": deeper_than(1),
-    "inside a comment": expression_or_between(r"#[^\n]*|//[^\n]*", r"/\*", r"\*/"),
+    "inside a comment": expression_or_between(r"#[^\r\n]*|//[^\r\n]*", r"/\*", r"\*/"),
     "indentation": expression(r"(?m)^[ \t]+"),
-    "first of a line": expression(r"(?m)^[^\n]"),
-    "past column 20": expression(r"(?m)(?<=^.{20}).+"),
-    "past column 40": expression(r"(?m)(?<=^.{40}).+"),
-    "upper case": expression(r"[A-ZÀ-ÖØ-Þ]"),
+    "first of a line": expression(r"(?m)^[^\r\n]"),
+    "past column 20": expression(r"(?m)(?<=^.{20})[^\r\n]+"),
+    "past column 40": expression(r"(?m)(?<=^.{40})[^\r\n]+"),
+    "upper case": upper_case,
     "digit": expression(r"\d"),
     "space": expression(r" "),
 }

@@ -2,11 +2,10 @@
 
 import importlib
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from charlstm.interop.exported import Exported
+from data_pipeline import new_directory
 from data_pipeline.atomic_files import expand_user
 
 # format -> (the module whose `write(exported, folder)` makes its files, what it is)
@@ -19,11 +18,8 @@ FORMATS = {
 
 
 def new_folder(output: str | os.PathLike[str]) -> Path:
-    """Returns the path of a folder that can be made.  Raises ValueError if `output` has files already."""
-    folder = expand_user(os.fspath(output))
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ValueError(f"output={folder} is there already: name a new directory, or remove it")
-    return folder
+    """Returns the path of a folder that can be made.  Raises ValueError if `output` is there and cannot be replaced."""
+    return new_directory.replaceable("output", expand_user(os.fspath(output)))
 
 
 def export(exported: Exported, output: str | os.PathLike[str], format: str) -> Path:
@@ -32,24 +28,15 @@ def export(exported: Exported, output: str | os.PathLike[str], format: str) -> P
     A page (format html) is a file of its own if `output` ends with .html.
 
     Raises:
-      ValueError: there is no such format, the format has no place for such a model, or `output` has files already.
-      ModuleNotFoundError: a package that the format needs is not installed.
+      ValueError: there is no such format, the format has no place for such a model, a package that it needs is not
+        installed, or `output` is there and cannot be replaced.
     """
     if format not in FORMATS:
         raise ValueError(f"format={format} must be one of {', '.join(FORMATS)}")
     folder = new_folder(output)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise ValueError(f"output={folder} cannot be written: {error.strerror}") from None
-    try:
+    with new_directory.hidden_beside("output", folder) as staging:
         importlib.import_module(f"charlstm.interop.{FORMATS[format][0]}").write(exported, staging)
-        staging.chmod(0o755)
         page = staging / "index.html"
-        os.replace(page if page.exists() and folder.suffix == ".html" else staging, folder)  # or an empty directory
-    except OSError as error:  # the disk is full, say
-        raise OSError(error.errno, f"{error.strerror}: output={folder} was not written") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        is_file = page.exists() and folder.suffix == ".html" and not folder.is_dir()
+        os.replace(page if is_file else staging, folder)  # or an empty directory
     return folder

@@ -7,8 +7,6 @@ import dataclasses
 import errno
 import hashlib
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +23,7 @@ from charlstm.run import run_directory
 from charlstm.run.checkpoint import Checkpoints
 from charlstm.run.run_directory import Identity
 from charlstm.types import ModelParams, TrainState
+from data_pipeline import new_directory
 from data_pipeline.atomic_files import expand_user
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.vocabulary import Vocabulary
@@ -58,9 +57,8 @@ def import_model(
     Raises:
       ValueError: the model cannot be read, or is none that this project has, or `run_dir` is there already.
     """
-    path, folder = expand_user(os.fspath(source)).absolute(), run_directory.named("run_dir", os.fspath(run_dir))
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ValueError(f"run_dir={folder} is there already: name a new directory, or remove it")
+    path = expand_user(os.fspath(source)).absolute()
+    folder = new_directory.replaceable("run_dir", run_directory.named("run_dir", os.fspath(run_dir)))
     imported = read(path, vocabulary_file, roles)
     _write(imported, path, folder)
     return imported
@@ -124,23 +122,15 @@ def _write(imported: Imported, source: Path, folder: Path) -> None:
     step, params = distributed.put(mesh, distributed.REPLICATED, (np.int32(0), imported.params))
     nothing: Any = ()  # there was no training here
     state = TrainState(step, params, nothing, nothing, nothing, nothing, nothing)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise ValueError(f"run_dir={folder} cannot be written: {error.strerror}") from None
-    try:
+    with new_directory.hidden_beside("run_dir", folder) as staging:
         note = f"# imported from {os.fspath(source)!a}{_digest(source)}"
         flags = [flag for flag in config_lib.to_flags(config) if not flag.startswith(("--corpus=", "--vocabulary="))]
         run_directory.create(staging, config, identity, [note, f"--vocabulary={config.corpus.vocabulary}", *flags])
         with Checkpoints(staging / "checkpoints", log=lambda line: None) as checkpoints:
             checkpoints.save(state, run_directory.checkpoint_identity(config, identity), None)
         if checkpoints.last_failure:
-            raise OSError(errno.EIO, f"run_dir={folder} was not written: {checkpoints.last_failure}")
-        staging.chmod(0o755)
+            raise OSError(errno.EIO, str(checkpoints.last_failure))
         os.replace(staging, folder)  # replaces an empty directory
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _digest(source: Path) -> str:

@@ -79,8 +79,8 @@ def write(exported: Exported, folder: Path) -> None:
     (folder / "index.html").write_text(page, "utf-8")
 
 
-def render_remote(name: str, about: str, address: str = "/v1/completions") -> str:
-    """Returns the page of a model that is served: completions come from `address` on the server that sends the page.
+def render_remote(name: str, about: str, address: str = "v1/completions") -> str:
+    """Returns the page of a model that is served: completions come from `address` beside the page, behind a proxy too.
 
     Args:
       name: of the model, as the server knows it.

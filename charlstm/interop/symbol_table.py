@@ -40,9 +40,14 @@ def read(vocabulary_file: str, size: int) -> Table:
     Raises:
       ValueError: it cannot be read, or has another number of symbols.
     """
-    if vocabulary_file in ("", BYTES):
-        if vocabulary_file and size == 256:
-            return Table(Vocabulary("bytes"), np.arange(256), [])
+    if vocabulary_file == BYTES:
+        if size != 256:
+            raise ValueError(
+                f"vocabulary_file=bytes is of 256 symbols and the weights are of {size:,}: give a .json of all, or "
+                "leave other rows out of the weights"
+            )
+        return Table(Vocabulary("bytes"), np.arange(256), [])
+    if not vocabulary_file:
         also = ", or --vocabulary_file=bytes" if size == 256 else ""
         raise ValueError(
             f"the weights are of {size} symbols, and do not say of which: give --vocabulary_file, a .json of the "

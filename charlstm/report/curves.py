@@ -1,8 +1,11 @@
 """Curves of runs, drawn by matplotlib or, in a terminal, by uniplot; both are imported where they are used."""
 
+import contextlib
 import importlib.util
 import io
-from collections.abc import Mapping, Sequence
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from charlstm.report.history import BY, History
@@ -40,6 +43,14 @@ def figure(runs: Sequence[History], value: str, by: str = "steps", legend: bool 
 def svg(runs: Sequence[History], value: str, by: str = "steps", legend: bool = True) -> str:
     """The figure as SVG, the same text for the same runs."""
     return _as_svg(figure(runs, value, by, legend))
+
+
+def png(runs: Sequence[History], value: str, by: str = "steps") -> tuple[bytes, str]:
+    """The figure as PNG, and those characters of its names for which its font has nothing but boxes."""
+    out, drawn = io.BytesIO(), figure(runs, value, by)
+    with _lacking() as lacking:
+        drawn.savefig(out, format="png", dpi=150)
+    return out.getvalue(), "".join(lacking)
 
 
 def lines_svg(lines: Mapping[str, Points], x_name: str, y_name: str) -> str:
@@ -122,17 +133,34 @@ def _add_legend(drawn: Any, curves: Sequence[Any], names: Sequence[str]) -> None
 
 
 def _as_it_is(name: str) -> str:
-    """Returns `name` as matplotlib is to be given it, which sets what stands between two dollars as a formula."""
-    return name.replace("$", r"\$")
+    """Returns `name` as matplotlib is to be given it.
+
+    It sets what stands between two dollars as a formula, and takes no lone surrogates, as a name that is not UTF-8 has.
+    """
+    return name.encode("utf-8", "replace").decode().replace("$", r"\$")
 
 
 def _as_svg(drawn: Any) -> str:
     import matplotlib
 
     out = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "charlstm", "svg.fonttype": "none"}):
+    with _lacking(), matplotlib.rc_context({"svg.hashsalt": "charlstm", "svg.fonttype": "none"}):
         drawn.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()
+    return out.getvalue()  # its text is drawn by a browser, which has fonts of its own
+
+
+@contextlib.contextmanager
+def _lacking() -> Iterator[dict[str, None]]:
+    """Yields the characters that matplotlib's font lacks, once the block has ended, in place of a warning for each."""
+    found: dict[str, None] = {}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        yield found
+    for warning in told:
+        if missing := re.match(r"Glyph (\d+) .*missing from", str(warning.message)):
+            found[chr(int(missing[1]))] = None
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def in_terminal(runs: Sequence[History], value: str, by: str, width: int, color: bool) -> str:

@@ -51,9 +51,13 @@ class History(NamedTuple):
         last = self.records[-1] if self.records else {}
         scores = [(line[figure], line["step"]) for line in self.records if _scored(line, figure, "valid")]
         trained = [line for line in self.records if line["split"] == "train"]
-        best, best_step = min(scores, default=(None, None))
+        checkpoints = StepDirectory(self.run_dir / "checkpoints")
+        # Of all lines only where no checkpoint says which is the best: a setting of evaluation may have changed.
+        best_steps = checkpoints.by_score()[:1]
+        of_best = [score for score in scores if score[1] in best_steps]
+        best, best_step = min(of_best[-1:] or scores, default=(None, None))
         # A run that was stopped between two lines has saved a later step than the last one has.
-        step = max([last.get("step", 0), *StepDirectory(self.run_dir / "checkpoints").steps()])
+        step = max([last.get("step", 0), *checkpoints.steps()])
         return {
             "run": self.name,
             "state": self.state,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from data_pipeline.atomic_files import Recoverable, atomic_write, sync
 from data_pipeline.manifest import NAME, SOURCES, Manifest, is_prepared, read_manifest
+from data_pipeline.new_directory import fixed, is_taken
 from data_pipeline.shards import open_corpus
 
 
@@ -27,9 +28,9 @@ def is_done(output: Path, key: str) -> bool:
             )
         open_corpus(output)
         return True
-    if os.path.ismount(output):
-        raise ValueError(f"{output} is a mount point, and a corpus is a directory of its own: name one inside of it")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if why := fixed(output):
+        raise ValueError(f"{output} {why}")
+    if is_taken(output):
         raise ValueError(f"{output} exists and is not a prepared corpus: delete it or name another output")
     return False
 

@@ -16,6 +16,7 @@ Exit statuses:
 
 import errno
 import gc
+import io
 import logging
 import os
 import signal
@@ -23,7 +24,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from data_pipeline import signals
 from data_pipeline.atomic_files import DISK_ERRORS, InUse, Unreachable, atomic_write, expand_user
@@ -41,6 +42,8 @@ def run(name: str, main: Callable[[Sequence[str]], int]) -> None:
     gc.freeze()  # what was imported is never looked at again
     gc.enable()
     signals.attach(name)
+    if sys.stdout.errors == "strict":  # a name that is not UTF-8, or that the terminal lacks, must not lose a result
+        set_errors(sys.stdout, "backslashreplace")
     _hush_the_background()
     try:
         status = _status(name, main)
@@ -132,6 +135,12 @@ def write_output(name: str, text: str) -> None:
     """Writes a file of UTF-8, whole or not at all."""
     with atomic_write(expand_user(name)) as file:
         file.write(text.encode("utf-8", "replace"))
+
+
+def set_errors(stream: TextIO, errors: str) -> None:
+    """Sets what becomes of characters, or bytes, for which the encoding of a stream has nothing."""
+    if isinstance(stream, io.TextIOWrapper):  # a test or a notebook has others
+        stream.reconfigure(errors=errors)
 
 
 def terminal_colors() -> int:

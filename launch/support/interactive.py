@@ -16,6 +16,7 @@ from charlstm.inference.text import encode_prompt, unknown_id, unseen_before
 from data_pipeline import signals
 from data_pipeline.batch import Separator
 from data_pipeline.vocabulary import Vocabulary
+from launch.support import cli
 
 TURN = 500  # symbols, where --length does not say it
 SHOWN = 10  # symbols of /top
@@ -29,7 +30,11 @@ A backslash at the end of a line stands for a line break.
 
 
 def lines() -> Iterator[str]:
-    """Yields what is typed, or the lines of stdin where that is no terminal; Ctrl-C drops a line that is begun."""
+    """Yields what is typed, or the lines of stdin where that is no terminal; Ctrl-C drops a line that is begun.
+
+    Bytes that are not UTF-8 are lone surrogates, which `encode_prompt` takes.
+    """
+    cli.set_errors(sys.stdin, "surrogateescape")
     if not sys.stdin.isatty():
         yield from (line.removesuffix("\n") for line in sys.stdin)
         return
@@ -62,6 +67,7 @@ class Interactive:
 
     def run(self, lines: Iterator[str]) -> None:
         """Answers line by line, to the end of the lines or /quit."""
+        cli.set_errors(sys.stdout, "replace")  # what the terminal cannot show must not end the text
         with signals.reacting(self._signalled):
             for line in lines:
                 self._is_stopped, chosen = False, line.strip()

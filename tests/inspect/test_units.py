@@ -90,6 +90,20 @@ def test_named_patterns_label_what_they_say():
     assert not patterns.deeper_than(0)(")) a\n\n(b")[:5].any() and not patterns.deeper_than(0)("(a\n\nb")[4:].any()
 
 
+def test_capitals_of_any_script_are_upper_case():
+    text = "Большой ДОМ, Šárka Łódź ΑΒΓ ß"
+    assert "".join(np.array(list(text))[patterns.NAMED["upper case"](text)]) == "БДОМŠŁΑΒΓ"
+
+
+@pytest.mark.parametrize("name", patterns.NAMED)
+def test_a_named_pattern_has_the_same_inside_with_windows_line_ends(name):
+    text = 'Of what ( is open { here, # "1" and so on\n\n    [it] "goes" on\nof a line (x // y\n \nz\n'
+    label, windows = patterns.NAMED[name], text.replace("\n", "\r\n")
+    ends = np.array(list(windows)) == "\r"
+    np.testing.assert_array_equal(label(windows)[~ends], label(text))
+    assert "brackets" in name or not label(windows)[ends].any()
+
+
 @pytest.mark.parametrize(
     ("name", "plain", "text"),
     [

@@ -158,7 +158,7 @@ def test_what_fails_leaves_nothing_behind(exported, tmp_path, monkeypatch):
         import_model(folder, tmp_path / "run")
     monkeypatch.undo()
     monkeypatch.setattr(Checkpoints, "_name", full)
-    with pytest.raises(OSError, match=r"run was not written: .*No space left") as caught:
+    with pytest.raises(OSError, match=r"No space left on device: run_dir=.*run was not written") as caught:
         import_model(folder, tmp_path / "run")
     assert caught.value.errno == errno.EIO and not list(tmp_path.iterdir())
 

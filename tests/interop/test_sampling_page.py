@@ -2,6 +2,7 @@
 
 import json
 import re
+import urllib.parse
 from pathlib import Path
 
 import jax
@@ -292,6 +293,12 @@ def test_the_page_says_what_it_is_and_how_good_it_is_after_rounding(tmp_path, ca
     assert f"{after:.4f} bits per character" in said and f"{exact:.4f} as trained" in said and "3,000 symbols" in said
     model.export(tmp_path / "unmeasured", "html")
     assert "was not measured" in capsys.readouterr().err
+
+
+def test_the_page_of_a_server_finds_it_behind_a_proxy_at_a_path():
+    address = re.search(r'"address": "(.*?)"', sampling_page.render_remote("mine", ""))[1]
+    for page in ("http://127.0.0.1:8000/", "https://host/models/mine/"):
+        assert urllib.parse.urljoin(page, address) == f"{page}v1/completions"
 
 
 def test_the_page_of_a_server_shows_what_the_server_streams(browser, tmp_path):

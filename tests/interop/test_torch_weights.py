@@ -259,7 +259,9 @@ def test_bytes_are_bytes_and_without_a_vocabulary_it_is_asked_for():
     with pytest.raises(ValueError, match=r"are of 256 symbols, .* or --vocabulary_file=bytes"):
         symbol_table.read("", 256)
     with pytest.raises(ValueError, match="are of 65 symbols, and do not say of which: give --vocabulary_file"):
-        symbol_table.read("bytes", 65)
+        symbol_table.read("", 65)
+    with pytest.raises(ValueError, match="vocabulary_file=bytes is of 256 symbols and the weights are of 257: give"):
+        symbol_table.read("bytes", 257)
     with pytest.raises(ValueError, match="home directory of a user who has none here"):
         symbol_table.read("~nobody of that name/v.json", 65)
 

@@ -1,5 +1,7 @@
 """What every program does with a signal and with an error that nobody can catch."""
 
+import errno
+import os
 import re
 import signal
 import subprocess
@@ -8,6 +10,7 @@ from functools import partial
 
 import pytest
 
+from data_pipeline.atomic_files import InUse
 from launch.support import cli
 from tests.conftest import ROOT
 
@@ -82,6 +85,27 @@ def test_a_ctrl_c_is_answered_while_the_main_thread_is_not_in_python():
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_that_comes_when_all_is_done_does_not_change_the_status(name):
     assert python(INTERRUPTED_AT_THE_END, name) == (cli.STOPPED, "")
+
+
+# A signal while a directory is being made that is to appear whole.
+INTERRUPTED_BESIDE_AN_OUTPUT = """
+import os, signal, sys, time
+from pathlib import Path
+from data_pipeline.new_directory import hidden_beside
+from launch.support import cli
+def main(argv):
+    with hidden_beside("output", Path(sys.argv[2])) as hidden:
+        (hidden / "weights").write_text("half of them")
+        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+        time.sleep(1000)
+cli.run("launch.test", main)
+"""
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_leaves_nothing_of_a_directory_that_is_being_made(name, status, tmp_path):
+    assert python(INTERRUPTED_BESIDE_AN_OUTPUT, name, str(tmp_path / "out"))[0] == status
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
@@ -168,6 +192,12 @@ def test_sigterm_where_nothing_is_to_be_saved_is_one_line_and_its_own_status():
     assert (done.returncode, done.stderr) == (143, "launch.test: terminated\n")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_a_name_that_stdout_cannot_encode_loses_no_result(encoding):
+    code = "from launch.support import cli\ncli.run('launch.test', lambda argv: print('caf\\udce9 実験') or cli.DONE)\n"
+    assert python(code, env=os.environ | {"PYTHONIOENCODING": f"{encoding}:strict"}) == (cli.DONE, "")
+
+
 def test_memory_that_runs_out_is_one_sentence():
     code = (
         "from launch.support import cli\n"
@@ -191,4 +221,6 @@ def test_what_passes_by_itself_has_a_status_that_is_tried_again(capsys):
     assert cli.explain("launch.prepare", ChildProcessError("a process was killed")) == cli.LOST
     assert cli.explain("launch.prepare", ConnectionError("no scheduler answers")) == cli.UNREACHABLE
     assert cli.explain("launch.prepare", FileNotFoundError(2, "is not there")) == cli.MISTAKE
+    assert cli.explain("launch.train", InUse("another machine has it")) == cli.IN_USE
+    assert cli.explain("launch.export", OSError(errno.EBUSY, "Device or resource busy")) == cli.MISTAKE
     assert capsys.readouterr().err.startswith("launch.prepare: a process was killed\n")

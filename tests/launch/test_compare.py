@@ -13,6 +13,7 @@ import pytest
 
 from charlstm import config as config_lib
 from charlstm.config import Config
+from charlstm.inspect import patterns
 from charlstm.report import curves, history
 from charlstm.report import page as page_lib
 from charlstm.run import run_directory
@@ -56,6 +57,15 @@ def test_the_json_has_each_run_in_figures(runs, capsys):
         assert row["best"] == min(scores.values()) == scores[row["best_step"]] and row["last"] == scores[step]
         assert row["symbols"] == step * 16 * 16 and row["parameters"] == 256 * 4 + 12 * 32 + 64 + 8 * 256 + 256
         assert row["settings"]["learning_rate"] == rate and row["settings"]["num_steps"] == step
+
+
+def test_the_best_is_that_of_the_checkpoints_where_a_setting_of_evaluation_was_changed(runs, arguments, tmp_path):
+    run_dir = shutil.copytree(runs[0], tmp_path / "run")
+    more = ("--num_steps=50", "--eval_chunk=2", "--burn_in=0", f"--run_dir={run_dir}")
+    assert train.main(["train", *arguments, *LOOKS, *more]) == cli.DONE
+    scores = {line["step"]: line["bits_per_byte"] for line in lines(run_dir) if line["split"] == "valid"}
+    row = history.read(run_dir).row("bits_per_byte")
+    assert (row["best"], row["best_step"]) == (scores[50], 50) and min(scores.values()) < scores[50]
 
 
 def test_a_run_that_goes_on_to_more_steps_is_not_finished_yet(runs, tmp_path):
@@ -198,6 +208,26 @@ def test_the_legend_has_every_name_as_it_is_and_leaves_the_axes_free(runs, count
         assert legend.get_window_extent().y0 >= 0
     assert bool(drawn.legends) == (count > 16) and ('id="legend_1"' in curves.svg(many, "bits_per_byte"))
     assert ('id="legend_1"' in page_lib.render(many, "bits_per_byte")) == (count <= 16)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_name_that_is_not_utf8_or_that_the_font_lacks_is_drawn_without_a_warning(runs, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="extra compare is not installed")
+    (run,) = history.read_all([Path(runs[0])])
+    named = [run._replace(name=name) for name in ("caf\udce9", "実験")]
+    svg = curves.svg(named, "bits_per_byte")
+    assert ">caf?<" in svg and ">実験<" in svg and curves.png(named, "bits_per_byte")[1] == "実験"
+    shutil.copytree(runs[0], tmp_path / "実験")
+    assert compare.main(["compare", str(tmp_path / "実験"), f"--plot={tmp_path / 'a.png'}"]) == cli.DONE
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        f"{tmp_path / 'a.png'} has boxes for 実験, which its font lacks: --plot=NAME.svg has them"
+    ]
+
+
+def test_columns_of_a_table_stand_below_each_other_whatever_their_characters_are_as_wide_as(runs):
+    read = history.read_all([Path(run) for run in runs])
+    for table in compare.tables([read[0]._replace(name="実験その一"), read[1]], "bits_per_byte"):
+        assert len({patterns.columns(line) for line in table.splitlines()[-2:]}) == 1, table
 
 
 def test_a_value_of_a_setting_is_drawn_as_it_is():

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from charlstm.run import corpus as corpus_lib
 from charlstm.run import run_directory
 from charlstm.run.checkpoint import Checkpoints
 from charlstm.training import train_state
-from launch import export, train
+from launch import export, import_model, train
 from launch.support import cli
 from tests.launch.conftest import refusal, tree
 
@@ -105,6 +106,33 @@ def test_what_it_cannot_do_is_refused_in_one_sentence_and_leaves_nothing(run_dir
     sentence = refusal(export.main, f"--run_dir={run_dir}", f"--output={tmp_path / 'full'}")
     assert "is there already: name a new directory" in sentence and tree(tmp_path) == before
     assert "is there already" in refusal(export.main, "--run_dir=nowhere", f"--output={tmp_path}")  # before it is read
+
+
+@pytest.mark.parametrize("makes", [export.main, import_model.main])
+def test_a_link_is_followed_and_a_directory_that_cannot_be_replaced_is_refused_before_the_work(
+    makes, run_dir, tmp_path, monkeypatch
+):
+    named, flag = [f"--run_dir={run_dir}"], "output"
+    if makes is import_model.main:
+        named, flag = [f"--from={cl.load(run_dir).export(tmp_path / 'exported')}"], "run_dir"
+    for name in ("here", "mount", "real"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("real")
+    assert makes(["program", *named, f"--{flag}={tmp_path / 'link'}"]) == cli.DONE
+    assert (tmp_path / "link").is_symlink() and len(list((tmp_path / "real").iterdir())) > 3
+    before = tree(tmp_path)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "mount")
+    assert "mount is a mount point" in refusal(makes, *named, f"--{flag}={tmp_path / 'mount'}")
+    monkeypatch.chdir(tmp_path / "here")
+    for here in (".", "../here", str(tmp_path / "here")):
+        assert "is the directory that you are in" in refusal(makes, *named, f"--{flag}={here}")
+    assert tree(tmp_path) == before and os.listdir(".") == []
+
+
+def test_a_page_goes_into_a_directory_that_is_there_whatever_its_name(run_dir, tmp_path):
+    (tmp_path / "site.html").mkdir()
+    cl.load(run_dir).export(tmp_path / "site.html", "html")
+    assert [path.name for path in (tmp_path / "site.html").iterdir()] == ["index.html"]
 
 
 @pytest.mark.parametrize("format", ["safetensors", "html"])

@@ -94,6 +94,14 @@ def test_utf8_is_whole_across_turns(typed, runs):  # noqa: F811
     assert shown.replace("\n", "").rstrip("\ufffd") == expected.replace("\n", "").rstrip("\ufffd")
 
 
+def test_what_is_not_utf8_is_read_and_what_stdout_lacks_is_shown_as_a_question_mark(runs, monkeypatch):  # noqa: F811
+    made = io.BytesIO()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\ncaf\xe9\n"), "utf-8"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(made, "ascii"))
+    assert sample.main(["launch.sample", f"--run_dir={runs['bytes']}", "--interactive", "--length=60"]) == 0
+    assert made.getvalue().count(b"\n") >= 2 and b"?" in made.getvalue()
+
+
 def test_on_a_terminal_ctrl_c_stops_the_text_and_ctrl_d_leaves(runs):  # noqa: F811
     master, slave = pty.openpty()
     environment = os.environ | {"XLA_FLAGS": xla_flags(1), "PYTHONPATH": str(ROOT), "TERM": "xterm"}

@@ -236,6 +236,16 @@ def test_a_mount_point_is_refused_before_the_work_and_one_that_has_the_corpus_is
 
 
 @pytest.mark.parametrize("prepares", [prepare, by_parts])
+def test_the_directory_that_one_is_in_is_refused_and_not_replaced(tmp_path, setting, monkeypatch, prepares):
+    how, here = setting("abc" * 1000), tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    with pytest.raises(ValueError, match=r"is the directory that you are in, .*: name one inside"):
+        prepares(how, Path("."))
+    assert here.samefile(".") and not list(here.iterdir())
+
+
+@pytest.mark.parametrize("prepares", [prepare, by_parts])
 def test_an_output_that_cannot_be_made_at_the_end_is_named_and_the_work_is_kept(
     tmp_path, setting, monkeypatch, prepares
 ):
