@@ -62,7 +62,7 @@ def test_the_hour_of_shakespeare_has_the_split_of_the_model_that_it_is_compared_
     (config,), _ = flags.parse(["train", f"--flagfile={ROOT}/configs/shakespeare_hour.flags", *where], "", Config())
     splits = {name: len(split) for name, split in open_corpus(resolve(config.corpus)).splits.items()}
     assert splits == {"train": 1_003_854, "valid": 111_540}  # of 1,115,394: int(0.9 * n), and the rest
-    assert config.model.cap_input_gate and config.training.num_steps == 17 * 490  # windows of an epoch
+    assert config.model.cell == "layer_norm_lstm" and config.training.num_steps == 10 * 490  # windows of an epoch
 
 
 @pytest.mark.long
