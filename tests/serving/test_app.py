@@ -114,8 +114,8 @@ def test_a_text_ends_before_the_first_stop_string_that_is_met(served):
     client, model = served
     prompt, how = "cd", {**HOW, "max_tokens": 200}
     text = model.sample(prompt, 200, stop="", **HOW)[len(prompt) :]
-    whole = re.findall("[^\ufffd]{2,}", text[5:])  # characters that the vocabulary has
-    for stops in ([whole[1][:2], whole[0][-1]], [text[0]], [whole[2]], ["\n\n\n\na"], whole[0], []):
+    whole = re.findall("[^\ufffd]{2}", text[5:])  # pairs of characters that the vocabulary has
+    for stops in ([whole[1], whole[0][-1]], [text[0]], [whole[2]], ["\n\n\n\na"], whole[0], []):
         listed = [stops] if isinstance(stops, str) else stops
         ends = [place for stop in listed if (place := text.find(stop)) >= 0]
         (choice,) = ask(client, prompt=prompt, stop=stops, **how)["choices"]
