@@ -49,7 +49,7 @@ def write(exported: Exported, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     (folder / "vocabulary.json").write_text(json.dumps(exported.vocabulary.to_json(), indent=2) + "\n", "utf-8")
     count = sum(array.size for array in weights.values())
-    (folder / "README.md").write_text(model_card.card(exported, count, bool(config["module"])), "utf-8")
+    (folder / "README.md").write_text(model_card.card(exported, count, in_load_torch(exported.config.model)), "utf-8")
     for name in PROGRAMS:
         program = importlib.resources.files("charlstm.interop.folder") / name
         (folder / name).write_bytes(program.read_bytes())
@@ -79,6 +79,12 @@ def module_of(config: ModelConfig) -> str | None:
     if config.cell not in ("lstm", "gru", "rnn") or any(getattr(config, name) for name in BEYOND_PYTORCH):
         return None
     return "capped_lstm" if config.cap_input_gate else config.cell
+
+
+def in_load_torch(config: ModelConfig) -> bool:
+    """True if load_torch.py computes the model."""
+    own = config.cell == "layer_norm_lstm" and not any(getattr(config, name) for name in BEYOND_PYTORCH)
+    return own or module_of(config) is not None
 
 
 def arrays(params: ModelParams, module: str | None) -> dict[str, np.ndarray]:

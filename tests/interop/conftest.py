@@ -41,6 +41,7 @@ MODELS: dict[str, dict] = {
     "mlstm": {"embedding_size": 5, "weight_norm": True},
     "mlstm capped": {"cap_input_gate": True, "zoneout": 0.2},
     "layer_norm_lstm": {"embedding_size": 5, "cap_input_gate": True},
+    "layer_norm_lstm one-hot": {"last_hidden_size": 6},
     "lstm mogrifier": {"embedding_size": 5, "mogrifier_rounds": 5, "cap_input_gate": True, "skip": True},
     "lstm mogrifier rank": {"embedding_size": 5, "mogrifier_rounds": 4, "mogrifier_rank": 2, "num_layers": 3},
     "mlstm mogrifier": {"embedding_size": 5, "mogrifier_rounds": 2, "train_initial_state": True},

@@ -22,6 +22,7 @@ REFUSED = {
     "mlstm mogrifier": "cell=mlstm",
     "layer_norm_lstm": "cell=layer_norm_lstm",
     "layer_norm_lstm mogrifier": "cell=layer_norm_lstm",
+    "layer_norm_lstm one-hot": "cell=layer_norm_lstm",
     "lstm mogrifier": "cap_input_gate=True",
     "lstm mogrifier rank": "mogrifier_rounds=4",
 }
