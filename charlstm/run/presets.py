@@ -18,7 +18,8 @@ from charlstm.run.metrics import duration
 SMALL_TEXT, LARGE_TEXT = 5_000_000, 300_000_000  # symbols up to which small is meant, and from which on large
 EPOCHS = 8  # at most: with more, a model of a preset's size over-fits
 TIMED_SYMBOLS = 16
-OVERHEAD = 1.5  # an update beside the same arithmetic done as recurrent matmuls alone, about
+# An update beside the same arithmetic done as recurrent matmuls alone, about; at the widths of the presets.
+OVERHEAD = {"lstm": 1.5, "layer_norm_lstm": 3.5}
 
 
 def suggestion(config: Config, symbols: int, vocabulary_size: int, mesh: Mesh) -> str:
@@ -71,4 +72,4 @@ def seconds_per_step(config: Config, vocabulary_size: int, devices: int) -> floa
         jax.block_until_ready(read(w, h))
         times.append(time.monotonic() - began)
     share = estimate.flops(config, vocabulary_size) / devices / (2 * rows * units * width * TIMED_SYMBOLS)
-    return OVERHEAD * share * min(times)  # others may use the machine
+    return OVERHEAD[config.model.cell] * share * min(times)  # others may use the machine
