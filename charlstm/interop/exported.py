@@ -29,7 +29,7 @@ class Exported:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What its logits are computed with, and `reverse`; nothing of the machine and the texts that trained it."""
+        """Settings that its logits are computed with, and `reverse`; nothing of the machine and texts that trained it."""
         model = dataclasses.replace(self.config.model, weight_norm=False)  # it is folded
         return {"reverse": self.config.streams.reverse, **dataclasses.asdict(model)}
 

@@ -151,7 +151,7 @@ class Slots:
         """Begins anew without texts, and returns those that there were; refuses all others where it cannot begin."""
         try:
             self._empty()
-        except Exception:
+        except Exception:  # of the device, whatever it was: the text's own error is the one that is told
             self.is_broken = True  # before a text has failed, so none of them is asked for again
         with self._changed:
             texts = [text for text in (*self._texts, *self._waiting) if text]
