@@ -29,7 +29,7 @@ class Exported:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Settings that its logits are computed with, and `reverse`; nothing of the machine and texts that trained it."""
+        """Settings that its logits are computed with, and `reverse`; nothing of the machine or its training texts."""
         model = dataclasses.replace(self.config.model, weight_norm=False)  # it is folded
         return {"reverse": self.config.streams.reverse, **dataclasses.asdict(model)}
 
