@@ -59,6 +59,12 @@ class ModelConfig:
         "Type of the matrix products' operands; master parameters, recurrent state and softmax stay float32.",
         choices=("float32", "bfloat16"),
     )
+    tf32: bool = setting(
+        True,
+        "compute_dtype=float32 on NVIDIA GPUs since Ampere: training rounds the products' operands to TF32, of 10 bits "
+        "after the point, and is several times as fast.  Scoring and sampling never do.",
+        mutable=True,  # as lstm_backend
+    )
     lstm_backend: str = setting(
         "scan",
         "How an LSTM computes a window: scan (a loop compiled by XLA, on any device), fused (this project's "

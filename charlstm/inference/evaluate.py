@@ -146,7 +146,7 @@ def make_window(
     whole, by_row = distributed.REPLICATED, distributed.BY_STREAM
     return jax.jit(
         jax.shard_map(
-            local_window,
+            compiler.in_full_precision(local_window),
             mesh=mesh,
             in_specs=(whole, by_row, by_row, by_row),
             out_specs=(by_row, by_row),

@@ -26,6 +26,8 @@ def beginning(run: Run, step: int) -> list[str]:
     ]
     if training.reduction == "exact" and (platform := run.mesh.devices.flat[0].platform) != "cpu":
         lines.append(bits_on(platform))
+    if model.compute_dtype == "float32" and model.tf32 and run.mesh.devices.flat[0].platform == "gpu":
+        lines.append("training rounds the operands of float32 products to TF32 where the GPU can: --notf32 does not")
     if optimizer.eval_params_field == "average":
         lines.append(f"what is evaluated is the average of the parameters (average={optimizer.average})")
     return lines

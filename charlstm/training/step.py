@@ -147,7 +147,7 @@ def _shard_gradient(config: Config, streams: int) -> Callable[..., tuple[jax.Arr
         sums = jnp.stack([nats_b.sum(), (~finite_b).sum(dtype=nats_b.dtype)])
         return jnp.concatenate([ravel_pytree(gradient)[0], sums]), (nats_b, finite_b, new_carry)
 
-    return gradient_of
+    return gradient_of if config.model.tf32 else compiler.in_full_precision(gradient_of)
 
 
 def metrics_specs() -> Any:

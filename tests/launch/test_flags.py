@@ -93,6 +93,7 @@ OTHER = {
     "initializer": "normal",
     "init_scale": 0.1,
     "compute_dtype": "bfloat16",
+    "tf32": False,
     "optimizer": "adamw",
     "learning_rate": 1e-3,
     "momentum": 0.9,
@@ -365,7 +366,7 @@ def test_free_settings_change_and_others_do_not():
         *("reader_threads", "read_ahead", "num_steps", "log_every", "evaluate_every"),
         *("checkpoint_every", "keep_checkpoints", "eval_chunk", "burn_in", "evaluation_batch_size"),
         *("reduction", "train", "valid", "test", "on_divergence", "spike_factor", "max_skips", "max_rollbacks"),
-        *("check_replicas_every", "max_failed_saves", "lstm_backend"),
+        *("check_replicas_every", "max_failed_saves", "lstm_backend", "tf32"),
         *("stop_after", "evaluate_symbols", "sample_every", "sample_prompt", "sample_length", "sample_temperature"),
     }
     forbidden, changed = config_lib.diff(Config(), config_lib.replace(Config(), **OTHER))

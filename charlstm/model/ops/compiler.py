@@ -3,6 +3,9 @@
 XLA divides work among as many threads as it sees cores: elementwise operations on a large array, which may then round
 differently; sums, whose parts are added up at the end (docs/decisions.md).  With these options it divides only matmuls,
 and not within a sum.  They go with each program, not in the environment: a notebook has the bits of `launch.train`.
+
+A GPU has matrix units that round float32 operands to TF32, and JAX lets them.  `jit` does not: what is scored, sampled
+or looked into is of the precision that it says.  The training step chooses for itself (--tf32).
 """
 
 import functools
@@ -29,20 +32,32 @@ def options() -> dict[str, str]:
 
 
 def jit(function: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
-    """Returns `jax.jit(function, **settings)` with `options()`, read at the first call: this starts no backend.
+    """Returns `jax.jit(function, **settings)` with full float32 products and `options()`.
 
-    Inside another jitted function it is traced into that one, whose options apply.
+    These are read at the first call: this starts no backend.  Inside another jitted function it is traced into that
+    one, whose options and precision apply.
     """
 
     @functools.cache
     def compiled() -> Any:
-        return jax.jit(function, compiler_options=options(), **settings)
+        return jax.jit(in_full_precision(function), compiler_options=options(), **settings)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((args, kwargs))):
             return function(*args, **kwargs)
         return compiled()(*args, **kwargs)
+
+    return call
+
+
+def in_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns `function` with full float32 products, also on a device that has TF32, where it is traced."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return function(*args, **kwargs)
 
     return call
 

@@ -31,17 +31,21 @@ def asked_anew():
     compiler.known.cache_clear()
 
 
-def compiled(name: str) -> str:
-    """The program of a step or an evaluation on one device, of a size at which XLA divides what it may."""
-    config = config_lib.replace(Config(), hidden_size=768, num_layers=1, embedding_size=64, batch_size=4, window=3)
+def traced(name: str, **settings: object) -> jax.stages.Traced:
+    """A step or an evaluation on one device, of a size at which XLA divides what it may."""
+    sizes = {"hidden_size": 1024, "num_layers": 1, "embedding_size": 64, "batch_size": 4, "window": 3}
+    config = config_lib.replace(Config(), **sizes | settings)
     config, mesh = config_lib.fill_automatic(config, 1), distributed.make(jax.devices()[:1])
     ids, truth = jax.ShapeDtypeStruct((4, 3), np.uint8), jax.ShapeDtypeStruct((4, 3), np.bool_)
     batch, scored = distributed.abstract(mesh, distributed.BY_STREAM, (Batch(ids, ids, truth), truth))
     state = train_state.abstract(config, 100, mesh)
     if name == "step":
-        return step.make(config, 100, mesh, 100).lower(state, batch).compile().as_text()
-    window = evaluate.make_window(config, mesh)
-    return window.lower(state.params, state.recurrent_state, batch, scored).compile().as_text()
+        return step.make(config, 100, mesh, 100).trace(state, batch)
+    return evaluate.make_window(config, mesh).trace(state.params, state.recurrent_state, batch, scored)
+
+
+def compiled(name: str) -> str:
+    return traced(name).lower().compile().as_text()
 
 
 @pytest.mark.parametrize("name", ["step", "evaluation"])
@@ -94,7 +98,7 @@ PLAIN = """
 import jax
 from charlstm import config as config_lib, distributed
 from charlstm.run import digest
-from charlstm.training import step
+from charlstm.training import step, train_state
 from data_pipeline.build import corpora
 from data_pipeline.loader import open_windows
 from data_pipeline.shards import open_corpus
@@ -160,3 +164,22 @@ def test_a_model_is_drawn_with_the_same_bits_on_one_core_and_on_two():
     how = {"cwd": ROOT, "env": plain | {"PYTHONPATH": str(ROOT)}, "check": True, "capture_output": True, "text": True}
     digests = [subprocess.run([sys.executable, "-c", DRAWN, cores], **how).stdout for cores in "12"]
     assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize(("name", "settings", "is_full"), [
+    ("step", {}, False),
+    ("step", {"tf32": False}, True),
+    ("step", {"tf32": False, "cell": "layer_norm_lstm"}, True),
+    ("evaluation", {}, True),
+])  # fmt: skip
+def test_float32_products_are_rounded_to_tf32_in_training_alone_and_only_if_asked(name, settings, is_full):
+    program = traced(name, **settings).lower(lowering_platforms=("cuda",)).as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    full = [line for line in products if "precision = [HIGHEST, HIGHEST]" in line]
+    assert len(products) > 2 and full == (products if is_full else [])
+
+
+def test_what_is_sampled_and_looked_into_has_full_float32_products():
+    seen = []
+    compiler.jit(lambda: seen.append(jax.config.jax_default_matmul_precision))()
+    assert seen == ["highest"] and jax.config.jax_default_matmul_precision != "highest"
