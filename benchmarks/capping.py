@@ -9,7 +9,6 @@ on with what was cut short, and prints the table of all that is there.  With --m
 """
 
 import bisect
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import NamedTuple
 import jax
 
 from benchmarks import rows as rows_lib
+from benchmarks import runs
 from benchmarks.rows import Rows
 from charlstm import config as config_lib
 from charlstm.config import Config
@@ -74,8 +74,7 @@ def run(
         for cell in cells:
             if last and time.monotonic() > last:
                 break
-            if not finished(into / cell.directory):
-                train(cell, named[cell.text], parameters, steps, seed, into / cell.directory)
+            train(cell, named[cell.text], parameters, steps, seed, into / cell.directory)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on; what is finished:", file=sys.stderr)
     report(rows, cells, into)
@@ -128,37 +127,30 @@ def settings(cell: Cell, parameters: int) -> list[str]:
 
 
 def train(cell: Cell, text: list[str], parameters: int, steps: int, seed: int, run_dir: Path) -> None:
-    """Trains, or goes on with, a run.  Raises subprocess.CalledProcessError where it is refused or diverges."""
     every = max(1, steps // PARTS)
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "launch.train", *settings(cell, parameters), *text, "--vocabulary=bytes"),
-            *("--optimizer=adam", "--learning_rate=4e-3", "--schedule=cosine", "--warmup_steps=50", "--clip_norm=1"),
-            *(f"--num_steps={steps}", f"--evaluate_every={every}", f"--checkpoint_every={every}", "--sample_every=0"),
-            *("--logical_shards=2", "--keep_checkpoints=1", f"--seed={seed}", f"--run_dir={run_dir}"),
-        ],
-        check=True,
-    )
-
-
-def finished(run_dir: Path) -> bool:
-    return (run_dir / "config.json").exists() and history.read(run_dir).state == "finished"
+    flags = [
+        *(*settings(cell, parameters), *text, "--vocabulary=bytes"),
+        *("--optimizer=adam", "--learning_rate=4e-3", "--schedule=cosine", "--warmup_steps=50", "--clip_norm=1"),
+        *(f"--num_steps={steps}", f"--evaluate_every={every}", f"--checkpoint_every={every}", "--sample_every=0"),
+        *("--logical_shards=2", "--keep_checkpoints=1", f"--seed={seed}"),
+    ]
+    runs.train(flags, run_dir)
 
 
 def report(rows: Rows, cells: list[Cell], into: Path) -> None:
     """Adds a row for all that differs but the bound, with the last score of each bound; None: not run yet."""
     for one in dict.fromkeys(cell._replace(bound="") for cell in cells):
         directories = {bound: into / one._replace(bound=bound).directory for bound in BOUNDS}
-        runs = {bound: history.read(directory) for bound, directory in directories.items() if finished(directory)}
-        if runs:
-            scores = {bound: round(runs[bound].row("bits_per_byte")["last"], 3) for bound in runs}
+        made = {bound: history.read(path) for bound, path in directories.items() if runs.is_finished(path)}
+        if made:
+            scores = {bound: round(made[bound].row("bits_per_byte")["last"], 3) for bound in made}
             rows.add(
                 text=one.text,
                 dtype=one.dtype,
                 layers=one.layers,
                 carried=one.carried,
-                steps=next(iter(runs.values())).config.training.num_steps,
-                parameters=max(run.parameters for run in runs.values()),
+                steps=next(iter(made.values())).config.training.num_steps,
+                parameters=max(run.parameters for run in made.values()),
                 **{bound.replace(" ", "_"): scores.get(bound) for bound in BOUNDS},
             )
 

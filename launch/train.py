@@ -1,6 +1,6 @@
 """Trains a character-level recurrent language model.  The same command, or its --run_dir alone, resumes the run.
 
-python -m launch.train --flagfile=configs/large.flags --corpus=my_texts/ --run_dir=runs/mine
+python -m launch.train --flagfile=configs/small.flags --corpus=my.txt --run_dir=runs/mine
 python -m launch.train --run_dir=runs/mine --num_steps=20000
 """
 

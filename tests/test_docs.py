@@ -116,6 +116,7 @@ PROGRAMS += [
         "remote",
         "readers",
         "capping",
+        "seeds",
         "inside",
     )
 ]
