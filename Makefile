@@ -18,7 +18,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
-RUN_DIR ?= $(or $(patsubst --run_dir=%,%,$(filter --run_dir=%,$(ARGS))),runs/quickstart)
+# The --run_dir of ARGS, the last if there are several, also with a space before its value.
+RUN_DIR ?= $(or $(patsubst --run_dir=%,%,$(lastword $(filter --run_dir=%,$(subst --run_dir ,--run_dir=,$(strip $(ARGS)))))),runs/quickstart)
 SHORT := not faults and not long and not interop
 PYTEST_ARGS ?= -n 2 --dist=worksteal
 FAULTS_ARGS ?=
@@ -94,14 +95,14 @@ $(VENV)/python-$(VERSION):
 
 .venv-bench/installed: requirements.lock pyproject.toml
 	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock '$(TORCH)' -e '.[$(BENCH_EXTRAS)]'
+	.venv-bench/bin/python -m pip install --disable-pip-version-check -r requirements.lock '$(TORCH)' -e '.[$(BENCH_EXTRAS)]'
 	touch $@
 
 # Tests of a package that cannot be installed here are skipped.
 .venv-interop/installed:
 	test -x .venv-interop/bin/python || $(PYTHON) -m venv .venv-interop
-	.venv-interop/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' safetensors numpy
-	for package in $(OTHERS); do .venv-interop/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' $$package || \
+	.venv-interop/bin/python -m pip install --disable-pip-version-check '$(TORCH)' safetensors numpy
+	for package in $(OTHERS); do .venv-interop/bin/python -m pip install --disable-pip-version-check '$(TORCH)' $$package || \
 		$(SAY) "$$package could not be installed: its tests are skipped"; done
 	touch $@
 
