@@ -7,7 +7,8 @@
 # make bench   speed, memory and scaling beside PyTorch, flax and dm-haiku, in an environment of its own; hours
 # make gpu     on a machine with a GPU, eight minutes: its bits, its values beside float64, its speed beside PyTorch and flax
 # make notebooks   executes the notebooks again, for 40 minutes or so; CHARLSTM_SHORT=1 tries them, and leaves them as they are
-# make interop models exchanged with PyTorch, onnxruntime, flair and OpenAI's client, in an environment that has these, without JAX
+# make interop models exchanged with PyTorch, onnxruntime, flair and OpenAI's client, curves with TensorBoard, in an environment
+#              that has these, without JAX
 # make lint    style and types
 #
 # PYTHON chooses the interpreter (3.11, 3.12 or 3.13); ARGS adds flags to the training command, BENCH_ARGS=--quick to
@@ -18,7 +19,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
-RUN_DIR ?= $(or $(patsubst --run_dir=%,%,$(filter --run_dir=%,$(ARGS))),runs/quickstart)
+# The --run_dir of ARGS, the last if there are several, also with a space before its value.
+RUN_DIR ?= $(or $(patsubst --run_dir=%,%,$(lastword $(filter --run_dir=%,$(subst --run_dir ,--run_dir=,$(strip $(ARGS)))))),runs/quickstart)
 SHORT := not faults and not long and not interop
 PYTEST_ARGS ?= -n 2 --dist=worksteal
 FAULTS_ARGS ?=
@@ -30,7 +32,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 SAY := printf '%s\n'
 NO_PACKAGES := the packages could not be installed: see above.  With the network and some 2 GB of disk there, type make again.
 NO_VENV := the environment $(VENV) could not be made: see above.  With some 2 GB of free disk there, type make again.
-OTHERS := onnx onnxruntime openai flair
+OTHERS := onnx onnxruntime openai flair tensorboard
 BENCHMARKS := train_step sampling end_to_end input remote readers parts scaling
 
 .PHONY: train test long faults chaos soak bench gpu notebooks interop lint lock clean
@@ -94,14 +96,14 @@ $(VENV)/python-$(VERSION):
 
 .venv-bench/installed: requirements.lock pyproject.toml
 	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock '$(TORCH)' -e '.[$(BENCH_EXTRAS)]'
+	.venv-bench/bin/python -m pip install --disable-pip-version-check -r requirements.lock '$(TORCH)' -e '.[$(BENCH_EXTRAS)]'
 	touch $@
 
 # Tests of a package that cannot be installed here are skipped.
 .venv-interop/installed:
 	test -x .venv-interop/bin/python || $(PYTHON) -m venv .venv-interop
-	.venv-interop/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' safetensors numpy
-	for package in $(OTHERS); do .venv-interop/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' $$package || \
+	.venv-interop/bin/python -m pip install --disable-pip-version-check '$(TORCH)' safetensors numpy
+	for package in $(OTHERS); do .venv-interop/bin/python -m pip install --disable-pip-version-check '$(TORCH)' $$package || \
 		$(SAY) "$$package could not be installed: its tests are skipped"; done
 	touch $@
 

@@ -18,11 +18,13 @@ STEPS = 240
 
 
 @contextlib.contextmanager
-def job(own: tuple[str, ...], *flags: str, python_path: Path | str = ROOT) -> Iterator[subprocess.Popen]:
+def job(
+    own: tuple[str, ...], *flags: str, python_path: Path | str = ROOT, stderr: int = subprocess.PIPE
+) -> Iterator[subprocess.Popen]:
     """launch.local, started; killed at the end if it has not ended."""
     command = [sys.executable, "-m", "launch.local", *own, "--", *flags]
     environment = os.environ | {"PYTHONPATH": str(python_path), "XLA_FLAGS": xla_flags()}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as started:
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=stderr, text=True) as started:
         try:
             yield started
         finally:

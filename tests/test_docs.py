@@ -142,6 +142,11 @@ def test_every_command_in_a_document_is_of_a_program_that_has_its_flags(document
             assert named <= flags_of(program), f"{program} {named - flags_of(program)}"
 
 
+def test_the_readme_names_fewer_than_20_different_flags():
+    named = set(re.findall(r"(?<![\w-])--(\w+)", (ROOT / "README.md").read_text("utf-8")))
+    assert len(named) < 20, sorted(named)
+
+
 @pytest.mark.parametrize(
     "path", [*DOCUMENTS, ROOT / ".ci" / "run", ROOT / ".github" / "workflows" / "ci.yml"], ids=name_of
 )

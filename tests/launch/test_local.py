@@ -2,8 +2,10 @@
 
 import os
 import re
+import select
 import signal
 import sys
+import termios
 
 import pytest
 
@@ -105,6 +107,30 @@ def test_a_job_that_is_told_to_stop_before_it_trains_ends_as_one_process_does(nu
         running.send_signal(number)
         _, said = running.communicate(timeout=300)
     assert running.returncode == status, said
+
+
+def test_a_terminal_shows_the_live_line_of_the_first_process_as_wide_as_it_is(arguments, tmp_path):
+    terminal, inside = os.openpty()
+    termios.tcsetwinsize(inside, (24, 30))
+    # No line of the log has a step.
+    unlogged = (f"--{name}=1000000" for name in ("num_steps", "log_every", "checkpoint_every"))
+    shown = b""
+
+    def live_lines() -> list[str]:
+        nonlocal shown
+        while select.select([terminal], [], [], 0)[0]:
+            shown += os.read(terminal, 1 << 16)
+        return re.findall(r"\r\033\[K(step [^\r\n]*)(?=\r)", shown.decode())
+
+    own = ("--processes=1", "--devices_per_process=1")
+    with job(own, *arguments, *unlogged, f"--run_dir={tmp_path / 'run'}", stderr=inside) as running:
+        wait_for(lambda: len(set(live_lines())) > 1 or running.poll() is not None)
+        assert running.poll() is None, shown.decode()
+    steps = [int(line.removeprefix("step ").partition("/1000000  epoch ")[0]) for line in live_lines()]
+    assert 0 < steps[0] < steps[-1] and steps == sorted(steps)
+    assert all(len(line) < 30 for line in live_lines())
+    os.close(terminal)
+    os.close(inside)
 
 
 def test_what_a_process_refuses_the_job_refuses_once_and_is_not_started_again(job_flags, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 
 from charlstm import config as config_lib
 from charlstm import distributed
-from charlstm.config import Config
+from charlstm.config import Config, flagfile
 from charlstm.model import language_model
 from charlstm.run import estimate, search_space
 from charlstm.training import plateau, schedules, step, train_state
@@ -147,6 +147,11 @@ def test_a_recipe_says_what_is_published_what_it_costs_and_what_was_reached(name
     assert cost, "no cost"
     each = estimate.flops(config, V)
     assert [f"{each:.2g}", f"{each * config.training.num_steps:.2g}"] == list(cost.groups())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.flags")), ids=lambda path: path.stem)
+def test_no_flagfile_ends_the_decay_of_the_rate_before_the_run(path):
+    assert "decay_steps" not in {name for _, name, _ in flagfile.lines(path)}  # or --num_steps would train at rate 0
 
 
 @pytest.mark.parametrize(
