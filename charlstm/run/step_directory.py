@@ -41,7 +41,7 @@ class StepDirectory:
         """Names a directory, which need not be there.
 
         Args:
-          beat: called again and again while files are verified, as `verify` does; for others' reading, too.
+          beat: called again and again while files are verified, as `verify` does, and by who reads their arrays.
           is_planned: whether the step of a `meta` is among those to go back to.
         """
         self.path, self.beat, self._is_planned = path, beat, is_planned
