@@ -1,6 +1,6 @@
 """What it costs processes to agree: functions of charlstm.distributed, called by real processes of this machine.
 
-    python -m benchmarks.agreement [--quick] [--most=128] [--agreements=4000] [--rounds=3]
+    python -m benchmarks.agreement [--quick] [--most=128] [--agreements=1000] [--rounds=3]
 
 The processes are light: each joins the coordination service as that of a run does, but starts no devices.  All share
 this machine's cores, so the time of an agreement is the time that they need together.  The processor time of the first
@@ -10,7 +10,9 @@ Calls are those of a process to the service.  Milliseconds are the first process
 """
 
 import multiprocessing
+import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -85,8 +87,20 @@ def job(count: int, times: int) -> list[dict[str, Cost]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with ProcessPoolExecutor(count, SERVER) as pool:
+    with ProcessPoolExecutor(count, SERVER, _end_with_parent) as pool:
         return list(pool.map(partial(member, count=count, port=port, times=times), range(count)))
+
+
+def _end_with_parent() -> None:
+    """Lets this process not outlive the benchmark: JAX catches SIGTERM, and would wait for the other processes."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def member(index: int, count: int, port: int, times: int) -> dict[str, Cost]:
@@ -120,4 +134,4 @@ def cost(call: Callable[[], object], times: int) -> Cost:
 
 
 if __name__ == "__main__":
-    rows_lib.main("agreement", run, most=128, agreements=4000, rounds=3)
+    rows_lib.main("agreement", run, most=128, agreements=1000, rounds=3)
