@@ -2,14 +2,16 @@
 
 An update takes, on n GPUs of b streams each,
 
-    compute   f + (t - f) b / b_1       t: measured on one GPU with b_1 streams; f: what the fewest streams take
-    waiting   j sqrt(2 ln n) compute    for the slowest of n, whose times deviate by j of the mean (of normal deviates)
+    compute   f + (t - u - f) b / b_1   t: measured on one GPU with b_1 streams; f: what the fewest streams take
+    updating  u, or sharded u / n       clipping and the optimizer, of all parameters on every GPU, or of 1/n on each
+    waiting   j sqrt(2 ln n) of both    for the slowest of n, whose times deviate by j of the mean (of normal deviates)
     reducing  fast:   one all-reduce, 2 (n-1)/n P bytes through every GPU, 2 log2(n) messages one after the other
               exact:  an all-to-all, then an all-gather, (n-1)/n P bytes and n - 1 messages each, and 4 P of memory
 
 P is the gradient in bytes.  Inside a node all goes over its own links.  Between nodes an all-reduce and an all-gather
 keep all the node's adapters busy with one and the same data, but in an all-to-all every GPU has data of its own, and
-its own adapter alone.  Nothing overlaps: the gradient is reduced once, when it is whole.
+its own adapter alone.  Nothing overlaps: the gradient is reduced once, when it is whole.  A sharded update has the
+same bytes on the wire, as parameters are gathered in place of gradients.  Ours is not sharded: see docs/decisions.md.
 """
 
 import argparse
@@ -40,7 +42,8 @@ class Work:
     streams: int
     window: int
     gradient: float  # bytes
-    least: float = 0.0  # seconds that it takes however few the streams are
+    least: float = 0.0  # seconds of the gradient, however few the streams are
+    updating: float = 0.0  # seconds of clipping and the optimizer
     jitter: float = 0.0  # deviation of its time, as a part of it
 
 
@@ -50,13 +53,16 @@ H200 = dataclasses.replace(H100, memory=4.8e12)
 MACHINES = {"V100": V100, "H100": H100, "H200": H200}
 # The mLSTM of 4,096 units, 85 M parameters, of Puri et al. 2018 (arXiv:1808.01371), in mixed precision: 40 GB three
 # times in four hours on 128 V100s, 109 times as fast as on one, is 76,000 characters a second on one.  However few the
-# streams, its weights are read at each symbol, forward and twice back.
-MLSTM = Work(256 * 256 / 76e3, 256, 256, gradient=2 * 85e6, least=3 * 256 * 2 * 85e6 / 900e9)
+# streams, its weights are read at each symbol, forward and twice back.  Adam in float32 reads or writes eight numbers
+# of each parameter: the gradient, once more for its norm, and the parameter and two averages, before and after.
+MLSTM = Work(
+    256 * 256 / 76e3, 256, 256, gradient=2 * 85e6, least=3 * 256 * 2 * 85e6 / 900e9, updating=8 * 4 * 85e6 / 900e9
+)
 
 
 def compute(work: Work, streams: float) -> float:
     """Seconds of the gradient of `streams` streams on one GPU."""
-    return work.least + (work.seconds - work.least) * streams / work.streams
+    return work.least + (work.seconds - work.updating - work.least) * streams / work.streams
 
 
 def reducing(machine: Machine, gradient: float, n: int, reduction: str) -> float:
@@ -71,17 +77,20 @@ def reducing(machine: Machine, gradient: float, n: int, reduction: str) -> float
     return volume / own + volume / shared + 2 * (n - 1) * machine.latency + 4 * gradient / machine.memory
 
 
-def update(machine: Machine, work: Work, n: int, streams: float, reduction: str) -> float:
+def update(machine: Machine, work: Work, n: int, streams: float, reduction: str, sharded: bool = False) -> float:
     """Seconds of an update on n GPUs of `streams` streams each."""
     waiting = work.jitter * math.sqrt(2 * math.log(n))
-    return compute(work, streams) * (1 + waiting) + reducing(machine, work.gradient, n, reduction)
+    own = compute(work, streams) + work.updating / (n if sharded else 1)
+    return own * (1 + waiting) + reducing(machine, work.gradient, n, reduction)
 
 
-def speedup(machine: Machine, work: Work, n: int, reduction: str, total_streams: int = 0) -> float:
+def speedup(
+    machine: Machine, work: Work, n: int, reduction: str, total_streams: int = 0, sharded: bool = False
+) -> float:
     """Symbols a second on n GPUs over those on one; the batch grows along, or is of `total_streams`."""
     streams = total_streams / n if total_streams else work.streams
-    alone = compute(work, total_streams or work.streams)
-    return (1 if total_streams else n) * alone / update(machine, work, n, streams, reduction)
+    alone = update(machine, work, 1, total_streams or work.streams, reduction)
+    return (1 if total_streams else n) * alone / update(machine, work, n, streams, reduction, sharded)
 
 
 def stops_at(machine: Machine, work: Work, reduction: str, total_streams: int = 0) -> int | None:
@@ -109,6 +118,13 @@ def main() -> None:
             fields[f"{reduction}_characters_per_second"] = speed
             fields[f"{reduction}_speedup"] = speedup(machine, work, n, reduction)
             fields[f"{reduction}_speedup_of_{total}_streams"] = speedup(machine, work, n, reduction, total)
+        rows.add(gpus=n, **fields)
+    for n in COUNTS:
+        fields = {"updating_ms": 1000 * work.updating, "sharded_updating_ms": 1000 * work.updating / n}
+        for words, streams in (("", 0), (f"_of_{total}_streams", total)):
+            for sharded in (False, True):
+                gained = speedup(machine, work, n, "exact", streams, sharded)
+                fields[f"{'sharded_' if sharded else ''}exact_speedup{words}"] = gained
         rows.add(gpus=n, **fields)
     for reduction in ("fast", "exact"):
         growing, fixed = (stops_at(machine, work, reduction, streams) for streams in (0, total))

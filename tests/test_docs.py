@@ -110,6 +110,7 @@ PROGRAMS += [
         "end_to_end",
         "input",
         "scaling",
+        "agreement",
         "gpu",
         "equal_time",
         "parts",

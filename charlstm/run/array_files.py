@@ -79,8 +79,12 @@ def finalize(directory: Path) -> None:
         _apart_from_event_loops(_handler().finalize, epath.Path(item))
 
 
-def read(directory: Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    """The arrays of these items, with the shardings of `abstract`; each process reads what its own devices hold."""
+def read(directory: Path, abstract: dict[str, Any], beat: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """The arrays of these items, with the shardings of `abstract`; each process reads what its own devices hold.
+
+    Args:
+      beat: called after every array.
+    """
 
     def one(item: str, name: str, leaf: Any) -> jax.Array:
         store, pieces = _open(directory / item, name), dict[str, np.ndarray]()
@@ -91,7 +95,9 @@ def read(directory: Path, abstract: dict[str, Any]) -> dict[str, Any]:
                 pieces[key] = _result(item, (store if index is None else store[index]).read())
             return pieces[key]
 
-        return jax.make_array_from_callback(leaf.shape, leaf.sharding, piece)
+        array = jax.make_array_from_callback(leaf.shape, leaf.sharding, piece)
+        beat()
+        return array
 
     return {
         item: jax.tree.unflatten(jax.tree.structure(tree), [one(item, *leaf) for leaf in named_leaves(tree).items()])
@@ -99,10 +105,10 @@ def read(directory: Path, abstract: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check(directory: Path, arrays: dict[str, dict[str, Any]]) -> None:
+def check(directory: Path, arrays: dict[str, dict[str, Any]], beat: Callable[[], None] = lambda: None) -> None:
     """Raises ValueError or OSError where the files do not hold these arrays, "item.leaf" -> {dtype, shape, digest}.
 
-    Holds one array at a time.  No device is asked, and no other process.
+    Holds one array at a time, and calls `beat` after each.  No device is asked, and no other process.
     """
     for full_name, expected in arrays.items():
         item, _, name = full_name.partition(".")
@@ -110,6 +116,7 @@ def check(directory: Path, arrays: dict[str, dict[str, Any]]) -> None:
         found = {"dtype": str(array.dtype), "shape": list(array.shape), "digest": host_digest(array)}
         if found != expected:
             raise ValueError(f"{full_name} is {found} and not {expected}")
+        beat()
 
 
 def _open(item: Path, name: str) -> Any:

@@ -63,7 +63,7 @@ class Checkpoints:
           keep: the newest checkpoints to keep (1 or more); the best on validation and the newest planned besides.
           is_planned: whether a checkpoint, by its `meta`, is one to go back to.
           log: takes one line; called from a background thread too.
-          beat: called again and again while files are verified: it takes long, and gets on.
+          beat: called again and again while files are read or verified, in the background too: it lasts, and gets on.
 
         Raises:
           ValueError: the directory cannot be written.
@@ -227,10 +227,10 @@ class Checkpoints:
     def _name(self, meta: dict[str, Any]) -> None:
         staging = self._files.staging(meta["step"])
         array_files.finalize(staging)
-        sealing.seal(staging, meta)
+        sealing.seal(staging, meta, self._files.beat)
         try:
             sealing.forget_cached(staging)
-            array_files.check(staging, meta["arrays"])
+            array_files.check(staging, meta["arrays"], self._files.beat)
         except distributed.FAILURES as error:
             kept = ""
             if not self.failed_saves:  # keep only the first of several in a row, to look into; all would fill the disk
@@ -286,7 +286,7 @@ class Checkpoints:
         held = {name: array for name, array in meta["arrays"].items() if name.partition(".")[0] in trees}
         array_files.refuse_other_arrays(f"checkpoint {step} in {self._files.path}", held, describe(trees))
         try:
-            restored = distributed.run_on_all(lambda: array_files.read(self._files.step(step), trees))
+            restored = distributed.run_on_all(lambda: array_files.read(self._files.step(step), trees, self._files.beat))
         except distributed.FAILURES:
             if distributed.is_one_of_several():
                 self._files.read_by_all(step, trees, distributed.all_gather_str)

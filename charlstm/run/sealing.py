@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,15 +28,18 @@ class Damaged(Exception):
     """A checkpoint is not what was saved; the sentence says where."""
 
 
-def seal(directory: Path, meta: dict[str, Any]) -> None:
+def seal(directory: Path, meta: dict[str, Any], beat: Callable[[], None] = lambda: None) -> None:
     """Makes all files of `directory` durable and lists them in its seal, beside `meta` (plain JSON, finite numbers).
+
+    Args:
+      beat: called as by `verify`, but from threads.
 
     Raises:
       OSError: the disk is full, or fails; there is no seal then.
     """
     found = sorted(path for path in directory.rglob("*") if path.is_file())
     with ThreadPoolExecutor(WRITES, "seal") as pool:
-        written = pool.map(_durable, found)
+        written = pool.map(partial(_durable, beat=beat), found)
         files = {path.relative_to(directory).as_posix(): record for path, record in zip(found, written, strict=True)}
     beside = directory / f"{SEAL}.unfinished"
     with open(beside, "wb") as file:
@@ -47,10 +51,10 @@ def seal(directory: Path, meta: dict[str, Any]) -> None:
         list(pool.map(sync, [directory, *(path for path in directory.rglob("*") if path.is_dir())]))
 
 
-def _durable(path: Path) -> dict[str, Any]:
+def _durable(path: Path, beat: Callable[[], None]) -> dict[str, Any]:
     """Puts a file on disk; returns its size and sha256."""
     with open(path, "rb") as file:
-        digest = _sha256(file)
+        digest = _sha256(file, beat)
         os.fsync(file.fileno())
         return {"size": os.fstat(file.fileno()).st_size, "sha256": digest}
 

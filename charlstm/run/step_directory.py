@@ -41,10 +41,10 @@ class StepDirectory:
         """Names a directory, which need not be there.
 
         Args:
-          beat: called again and again while files are verified, as `verify` does.
+          beat: called again and again while files are verified, as `verify` does, and by who reads their arrays.
           is_planned: whether the step of a `meta` is among those to go back to.
         """
-        self.path, self._beat, self._is_planned = path, beat, is_planned
+        self.path, self.beat, self._is_planned = path, beat, is_planned
 
     def require_seen(self) -> None:
         """Raises ValueError on a process of a job that does not see what another one has made."""
@@ -118,7 +118,7 @@ class StepDirectory:
           OtherFormat: its format is not one that this version reads.
         """
         place = self.step(step)
-        meta = read_meta(place) if items is None else verify(place, items, share, self._beat)
+        meta = read_meta(place) if items is None else verify(place, items, share, self.beat)
         if meta["format"] != FORMAT:
             raise OtherFormat(
                 f"checkpoint {step} in {self.path} has format {meta['format']} and this version reads {FORMAT}: use "
@@ -220,7 +220,7 @@ class StepDirectory:
             if found[2] == "saving" and not self.step(int(found[1])).exists():
                 with contextlib.suppress(Damaged):
                     verify(
-                        path, beat=self._beat
+                        path, beat=self.beat
                     )  # killed between the seal and the rename: it is whole, and may be the only one
                     self.promote(path, int(found[1]))
                     continue

@@ -103,8 +103,12 @@ class Watchdog:
         self._since = time.monotonic()
 
     def beat(self) -> None:
-        """Records that a pause, which may last, gets on: its time begins anew, here and where others wait for it."""
-        self._since = self._got_on = time.monotonic()
+        """Records that a pause, which may last, gets on: its time begins anew, here and where others wait for it.
+
+        A step goes by its own time: a checkpoint that is read back in the background says nothing of it.
+        """
+        if self._pause:
+            self._since = self._got_on = time.monotonic()
 
     @property
     def doing(self) -> str:

@@ -121,6 +121,21 @@ def test_devices_and_processes_are_timed(peers):
     assert [row["processes"] for row in processes] == [1, 2]
 
 
+def test_agreements_of_processes_are_counted_and_timed():
+    *rows, of_all, of_latest = sorted(quick("agreement"), key=lambda row: "processes" not in row)
+    assert [(row["function"], row["processes"], row["calls"]) for row in rows] == [
+        ("all_gather_str", 2, 4),
+        ("all_gather_str", 3, 4),
+        ("latest_of_all", 2, 1),
+        ("latest_of_all", 3, 1),
+    ]
+    assert all(row[key] > 0 for row in rows for key in ("milliseconds", "processor_milliseconds", "of_another_process"))
+    for function, line in (("all_gather_str", of_all), ("latest_of_all", of_latest)):
+        at = {row["processes"]: row["processor_milliseconds"] for row in rows if row["function"] == function}
+        assert line["function"] == function
+        assert line["processor_milliseconds_of_1024"] == pytest.approx(at[2] + 1022 * (at[3] - at[2]))
+
+
 def test_every_reader_is_timed_beside_its_bare_decoder():
     pytest.importorskip("pyarrow", reason="pyarrow is absent: pip install charlstm[inputs]")
     rows = quick("readers")

@@ -23,6 +23,18 @@ def test_few_streams_take_the_least_time():
     assert cost_model.compute(WORK, 5) == pytest.approx(0.6)
 
 
+def test_a_replicated_update_stays_whole_on_every_gpu_and_a_sharded_one_is_divided():
+    work = dataclasses.replace(WORK, updating=0.1, gradient=0.0)
+    still = dataclasses.replace(MACHINE, latency=0.0)  # so that nothing is lost by reducing
+    assert cost_model.update(still, work, 1, 10, "exact") == pytest.approx(1.0)  # it is part of what was measured
+    assert cost_model.compute(work, 5) == pytest.approx(0.2 + 0.7 / 2)
+    assert cost_model.update(still, work, 4, 5, "exact") == pytest.approx(0.2 + 0.7 / 2 + 0.1)
+    assert cost_model.update(still, work, 4, 5, "exact", sharded=True) == pytest.approx(0.2 + 0.7 / 2 + 0.1 / 4)
+    assert cost_model.speedup(still, work, 4, "exact") == pytest.approx(4)
+    assert cost_model.speedup(still, work, 4, "exact", sharded=True) == pytest.approx(4 / (1 - 0.1 * 3 / 4))
+    assert cost_model.speedup(still, work, 4, "exact", 10, sharded=True) == pytest.approx(1 / (0.2 + 0.7 / 4 + 0.1 / 4))
+
+
 def test_within_a_node_both_reductions_move_the_same_bytes():
     # 4 GPUs: 2 * 3/4 GB at 8 GB/s; 2 * 2 messages, or 2 * 3, of a millisecond; and 4 GB of memory at 400 GB/s.
     assert cost_model.reducing(MACHINE, 1e9, 4, "fast") == pytest.approx(1.5 / 8 + 0.004)

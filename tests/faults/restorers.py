@@ -169,9 +169,9 @@ def other_bits_read(own: Path) -> None:
     """The files are whole, and one bit of what this process reads of them first is not what they hold."""
     read = array_files.read
 
-    def read_otherwise(directory: Path, trees: dict[str, Any]) -> dict[str, Any]:
+    def read_otherwise(directory: Path, trees: dict[str, Any], beat: Callable[[], None]) -> dict[str, Any]:
         array_files.read = read
-        found = read(directory, trees)
+        found = read(directory, trees, beat)
         b_out = found["params"].b_out
         piece = np.array(b_out.addressable_shards[0].data)
         piece.view(np.uint8)[0] ^= 1
@@ -185,7 +185,7 @@ def other_bits_read(own: Path) -> None:
 def reading_fails(own: Path) -> None:
     """The files are whole, and reading the arrays fails: out of memory, say."""
 
-    def fail(directory: Path, trees: dict[str, Any]) -> dict[str, Any]:
+    def fail(directory: Path, trees: dict[str, Any], beat: Callable[[], None]) -> dict[str, Any]:
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
     array_files.read = fail

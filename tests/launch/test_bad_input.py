@@ -440,10 +440,10 @@ def test_with_a_full_disk_the_run_goes_on_says_so_and_keeps_its_earlier_checkpoi
 def test_a_run_that_cannot_save_stops_after_so_many_failures(arguments, tmp_path, monkeypatch, capsys):
     run_dir, longer = tmp_path / "run", ("--num_steps=100", "--max_failed_saves=2")
 
-    def full(staging, meta, seal=sealing.seal):
+    def full(staging, meta, beat, seal=sealing.seal):
         if meta["step"] > 20:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        seal(staging, meta)
+        seal(staging, meta, beat)
 
     monkeypatch.setattr(sealing, "seal", full)
     assert train.main(["train", *arguments, *longer, f"--run_dir={run_dir}"]) == cli.NOT_SAVED

@@ -126,6 +126,20 @@ def test_a_pause_that_gets_on_is_not_too_long_and_is_told_for_as_long_as_it_gets
     assert next_beat == [math.inf] and 50 < ended[0] < 53
 
 
+def test_what_gets_on_beside_a_step_neither_lengthens_it_nor_tells_others_to_wait(tmp_path, monkeypatch):
+    watch = Watchdog(WatchdogFlags(), 0, tmp_path, period=1000)
+    watch.stop()
+    now = [watchdog.time.monotonic()]
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+    watch.tick(1)
+    for _ in range(3):  # as a checkpoint that is read back in the background
+        now[0] += 4
+        watch.beat()
+        assert "waiting" not in watch._words()
+    watch.tick(2)
+    assert list(watch._times) == [12.0]
+
+
 def test_each_of_many_processes_reads_one_heartbeat_and_the_first_passes_on_that_another_one_waits(tmp_path):
     watch = {number: Watchdog(WatchdogFlags(), number, tmp_path / str(number), period=1000) for number in (0, 1)}
     for one in watch.values():

@@ -126,6 +126,27 @@ def test_the_state_may_be_deleted_as_soon_as_save_returns(tmp_path):
     assert bits(restored) == bits(host_state(5))
 
 
+def test_a_save_that_is_read_back_and_a_restore_beat_after_every_array(tmp_path, monkeypatch):
+    beats, handed, sha256 = list[int](), list[object](), sealing._sha256
+
+    def beat() -> None:
+        beats.append(1)
+
+    def without_beats(file, beat):
+        handed.append(beat)
+        return sha256(file)
+
+    monkeypatch.setattr(sealing, "_sha256", without_beats)  # so that those of arrays are left
+    with Checkpoints(tmp_path, log=print, beat=beat) as checkpoints:
+        checkpoints.save(make_state(1), IDENTITY, None)
+        checkpoints.wait()
+        arrays = len(checkpoints.read_meta()["arrays"])
+        assert len(beats) == arrays > 20
+        checkpoints.restore(abstract_state())
+        assert len(beats) == 2 * arrays
+    assert handed and all(given is beat for given in handed)
+
+
 def test_params_are_restored_alone_even_where_the_rest_is_gone(tmp_path):
     save_all(tmp_path, 4)
     for path in [*(tmp_path / "4/opt_state").rglob("*"), *(tmp_path / "4/recurrent_state").rglob("*")]:

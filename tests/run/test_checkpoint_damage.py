@@ -163,11 +163,11 @@ def test_a_write_that_goes_wrong_is_a_failed_save_and_costs_no_checkpoint(direct
     """What the disk keeps is not what it was given, and the sums of the files are made of what it kept."""
     whole, said = sealing.seal, list[str]()
 
-    def on_a_bad_disk(staging: Path, meta: dict) -> None:
+    def on_a_bad_disk(staging: Path, meta: dict, *rest: object) -> None:
         values = np.asarray(host_state(meta["step"]).params.cells[0].w_h).tobytes()
         holding = next(path for path in files(staging / "params") if values in path.read_bytes())
         flip(holding, 8 * holding.read_bytes().index(values) + 77)
-        whole(staging, meta)
+        whole(staging, meta, *rest)
 
     with Checkpoints(directory, keep=1, log=said.append) as checkpoints:
         monkeypatch.setattr(sealing, "seal", on_a_bad_disk)
@@ -188,10 +188,10 @@ def test_a_write_that_goes_wrong_is_a_failed_save_and_costs_no_checkpoint(direct
 def test_a_file_that_cannot_be_read_back_is_a_failed_save(directory, monkeypatch):
     whole, said = sealing.seal, list[str]()
 
-    def on_a_bad_disk(staging: Path, meta: dict) -> None:
+    def on_a_bad_disk(staging: Path, meta: dict, *rest: object) -> None:
         for path in files(staging / "opt_state"):
             os.truncate(path, path.stat().st_size // 2)
-        whole(staging, meta)
+        whole(staging, meta, *rest)
 
     monkeypatch.setattr(sealing, "seal", on_a_bad_disk)
     with Checkpoints(directory, keep=1, log=said.append) as checkpoints:
@@ -204,10 +204,10 @@ def test_a_file_that_cannot_be_read_back_is_a_failed_save(directory, monkeypatch
 def test_other_bits_than_were_written_are_a_failed_save_though_their_file_is_whole(directory, monkeypatch):
     whole, said = sealing.seal, list[str]()
 
-    def on_a_lying_disk(staging: Path, meta: dict) -> None:
+    def on_a_lying_disk(staging: Path, meta: dict, *rest: object) -> None:
         held = max(files(staging / "opt_state"), key=lambda path: path.stat().st_size)
         flip(held, 4 * held.stat().st_size)
-        whole(staging, meta)  # of the file as it is
+        whole(staging, meta, *rest)  # of the file as it is
 
     monkeypatch.setattr(sealing, "seal", on_a_lying_disk)
     with Checkpoints(directory, keep=1, log=said.append) as checkpoints:

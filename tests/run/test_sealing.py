@@ -48,11 +48,14 @@ def test_a_damaged_file_is_noticed_by_the_process_whose_share_it_is_in(name, sea
     assert len(found) == (3 if name == FILES[0] else 1)
 
 
-def test_a_long_verification_beats_after_every_file_and_every_piece_of_a_large_one(sealed, monkeypatch):
+def test_a_long_verification_and_sealing_beat_after_every_file_and_every_piece_of_a_large_one(sealed, monkeypatch):
     monkeypatch.setattr(sealing, "PIECE", 10)
     beats: list[int] = []
     sealing.verify(sealed, beat=lambda: beats.append(1))
     assert len(beats) == sum(-(-(10 * number + 1) // 10) for number in range(len(FILES)))
+    (sealed / sealing.SEAL).unlink()
+    sealing.seal(sealed, {"step": 1}, beat=lambda: beats.append(2))
+    assert beats.count(2) == beats.count(1)
 
 
 def test_files_are_put_on_disk_side_by_side(tmp_path, monkeypatch):
