@@ -247,7 +247,8 @@ def machine_for(quick: bool) -> dict[str, str]:
 
 def run(rows: Rows, quick: bool, parts: str, file: str) -> str:
     """Adds the rows of some parts.  Returns which of them are not ok, in a line; "" where all are."""
-    chosen, bad, end = parts.split(","), list[str](), time.monotonic() + MOST
+    chosen, bad, patience = parts.split(","), list[str](), 4 if quick else 1  # a CPU may be busy with other things
+    end = time.monotonic() + patience * MOST
     if unknown := set(chosen) - {*BESIDE, *ALONE}:
         raise SystemExit(f"--parts={parts}: there is no {unknown.pop()}: use some of {', '.join((*BESIDE, *ALONE))}")
     machine = machine_for(quick)
@@ -263,7 +264,7 @@ def run(rows: Rows, quick: bool, parts: str, file: str) -> str:
             own, began = Path(folder, part), time.monotonic()
             own.mkdir()
             try:
-                programs = Programs(own, min(began + SECONDS[part], end), quick, machine)
+                programs = Programs(own, min(began + patience * SECONDS[part], end), quick, machine)
                 (BESIDE | ALONE)[part](programs, partial(add, part=part))
             except (RuntimeError, OSError, ValueError, KeyError) as error:
                 add(part=part, failed=" ".join(str(error).split()))

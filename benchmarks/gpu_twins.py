@@ -126,4 +126,5 @@ def machine() -> None:
 
 
 if __name__ == "__main__":
-    {"reference": reference, "compare": compare, "machine": machine}[sys.argv[1]](*sys.argv[2:])
+    commands: dict[str, Any] = {"reference": reference, "compare": compare, "machine": machine}
+    commands[sys.argv[1]](*sys.argv[2:])
