@@ -5,7 +5,8 @@
 # make chaos   100 jobs disturbed at random, of other processes and devices at every start; an hour or so
 # make soak    a job for two hours with a fault every minute; prints its goodput
 # make bench   speed, memory and scaling beside PyTorch, flax and dm-haiku, in an environment of its own; hours
-# make gpu     on a machine with a GPU, eight minutes: its bits, its values beside float64, its speed beside PyTorch and flax
+# make gpu     on a machine with a GPU, at most eight minutes: its bits, its values beside float64, its speed beside PyTorch
+#              and flax; fails, and says what, where something is not as it is to be
 # make notebooks   executes the notebooks again, for 40 minutes or so; CHARLSTM_SHORT=1 tries them, and leaves them as they are
 # make interop models exchanged with PyTorch, onnxruntime, flair and OpenAI's client, curves with TensorBoard, in an environment
 #              that has these, without JAX
@@ -13,11 +14,14 @@
 #
 # PYTHON chooses the interpreter (3.11, 3.12 or 3.13); ARGS adds flags to the training command, BENCH_ARGS=--quick to
 # the benchmarks, INTEROP_ARGS flags to pytest.  TORCH is the requirement of PyTorch: the plain one brings CUDA, gigabytes
-# of it.  On a GPU, JAX needs BENCH_EXTRAS=bench,cuda13 (or cuda12).
+# of it.  Where there is an NVIDIA GPU, the benchmarks' JAX comes with CUDA 13; a driver older than 580 needs
+# BENCH_EXTRAS=bench,cuda12, and kernels of our own need Python 3.12 or later, for its JAX.  GPU_PYTHON=... is an
+# interpreter for make gpu, with the JAX, PyTorch and flax that it has: nothing is installed.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+COMMA := ,
 ARGS ?=
 # The --run_dir of ARGS, the last if there are several, also with a space before its value.
 RUN_DIR ?= $(or $(patsubst --run_dir=%,%,$(lastword $(filter --run_dir=%,$(subst --run_dir ,--run_dir=,$(strip $(ARGS)))))),runs/quickstart)
@@ -27,8 +31,11 @@ FAULTS_ARGS ?=
 INTEROP_ARGS ?=
 TORCH ?= torch
 BENCH_ARGS ?=
-BENCH_EXTRAS ?= bench
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null)
+GPUS := $(wildcard /dev/nvidia[0-9]*)
+BENCH_EXTRAS ?= bench$(if $(GPUS),$(COMMA)cuda13)
+BENCH := .venv-bench/with-$(VERSION)-$(subst $(COMMA),-,$(BENCH_EXTRAS))
+GPU_PYTHON ?=
 SAY := printf '%s\n'
 NO_PACKAGES := the packages could not be installed: see above.  With the network and some 2 GB of disk there, type make again.
 NO_VENV := the environment $(VENV) could not be made: see above.  With some 2 GB of free disk there, type make again.
@@ -60,11 +67,11 @@ chaos: $(VENV)/installed
 soak: $(VENV)/installed
 	$(BIN)/python -m tests.faults.soak --minutes=120 --processes=1
 
-bench: .venv-bench/installed
+bench: $(BENCH)
 	set -e; for benchmark in $(BENCHMARKS); do .venv-bench/bin/python -m benchmarks.$$benchmark $(BENCH_ARGS); done
 
-gpu: .venv-bench/installed
-	.venv-bench/bin/python -m benchmarks.gpu $(BENCH_ARGS)
+gpu: $(if $(GPU_PYTHON),,$(BENCH))
+	$(or $(GPU_PYTHON),.venv-bench/bin/python) -m benchmarks.gpu $(BENCH_ARGS)
 
 notebooks: $(VENV)/installed
 	$(BIN)/python -m notebooks.execute
@@ -94,7 +101,8 @@ $(VENV)/python-$(VERSION):
 	$(PYTHON) -m venv $(VENV) || { $(SAY) "$(NO_VENV)"; exit 1; }
 	touch $@
 
-.venv-bench/installed: requirements.lock pyproject.toml
+$(BENCH): requirements.lock pyproject.toml
+	test -z "$(filter-out $@,$(wildcard .venv-bench/with-*))" || rm -rf .venv-bench
 	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install --disable-pip-version-check -r requirements.lock '$(TORCH)' -e '.[$(BENCH_EXTRAS)]'
 	touch $@

@@ -1,6 +1,6 @@
 """`launch.train` itself beside a plain PyTorch script that does the same job: same model, same text.
 
-    python -m benchmarks.end_to_end [--quick] [--steps=200] [--rounds=3]
+    python -m benchmarks.end_to_end [--quick] [--steps=200] [--rounds=3] [--only=speed,start,stall]
 
 Speed is read from the lines that both write of their steps, from the first line on, so that compiling is no part of
 it; each runs with two allocator settings, all taking turns.  The time to the first step is that from the start of the
@@ -32,6 +32,7 @@ FIFTY_MILLION = Shape(256, 256, 1312, 4, 4, 8)  # parameters; short windows, so 
 QUICK_OF_BYTES = replace(QUICK, V=256)
 BETWEEN_SAVES = 40  # steps, of some .3 seconds: a save is to be written before the next one comes
 MINUTE = 60.0
+MEASURES = ("speed", "start", "stall")
 Lines = list[dict[str, Any]]
 
 
@@ -108,15 +109,21 @@ def _run(command: list[str], run_dir: Path, environment: dict[str, str]) -> Line
     return lines
 
 
-def run(rows: Rows, quick: bool, steps: int, rounds: int) -> None:
+def run(rows: Rows, quick: bool, steps: int, rounds: int, only: str) -> None:
+    chosen = only.split(",")
+    if unknown := set(chosen) - set(MEASURES):
+        raise SystemExit(f"--only={only}: there is no {unknown.pop()}: use some of {', '.join(MEASURES)}")
     with tempfile.TemporaryDirectory() as folder:
         job = Job(Path(folder), 1 if quick else 8)
         shape = QUICK_OF_BYTES if quick else SHAPES[1]
         if quick:
             steps, rounds = 20, 1
-        compare_speed(rows, job, shape, steps, rounds, environments(quick))
-        first_steps(rows, job, shape, rounds)
-        stalls(rows, job, shape if quick else FIFTY_MILLION, 1 if quick else 5)
+        if "speed" in chosen:
+            compare_speed(rows, job, shape, steps, rounds, environments(quick))
+        if "start" in chosen:
+            first_steps(rows, job, shape, rounds)
+        if "stall" in chosen:
+            stalls(rows, job, shape if quick else FIFTY_MILLION, 1 if quick else 5)
 
 
 def compare_speed(
@@ -188,4 +195,4 @@ def stalls(rows: Rows, job: Job, shape: Shape, saves: int) -> None:
 
 
 if __name__ == "__main__":
-    rows_lib.main("end_to_end", run, steps=200, rounds=3)
+    rows_lib.main("end_to_end", run, steps=200, rounds=3, only=",".join(MEASURES))

@@ -2,13 +2,14 @@
 
     python -m benchmarks.equal_time --text=tinyshakespeare.txt --minutes=5 --plot=equal_time.svg
     python -m benchmarks.equal_time --text=train.xz:valid.xz --flagfile=configs/large.flags --peers=lstm --minutes=10
+    python -m benchmarks.equal_time --text=train.xz:valid.xz --flagfile=configs/large.flags --only=lstm --minutes=10
 
 The first 90 % of a text are for training, the last 10 % are scored, by bytes; or there is a training and a validation
 text.  Ours goes first, by a flagfile, with as many steps as take about so many minutes here or, without --minutes, with
-its own number; the others have the seconds that it took.  With --also ours is trained once more, with these flags
-(between commas).  All seconds count from the start of a program: imports, compiling and evaluations, eight each, are
-included.  Of a validation text of more than some 260 KB pieces are scored meanwhile, and the whole at the end, when the
-clock has stopped.
+its own number; the others have the seconds that it took.  With --only=ours, lstm or transformer one goes alone, for
+so many minutes.  With --also ours is trained once more, with these flags (between commas).  All seconds count from the
+start of a program: imports, compiling and evaluations, eight each, are included.  Of a validation text of more than
+some 260 KB pieces are scored meanwhile, and the whole at the end, when the clock has stopped.
 """
 
 import json
@@ -61,27 +62,37 @@ def run(
     flagfile: str,
     also: str,
     peers: str,
+    only: str,
     minutes: float,
     plot: str,
     seed: int,
     folder: str,
 ) -> None:
-    jax.config.update("jax_platforms", "cpu")  # parameters are only counted in this process
+    if only not in ("", "ours", *PEERS):
+        raise SystemExit(f"--only={only}: there is no {only}: use ours, {' or '.join(PEERS)}")
     minutes = 0.1 if quick else minutes
+    if only in PEERS and not minutes:
+        raise SystemExit(f"--only={only} has no time of ours to keep to: say how long, as --minutes=10")
+    jax.config.update("jax_platforms", "cpu")  # parameters are only counted in this process
     with tempfile.TemporaryDirectory() as temporary:
         into = Path(folder or temporary)
         into.mkdir(parents=True, exist_ok=True)
         parts = write_parts(*read(text, quick), into)
         small = ["--hidden_size=32", "--num_layers=1", "--batch_size=8"] if quick else []
+        found, seconds = dict[str, Scores](), 60 * minutes
+
+        def add(name: str, scores: Scores) -> None:  # as it comes: the others take as long again
+            found[name] = scores
+            rows.add(**fields(name, scores, seed))
+
         name = f"charlstm, {flagfile}"
-        found = {name: ours(parts, flagfile, 60 * minutes, seed, small)}
-        rows.add(**fields(name, found[name], seed))  # as it comes: the others take as long again
-        for kind in filter(None, peers.split(",")):
-            found[PEERS[kind]] = peer(kind, parts, flagfile, found[name].seconds[-1], seed, small)
-            rows.add(**fields(PEERS[kind], found[PEERS[kind]], seed))
-        if also:
-            found[f"{name} {also}"] = ours(parts, flagfile, 60 * minutes, seed, [*small, *also.split(",")])
-            rows.add(**fields(f"{name} {also}", found[f"{name} {also}"], seed))
+        if only not in PEERS:
+            add(name, ours(parts, flagfile, 60 * minutes, seed, small))
+            seconds = found[name].seconds[-1]
+        for kind in filter(None, {"": peers, "ours": ""}.get(only, only).split(",")):
+            add(PEERS[kind], peer(kind, parts, flagfile, seconds, seed, small))
+        if also and only not in PEERS:
+            add(f"{name} {also}", ours(parts, flagfile, 60 * minutes, seed, [*small, *also.split(",")]))
         curve = {name: (scores.seconds, scores.bits) for name, scores in found.items()}
         (into / "curves.json").write_text(json.dumps(curve))
     if plot:
@@ -189,6 +200,7 @@ if __name__ == "__main__":
         flagfile="configs/small.flags",
         also="",
         peers="lstm,transformer",
+        only="",
         minutes=0.0,
         plot="",
         seed=0,

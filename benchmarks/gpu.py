@@ -4,11 +4,15 @@
     python -m benchmarks.gpu --parts=twins,bits         # some
     python -m benchmarks.gpu --quick                    # tiny sizes, to try it on a CPU
 
-Parts, each within its number of seconds: `tests` (those marked gpu), `twins` (every backend of the LSTM beside
-float64), `bits` (a run begun twice, and once killed and resumed, each with compiled programs of its own), `crossing`
-(a GPU's checkpoint scored on the CPU, and the reverse), and then, one after the other, `update`, `program` and
-`sampling`: the benchmarks of these names, beside PyTorch and flax.  Rows go to --file too, a line of json each, as
-they come.
+Parts, side by side: `tests` (those marked gpu), `twins` (every backend of the LSTM beside float64), `bits` (a run begun
+twice, and once killed and resumed, each with compiled programs of its own), `crossing` (a GPU's checkpoint scored on
+the CPU, and the reverse).  Then, one after the other: `large` and `update` (updates beside PyTorch and flax, by `scan`
+too, and with the flags that equal bits need), `program` (launch.train) and `sampling`.  All on one GPU.
+
+Each part has its number of seconds, and all together have MOST; what takes longer has failed.  For that flax is left
+out at the large shape, whose memory it would double, and the GRU and the RNN, starts and saves everywhere: they are in
+the benchmarks themselves.  Rows go to --file too, a line of json each, as they come.  The status is 1, and the last
+line names the rows, where a part has failed or a row is not ok.
 """
 
 import contextlib
@@ -23,15 +27,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import rows as rows_lib
 from benchmarks.rows import Rows
-from benchmarks.workers import has_gpu
+from benchmarks.workers import FIXED, has_gpu
 
-SECONDS = {"tests": 120, "twins": 150, "bits": 200, "crossing": 150, "update": 200, "program": 120, "sampling": 60}
-SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # several processes share the GPU's memory
+SECONDS = {"tests": 150, "twins": 150, "bits": 150, "crossing": 150}
+SECONDS |= {"large": 90, "update": 130, "program": 50, "sampling": 50}
+MOST = 480  # seconds of all parts together
+# Several processes share the memory of one GPU, the first that is given.
+SHARED = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0],
+}
 ON_CPU = {"JAX_PLATFORMS": "cpu"}
 # The backend and the compute dtype of a run, and whether XLA's choice of kernels is fixed.
 RUNS = [
@@ -39,15 +50,19 @@ RUNS = [
     ("scan", "bfloat16", True),
     ("fused", "bfloat16", True),
 ]
-FIXED = {"XLA_FLAGS": "--xla_gpu_exclude_nondeterministic_ops=true --xla_gpu_autotune_level=0"}
 Add = Callable[..., None]
 
 
 class Programs:
-    """Runs programs of ours in a folder, each bounded by the time that its part has left."""
+    """Runs programs of ours in a folder, each bounded by the time that its part has left.
 
-    def __init__(self, folder: Path, seconds: float, quick: bool) -> None:
-        self.folder, self.quick, self._deadline = folder, quick, time.monotonic() + seconds
+    Args:
+      deadline: of `time.monotonic`.
+      machine: what `benchmarks.gpu_twins machine` says of it.
+    """
+
+    def __init__(self, folder: Path, deadline: float, quick: bool, machine: dict[str, str]) -> None:
+        self.folder, self.deadline, self.quick, self.machine = folder, deadline, quick, machine
 
     def run(self, *command: str, environment: dict[str, str] | None = None, until: Path | None = None) -> str:
         """What `python -m command` prints; killed as soon as the file `until` is there.
@@ -61,19 +76,20 @@ class Programs:
             start_new_session=True,
         )  # fmt: skip
         try:
-            while until and process.poll() is None and time.monotonic() < self._deadline:
+            while until and process.poll() is None and time.monotonic() < self.deadline:
                 if until.exists():
                     os.killpg(process.pid, signal.SIGKILL)
                     break
                 time.sleep(0.01)
-            out, words = process.communicate(timeout=max(1.0, self._deadline - time.monotonic()))
+            out, words = process.communicate(timeout=max(1.0, self.deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             raise RuntimeError(f"{command[0]} took longer than its part may") from None
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         if process.returncode and not (until and until.exists()):
-            raise RuntimeError(f"{command[0]} has ended with status {process.returncode}: {words[-600:]}")
+            said = (out + words)[-600:]  # pytest says on stdout what has failed
+            raise RuntimeError(f"{command[0]} has ended with status {process.returncode}: {said}")
         return out
 
     def lines(self, *command: str) -> Iterator[str]:
@@ -83,7 +99,7 @@ class Programs:
                 [sys.executable, "-m", *command], env=os.environ | SHARED, text=True, stdout=subprocess.PIPE,
                 stderr=words, start_new_session=True,
             )  # fmt: skip
-            late = threading.Timer(self._deadline - time.monotonic(), os.killpg, (process.pid, signal.SIGKILL))
+            late = threading.Timer(self.deadline - time.monotonic(), os.killpg, (process.pid, signal.SIGKILL))
             late.start()
             assert process.stdout is not None
             yield from process.stdout
@@ -116,11 +132,10 @@ class Programs:
 
 
 def tests(programs: Programs, add: Add) -> None:
-    flags = [] if programs.quick else ["-m", "gpu"]
+    chosen = ["-n", "0", "tests/run/test_digest.py"] if programs.quick else ["-n", "4", "tests"]
     out = programs.run(
-        "pytest", "-n", "0", "-p", "no:cacheprovider", *flags, "tests/model/ops/test_lstm_pallas.py",
-        "tests/run/test_digest.py",
-        environment={"CHARLSTM_TEST_ON_GPU": "1"} if has_gpu() else {},
+        "pytest", "-p", "no:cacheprovider", "-m", "gpu and not long", "--tb=line", "--continue-on-collection-errors",
+        *chosen, environment={"CHARLSTM_TEST_ON_GPU": "1"},
     )  # fmt: skip
     add(said=out.strip().splitlines()[-1])
 
@@ -128,39 +143,37 @@ def tests(programs: Programs, add: Add) -> None:
 def twins(programs: Programs, add: Add) -> None:
     path = str(programs.folder / "reference.npz")
     programs.run("benchmarks.gpu_twins", "reference", path, environment=ON_CPU | {"JAX_ENABLE_X64": "1"})
-    for line in programs.run("benchmarks.gpu_twins", "compare", path).splitlines():
+    for line in programs.lines("benchmarks.gpu_twins", "compare", path):
         add(**json.loads(line))
 
 
 def bits(programs: Programs, add: Add) -> None:
     """Four lives of each run: whole, whole again, killed, and resumed; all kinds of runs side by side."""
 
-    def digests(backend: str, dtype: str, fixed: bool) -> dict[str, Any]:
+    def compare(backend: str, dtype: str, fixed: bool) -> None:
         kind = f"{backend}-{dtype}-{'fixed' if fixed else 'timed'}"
         flags = f"--lstm_backend={backend}", f"--compute_dtype={dtype}"
+        add_run = partial(add, backend=backend, dtype=dtype, fixed=fixed)
 
         def life(name: str, number: int, until: Path | None = None) -> dict[str, Any]:
             place = programs.folder / f"{kind}-{name}"
             compiled = {"JAX_COMPILATION_CACHE_DIR": f"{place}-compiled-{number}"} | (FIXED if fixed else {})
             return programs.train(place, *flags, environment=compiled, until=until)
 
-        whole, again = life("whole", 0), life("again", 1)
-        life("killed", 2, programs.folder / f"{kind}-killed/checkpoints/40/checkpoint.json")
-        resumed = life("killed", 3)
-        same = whole["state_digest"] == again["state_digest"], whole["state_digest"] == resumed["state_digest"]
-        return {
-            "backend": backend,
-            "dtype": dtype,
-            "fixed": fixed,
-            "again": same[0],
-            "killed_and_resumed": same[1],
-            "ok": all(same),
-        }
+        try:
+            whole, again = life("whole", 0), life("again", 1)
+            life("killed", 2, programs.folder / f"{kind}-killed/checkpoints/40/checkpoint.json")
+            resumed = life("killed", 3)
+        except RuntimeError as error:  # the other kinds have their rows
+            add_run(failed=" ".join(str(error).split()))
+            return
+        same = [whole["state_digest"] == other["state_digest"] for other in (again, resumed)]
+        add_run(again=same[0], killed_and_resumed=same[1], ok=all(same))
 
-    runs = RUNS if has_gpu() else [("scan", "float32", False)]
+    runs = [run for run in RUNS if run[0] in programs.machine["backends"].split(", ")]
+    runs = RUNS[:1] if programs.machine["platform"] == "cpu" else runs
     with ThreadPoolExecutor(len(runs)) as pool:
-        for future in [pool.submit(digests, *run) for run in runs]:
-            add(**future.result())
+        list(pool.map(lambda run: compare(*run), runs))
 
 
 def crossing(programs: Programs, add: Add) -> None:
@@ -185,17 +198,23 @@ def crossing(programs: Programs, add: Add) -> None:
         )
 
 
+def large(programs: Programs, add: Add) -> None:
+    given = ["--quick"] if programs.quick else ["--shapes=5", "--rounds=3", "--turn=0.4"]
+    _rows_of(programs, add, "train_step", *given, "--only=PyTorch,ours by scan,ours with fixed kernels")
+
+
 def update(programs: Programs, add: Add) -> None:
-    given = ["--quick"] if programs.quick else ["--shapes=1,2,5", "--rounds=3", "--turn=0.4", "--only=PyTorch,flax"]
-    _rows_of(programs, add, "train_step", *given)
+    given = ["--quick"] if programs.quick else ["--shapes=1,2,3,4", "--cells=lstm", "--rounds=3", "--turn=0.4"]
+    _rows_of(programs, add, "train_step", *given, "--only=PyTorch,flax,ours by scan,ours with fixed kernels")
 
 
 def program(programs: Programs, add: Add) -> None:
-    _rows_of(programs, add, "end_to_end", *(["--quick"] if programs.quick else ["--steps=400", "--rounds=1"]))
+    given = ["--quick"] if programs.quick else ["--steps=400", "--rounds=1"]
+    _rows_of(programs, add, "end_to_end", *given, "--only=speed")
 
 
 def sampling(programs: Programs, add: Add) -> None:
-    given = ["--quick"] if programs.quick else ["--shapes=2", "--rounds=3", "--samples=1,256"]
+    given = ["--quick"] if programs.quick else ["--shapes=2", "--rounds=3", "--turn=0.4", "--samples=1,256"]
     _rows_of(programs, add, "sampling", *given)
 
 
@@ -207,33 +226,63 @@ def _rows_of(programs: Programs, add: Add, benchmark: str, *flags: str) -> None:
 
 
 BESIDE = {"tests": tests, "twins": twins, "bits": bits, "crossing": crossing}  # nothing of these is timed
-ALONE = {"update": update, "program": program, "sampling": sampling}
+ALONE = {"large": large, "update": update, "program": program, "sampling": sampling}
 
 
-def run(rows: Rows, quick: bool, parts: str, file: str) -> None:
-    chosen = parts.split(",")
+def machine_for(quick: bool) -> dict[str, str]:
+    """Asks JAX where it runs.  Raises SystemExit where that is not a GPU, and it is not to be tried `quick` either."""
+    try:
+        found = json.loads(Programs(Path(), time.monotonic() + 60, quick, {}).run("benchmarks.gpu_twins", "machine"))
+    except RuntimeError as error:
+        raise SystemExit(" ".join(str(error).split())) from None
+    if quick or found["platform"] == "gpu":
+        return found
+    if not has_gpu():
+        raise SystemExit("there is no GPU: --quick tries it on a CPU (make gpu BENCH_ARGS=--quick)")
+    raise SystemExit(
+        f"there is a GPU, and JAX {found['jax']} of {sys.executable} has {found['device']}: install jax[cuda13], or, "
+        "for a driver older than 580, jax[cuda12] (make gpu BENCH_EXTRAS=bench,cuda12); --quick tries it on a CPU"
+    )
+
+
+def run(rows: Rows, quick: bool, parts: str, file: str) -> str:
+    """Adds the rows of some parts.  Returns which of them are not ok, in a line; "" where all are."""
+    chosen, bad, patience = parts.split(","), list[str](), 4 if quick else 1  # a CPU may be busy with other things
+    end = time.monotonic() + patience * MOST
     if unknown := set(chosen) - {*BESIDE, *ALONE}:
         raise SystemExit(f"--parts={parts}: there is no {unknown.pop()}: use some of {', '.join((*BESIDE, *ALONE))}")
+    machine = machine_for(quick)
     with open(file, "w") as out, tempfile.TemporaryDirectory() as folder:
 
-        def do(part: str) -> None:
-            def add(**fields: Any) -> None:
-                rows.add(part=part, **fields)
-                print(json.dumps({"part": part, **fields}), file=out, flush=True)
+        def add(**fields: Any) -> None:
+            rows.add(**fields)
+            print(json.dumps(fields), file=out, flush=True)
+            if "failed" in fields or not fields.get("ok", True):
+                bad.append(in_words(fields))
 
+        def do(part: str) -> None:
             own, began = Path(folder, part), time.monotonic()
             own.mkdir()
             try:
-                (BESIDE | ALONE)[part](Programs(own, SECONDS[part], quick), add)
+                programs = Programs(own, min(began + patience * SECONDS[part], end), quick, machine)
+                (BESIDE | ALONE)[part](programs, partial(add, part=part))
             except (RuntimeError, OSError, ValueError, KeyError) as error:
-                add(failed=" ".join(str(error).split()))
-            add(seconds=round(time.monotonic() - began, 1))
+                add(part=part, failed=" ".join(str(error).split()))
+            add(part=part, seconds=round(time.monotonic() - began, 1))
 
+        add(part="machine", **machine)
         with ThreadPoolExecutor(len(BESIDE)) as pool:
             list(pool.map(do, [part for part in BESIDE if part in chosen]))
         for part in ALONE:
             if part in chosen:
                 do(part)
+    return f"not ok: {'; '.join(bad)}" if bad else ""
+
+
+def in_words(row: dict[str, Any]) -> str:
+    """Names a row by its part and its settings: "twins backend=fused precision=TF32"."""
+    found = [f"{k}={v}" for k, v in row.items() if isinstance(v, str | int) and k not in ("part", "failed", "ok")]
+    return " ".join([row["part"], *found, *(["has failed"] if "failed" in row else [])])
 
 
 if __name__ == "__main__":

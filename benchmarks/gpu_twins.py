@@ -2,6 +2,7 @@
 
     JAX_ENABLE_X64=1 JAX_PLATFORMS=cpu python -m benchmarks.gpu_twins reference FILE.npz
     python -m benchmarks.gpu_twins compare FILE.npz
+    python -m benchmarks.gpu_twins machine      # where JAX runs, and which backends there are there
 
 The reference is the textbook step, symbol by symbol, under autodiff.  An error is the norm of the difference over the
 norm of the reference; of gradients by gate (W_h, b and z), the largest over the gates.
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from charlstm.distributed import has_mosaic, make
+from charlstm.distributed import describe, has_mosaic, make
 from charlstm.model.cells import lstm
 from charlstm.model.ops import lstm_pallas, scan
 from charlstm.types import CellParams, CellState
@@ -87,11 +88,8 @@ def reference(path: str) -> None:
 
 def compare(path: str) -> None:
     expected = np.load(path)
-    backends = {"scan": partial(scan.recurrence, lstm)} | (
-        {"fused": lstm_pallas.recurrence} if has_mosaic(make()) else {}
-    )
     for (backend, recurrence), precision, (variant, masked), bias in itertools.product(
-        backends.items(), PRECISIONS, CASES, FORGET_BIASES
+        backends().items(), PRECISIONS, CASES, FORGET_BIASES
     ):
         compute, products = PRECISIONS[precision]
 
@@ -115,5 +113,18 @@ def error(name: str, got: np.ndarray, expected: np.ndarray) -> float:
     return max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs)
 
 
+def backends() -> dict[str, Any]:
+    return {"scan": partial(scan.recurrence, lstm)} | ({"fused": lstm_pallas.recurrence} if has_mosaic(make()) else {})
+
+
+def machine() -> None:
+    mesh = make()
+    print(json.dumps({
+        "platform": mesh.devices.flat[0].platform, "device": describe(mesh), "jax": jax.__version__,
+        "backends": ", ".join(backends()),
+    }))  # fmt: skip
+
+
 if __name__ == "__main__":
-    {"reference": reference, "compare": compare}[sys.argv[1]](sys.argv[2])
+    commands: dict[str, Any] = {"reference": reference, "compare": compare, "machine": machine}
+    commands[sys.argv[1]](*sys.argv[2:])

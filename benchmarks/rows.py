@@ -80,12 +80,18 @@ def alternate(timed: Mapping[Key, Callable[[], Given]], rounds: int) -> dict[Key
     return given
 
 
-def main(benchmark: str, run: Callable[..., None], **options: Any) -> None:
-    """Runs a benchmark from the command line: --quick, and an argument for each of `options`, given their defaults."""
+def main(benchmark: str, run: Callable[..., str | None], **options: Any) -> None:
+    """Runs a benchmark from the command line: --quick, and an argument for each of `options`, given their defaults.
+
+    Raises SystemExit, status 1, where `run` returns what has failed: that is the last line, after the tables.
+    """
     parser = argparse.ArgumentParser(f"python -m benchmarks.{benchmark}")
     parser.add_argument("--quick", action="store_true", help="small shapes and few rounds: shows that it works")
     for name, default in options.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     rows = Rows(benchmark)
-    run(rows, **vars(parser.parse_args()))
+    failure = run(rows, **vars(parser.parse_args()))
     rows.tables()
+    if failure:
+        print(failure)
+        raise SystemExit(1)

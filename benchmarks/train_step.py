@@ -1,12 +1,12 @@
 """A full update (embedding, stack, softmax, clipping, Adam): ours beside PyTorch, flax, dm-haiku and autodiff.
 
-    python -m benchmarks.train_step [--quick] [--shapes=1,2] [--rounds=7] [--turn=2] [--only=PyTorch,flax]
+    python -m benchmarks.train_step [--quick] [--shapes=1,2] [--cells=lstm] [--rounds=7] [--turn=2] [--only=PyTorch]
 
 Every contestant is a process of its own.  It first runs in each of a few environments (allocator settings, and for
 ours a simulated device for every core) and keeps the fastest; then all take turns, and a figure is the median over the
 rounds, a ratio the median of the rounds' ratios, each with its quartiles.  The machine's rate of matrix products is
 measured in the same rounds, as the better of what JAX and PyTorch reach.  Memory is what an update holds at most beyond
-the libraries themselves.
+the libraries themselves.  On a GPU ours also runs with the flags that equal bits need there (`workers.FIXED`).
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from benchmarks import rows as rows_lib
 from benchmarks import workers as workers_lib
 from benchmarks.rows import Rows
 from benchmarks.shapes import LARGE, QUICK, SHAPES, Shape
-from benchmarks.workers import Worker
+from benchmarks.workers import FIXED, Worker
 
 PEERS = {
     "ours": "benchmarks.peers.ours.training",
@@ -26,7 +26,7 @@ PEERS = {
     "haiku": "benchmarks.peers.autodiff.haiku",
     "textbook twin": "benchmarks.peers.autodiff.twin",
 }
-VARIANTS = ("ours by scan", "ours in float32")
+VARIANTS = ("ours by scan", "ours in float32", "ours with fixed kernels")
 RATES = ("benchmarks.peers.ours.matrix_product", "benchmarks.peers.pytorch.matrix_product")
 
 
@@ -43,13 +43,14 @@ def shapes_of(numbers: str, gpu: bool) -> list[Shape]:
     return chosen
 
 
-def run(rows: Rows, quick: bool, shapes: str, rounds: int, turn: float, only: str) -> None:
+def run(rows: Rows, quick: bool, shapes: str, cells: str, rounds: int, turn: float, only: str) -> None:
     workers_lib.TURN = turn
     gpu, names = workers_lib.has_gpu(), only.split(",") if only else []
     if unknown := set(names) - {*PEERS, *VARIANTS}:
         raise SystemExit(f"--only={only}: there is no {unknown.pop()}: use some of {', '.join((*PEERS, *VARIANTS))}")
     for shape in [QUICK] if quick else shapes_of(shapes or ("1,2,3,4,5" if gpu else "1,2,3,4"), gpu):
-        compare(rows, shape, 2 if quick else rounds, gpu, quick, names)
+        if shape.cell in cells.split(","):
+            compare(rows, shape, 2 if quick else rounds, gpu, quick, names)
 
 
 def compare(rows: Rows, shape: Shape, rounds: int, gpu: bool, quick: bool, only: list[str]) -> None:
@@ -61,11 +62,15 @@ def compare(rows: Rows, shape: Shape, rounds: int, gpu: bool, quick: bool, only:
         matches["ours in float32"] = PEERS["ours"], dataclasses.replace(shape, dtype="float32"), {}
     if gpu and shape.cell == "lstm":
         matches["ours by scan"] = PEERS["ours"], shape, {"lstm_backend": "scan"}
+    if gpu or "ours with fixed kernels" in only:
+        matches["ours with fixed kernels"] = PEERS["ours"], shape, {}
     matches = {name: match for name, match in matches.items() if name == "ours" or not only or name in only}
     workers: dict[str, Worker] = {}
     settings = {}
     for name, (maker, own_shape, options) in matches.items():
         own = choice | per_core(choice) if name.startswith("ours") and not (quick or gpu) else choice
+        if name == "ours with fixed kernels":
+            own = {setting: environment | FIXED for setting, environment in choice.items()}
         settings[name], workers[name] = workers_lib.fastest(
             maker, {"shape": dataclasses.asdict(own_shape)} | options, own, wait=False
         )
@@ -100,4 +105,4 @@ def per_core(choice: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
 
 
 if __name__ == "__main__":
-    rows_lib.main("train_step", run, shapes="", rounds=7, turn=workers_lib.TURN, only="")
+    rows_lib.main("train_step", run, shapes="", cells="lstm,gru,rnn", rounds=7, turn=workers_lib.TURN, only="")

@@ -16,11 +16,13 @@ TURN = 2.0  # seconds that a turn takes, about; an update of some shapes takes o
 # glibc gives large blocks back to the system when they are freed, and the next step's temporaries are page-faulted
 # anew.  Kept, and of huge pages, they cost less.  Peers gain by it as well: each is given both, and keeps the better.
 KEPT_PAGES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
+# XLA's choice of a GPU's kernels, made without timing them: what equal bits rest on there.
+FIXED = {"XLA_FLAGS": "--xla_gpu_exclude_nondeterministic_ops=true --xla_gpu_autotune_level=0"}
 HEATS = 3  # turns of a contestant in each environment, before it keeps one
 
 
 def has_gpu() -> bool:
-    return Path("/dev/nvidia0").exists()
+    return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def environments(quick: bool) -> dict[str, dict[str, str]]:

@@ -3,11 +3,18 @@
 import json
 import lzma
 import os
+import shutil
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 
+from benchmarks import equal_time, gpu, gpu_twins
+from benchmarks import rows as rows_lib
+from benchmarks.rows import Rows
+from tests import compiling
 from tests.conftest import ROOT
 
 
@@ -94,6 +101,21 @@ def test_a_flagfile_is_compared_on_a_text_of_its_own_and_scored_whole_at_the_end
     assert [seconds == sorted(seconds) for seconds, _ in curves.values()] == [True] * 3
 
 
+def test_each_side_of_a_comparison_runs_alone(peers):
+    assert [row["contestant"] for row in quick("equal_time", "--only=ours")] == ["charlstm, configs/small.flags"]
+    (alone,) = quick("equal_time", "--only=lstm")
+    assert alone["contestant"] == "PyTorch nn.LSTM" and alone["seconds"] > 5
+
+
+@pytest.mark.parametrize(
+    ("only", "sentence"), [("lstm", "say how long, as --minutes=10"), ("gru", "use ours, lstm or")]
+)
+def test_a_side_that_cannot_run_alone_is_refused(only, sentence):
+    settings = {"text": "", "flagfile": "", "also": "", "peers": "", "plot": "", "seed": 0, "folder": ""}
+    with pytest.raises(SystemExit, match=sentence):
+        equal_time.run(Rows("equal_time"), quick=False, only=only, minutes=0.0, **settings)
+
+
 def test_the_pipeline_is_timed_beside_training_and_corpora_are_opened(peers):
     feed, *opened = quick("input")
     assert feed["windows_per_second"] > 0 and feed["faster_than_eaten_by"] > 0
@@ -141,6 +163,130 @@ def test_every_reader_is_timed_beside_its_bare_decoder():
     rows = quick("readers")
     assert [row["kind"] for row in rows] == ["jsonl", "csv", "parquet", "arrow", "xml", ".gz", ".bz2", ".xz", ".zst"]
     assert all(row["megabytes_per_second_of_a_core"] > 0 and row["of_bare"] > 0.05 for row in rows)
+
+
+@pytest.fixture
+def quick_gpu(monkeypatch, tmp_path):
+    """The rows of some parts of benchmarks.gpu; here with the devices that a user finds, not eight."""
+    monkeypatch.setenv("XLA_FLAGS", compiling.xla_flags())
+
+    def run(*parts):
+        rows = quick("gpu", f"--parts={','.join(parts)}", f"--file={tmp_path}/rows.jsonl")
+        written = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+        assert [{k: v for k, v in row.items() if k not in ("benchmark", "load")} for row in rows] == written
+        machine, *others = written
+        assert machine["platform"] == "cpu" and machine["backends"] == "scan"
+        assert sorted(row["part"] for row in others if "seconds" in row and len(row) == 2) == sorted(parts)
+        return [row for row in others if len(row) > 2]
+
+    return run
+
+
+@pytest.mark.long
+def test_what_only_a_gpu_can_show_is_tried_on_a_cpu(quick_gpu):
+    of = {part: [] for part in gpu.BESIDE}
+    for row in quick_gpu(*gpu.BESIDE):
+        of[row.pop("part")].append(row)
+    assert "passed" in of["tests"][0]["said"]
+    cases = len(gpu_twins.PRECISIONS) * len(gpu_twins.CASES) * len(gpu_twins.FORGET_BIASES)
+    assert len(of["twins"]) == cases and all(row["ok"] and row["gradient_error"] > 0 for row in of["twins"])
+    assert [row["again"] and row["killed_and_resumed"] and row["ok"] for row in of["bits"]] == [True]
+    assert [(row["trained_on"], row["difference"] < 1e-6) for row in of["crossing"]] == [
+        ("the device", True),
+        ("the CPU", True),
+    ]
+
+
+@pytest.mark.long
+def test_what_a_gpu_is_timed_at_is_tried_on_a_cpu(peers, quick_gpu):
+    found = [(row["part"], row["contestant"], row.get("samples")) for row in quick_gpu(*gpu.ALONE)]
+    assert found == [
+        *(("large", name, None) for name in ("ours", "PyTorch", "ours with fixed kernels")),
+        *(("update", name, None) for name in ("ours", "PyTorch", "flax", "ours with fixed kernels")),
+        *(("program", name, None) for name in ("ours", "PyTorch")),
+        *(("sampling", name, n) for n in (1, 64) for name in ("ours", "PyTorch", "the weights read")),
+    ]
+
+
+@pytest.fixture
+def parts(monkeypatch, tmp_path):
+    """Runs benchmarks.gpu with other parts, on a machine that is said to have a GPU."""
+
+    def run(beside, alone):
+        monkeypatch.setattr(gpu, "machine_for", lambda quick: {"platform": "gpu", "backends": "scan, fused"})
+        monkeypatch.setattr(gpu, "BESIDE", beside)
+        monkeypatch.setattr(gpu, "ALONE", alone)
+        monkeypatch.setattr(sys, "argv", ["gpu"])
+        rows_lib.main("gpu", gpu.run, parts=",".join([*beside, *alone]), file=str(tmp_path / "rows.jsonl"))
+
+    return run
+
+
+def test_the_status_of_the_gpus_suite_is_1_where_a_row_is_not_ok_and_the_last_line_names_it(parts, capsys):
+    def twins(programs, add):
+        add(backend="fused", forget_bias=7, error=0.5, ok=False)
+        add(backend="scan", forget_bias=7, error=0.1, ok=True)
+
+    def update(programs, add):
+        raise RuntimeError("no memory\nis left")
+
+    with pytest.raises(SystemExit) as ended:
+        parts({"twins": twins}, {"update": update})
+    lines = capsys.readouterr().out.splitlines()
+    assert (ended.value.code, lines[-1]) == (1, "not ok: twins backend=fused forget_bias=7; update has failed")
+    assert any('"failed": "no memory is left"' in line for line in lines)
+    parts({"twins": lambda programs, add: add(backend="scan", ok=True)}, {})  # ends well
+
+
+def test_the_parts_of_the_gpus_suite_have_eight_minutes_together(parts, monkeypatch):
+    alone = sum(gpu.SECONDS[part] for part in gpu.ALONE)
+    assert max(gpu.SECONDS[part] for part in gpu.BESIDE) + alone < gpu.MOST == 8 * 60
+    now, deadlines = [1000.0], []
+
+    def takes(seconds):
+        def part(programs, add):
+            deadlines.append(programs.deadline)
+            now[0] += seconds
+
+        return part
+
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    parts({"tests": takes(400)}, {"update": takes(50), "sampling": takes(0)})
+    assert deadlines == [1000 + gpu.SECONDS["tests"], 1480, 1480]
+
+
+def test_a_program_of_the_gpus_suite_that_takes_too_long_is_ended(tmp_path):
+    command = ("timeit", "-n1", "-r1", "import time; time.sleep(60)")
+    for run in ("run", "lines"):
+        programs = gpu.Programs(tmp_path, time.monotonic() + 1, True, {})
+        with pytest.raises(RuntimeError, match=r"took (longer than its part may|too long)"):
+            list(getattr(programs, run)(*command))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_gpus_suite_is_refused_in_a_line_where_jax_has_no_gpu(there, monkeypatch):
+    found = {"platform": "cpu", "device": "4 x cpu in 1 process", "jax": "0.12.0"}
+    monkeypatch.setattr(gpu.Programs, "run", lambda *_: json.dumps(found))
+    monkeypatch.setattr(gpu, "has_gpu", lambda: there)
+    with pytest.raises(SystemExit) as refused:
+        gpu.run(Rows("gpu"), quick=False, parts="twins", file=os.devnull)
+    said = str(refused.value.code)
+    assert ("there is a GPU, and JAX 0.12.0" in said and "4 x cpu" in said) == there
+    assert "--quick tries it on a CPU" in said and "\n" not in said
+    assert gpu.machine_for(quick=True) == found
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
+def test_make_gpu_takes_a_jax_for_the_gpu_that_is_there_or_the_one_that_is_named():
+    def commands(*given):
+        return subprocess.run(
+            ["make", "-n", "gpu", *given], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+
+    assert "'.[bench,cuda13]'" in commands("GPUS=/dev/nvidia0")
+    assert "'.[bench]'" in commands("GPUS=")
+    assert "'.[bench,cuda12]'" in commands("GPUS=/dev/nvidia0", "BENCH_EXTRAS=bench,cuda12")
+    assert commands("GPU_PYTHON=/opt/python").strip() == "/opt/python -m benchmarks.gpu"
 
 
 @pytest.mark.long

@@ -82,6 +82,7 @@ def twin_nats(config, trained, mean_square, ids, temperature=1.0):
     return total
 
 
+@pytest.mark.gpu
 def test_scores_and_gradients_are_those_of_the_plain_equations(monkeypatch):
     monkeypatch.setattr(dynamic_evaluation, "CHUNK", 4)  # calls of the device end within the text
     with jax.enable_x64(True):

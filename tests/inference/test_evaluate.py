@@ -63,6 +63,7 @@ def test_in_the_same_parts_it_has_the_same_bits_on_any_number_of_devices():
         assert score(config, devices, shards=8 // devices) == expected
 
 
+@pytest.mark.gpu
 def test_the_figure_does_not_depend_on_batch_size_devices_or_window():
     expected = score(make()).bits_per_symbol
     assert abs(expected - math.log2(V)) > 0.005
@@ -84,6 +85,7 @@ KINDS = {name: {"cell": name} for name in layer.CELLS} | {
 SHORT = ("lstm", "layer_norm_lstm")
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "kind",
     [pytest.param(kind, marks=() if name in SHORT else pytest.mark.long) for name, kind in KINDS.items()],
@@ -147,6 +149,7 @@ def test_a_separator_resets_the_state_in_evaluation_too_the_same_whatever_the_wi
         assert score(make(**changes), devices, separator).bits == pytest.approx(in_pieces, rel=1e-6)
 
 
+@pytest.mark.gpu
 def test_evaluation_leaves_the_parameters_as_they_were():
     config, grid = make(), distributed.make(jax.devices()[:2])
     placed = distributed.put(grid, distributed.REPLICATED, params(config))

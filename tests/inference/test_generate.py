@@ -82,6 +82,7 @@ def test_the_text_does_not_depend_on_how_many_devices_the_rows_are_split_over(sa
             np.testing.assert_array_equal(got, of_one)
 
 
+@pytest.mark.gpu
 def test_greedy_text_is_the_argmax_of_a_full_pass_over_it():
     ids, _ = sampled(GREEDY)
     best = full_pass(with_prompt(ids)).argmax(2)
@@ -92,6 +93,7 @@ def test_greedy_text_is_the_argmax_of_a_full_pass_over_it():
 SEPARATORS = ((), (5,), (8, 5))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("cell", "separator"),
     [
@@ -151,6 +153,7 @@ def test_a_row_of_every_cell_has_the_bits_that_it_has_alone(cell):
         np.testing.assert_array_equal(many[0], one[0])
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("window", [1, 4])
 def test_a_prompt_read_in_windows_is_a_prompt_read_at_once(window):
     separator = (3, 5, 8)  # straddles two windows of either length
@@ -177,6 +180,7 @@ def test_the_narrowest_choices_are_greedy(sampling):
     np.testing.assert_allclose(log_probabilities, expected_log_probabilities, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
 def test_first_symbols_are_distributed_as_the_softmax_at_the_temperature(temperature):
     rows = 4096
@@ -201,6 +205,7 @@ def test_successive_symbols_are_drawn_independently():
 PROBABILITIES = np.array([0.1, 0.4, 0.05, 0.3, 0.15])
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("sampling", "expected"),
     [

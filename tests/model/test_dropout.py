@@ -81,6 +81,7 @@ def test_weights_and_rows_of_the_embedding_have_one_mask_for_all_streams():
     assert 0 < (rows[:, 0] == 0).sum() < 64
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("rate", "dtype"), [(0.1, jnp.bfloat16), (0.4, jnp.float32)])
 def test_the_mean_is_kept_by_every_kind_of_mask(rate, dtype):
     @jax.jit
@@ -131,6 +132,7 @@ def twin(config, params, state, inputs_BT, reset_BT, source):
     return tuple(new), top @ (params.embedding.T if params.w_out is None else params.w_out) + params.b_out[None, None]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "changes",
     [

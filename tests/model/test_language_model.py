@@ -43,6 +43,7 @@ def slow_apply(config, params, state, inputs_BT, reset_BT):
     return tuple(new), top @ (params.embedding.T if params.w_out is None else params.w_out) + params.b_out[None, None]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("cell", "changes"),
     [
@@ -168,6 +169,7 @@ def test_the_penalties_of_activations_are_of_the_dropped_and_their_changes_of_th
         np.testing.assert_allclose(one / B, 2 * (dropped[0] ** 2).mean(), rtol=1e-12)
 
 
+@pytest.mark.gpu
 def test_projections_and_loss_equal_their_plain_twins_in_float64():
     random = np.random.default_rng(0)
     ids = random.integers(0, V, (T, B), dtype=np.int32)

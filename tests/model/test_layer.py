@@ -90,6 +90,7 @@ def plain_scan(step, params, constants, state, inputs, compute_dtype):
     return jax.lax.scan(read, state, inputs)
 
 
+@pytest.mark.gpu
 @ONE_EACH
 def test_the_general_path_equals_plain_autodiff_in_value_and_every_gradient(changes, monkeypatch):
     config = make(num_layers=1, **changes)
@@ -107,6 +108,7 @@ def test_every_choice_of_a_cell_is_one_and_has_a_hand_derived_backward_pass_if_i
     assert [name for name in layer.CELLS if ModelConfig(cell=name).has_custom_vjp] == list(DERIVED)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("cell", [pytest.param(c, marks=() if c == "lstm" else pytest.mark.long) for c in DERIVED])
 def test_the_general_path_equals_the_reverse_pass_by_hand(cell, monkeypatch):
     config = make(num_layers=1, cell=cell, state_dropout=0.3)
@@ -138,6 +140,7 @@ def test_the_general_path_forms_no_gradient_of_a_matrix_in_the_loop(monkeypatch)
     assert min(matrix_shaped(config, params, state)) > 0, "the search finds what plain autodiff does in the loop"
 
 
+@pytest.mark.gpu
 @GENERAL
 def test_long_windows_equal_short_ones_and_a_reset_leaves_the_other_streams_alone(changes):
     config = make(**changes)
@@ -269,6 +272,7 @@ def test_weight_norm_starts_as_what_was_drawn_and_knows_directions_only():
     )
 
 
+@pytest.mark.gpu
 def test_weight_norm_and_its_gradient_are_those_of_the_equation():
     random = np.random.default_rng(0)
     w_HG, d_HG, gain_G = (random.normal(size=shape) for shape in ((5, 7), (5, 7), (7,)))

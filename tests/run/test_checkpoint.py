@@ -89,7 +89,10 @@ def rewrite_seal(directory: Path, change: Callable[[dict], object]) -> None:
     sealing.seal(directory, meta)
 
 
-@pytest.mark.parametrize("devices", [8, 1, *(pytest.param(count, marks=pytest.mark.long) for count in (4, 2))])
+@pytest.mark.parametrize(
+    "devices",
+    [8, pytest.param(1, marks=pytest.mark.gpu), *(pytest.param(count, marks=pytest.mark.long) for count in (4, 2))],
+)
 def test_what_8_devices_saved_any_number_restores_bit_for_bit(tmp_path, devices):
     save_all(tmp_path, 7)
     wanted = abstract_state(devices)
@@ -116,6 +119,7 @@ def test_the_directory_may_be_named_from_another_one(tmp_path, monkeypatch):
     assert bits(state) == bits(host_state(4))
 
 
+@pytest.mark.gpu
 def test_the_state_may_be_deleted_as_soon_as_save_returns(tmp_path):
     with Checkpoints(tmp_path, log=print) as checkpoints:
         state = make_state(5)
@@ -147,6 +151,7 @@ def test_a_save_that_is_read_back_and_a_restore_beat_after_every_array(tmp_path,
     assert handed and all(given is beat for given in handed)
 
 
+@pytest.mark.gpu
 def test_params_are_restored_alone_even_where_the_rest_is_gone(tmp_path):
     save_all(tmp_path, 4)
     for path in [*(tmp_path / "4/opt_state").rglob("*"), *(tmp_path / "4/recurrent_state").rglob("*")]:

@@ -59,6 +59,7 @@ def test_the_digest_equals_its_slow_twin_for_every_type(dtype):
     assert found == {name: slow_digest(array) for name, array in arrays.items()}
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TYPES)
 def test_the_digest_of_an_array_in_host_memory_equals_that_on_a_device(dtype, monkeypatch):
     shapes = [(), (1,), (5,), (3, 7), (2, 3, 4), (40, 1), (1, 40)]

@@ -8,6 +8,7 @@ import pytest
 from charlstm.training.loss import cross_entropy
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("shift", [0.0, 1000.0, -1000.0])
 def test_value_and_gradient_are_those_of_the_plain_equation_however_large_the_logits(shift):
     random = np.random.default_rng(0)

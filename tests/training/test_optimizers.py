@@ -65,6 +65,7 @@ def test_every_choice_has_a_rule_and_every_rule_an_oracle():
 IN_FLOAT32 = ("sgd, momentum", "rmsprop, other", "adagrad", "adam", "adamw")  # in `make test`; the others in float64
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("case", "dtype", "tolerance"),
     [
@@ -220,12 +221,14 @@ def test_the_global_norm_is_that_of_all_elements_together():
     np.testing.assert_allclose(norm, np.linalg.norm(everything), rtol=1e-6)
 
 
+@pytest.mark.gpu
 def test_the_norm_of_millions_of_elements_keeps_its_digits():
     # A running float32 sum of 2^24 squares of .1 would stop growing, and give a norm of 163.
     norm = jax.jit(optimizers.global_norm)(jnp.full((2**24 + 2**23,), 0.1, jnp.float32))
     np.testing.assert_allclose(norm, 0.1 * np.sqrt(2.0**24 + 2.0**23), rtol=1e-5)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("limit", [0.25, 3.0, 1e6])
 def test_clipping_equals_optax(limit):
     grads = tree(np.random.default_rng(0))
@@ -261,6 +264,7 @@ def test_a_huge_gradient_is_scaled_to_the_limit():
     np.testing.assert_allclose(optimizers.clip(grads, norm, OptimizerConfig(clip_norm=1.0))[0], [0.6, -0.8], rtol=1e-6)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("element", [1e30, np.inf, np.nan])
 def test_a_diverged_gradient_shows_in_its_norm_and_is_not_passed_off_as_a_step(element):
     grads = [jnp.array([element, 1.0], jnp.float32)]

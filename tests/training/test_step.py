@@ -170,6 +170,7 @@ def test_windows_of_other_lengths_scale_the_rate_compile_once_each_and_have_the_
         assert reported.loss == pytest.approx(reported.loss_B.sum() / (B * width), rel=1e-5)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("config", [PLAIN, pytest.param(FAST, marks=pytest.mark.long)], ids=["exact", "fast"])
 def test_the_update_is_that_of_the_mean_loss_over_all_symbols_by_plain_autodiff(config):
     rows = batch(config, 0)

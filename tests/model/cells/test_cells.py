@@ -116,6 +116,7 @@ def assert_close(got, expected, tolerance):
 
 
 # Resets are the harder case; without them the loop is the same for all cells.
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("cell", "resets"),
     [
@@ -168,6 +169,7 @@ def test_a_long_window_equals_short_windows_with_carried_state(cell, float64):
     assert_close((state, jnp.concatenate(pieces)), expected, 1e-12)
 
 
+@pytest.mark.gpu
 @CELLS
 def test_resetting_one_stream_leaves_the_others_bit_identical(cell):
     p, one = problem(cell), 2
@@ -183,6 +185,7 @@ def test_resetting_one_stream_leaves_the_others_bit_identical(cell):
         assert (a[one] != b[one]).any()
 
 
+@pytest.mark.gpu
 @CELLS
 def test_a_nan_in_the_state_of_a_stream_that_is_reset_is_gone(cell):
     p, one = problem(cell), 1
@@ -209,6 +212,7 @@ def test_gradients_do_not_cross_a_reset(cell):
     assert (dx_TBD[when, one] != 0).any()
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("cell", "z_dtype"),
     [

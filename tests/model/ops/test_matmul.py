@@ -1,4 +1,4 @@
-"""What a CPU does otherwise where weights are large: the products themselves stay what they are."""
+"""What a CPU does otherwise where weights are large: the products themselves stay what they are, as elsewhere."""
 
 import jax
 import jax.numpy as jnp
@@ -7,13 +7,24 @@ import pytest
 
 from charlstm.model.ops import matmul
 
+pytestmark = pytest.mark.gpu
+
 B, D, K = 4, 3, 5
 REVERSE = pytest.mark.parametrize("reverse", [False, True], ids=["x W", "x W'"])
 
 
+@pytest.fixture(params=["a CPU's", "a GPU's"], autouse=True)
+def on_cpu(request, monkeypatch) -> bool:
+    """True where matmuls are done as on a CPU; else as on every other device, which a CPU can do, too."""
+    if request.param == "a GPU's":
+        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *operands, default, **_: default(*operands))
+        return False
+    return jax.default_backend() == "cpu"
+
+
 @REVERSE
 @pytest.mark.parametrize(("large", "on_the_left"), [(15, True), (16, False)])
-def test_large_weights_are_on_the_left_and_give_the_same_product(reverse, large, on_the_left, monkeypatch):
+def test_large_weights_are_on_the_left_and_give_the_same_product(reverse, large, on_the_left, on_cpu, monkeypatch):
     monkeypatch.setattr(matmul, "LARGE", large)
     random = np.random.default_rng(0)
     w = random.normal(size=(D, K)).astype(np.float32)
@@ -27,11 +38,11 @@ def test_large_weights_are_on_the_left_and_give_the_same_product(reverse, large,
         assert (y.shape, y.dtype) == ((B, weights.shape[1]), np.float32)
         np.testing.assert_allclose(y, x @ weights, atol=tolerance)
         of_the_transpose = f"tensor<{weights.shape[1]}x{B}xf32>"  # the product's own type, then
-        assert (of_the_transpose in program.lower(x).as_text()) == on_the_left
+        assert (of_the_transpose in program.lower(x).as_text()) == (on_the_left and on_cpu)
 
 
 @pytest.mark.parametrize(("part", "parts"), [(7, 12), (8, 6), (12, 4), (47, 2), (48, 1)])
-def test_a_window_may_be_projected_in_parts_and_the_gradient_of_an_input_taken_so(part, parts, monkeypatch):
+def test_a_window_may_be_projected_in_parts_and_the_gradient_of_an_input_taken_so(part, parts, on_cpu, monkeypatch):
     T = 12
     monkeypatch.setattr(matmul, "LARGE", 1)
     monkeypatch.setattr(matmul, "PART", part)
@@ -44,7 +55,8 @@ def test_a_window_may_be_projected_in_parts_and_the_gradient_of_an_input_taken_s
             gradient = jax.jit(jax.grad(lambda x, b=given: (matmul.dense(x, w, b, jnp.float64) * dy).sum()))
             for program, value in ((project, expected), (gradient, dy @ w.T)):
                 np.testing.assert_allclose(program(x), value, rtol=1e-12)
-                assert (f"tensor<{taken}x{T * B // taken}x" in program.lower(x).as_text()) == (taken > 1)
+                in_parts = f"tensor<{taken}x{T * B // taken}x" in program.lower(x).as_text()
+                assert in_parts == (taken > 1 and on_cpu)
 
 
 @pytest.mark.parametrize("masked", [False, True])
