@@ -2,82 +2,136 @@
 
 The M logical shards are the leaves of one fixed binary tree: at each level neighbors are added pairwise, and an odd
 one out at the end goes up as it is. Floating-point addition is commutative but not associative, so the tree fixes the
-order of summation: whatever computes its nodes, and wherever, the root has the same bits. A device holds k = M/n
-neighboring leaves, k = 2^j r with r odd, and sums r whole subtrees of 2^j leaves by itself (12 leaves: 3 subtrees of
-4). The r partial sums of every device are exchanged (all-to-all), the upper tree is summed by pieces, and the pieces
-are gathered (all-gather): the traffic of a ring all-reduce, when M/n is a power of two.
+order of summation: whatever computes its nodes, and wherever, the root has the same bits. A device computes its k = M/n
+neighboring leaves one after the other and adds two nodes as soon as it has both children of a third, as a binary
+counter carries. It is left with the largest nodes that lie within its leaves: one where k is a power of two, two for
+k = 3, at most 2 log2(k). Those of all devices are exchanged (all-to-all), the upper tree is summed by pieces, and the
+pieces are gathered (all-gather): where each device has one node, the traffic of a ring all-reduce.
+
+Temporaries, in gradients: the nodes kept, and the one in the making or those that are sent: `kept` + `left` of a Plan.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
-def local_tree(shards: int) -> tuple[int, int]:
-    """(r, j) of `shards` = 2^j r, r odd: r whole subtrees, each of j levels."""
-    levels = (shards & -shards).bit_length() - 1
-    return shards >> levels, levels
+class Plan(NamedTuple):
+    """What n devices of k leaves each add up by themselves."""
+
+    additions: np.ndarray  # [n, k]: how many follow each leaf
+    borders: tuple[tuple[int, ...], ...]  # for each device, of the nodes that it is left with, counted in leaves
+    kept: int  # the most nodes that a device has between two leaves
+
+    @property
+    def left(self) -> int:
+        """The most nodes that a device is left with."""
+        return max(map(len, self.borders)) - 1
 
 
-def subtree_sums(gradient_of: Callable[[Any], tuple[jax.Array, Any]], shards: Any, count: int) -> tuple[jax.Array, Any]:
-    """Gradients of `count` neighboring shards, computed one after the other, summed as far as the tree allows.
+@functools.cache
+def make_plan(count: int, devices: int) -> Plan:
+    """For `count` leaves on each of the devices."""
+    additions, left, kept = np.zeros((devices, count), np.int32), [], 1
+    for device in range(devices):
+        borders = [device * count]
+        for leaf in range(count):
+            borders.append(borders[-1] + 1)
+            while are_siblings(borders, devices * count):
+                del borders[-2]
+                additions[device, leaf] += 1
+            kept = max(kept, len(borders) - 1)
+        left.append(tuple(borders))
+    return Plan(additions, tuple(left), kept)
+
+
+def are_siblings(borders: list[int], leaves: int) -> bool:
+    """Whether the last two nodes between these borders are the children of a node of the tree."""
+    if len(borders) < 3:
+        return False
+    first, middle, end = borders[-3:]
+    size = 2 * (middle - first)
+    return first % size == 0 and end == min(first + size, leaves)
+
+
+def local_sums(gradient_of: Callable[[Any], tuple[Any, Any]], shards: Any, plan: Plan, device: Any) -> tuple[Any, Any]:
+    """Gradients of a device's shards, computed one after the other, summed as far as the tree allows.
 
     Args:
-      gradient_of: one shard's (gradient [P], outputs).
-      shards: its arguments, each leaf `[count, ...]`.
+      gradient_of: one shard's (gradient, outputs).
+      shards: its arguments, each leaf `[k, ...]`.
+      device: the number of this device.
 
     Returns:
-      The subtree sums `[r, P]` of `local_tree(count)`, and the outputs, each leaf `[count, ...]`.
+      The nodes that it is left with, each leaf `[plan.left, ...]`, the first ones first and the rest undefined; and the
+      outputs, each leaf `[k, ...]`.
     """
-    subtrees, levels = local_tree(count)
-    tree_shape = (subtrees, *(2,) * levels)
-    shards = jax.tree.map(lambda a: a.reshape((*tree_shape, *a.shape[1:])), shards)
 
-    def subtree(level: int, leaves: Any) -> tuple[jax.Array, Any]:
-        if level == 0:
-            # The barriers keep XLA from fusing a shard's arithmetic with the sum around it: a multiplication contracted
-            # into the addition would round differently from one device count to another.
-            return jax.lax.optimization_barrier(gradient_of(jax.lax.optimization_barrier(leaves)))
+    def one(leaf: Any) -> tuple[Any, Any]:
+        # The barriers keep XLA from fusing a shard's arithmetic with the sum around it: a multiplication contracted
+        # into the addition would round differently from one device count to another.
+        return jax.lax.optimization_barrier(gradient_of(jax.lax.optimization_barrier(leaf)))
 
-        def add(total, half):
-            gradient, outputs = subtree(level - 1, half)
-            return total + gradient, outputs
+    if plan.additions.shape[1] == 1:
+        return jax.tree.map(lambda a: a[None], one(jax.tree.map(lambda a: a[0], shards)))
 
-        shape = jax.eval_shape(gradient_of, jax.tree.map(lambda a: a.reshape((-1, *a.shape[level:]))[0], leaves))[0]
-        # -0.0, not 0.0: -0.0 + x is x to the bit, also for x = -0.0.
-        return jax.lax.scan(add, jnp.full(shape.shape, -0.0, shape.dtype), leaves)
+    index, update = jax.lax.dynamic_index_in_dim, jax.lax.dynamic_update_index_in_dim
 
-    if subtrees == 1:
-        sums, outputs = subtree(levels, jax.tree.map(lambda a: a[0], shards))
-        sums = sums[None]
-    else:
-        sums, outputs = jax.lax.map(lambda leaves: subtree(levels, leaves), shards)
-    lead = 1 + levels if subtrees > 1 else levels
-    return sums, jax.tree.map(lambda a: a.reshape((count, *a.shape[lead:])), outputs)
+    def add(carry: Any, args: Any) -> tuple[Any, Any]:
+        nodes, filled = carry
+        additions, leaf = args
+        gradient, outputs = one(leaf)
 
+        def add_left(number: Any, right: Any) -> Any:
+            left = jax.tree.map(lambda a: index(a, filled - 1 - number, keepdims=False), nodes)
+            return jax.tree.map(jnp.add, left, right)
 
-def tree_sum(nodes: jax.Array) -> jax.Array:
-    """`[R, P]` -> `[P]`: the fixed binary tree over the first axis."""
-    while nodes.shape[0] > 1:
-        pairs = nodes.shape[0] // 2 * 2
-        nodes = jnp.concatenate([nodes[0:pairs:2] + nodes[1:pairs:2], nodes[pairs:]])
-    return nodes[0]
+        node = jax.lax.fori_loop(0, additions, add_left, gradient)
+        filled -= additions
+        return (jax.tree.map(lambda a, new: update(a, new, filled, 0), nodes, node), filled + 1), outputs
+
+    shape = jax.eval_shape(gradient_of, jax.tree.map(lambda a: a[0], shards))[0]
+    nodes = jax.tree.map(lambda a: jnp.zeros((plan.kept, *a.shape), a.dtype), shape)
+    additions = jnp.asarray(plan.additions)[device]
+    (nodes, _), outputs = jax.lax.scan(add, (nodes, jnp.zeros((), jnp.int32)), (additions, shards))
+    return jax.tree.map(lambda a: a[: plan.left], nodes), outputs
 
 
-def exact_sum(partial_RP: jax.Array, axis: str, devices: int) -> jax.Array:
-    """The root of the tree, on every device, from each device's r subtree sums `[r, P]`."""
+def tree_sum(nodes: jax.Array, plan: Plan) -> jax.Array:
+    """`[n, plan.left, ...]` -> `[...]`: the root, from the nodes that all devices are left with."""
+    stack: list[jax.Array] = []
+    borders = [0]
+    for device, own in enumerate(plan.borders):
+        for number, border in enumerate(own[1:]):
+            stack.append(nodes[device, number])
+            borders.append(border)
+            while are_siblings(borders, plan.additions.size):
+                del borders[-2]
+                stack[-2:] = [stack[-2] + stack[-1]]
+    assert len(stack) == 1, borders
+    return stack[0]
+
+
+def exact_sum(nodes: Any, axis: str, plan: Plan) -> jax.Array:
+    """The root of the tree, flattened `[P]`, on every device, from the nodes that each is left with."""
+    devices, leaves = len(plan.borders), jax.tree.leaves(nodes)
     if devices == 1:
-        return tree_sum(partial_RP)
-    r, size = partial_RP.shape
-    padded = jnp.pad(partial_RP, ((0, 0), (0, -size % devices)))
-    pieces = padded.reshape(r, devices, -1).swapaxes(0, 1)  # [device that sums it, r, piece]
-    nodes = jax.lax.all_to_all(pieces, axis, split_axis=0, concat_axis=0)  # [device it came from, r, piece]
-    root_piece = tree_sum(nodes.reshape(devices * r, -1))
-    return jax.lax.all_gather(root_piece, axis, tiled=True)[:size]
+        return jnp.concatenate([leaf[0].ravel() for leaf in leaves])
+    size = sum(leaf[0].size for leaf in leaves)
+    padding = jnp.zeros((plan.left, -size % devices), leaves[0].dtype)
+    # The barrier keeps XLA from building each piece from the leaves, which would have to be kept as well.
+    flat_RP = jax.lax.optimization_barrier(
+        jnp.concatenate([*(leaf.reshape(plan.left, -1) for leaf in leaves), padding], 1)
+    )
+    pieces = flat_RP.reshape(plan.left, devices, -1).swapaxes(0, 1)  # [device that sums it, node, piece]
+    received = jax.lax.all_to_all(pieces, axis, split_axis=0, concat_axis=0)  # [device it came from, node, piece]
+    return jax.lax.all_gather(tree_sum(received, plan), axis, tiled=True)[:size]
 
 
-def fast_sum(partial_RP: jax.Array, axis: str) -> jax.Array:
-    """The sum over all devices, on every device, as one all-reduce."""
-    return jax.lax.psum(tree_sum(partial_RP), axis)
+def fast_sum(nodes: Any, axis: str) -> jax.Array:
+    """The sum over all devices, flattened `[P]`, on every device, as one all-reduce, from the one node of each."""
+    return jax.lax.psum(jnp.concatenate([leaf[0].ravel() for leaf in jax.tree.leaves(nodes)]), axis)

@@ -100,19 +100,21 @@ def _gradient_sums(
     Returns a function of the state and the batch of a device, inside `shard_map`: (sums [P + 2], nats [b],
     finite [b], carry).
     """
-    count = shards_per_device(config, mesh.size)
+    count, exact = shards_per_device(config, mesh.size), config.training.reduction == "exact"
+    plan = reduction.make_plan(count, mesh.size if exact else 1)
     shard_gradient = _shard_gradient(config, config.streams.batch_size // (mesh.size * count))
 
     def sums(state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array, RecurrentState]:
         shards = jax.lax.axis_index(distributed.AXIS) * count + jnp.arange(count, dtype=jnp.int32)
         by_shard = jax.tree.map(lambda a: a.reshape((count, -1, *a.shape[1:])), (state.recurrent_state, batch))
-        partial_RP, by_row = reduction.subtree_sums(
-            lambda args: shard_gradient(state.params, state.step, *args), (shards, *by_shard), count
+        device = jax.lax.axis_index(distributed.AXIS) if exact else 0
+        nodes, by_row = reduction.local_sums(
+            lambda args: shard_gradient(state.params, state.step, *args), (shards, *by_shard), plan, device
         )
-        if config.training.reduction == "exact":
-            total_P = reduction.exact_sum(partial_RP, distributed.AXIS, mesh.size)
+        if exact:
+            total_P = reduction.exact_sum(nodes, distributed.AXIS, plan)
         else:
-            total_P = reduction.fast_sum(partial_RP, distributed.AXIS)
+            total_P = reduction.fast_sum(nodes, distributed.AXIS)
         nats_b, finite_b, carry = jax.tree.map(lambda a: a.reshape((-1, *a.shape[2:])), by_row)
         # The barrier keeps XLA from fusing the reduction into the replicated update, whose rounding it could change.
         return jax.lax.optimization_barrier(total_P), nats_b, finite_b, carry
@@ -125,7 +127,7 @@ def _shard_gradient(config: Config, streams: int) -> Callable[..., tuple[jax.Arr
     seed_key = jax.random.key(config.training.seed)
 
     def gradient_of(params, step, shard, carry, batch: Batch):
-        """One logical shard: (gradient, loss, count of non-finite rows [P + 2], (nats [b], finite [b], carry))."""
+        """One logical shard: ((gradient, loss, count of non-finite rows), (nats [b], finite [b], carry))."""
         rows_b = shard * streams + jnp.arange(streams, dtype=jnp.int32)
         dropout_key = DropoutKey(jax.random.fold_in(rng.named(seed_key, "noise"), step), rows_b)
 
@@ -144,8 +146,7 @@ def _shard_gradient(config: Config, streams: int) -> Callable[..., tuple[jax.Arr
         gradient, (nats_b, new_carry) = jax.grad(loss, has_aux=True)(params)
         finite_b = divergence.finite_rows(new_carry, nats_b)
         # The gradient includes the penalties; the reported loss does not.
-        sums = jnp.stack([nats_b.sum(), (~finite_b).sum(dtype=nats_b.dtype)])
-        return jnp.concatenate([ravel_pytree(gradient)[0], sums]), (nats_b, finite_b, new_carry)
+        return (gradient, nats_b.sum(), (~finite_b).sum(dtype=nats_b.dtype)), (nats_b, finite_b, new_carry)
 
     return gradient_of if config.model.tf32 else compiler.in_full_precision(gradient_of)
 
