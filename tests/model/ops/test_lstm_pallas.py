@@ -136,7 +136,7 @@ def test_a_window_and_its_gradients_are_those_of_the_loop(machine, case):
 
 
 # Near the cap, where i = 1 - f, either gradient is right, and rounding chooses: so not "capped" with a bias of 1.
-@on_machines({"by blocks": [], "interpreted": [], "on a GPU": [("plain", 1), ("capped", 7)]})
+@on_machines({"by blocks": [("plain", 7)], "interpreted": [], "on a GPU": [("plain", 1), ("plain", 7), ("capped", 7)]})
 def test_no_gate_loses_its_gradient_where_forget_gates_would_round_to_1_in_bfloat16(machine, case):
     variant, forget_bias = case
     settings = variant, "bfloat16", False, "bfloat16", forget_bias
