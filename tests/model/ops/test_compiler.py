@@ -94,7 +94,7 @@ PLAIN = """
 import jax
 from charlstm import config as config_lib, distributed
 from charlstm.run import digest
-from charlstm.training import step
+from charlstm.training import step, train_state
 from data_pipeline.build import corpora
 from data_pipeline.loader import open_windows
 from data_pipeline.shards import open_corpus
