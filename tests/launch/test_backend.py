@@ -1,8 +1,11 @@
 """--lstm_backend: what a run without a GPU does, and how the faster way is found."""
 
 import json
+from functools import partial
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 from charlstm import config as config_lib
@@ -36,6 +39,25 @@ def test_what_needs_a_gpu_is_refused_where_there_is_none(arguments, tmp_path):
         "--lstm_backend=scan, whose sums round differently"
     )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("kind", "capability"), [("AMD Instinct MI300X", "gfx942"), ("NVIDIA A10", "8.6")])
+def test_auto_is_the_loop_on_a_gpu_that_the_kernels_are_not_for_and_they_are_refused_by_name(
+    kind, capability, arguments, tmp_path, monkeypatch
+):
+    gpu = SimpleNamespace(platform="gpu", device_kind=kind, compute_capability=capability)
+    there = SimpleNamespace(devices=np.array([gpu]))
+    for ask in (distributed.has_mosaic, distributed.device_kind):
+        monkeypatch.setattr(distributed, ask.__name__, partial(lambda ask, mesh: ask(there), ask))
+    monkeypatch.setattr(distributed, "MOSAIC_SINCE", (0, 0))  # so that any JAX looks at the device
+    needed = "fused needs an NVIDIA GPU of the Hopper generation or newer, and JAX 0.11 or newer"
+    begun, refused = tmp_path / "begun", tmp_path / "refused"
+    assert train.main(["train", *arguments, f"--run_dir={begun}", "--num_steps=2", "--lstm_backend=auto"]) == cli.DONE
+    assert json.loads((begun / "config.json").read_text())["model"]["lstm_backend"] == "scan"
+    assert f"lstm_backend=scan on {kind}: {needed}\n" in (begun / "log.txt").read_text()
+    by_name = ["--hidden_size=128", f"--run_dir={refused}", "--lstm_backend=fused"]
+    assert refusal(train.main, *arguments, *by_name).startswith(f"lstm_backend={needed}, and there is {kind}, JAX ")
+    assert not refused.exists()
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from tests.jobs import ROOT, last_line
 
 # Sizes and bits of programs are what is looked at here.
 pytestmark = pytest.mark.optimized
-QUICKLY = {"XLA_FLAGS": compiling.NO_EMITTERS, compiling.UNOPTIMIZED: "true"}  # where they are not
+QUICKLY = {"XLA_FLAGS": compiling.QUICK_FLAGS, compiling.UNOPTIMIZED: "true"}  # where they are not
 
 # The compilation cache.
 

@@ -136,7 +136,7 @@ def test_a_window_and_its_gradients_are_those_of_the_loop(machine, case):
 
 
 # Near the cap, where i = 1 - f, either gradient is right, and rounding chooses: so not "capped" with a bias of 1.
-@on_machines({"by blocks": [], "interpreted": [], "on a GPU": [("plain", 1), ("capped", 7)]})
+@on_machines({"by blocks": [("plain", 7)], "interpreted": [], "on a GPU": [("plain", 1), ("plain", 7), ("capped", 7)]})
 def test_no_gate_loses_its_gradient_where_forget_gates_would_round_to_1_in_bfloat16(machine, case):
     variant, forget_bias = case
     settings = variant, "bfloat16", False, "bfloat16", forget_bias
@@ -190,17 +190,23 @@ def test_what_is_not_read_fused_is_refused_by_name(settings, named):
     assert ModelConfig(lstm_backend="auto", **settings).unsupported_by("fused") == named
 
 
+SMALL = {"batch_size": 4, "window": 4, "hidden_size": 128, "embedding_size": 8, "state_dropout": 0.1}
+LOWERED = {
+    "small, bfloat16, masked": config_lib.replace(Config(), **SMALL, compute_dtype="bfloat16"),
+    "small, float32, capped, masked": config_lib.replace(Config(), **SMALL, cap_input_gate=True),
+    "small, float32, without masks": config_lib.replace(Config(), **SMALL | {"state_dropout": 0.0}),
+    "large.flags": Config.recipe("large"),
+}
+
+
 @pytest.mark.parametrize("backend", ["scan", "fused"])
-def test_the_whole_step_is_lowered_for_a_gpu_by_every_jax_that_is_offered_it(backend):
+@pytest.mark.parametrize("name", LOWERED)
+def test_the_whole_step_is_lowered_for_a_gpu_by_every_jax_that_is_offered_it(backend, name):
     if backend == "fused" and jax.__version_info__ < distributed.MOSAIC_SINCE:
         pytest.skip(f"JAX {jax.__version__} is not offered it")
     mesh = distributed.make(jax.devices("cpu")[:1])
-    config = config_lib.replace(
-        Config(), batch_size=4, window=4, hidden_size=128, embedding_size=8, compute_dtype="bfloat16",
-        state_dropout=0.1, lstm_backend=backend,
-    )  # fmt: skip
-    config = config_lib.fill_automatic(config, 1)
-    ids = jax.ShapeDtypeStruct((4, 4), np.uint8)
+    config = config_lib.fill_automatic(config_lib.replace(LOWERED[name], lstm_backend=backend), 1)
+    ids = jax.ShapeDtypeStruct((config.streams.batch_size, config.streams.window), np.uint8)
     batch = Batch(ids, ids, jax.ShapeDtypeStruct(ids.shape, np.bool_))
     state, batch = train_state.abstract(config, 256, mesh), distributed.abstract(mesh, distributed.BY_STREAM, batch)
     traced = step_lib.make(config, 256, mesh, 100).trace(state, batch)
