@@ -32,8 +32,12 @@ def compile_quickly(devices: int) -> None:
 
 
 def kept(root: Path) -> Path:
-    """Returns the folder for what is compiled, one for each `requirements.lock`; empties it where it has grown."""
-    version = hashlib.sha256((root / "requirements.lock").read_bytes()).hexdigest()[:12]
+    """Returns the folder for what is compiled, of this lock and so many cores; empties it of others, or where it has grown.
+
+    XLA divides work by the cores that it sees, which JAX's key of a program does not name.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    version = f"{hashlib.sha256((root / 'requirements.lock').read_bytes()).hexdigest()[:12]}-{cores}"
     folder = root / ".pytest_cache" / "compiled"
     is_first = "PYTEST_XDIST_WORKER" not in os.environ
     if is_first and (

@@ -33,7 +33,7 @@ def asked_anew():
 
 def traced(name: str, **settings: object) -> jax.stages.Traced:
     """A step or an evaluation on one device, of a size at which XLA divides what it may."""
-    sizes = {"hidden_size": 1024, "num_layers": 1, "embedding_size": 64, "batch_size": 4, "window": 3}
+    sizes = {"hidden_size": 768, "num_layers": 1, "embedding_size": 64, "batch_size": 4, "window": 3}
     config = config_lib.replace(Config(), **sizes | settings)
     config, mesh = config_lib.fill_automatic(config, 1), distributed.make(jax.devices()[:1])
     ids, truth = jax.ShapeDtypeStruct((4, 3), np.uint8), jax.ShapeDtypeStruct((4, 3), np.bool_)
