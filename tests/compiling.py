@@ -32,7 +32,7 @@ def compile_quickly(devices: int) -> None:
 
 
 def kept(root: Path) -> Path:
-    """Returns the folder for what is compiled, of this lock and so many cores; empties it of others, or where it has grown.
+    """Returns the folder for what is compiled by this lock and for so many cores; empties it where it has grown.
 
     XLA divides work by the cores that it sees, which JAX's key of a program does not name.
     """
