@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from charlstm.model.ops.matmul import row_major
+
 
 class Plan(NamedTuple):
     """What n devices of k leaves each add up by themselves."""
@@ -73,8 +75,10 @@ def local_sums(gradient_of: Callable[[Any], tuple[Any, Any]], shards: Any, plan:
 
     def one(leaf: Any) -> tuple[Any, Any]:
         # The barriers keep XLA from fusing a shard's arithmetic with the sum around it: a multiplication contracted
-        # into the addition would round differently from one device count to another.
-        return jax.lax.optimization_barrier(gradient_of(jax.lax.optimization_barrier(leaf)))
+        # into the addition would round differently from one device count to another.  So would a product whose layout
+        # is chosen to suit that sum: layouts pass through barriers.
+        gradient, outputs = gradient_of(jax.lax.optimization_barrier(leaf))
+        return jax.lax.optimization_barrier((jax.tree.map(row_major, gradient), outputs))
 
     if plan.additions.shape[1] == 1:
         return jax.tree.map(lambda a: a[None], one(jax.tree.map(lambda a: a[0], shards)))
