@@ -23,7 +23,7 @@ from charlstm.model.ops.matmul import row_major
 
 
 class Plan(NamedTuple):
-    """What n devices of k leaves each add up by themselves."""
+    """Additions that n devices of k leaves each make by themselves, and the nodes that they are left with."""
 
     additions: np.ndarray  # [n, k]: how many follow each leaf
     borders: tuple[tuple[int, ...], ...]  # for each device, of the nodes that it is left with, counted in leaves
@@ -52,7 +52,7 @@ def make_plan(count: int, devices: int) -> Plan:
 
 
 def are_siblings(borders: list[int], leaves: int) -> bool:
-    """Whether the last two nodes between these borders are the children of a node of the tree."""
+    """Returns True if the last two nodes between these borders are the children of a node of the tree."""
     if len(borders) < 3:
         return False
     first, middle, end = borders[-3:]
