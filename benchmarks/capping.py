@@ -24,7 +24,6 @@ from charlstm.config import Config
 from charlstm.report import history
 from charlstm.run import estimate
 
-PARTS = 4  # evaluations of a run
 BATCH, WINDOW, EMBEDDING = 32, 64, 64
 # Coupled gates are the GRU's: what is let in and what is kept add up to one.
 BOUNDS = {
@@ -67,7 +66,7 @@ def run(
     named = dict(name_of(one) for one in texts.split(","))
     counts = [int(count) for count in layers.split(",")]
     if quick:
-        counts, parameters, steps = counts[:1], 40_000, 2 * PARTS
+        counts, parameters, steps = counts[:1], 40_000, 8
     cells, last = grid(list(named), counts), time.monotonic() + 60 * minutes if minutes else None
     into = Path(folder) / f"{parameters}-{steps}-{seed}"
     try:
@@ -127,11 +126,10 @@ def settings(cell: Cell, parameters: int) -> list[str]:
 
 
 def train(cell: Cell, text: list[str], parameters: int, steps: int, seed: int, run_dir: Path) -> None:
-    every = max(1, steps // PARTS)
     flags = [
         *(*settings(cell, parameters), *text, "--vocabulary=bytes"),
         *("--optimizer=adam", "--learning_rate=4e-3", "--schedule=cosine", "--warmup_steps=50", "--clip_norm=1"),
-        *(f"--num_steps={steps}", f"--evaluate_every={every}", f"--checkpoint_every={every}", "--sample_every=0"),
+        *(f"--num_steps={steps}", f"--checkpoint_every={max(1, steps // 4)}", "--evaluate_every=0", "--sample_every=0"),
         *("--logical_shards=2", "--keep_checkpoints=1", f"--seed={seed}"),
     ]
     runs.train(flags, run_dir)
