@@ -23,8 +23,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 COMMA := ,
 ARGS ?=
-# The --run_dir of ARGS, the last if there are several, also with a space before its value.
-RUN_DIR ?= $(or $(patsubst --run_dir=%,%,$(lastword $(filter --run_dir=%,$(subst --run_dir ,--run_dir=,$(strip $(ARGS)))))),runs/quickstart)
+RUN_DIR ?= runs/quickstart
+# What is trained, scored and sampled: the --run_dir of ARGS, the last if there are several, also with a space before its
+# value; else RUN_DIR.
+RUN := $(or $(patsubst --run_dir=%,%,$(lastword $(filter --run_dir=%,$(subst --run_dir ,--run_dir=,$(strip $(ARGS)))))),$(RUN_DIR))
 SHORT := not faults and not long and not interop
 PYTEST_ARGS ?= -n 2 --dist=worksteal
 FAULTS_ARGS ?=
@@ -45,9 +47,9 @@ BENCHMARKS := train_step sampling end_to_end input remote readers parts scaling 
 .PHONY: train test long faults chaos soak bench gpu notebooks interop lint lock clean
 
 train: $(VENV)/installed
-	$(BIN)/python -m launch.train --flagfile=configs/quickstart.flags --run_dir=$(RUN_DIR) $(ARGS)
-	$(BIN)/python -m launch.evaluate --run_dir=$(RUN_DIR) --split=test
-	$(BIN)/python -m launch.sample --run_dir=$(RUN_DIR) --prompt="    def read(self" --length=400 --temperature=0.6 --seed=2
+	$(BIN)/python -m launch.train --flagfile=configs/quickstart.flags --run_dir=$(RUN) $(ARGS)
+	$(BIN)/python -m launch.evaluate --run_dir=$(RUN) --split=test
+	$(BIN)/python -m launch.sample --run_dir=$(RUN) --prompt="    def read(self" --length=400 --temperature=0.6 --seed=2
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "$(SHORT) and not optimized"

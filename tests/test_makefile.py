@@ -194,6 +194,7 @@ def test_a_package_of_others_that_cannot_be_installed_is_named_and_the_rest_is_i
         (("ARGS=--num_steps 50  --run_dir   runs/mine --seed=3",), "runs/mine"),
         (("ARGS=--run_dir=runs/first --run_dir runs/mine",), "runs/mine"),
         (("ARGS=--num_steps=50", "RUN_DIR=runs/mine"), "runs/mine"),
+        (("ARGS=--run_dir=runs/mine", "RUN_DIR=runs/other"), "runs/mine"),
     ],
     ids=str,
 )
