@@ -37,6 +37,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 GPUS := $(wildcard /dev/nvidia[0-9]*)
 BENCH_EXTRAS ?= bench$(if $(GPUS),$(COMMA)cuda13)
 BENCH := .venv-bench/with-$(VERSION)-$(subst $(COMMA),-,$(BENCH_EXTRAS))
+INTEROP := .venv-interop/with-$(VERSION)
 GPU_PYTHON ?=
 SAY := printf '%s\n'
 NO_PACKAGES := the packages could not be installed: see above.  With the network and some 2 GB of disk there, type make again.
@@ -78,7 +79,7 @@ gpu: $(if $(GPU_PYTHON),,$(BENCH))
 notebooks: $(VENV)/installed
 	$(BIN)/python -m notebooks.execute
 
-interop: $(VENV)/installed .venv-interop/installed
+interop: $(VENV)/installed $(INTEROP)
 	CHARLSTM_INTEROP_PYTHON=$(CURDIR)/.venv-interop/bin/python $(BIN)/python -m pytest -m interop $(INTEROP_ARGS)
 
 lint: $(VENV)/installed
@@ -109,8 +110,9 @@ $(BENCH): requirements.lock pyproject.toml
 	.venv-bench/bin/python -m pip install --disable-pip-version-check -r requirements.lock '$(TORCH)' -e '.[$(BENCH_EXTRAS)]'
 	touch $@
 
-# Tests of a package that cannot be installed here are skipped.
-.venv-interop/installed:
+# The Makefile names its packages.  Tests of a package that cannot be installed here are skipped.
+$(INTEROP): Makefile
+	test -z "$(filter-out $@,$(wildcard .venv-interop/with-*))" || rm -rf .venv-interop
 	test -x .venv-interop/bin/python || $(PYTHON) -m venv .venv-interop
 	.venv-interop/bin/python -m pip install --disable-pip-version-check '$(TORCH)' safetensors numpy
 	for package in $(OTHERS); do .venv-interop/bin/python -m pip install --disable-pip-version-check '$(TORCH)' $$package || \
