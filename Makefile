@@ -23,8 +23,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 COMMA := ,
 ARGS ?=
-# The --run_dir of ARGS, the last if there are several, also with a space before its value.
-RUN_DIR ?= $(or $(patsubst --run_dir=%,%,$(lastword $(filter --run_dir=%,$(subst --run_dir ,--run_dir=,$(strip $(ARGS)))))),runs/quickstart)
+RUN_DIR ?= runs/quickstart
+# What is trained, scored and sampled: the --run_dir of ARGS, the last if there are several, also with a space before its
+# value; else RUN_DIR.
+RUN := $(or $(patsubst --run_dir=%,%,$(lastword $(filter --run_dir=%,$(subst --run_dir ,--run_dir=,$(strip $(ARGS)))))),$(RUN_DIR))
 SHORT := not faults and not long and not interop
 PYTEST_ARGS ?= -n 2 --dist=worksteal
 FAULTS_ARGS ?=
@@ -35,6 +37,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 GPUS := $(wildcard /dev/nvidia[0-9]*)
 BENCH_EXTRAS ?= bench$(if $(GPUS),$(COMMA)cuda13)
 BENCH := .venv-bench/with-$(VERSION)-$(subst $(COMMA),-,$(BENCH_EXTRAS))
+INTEROP := .venv-interop/with-$(VERSION)
 GPU_PYTHON ?=
 SAY := printf '%s\n'
 NO_PACKAGES := the packages could not be installed: see above.  With the network and some 2 GB of disk there, type make again.
@@ -45,9 +48,9 @@ BENCHMARKS := train_step sampling end_to_end input remote readers parts scaling 
 .PHONY: train test long faults chaos soak bench gpu notebooks interop lint lock clean
 
 train: $(VENV)/installed
-	$(BIN)/python -m launch.train --flagfile=configs/quickstart.flags --run_dir=$(RUN_DIR) $(ARGS)
-	$(BIN)/python -m launch.evaluate --run_dir=$(RUN_DIR) --split=test
-	$(BIN)/python -m launch.sample --run_dir=$(RUN_DIR) --prompt="    def read(self" --length=400 --temperature=0.6 --seed=2
+	$(BIN)/python -m launch.train --flagfile=configs/quickstart.flags --run_dir=$(RUN) $(ARGS)
+	$(BIN)/python -m launch.evaluate --run_dir=$(RUN) --split=test
+	$(BIN)/python -m launch.sample --run_dir=$(RUN) --prompt="    def read(self" --length=400 --temperature=0.6 --seed=2
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "$(SHORT) and not optimized"
@@ -76,7 +79,7 @@ gpu: $(if $(GPU_PYTHON),,$(BENCH))
 notebooks: $(VENV)/installed
 	$(BIN)/python -m notebooks.execute
 
-interop: $(VENV)/installed .venv-interop/installed
+interop: $(VENV)/installed $(INTEROP)
 	CHARLSTM_INTEROP_PYTHON=$(CURDIR)/.venv-interop/bin/python $(BIN)/python -m pytest -m interop $(INTEROP_ARGS)
 
 lint: $(VENV)/installed
@@ -107,8 +110,9 @@ $(BENCH): requirements.lock pyproject.toml
 	.venv-bench/bin/python -m pip install --disable-pip-version-check -r requirements.lock '$(TORCH)' -e '.[$(BENCH_EXTRAS)]'
 	touch $@
 
-# Tests of a package that cannot be installed here are skipped.
-.venv-interop/installed:
+# The Makefile names its packages.  Tests of a package that cannot be installed here are skipped.
+$(INTEROP): Makefile
+	test -z "$(filter-out $@,$(wildcard .venv-interop/with-*))" || rm -rf .venv-interop
 	test -x .venv-interop/bin/python || $(PYTHON) -m venv .venv-interop
 	.venv-interop/bin/python -m pip install --disable-pip-version-check '$(TORCH)' safetensors numpy
 	for package in $(OTHERS); do .venv-interop/bin/python -m pip install --disable-pip-version-check '$(TORCH)' $$package || \

@@ -10,9 +10,7 @@ Calls are those of a process to the service.  Milliseconds are the first process
 """
 
 import multiprocessing
-import os
 import socket
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +24,7 @@ import jax
 from benchmarks import rows as rows_lib
 from benchmarks.rows import Rows
 from charlstm import distributed
+from data_pipeline.worker_process import end_with_parent
 
 COUNTS = (2, 4, 8, 16, 32, 64, 128)
 FUNCTIONS = ("all_gather_str", "latest_of_all")
@@ -87,20 +86,9 @@ def job(count: int, times: int) -> list[dict[str, Cost]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with ProcessPoolExecutor(count, SERVER, _end_with_parent) as pool:
+    # One that outlived the benchmark would wait for the others: JAX catches SIGTERM.
+    with ProcessPoolExecutor(count, SERVER, end_with_parent) as pool:
         return list(pool.map(partial(member, count=count, port=port, times=times), range(count)))
-
-
-def _end_with_parent() -> None:
-    """Lets this process not outlive the benchmark: JAX catches SIGTERM, and would wait for the other processes."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def member(index: int, count: int, port: int, times: int) -> dict[str, Cost]:

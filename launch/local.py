@@ -101,6 +101,7 @@ class Job(ChildProcesses):
                 log.add(line.rstrip("\n"))
             if not any(word in line for word in NOISE):
                 signals.say(f"[{number}] {line.rstrip()}")
+        process.stdout.close()
         with contextlib.suppress(OSError):  # the disk is still full
             log.close()
 
@@ -111,7 +112,7 @@ class Job(ChildProcesses):
             time.sleep(0.05)
             if sys.stderr.isatty() and time.monotonic() > shown + 1:
                 shown = time.monotonic()
-                signals.show(words_of_first(self._log_dir.parent).get("status", ""))
+                signals.show(self.live_line())
             if deadline is None and any(status not in (None, *ENDED_WELL) for status in statuses):
                 deadline = time.monotonic() + self._chosen.grace
             if deadline is not None and time.monotonic() > deadline:
@@ -120,6 +121,11 @@ class Job(ChildProcesses):
         for pump in self._pumps:
             pump.join()
         return [process.returncode for process in self.started]
+
+    def live_line(self) -> str:
+        """Returns the live line of the first process; "" until there is one: that of a killed process may lie there."""
+        words = words_of_first(self._log_dir.parent)
+        return words.get("status", "") if words.get("pid") == self.started[0].pid else ""
 
     def _end_the_stopped(self) -> None:
         """Kills processes stopped (SIGSTOP) for longer than --grace: a process cannot notice that it is stopped."""
@@ -132,7 +138,7 @@ class Job(ChildProcesses):
                 if os.waitid(os.P_PID, process.pid, os.WCONTINUED | os.WNOHANG):
                     self._stopped.pop(process.pid, None)
             if time.monotonic() > self._stopped.get(process.pid, math.inf) + self._chosen.grace:
-                print(f"process {self.started.index(process)} is stopped, and killed", file=sys.stderr, flush=True)
+                signals.say(f"process {self.started.index(process)} is stopped, and killed")
                 del self._stopped[process.pid]
                 process.kill()
 
@@ -218,7 +224,7 @@ def main(argv: Sequence[str]) -> int:
         if job.killed:
             signals.leave(signal.SIGINT)
         again, sentence = policy.decide(statuses, job.told_to_stop)
-        print(sentence, file=sys.stderr, flush=True)
+        signals.say(sentence)
         if not again:
             return job_status(statuses, job.stopped_by)
 

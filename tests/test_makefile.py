@@ -31,6 +31,7 @@ NOTHING_FAILS = "no command has these words"
 
 LOCKED = "-m pip install --disable-pip-version-check -r requirements.lock"
 ITSELF = "-m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e ."
+INTEROP = ".venv-interop/with-3.12"
 
 
 class Clone:
@@ -169,7 +170,7 @@ def test_what_fails_is_said_in_one_line_and_the_next_make_goes_on_from_there(fai
     assert clone.asked() == again
 
 
-@pytest.mark.parametrize("environment", [".venv/installed", ".venv-bench/with-3.12-bench", ".venv-interop/installed"])
+@pytest.mark.parametrize("environment", [".venv/installed", ".venv-bench/with-3.12-bench", INTEROP])
 def test_pip_shows_its_progress_where_it_fetches_packages(environment, clone):
     done = clone.make(environment, clone.python("python3.12"), "GPUS=")
     assert done.returncode == 0, done.stderr
@@ -178,10 +179,25 @@ def test_pip_shows_its_progress_where_it_fetches_packages(environment, clone):
 
 
 def test_a_package_of_others_that_cannot_be_installed_is_named_and_the_rest_is_installed(clone):
-    done = clone.make(".venv-interop/installed", clone.python("python3.12"), fails=" flair")
+    done = clone.make(INTEROP, clone.python("python3.12"), fails=" flair")
     assert (done.returncode, done.stdout) == (0, "flair could not be installed: its tests are skipped\n")
     packages = {line.split()[-1] for line in clone.asked()}
     assert {"numpy", "onnx", "onnxruntime", "openai", "flair", "tensorboard"} <= packages
+
+
+def test_the_environment_of_interop_is_filled_again_when_its_packages_change_and_made_anew_of_another_python(clone):
+    def asked(version: str) -> list[str]:
+        done = clone.make(f".venv-interop/with-{version}", clone.python(f"python{version}"))
+        assert done.returncode == 0, done.stderr
+        return clone.asked()
+
+    made = asked("3.12")
+    assert made[0] == "python3.12 -m venv .venv-interop" and asked("3.12") == []
+    makefile = clone.folder / "Makefile"
+    makefile.write_text(makefile.read_text().replace("OTHERS :=", "OTHERS := another"))
+    added = [line for line in asked("3.12") if line not in made]
+    assert len(added) == 1 and added[0].endswith(" another")
+    assert asked("3.13")[0] == "python3.13 -m venv .venv-interop"
 
 
 @pytest.mark.parametrize(
@@ -194,6 +210,7 @@ def test_a_package_of_others_that_cannot_be_installed_is_named_and_the_rest_is_i
         (("ARGS=--num_steps 50  --run_dir   runs/mine --seed=3",), "runs/mine"),
         (("ARGS=--run_dir=runs/first --run_dir runs/mine",), "runs/mine"),
         (("ARGS=--num_steps=50", "RUN_DIR=runs/mine"), "runs/mine"),
+        (("ARGS=--run_dir=runs/mine", "RUN_DIR=runs/other"), "runs/mine"),
     ],
     ids=str,
 )

@@ -47,12 +47,17 @@ class History(NamedTuple):
         return [line["step"] * scale for line in lines], [line[figure] for line in lines]
 
     def row(self, figure: str) -> dict[str, Any]:
-        """The run in figures: a row of the table of `launch.compare`; null where there is none yet."""
+        """The run in figures: a row of the table of `launch.compare`; null where there is none yet.
+
+        The best is of the lines that compare with the last: by the checkpoints, which know the settings of evaluation
+        that each was scored with; where they name none of them, of the lines that scored as many symbols as the last.
+        """
         last = self.records[-1] if self.records else {}
-        scores = [(line[figure], line["step"]) for line in self.records if _scored(line, figure, "valid")]
+        scored = [line for line in self.records if line["split"] == "valid" and line[figure] is not None]
+        alike = [line for line in scored if line["scored_symbols"] == scored[-1]["scored_symbols"]]
+        scores = [(line[figure], line["step"]) for line in alike]
         trained = [line for line in self.records if line["split"] == "train"]
         checkpoints = StepDirectory(self.run_dir / "checkpoints")
-        # Of all lines only where no checkpoint says which is the best: a setting of evaluation may have changed.
         best_steps = checkpoints.by_score()[:1]
         of_best = [score for score in scores if score[1] in best_steps]
         best, best_step = min(of_best[-1:] or scores, default=(None, None))
@@ -122,10 +127,6 @@ def differing_settings(runs: Sequence[History]) -> dict[str, list[Any]]:
         if any(value != values[0] for value in values):
             found[name] = values
     return found
-
-
-def _scored(line: dict[str, Any], figure: str, split: str) -> bool:
-    return line["split"] == split and line[figure] is not None
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -6,9 +6,7 @@ import dataclasses
 import itertools
 import json
 import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +24,7 @@ from data_pipeline.progress import Progress
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.shard_writer import shard_sizes, write_shard
 from data_pipeline.vocabulary import Vocabulary, canonical_json, escaped_bytes
+from data_pipeline.worker_process import end_with_parent
 
 SMALL = 64 << 20  # bytes of text; below, starting processes takes longer than the work
 
@@ -81,7 +80,7 @@ def parallel_map(workers: int, processes: bool, progress: Progress | None) -> It
     pool: concurrent.futures.Executor
     if processes and workers > 1:
         spawn = multiprocessing.get_context("spawn")
-        pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn, initializer=_die_with_parent)
+        pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn, initializer=_begin_worker)
     else:
         pool = concurrent.futures.ThreadPoolExecutor(workers)
 
@@ -103,18 +102,11 @@ def parallel_map(workers: int, processes: bool, progress: Progress | None) -> It
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _die_with_parent() -> None:
+def _begin_worker() -> None:
     """Runs in a worker process: leaves Ctrl-C to the parent, and exits if the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signals.unblock()  # a pool that breaks ends its other workers by SIGTERM
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    end_with_parent()
 
 
 def plan(

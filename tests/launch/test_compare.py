@@ -68,6 +68,16 @@ def test_the_best_is_that_of_the_checkpoints_where_a_setting_of_evaluation_was_c
     assert (row["best"], row["best_step"]) == (scores[50], 50) and min(scores.values()) < scores[50]
 
 
+def test_where_no_checkpoint_says_it_the_best_is_of_the_lines_that_scored_as_many_symbols_as_the_last(tmp_path):
+    scored = {10: (50, 1.0), 20: (100, 3.0), 30: (100, 2.0), 40: (100, 2.5)}
+    lines = [
+        {"step": step, "split": "valid", "scored_symbols": symbols, "bits_per_byte": bits}
+        for step, (symbols, bits) in scored.items()
+    ]
+    row = history.History("run", tmp_path, Config(), 1, lines, [], "stopped").row("bits_per_byte")
+    assert (row["best"], row["best_step"], row["last"]) == (2.0, 30, 2.5)
+
+
 def test_a_run_that_goes_on_to_more_steps_is_not_finished_yet(runs, tmp_path):
     run_dir = shutil.copytree(runs[0], tmp_path / "run")
     assert history.read(run_dir).state == "finished"

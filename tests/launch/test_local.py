@@ -1,14 +1,17 @@
 """Several processes of one job on this machine: started together, ended together, started again, and none left over."""
 
+import io
 import os
 import re
 import select
 import signal
+import subprocess
 import sys
 import termios
 
 import pytest
 
+from charlstm.run.services import HEARTBEATS, write_heartbeat
 from charlstm.run.step_directory import StepDirectory
 from launch import local, train
 from launch.support import cli
@@ -131,6 +134,50 @@ def test_a_terminal_shows_the_live_line_of_the_first_process_as_wide_as_it_is(ar
     assert all(len(line) < 30 for line in live_lines())
     os.close(terminal)
     os.close(inside)
+
+
+@pytest.fixture
+def instead(monkeypatch):
+    """Has the jobs of this process run a program instead of launch.train."""
+
+    def start(job: local.Job, command: list[str], **options) -> subprocess.Popen:
+        # Without code of ours in the child before it runs the program: JAX may have started threads here.
+        job.started.append(subprocess.Popen(command, start_new_session=True, **options))
+        return job.started[-1]
+
+    def of(program: str) -> None:
+        monkeypatch.setattr(local, "TRAIN", (sys.executable, "-c", program))
+        monkeypatch.setattr(local.Job, "start", start)
+
+    return of
+
+
+def test_the_live_line_that_a_killed_process_has_left_is_not_shown_of_the_next_one(instead, tmp_path):
+    instead("import time; time.sleep(1000)")
+    started = local.Job(local.LocalFlags(processes=1), [], tmp_path / "logs")
+    try:
+        (directory := tmp_path / HEARTBEATS).mkdir()
+        for pid, line in ((os.getpid(), ""), (started.started[0].pid, "step 20/40")):
+            write_heartbeat(directory, 0, {"step": 20, "status": "step 20/40", "pid": pid})
+            assert started.live_line() == line
+    finally:
+        started.send(signal.SIGKILL)
+        assert started.wait() == [-signal.SIGKILL]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_what_is_said_of_a_restart_is_written_over_the_live_line(instead, tmp_path, monkeypatch):
+    instead("import os; os.kill(os.getpid(), 9)")
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    own = ("--processes=1", "--devices_per_process=1", "--restarts=1")
+    assert local.main(["local", *own, "--", f"--run_dir={tmp_path}"]) == cli.LOST
+    lines = terminal.getvalue().split("\n")
+    for line, words in zip(lines, ("starting again from step 0 ", "not started again, no ", ""), strict=True):
+        assert line.startswith(words and f"\r\033[K{words}"), lines
 
 
 def test_what_a_process_refuses_the_job_refuses_once_and_is_not_started_again(job_flags, tmp_path):
