@@ -54,7 +54,7 @@ class History(NamedTuple):
         """
         last = self.records[-1] if self.records else {}
         scored = [line for line in self.records if line["split"] == "valid" and line[figure] is not None]
-        alike = [line for line in scored if line["scored_symbols"] == scored[-1]["scored_symbols"]]
+        alike = [line for line in scored if line.get("scored_symbols") == scored[-1].get("scored_symbols")]
         scores = [(line[figure], line["step"]) for line in alike]
         trained = [line for line in self.records if line["split"] == "train"]
         checkpoints = StepDirectory(self.run_dir / "checkpoints")
