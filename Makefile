@@ -45,6 +45,15 @@ NO_VENV := the environment $(VENV) could not be made: see above.  With some 2 GB
 OTHERS := onnx onnxruntime openai flair tensorboard
 BENCHMARKS := train_step sampling end_to_end input remote readers parts scaling agreement
 
+# Before an environment of another Python is removed.
+define REFUSE_PYTHON
+@test -n "$(VERSION)" || { $(SAY) "there is no $(PYTHON): name a Python that is there, make PYTHON=python3.12"; exit 1; }
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	{ $(SAY) "Python $(VERSION) is too old: name 3.11 or later, make PYTHON=python3.12"; exit 1; }
+@$(PYTHON) -c 'import venv, ensurepip' 2> /dev/null || \
+	{ $(SAY) "this Python has no venv: on Debian and Ubuntu, sudo apt install python3-venv"; exit 1; }
+endef
+
 .PHONY: train test long faults chaos soak bench gpu notebooks interop lint lock clean
 
 train: $(VENV)/installed
@@ -95,18 +104,16 @@ $(VENV)/installed: requirements.lock pyproject.toml $(VENV)/python-$(VERSION)
 	touch $@
 
 $(VENV)/python-$(VERSION):
-	@test -n "$(VERSION)" || { $(SAY) "there is no $(PYTHON): name a Python that is there, make PYTHON=python3.12"; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ $(SAY) "Python $(VERSION) is too old: name 3.11 or later, make PYTHON=python3.12"; exit 1; }
-	@$(PYTHON) -c 'import venv, ensurepip' 2> /dev/null || \
-		{ $(SAY) "this Python has no venv: on Debian and Ubuntu, sudo apt install python3-venv"; exit 1; }
+	$(REFUSE_PYTHON)
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV) || { $(SAY) "$(NO_VENV)"; exit 1; }
 	touch $@
 
 $(BENCH): requirements.lock pyproject.toml
-	test -z "$(filter-out $@,$(wildcard .venv-bench/with-*))" || rm -rf .venv-bench
-	test -x .venv-bench/bin/python || $(PYTHON) -m venv .venv-bench
+	$(REFUSE_PYTHON)
+	test -e .venv-bench/python-$(VERSION) -a -z "$(filter-out $@,$(wildcard .venv-bench/with-*))" || rm -rf .venv-bench
+	test -e .venv-bench/python-$(VERSION) || $(PYTHON) -m venv .venv-bench
+	touch .venv-bench/python-$(VERSION)
 	.venv-bench/bin/python -m pip install --disable-pip-version-check -r requirements.lock '$(TORCH)' -e '.[$(BENCH_EXTRAS)]'
 	touch $@
 

@@ -56,6 +56,8 @@ class Counted:
 
 def run(rows: Rows, quick: bool, most: int, agreements: int, rounds: int) -> None:
     counts = (2, 3) if quick else tuple(count for count in COUNTS if count <= most)
+    if len(counts) < 2:
+        raise SystemExit(f"--most={most}: a line needs two counts of processes: use {COUNTS[1]} or more")
     times = {count: LEAST if quick else max(LEAST, agreements // count) for count in counts}
     SERVER.set_forkserver_preload(["charlstm.distributed", "concurrent.futures.process"])
     jobs = rows_lib.alternate({n: partial(job, n, times[n]) for n in counts}, 1 if quick else rounds)

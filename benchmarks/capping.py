@@ -132,7 +132,8 @@ def train(cell: Cell, text: list[str], parameters: int, steps: int, seed: int, r
         *(f"--num_steps={steps}", f"--checkpoint_every={max(1, steps // 4)}", "--evaluate_every=0", "--sample_every=0"),
         *("--logical_shards=2", "--keep_checkpoints=1", f"--seed={seed}"),
     ]
-    runs.train(flags, run_dir)
+    if not runs.is_finished(run_dir):
+        runs.train(flags, run_dir)
 
 
 def report(rows: Rows, cells: list[Cell], into: Path) -> None:

@@ -70,6 +70,8 @@ def run(
 ) -> None:
     if only not in ("", "ours", *PEERS):
         raise SystemExit(f"--only={only}: there is no {only}: use ours, {' or '.join(PEERS)}")
+    if unknown := set(filter(None, peers.split(","))) - {*PEERS}:
+        raise SystemExit(f"--peers={peers}: there is no {unknown.pop()}: use some of {', '.join(PEERS)}")
     minutes = 0.1 if quick else minutes
     if only in PEERS and not minutes:
         raise SystemExit(f"--only={only} has no time of ours to keep to: say how long, as --minutes=10")

@@ -102,9 +102,15 @@ class Programs:
             late = threading.Timer(self.deadline - time.monotonic(), os.killpg, (process.pid, signal.SIGKILL))
             late.start()
             assert process.stdout is not None
-            yield from process.stdout
-            late.cancel()
-            if process.wait():
+            try:
+                yield from process.stdout
+                process.wait()
+            finally:  # also where its reader has failed: it would be timed with what comes after it
+                late.cancel()
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            if process.returncode:
                 words.seek(0)
                 said = words.read()[-600:]
                 raise RuntimeError(f"{command[0]} has ended with status {process.returncode}, or took too long: {said}")

@@ -2,9 +2,10 @@
 
     python -m benchmarks.seeds --flagfiles=small,quickstart --corpora=tinyshakespeare --folder=studies/seeds
 
-A corpus belongs to each flagfile; where there is none it is the flagfile's own.  --also has more flags for all of them,
-with commas.  Every run is an ordinary run directory below --folder: the same command again skips what is finished, goes
-on with what was cut short, and prints the table.  A score is that of the checkpoint that is best on validation.
+A corpus belongs to each flagfile, in their order; where there is none, as in --corpora=,tinyshakespeare, it is the
+flagfile's own.  --also has more flags for all of them, with commas.  Every run is an ordinary run directory below
+--folder: the same command again goes on with what was cut short, and prints the table; one of other settings or another
+corpus is refused.  A score is that of the checkpoint that is best on validation.
 """
 
 import itertools
@@ -25,9 +26,14 @@ QUICK = "--hidden_size=16", "--num_layers=1", "--num_steps=8", "--evaluate_every
 
 def run(rows: Rows, quick: bool, flagfiles: str, corpora: str, folder: str, seeds: str, also: str) -> None:
     more = [*(QUICK if quick else ()), *filter(None, also.split(","))]
-    for name, corpus in itertools.zip_longest(flagfiles.split(","), filter(None, corpora.split(","))):
+    names, of_each = flagfiles.split(","), corpora.split(",")
+    if len(of_each) > len(names) or len(set(names)) < len(names):
+        raise SystemExit(
+            f"--flagfiles={flagfiles} --corpora={corpora}: name each flagfile once, its corpus in its place"
+        )
+    for name, corpus in itertools.zip_longest(names, of_each):
         flags = [f"--flagfile={CONFIGS / name}.flags", *([f"--corpus={corpus}"] if corpus else []), *more]
-        made = {seed: Path(folder) / f"{name}-{seed}" for seed in seeds.split(",")}
+        made = {seed: Path(folder, "quick" if quick else "") / f"{name}-{seed}" for seed in seeds.split(",")}
         for seed, run_dir in made.items():
             runs.train([*flags, f"--seed={seed}"], run_dir)
         report(rows, name, [*made.values()])

@@ -32,21 +32,23 @@ def compile_quickly(devices: int) -> None:
 
 
 def kept(root: Path) -> Path:
-    """Returns the folder for what is compiled by this lock and for so many cores; empties it where it has grown.
+    """Returns the folder for what is compiled by this lock and for so many cores; removes what other locks left.
 
-    XLA divides work by the cores that it sees, which JAX's key of a program does not name.
+    XLA divides work by the cores that it sees, which JAX's key of a program does not name.  What is there for other
+    numbers of cores stays, as a suite that has these may run; all goes where it has grown together.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    version = f"{hashlib.sha256((root / 'requirements.lock').read_bytes()).hexdigest()[:12]}-{cores}"
+    lock = hashlib.sha256((root / "requirements.lock").read_bytes()).hexdigest()[:12]
     folder = root / ".pytest_cache" / "compiled"
     is_first = "PYTEST_XDIST_WORKER" not in os.environ
     if is_first and (
-        any(other.name != version for other in folder.glob("*"))
+        any(not other.name.startswith(lock) for other in folder.glob("*"))
         or sum(file.stat().st_size for file in folder.glob("*/*")) > MOST_KEPT
     ):
         shutil.rmtree(folder, ignore_errors=True)
-    (folder / version).mkdir(parents=True, exist_ok=True)
-    return folder / version
+    own = folder / f"{lock}-{cores}"
+    own.mkdir(parents=True, exist_ok=True)
+    return own
 
 
 def xla_flags(devices: int = 0) -> str:

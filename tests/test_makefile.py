@@ -27,6 +27,7 @@ INSIDE = """#!/bin/sh
 echo "$*" >> {notes}
 case "$*" in *"$FAILS"*) exit 1 ;; esac
 """
+pytestmark = pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
 NOTHING_FAILS = "no command has these words"
 
 LOCKED = "-m pip install --disable-pip-version-check -r requirements.lock"
@@ -121,6 +122,14 @@ def test_a_python_that_will_not_do_is_refused_in_one_line_and_changes_nothing(
     assert clone.environment() == before and clone.asked() == []
 
 
+@pytest.mark.parametrize("python", ["python3.10", "pythn3.12"])
+def test_a_python_that_will_not_do_leaves_the_environment_of_the_benchmarks_as_it_is(python, clone):
+    assert clone.make(".venv-bench/with-3.12-bench", clone.python("python3.12"), "GPUS=").returncode == 0
+    done = clone.make("gpu", clone.python(python) if python == "python3.10" else python, "GPUS=")
+    assert done.returncode == 2 and done.stdout.endswith("make PYTHON=python3.12\n") and done.stdout.count("\n") == 1
+    assert (clone.folder / ".venv-bench" / "with-3.12-bench").exists()
+
+
 def half_made(clone: Clone) -> None:
     """As a venv leaves it that was killed."""
     (clone.folder / ".venv" / "bin").mkdir(parents=True)
@@ -139,6 +148,16 @@ def test_an_environment_that_is_half_made_or_of_another_python_is_made_anew(ther
     installed(clone, clone.python("python3.13"))
     assert clone.asked() == ["python3.13 -m venv .venv", LOCKED, ITSELF]
     assert clone.environment() == {"bin/python", "python-3.13", "installed"}
+
+
+def test_an_environment_of_the_benchmarks_that_was_left_without_packages_is_made_anew_by_another_python(clone):
+    assert clone.make(".venv-bench/with-3.12-bench", clone.python("python3.12"), "GPUS=", fails="install").returncode
+    clone.asked()
+    assert clone.make("gpu", clone.python("python3.13"), "GPUS=").returncode == 0
+    made, installed, _ = clone.asked()
+    assert made == "python3.13 -m venv .venv-bench" and installed.endswith("-e .[bench]")
+    assert clone.make("gpu", clone.python("python3.13"), "GPUS=").returncode == 0
+    assert clone.asked() == ["-m benchmarks.gpu"]
 
 
 @pytest.mark.parametrize(

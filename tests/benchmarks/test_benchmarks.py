@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import equal_time, gpu, gpu_twins
+from benchmarks import agreement, equal_time, gpu, gpu_twins
 from benchmarks import rows as rows_lib
 from benchmarks.rows import Rows
 from tests import compiling
@@ -108,12 +108,17 @@ def test_each_side_of_a_comparison_runs_alone(peers):
 
 
 @pytest.mark.parametrize(
-    ("only", "sentence"), [("lstm", "say how long, as --minutes=10"), ("gru", "use ours, lstm or")]
+    ("given", "sentence"),
+    [
+        ({"only": "lstm"}, "say how long, as --minutes=10"),
+        ({"only": "gru"}, "use ours, lstm or"),
+        ({"peers": "lstm,gru"}, "there is no gru: use some of lstm, transformer"),
+    ],
 )
-def test_a_side_that_cannot_run_alone_is_refused(only, sentence):
-    settings = {"text": "", "flagfile": "", "also": "", "peers": "", "plot": "", "seed": 0, "folder": ""}
+def test_a_side_that_cannot_run_is_refused_before_anything_is_trained(given, sentence):
+    settings = dict.fromkeys(("text", "flagfile", "also", "peers", "only", "plot", "folder"), "") | given
     with pytest.raises(SystemExit, match=sentence):
-        equal_time.run(Rows("equal_time"), quick=False, only=only, minutes=0.0, **settings)
+        equal_time.run(Rows("equal_time"), quick=False, minutes=0.0, seed=0, **settings)
 
 
 def test_the_pipeline_is_timed_beside_training_and_corpora_are_opened(peers):
@@ -156,6 +161,11 @@ def test_agreements_of_processes_are_counted_and_timed():
         at = {row["processes"]: row["processor_milliseconds"] for row in rows if row["function"] == function}
         assert line["function"] == function
         assert line["processor_milliseconds_of_1024"] == pytest.approx(at[2] + 1022 * (at[3] - at[2]))
+
+
+def test_a_line_through_less_than_two_counts_of_processes_is_refused_before_they_start():
+    with pytest.raises(SystemExit, match="--most=3: a line needs two counts of processes: use 4 or more"):
+        agreement.run(Rows("agreement"), quick=False, most=3, agreements=1, rounds=1)
 
 
 def test_every_reader_is_timed_beside_its_bare_decoder():
@@ -263,6 +273,15 @@ def test_a_program_of_the_gpus_suite_that_takes_too_long_is_ended(tmp_path):
             list(getattr(programs, run)(*command))
 
 
+def test_a_program_of_the_gpus_suite_is_ended_where_its_reader_has_failed(tmp_path):
+    script = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    lines = gpu.Programs(tmp_path, time.monotonic() + 600, True, {}).lines("timeit", "-n1", "-r1", script)
+    number = int(next(lines))
+    lines.close()
+    with pytest.raises(ChildProcessError):  # ended, and waited for
+        os.waitpid(number, os.WNOHANG)
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_the_gpus_suite_is_refused_in_a_line_where_jax_has_no_gpu(there, monkeypatch):
     found = {"platform": "cpu", "device": "4 x cpu in 1 process", "jax": "0.12.0"}
@@ -281,7 +300,7 @@ def test_make_gpu_takes_a_jax_for_the_gpu_that_is_there_or_the_one_that_is_named
     apart = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of make test's own
 
     def commands(*given):
-        command = ["make", "-n", "gpu", *given]
+        command = ["make", "-n", "-B", "gpu", *given]  # also where the environment is there
         return subprocess.run(command, cwd=ROOT, env=apart, capture_output=True, text=True, check=True).stdout
 
     assert "'.[bench,cuda13]'" in commands("GPUS=/dev/nvidia0")

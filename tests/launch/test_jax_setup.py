@@ -29,6 +29,19 @@ QUICKLY = {"XLA_FLAGS": compiling.QUICK_FLAGS, compiling.UNOPTIMIZED: "true"}  #
 # The compilation cache.
 
 
+def test_the_tests_keep_programs_for_other_numbers_of_cores_and_none_of_another_lock(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    cores = {0}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores, raising=False)
+    (tmp_path / "requirements.lock").write_text("jax==1")
+    of_one = compiling.kept(tmp_path)
+    cores.add(1)
+    of_two = compiling.kept(tmp_path)
+    assert of_one != of_two and of_one.is_dir() and of_two.is_dir()
+    (tmp_path / "requirements.lock").write_text("jax==2")
+    assert compiling.kept(tmp_path).is_dir() and not of_one.exists() and not of_two.exists()
+
+
 def started(run_dir: Path, home: Path, arguments: tuple[str, ...]) -> tuple[dict[str, int], str]:
     """A run of four steps of somebody who lives in `home`: the sizes of the compiled programs, and what was said."""
     own = {name: value for name, value in os.environ.items() if "_CACHE_" not in name}  # not what the tests share

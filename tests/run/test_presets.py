@@ -1,5 +1,6 @@
 """The preset that a run without one is told of."""
 
+import jax
 import pytest
 
 from charlstm import distributed
@@ -47,3 +48,16 @@ def test_who_chose_a_model_or_a_length_is_told_nothing(chosen):
 def test_more_arithmetic_is_expected_to_take_longer():
     times = [presets.seconds_per_step(Config(hidden_size=size, num_layers=4), 256, 1) for size in (16, 1024)]
     assert 0 < times[0] < times[1]
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_an_update_is_timed_in_the_precision_in_which_it_is_trained(tf32, monkeypatch):
+    seen = []
+
+    def one_symbol(_first, _last, body, h):
+        seen.append(jax.config.jax_default_matmul_precision)
+        return body(0, h)
+
+    monkeypatch.setattr(presets.lax, "fori_loop", one_symbol)
+    presets.seconds_per_step(Config(hidden_size=8, tf32=tf32), 256, 1)
+    assert seen == [jax.config.jax_default_matmul_precision if tf32 else "highest"]

@@ -55,6 +55,10 @@ ALONE = make_config(
 )
 NORMED = config_lib.replace(ALONE, weight_norm=True, activation_change_penalty=0.0)
 LAYER_NORM = config_lib.replace(ALONE, cell="layer_norm_lstm")
+# Products of one row, and no loop over symbols either.
+OF_A_SYMBOL = make_config(
+    **QUIET, cell="mlstm", batch_size=2, window=1, logical_shards=2, hidden_size=16, num_layers=1, optimizer="sgd"
+)
 
 
 @functools.cache
@@ -86,6 +90,7 @@ def assert_equal_bits(one, other):
         (ALONE, (4, 1)),
         (NORMED, (4, 1)),
         (LAYER_NORM, (4, 1)),
+        (OF_A_SYMBOL, (2, 1)),
         pytest.param(MASKED, (8, 2, 4, 1), marks=pytest.mark.long),
         pytest.param(config_lib.replace(MASKED, remat=True), (8, 1), marks=pytest.mark.long),
         pytest.param(
@@ -102,6 +107,7 @@ def assert_equal_bits(one, other):
         "a shard a device",
         "weight norm",
         "layer norm",
+        "a symbol a shard",
         "every count",
         "remat",
         "gru-bfloat16",

@@ -61,8 +61,11 @@ def window_matmul(x_TBD: jax.Array, w_DK: jax.Array, *, transpose: bool = False)
 
 
 def materialize_transpose(w_DK: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Returns W', `[K, D]` in `dtype`, as an array of its own: XLA would fold the transpose into the matmuls."""
-    return jax.lax.optimization_barrier(w_DK.astype(dtype).T)
+    """Returns W', `[K, D]` in `dtype`, as an array of its own: XLA would fold the transpose into the matmuls.
+
+    Row-major, as the order in which XLA:CPU sums a product of one row goes by the layout of the weights.
+    """
+    return jax.lax.optimization_barrier(row_major(w_DK.astype(dtype).T))
 
 
 def recurrent_matmul(
