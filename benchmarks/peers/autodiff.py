@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import optax
@@ -46,6 +45,8 @@ def flax(shape: dict) -> Contestant:
 
 def haiku(shape: dict) -> Contestant:
     """haiku's cells under `hk.dynamic_unroll`."""
+    import haiku as hk  # of this contestant alone: where there is none, the others run
+
     sizes = Shape(**shape)
     cell = {"lstm": hk.LSTM, "gru": hk.GRU, "rnn": hk.VanillaRNN}[sizes.cell]
 

@@ -1,5 +1,6 @@
 """The quick form of every benchmark gives its rows."""
 
+import itertools
 import json
 import lzma
 import os
@@ -9,6 +10,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from benchmarks import equal_time, gpu, gpu_twins
@@ -255,12 +257,76 @@ def test_the_parts_of_the_gpus_suite_have_eight_minutes_together(parts, monkeypa
     assert deadlines == [1000 + gpu.SECONDS["tests"], 1480, 1480]
 
 
-def test_a_program_of_the_gpus_suite_that_takes_too_long_is_ended(tmp_path):
-    command = ("timeit", "-n1", "-r1", "import time; time.sleep(60)")
+def python(statements: str) -> tuple[str, ...]:
+    """What `Programs` runs of these statements."""
+    return ("timeit", "-n1", "-r1", statements)
+
+
+def test_a_program_of_the_gpus_suite_that_takes_too_long_is_ended_and_what_it_said_kept(tmp_path):
     for run in ("run", "lines"):
-        programs = gpu.Programs(tmp_path, time.monotonic() + 1, True, {})
-        with pytest.raises(RuntimeError, match=r"took (longer than its part may|too long)"):
+        programs = gpu.Programs(tmp_path, time.monotonic() + 2, True, {})
+        with pytest.raises(RuntimeError, match=r"took (longer than its part may|too long): (.|\n)*half way"):
+            command = python("import sys, time; print('half way', file=sys.stderr, flush=True); time.sleep(60)")
             list(getattr(programs, run)(*command))
+
+
+def test_why_a_program_of_the_gpus_suite_failed_is_kept_before_a_long_traceback(tmp_path):
+    for run in ("run", "lines"):
+        programs = gpu.Programs(tmp_path, time.monotonic() + 60, True, {})
+        with pytest.raises(RuntimeError, match="no module of a peer"):
+            list(getattr(programs, run)(*python("raise ValueError('no module of a peer' + 2000 * '.')")))
+
+
+def test_a_program_of_the_gpus_suite_may_say_much_before_it_is_killed(tmp_path):
+    programs, there = gpu.Programs(tmp_path, time.monotonic() + 20, True, {}), tmp_path / "there"
+    say = f"import pathlib, sys, time; sys.stderr.write(10**6 * '.'); pathlib.Path({str(there)!r}).touch()"
+    programs.run(*python(f"{say}; time.sleep(99)"), until=there)
+    assert there.exists()
+
+
+def test_of_the_suite_a_gpu_is_given_the_files_that_have_tests_for_it_alone(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    given, said = [], []
+    programs = SimpleNamespace(quick=False, run=lambda *command, **_: given.extend(command) or "3 passed")
+    gpu.tests(programs, lambda **row: said.append(row))
+    files = [word for word in given if word.endswith(".py")]
+    assert {"tests/run/test_digest.py", "tests/model/ops/test_lstm_pallas.py"} < set(files)
+    assert all("mark.gpu" in (ROOT / file).read_text() for file in files) and "tests" not in given
+    assert said == [{"said": "3 passed"}]
+
+
+def test_runs_whose_kernels_were_timed_may_differ_and_those_of_fixed_kernels_may_not(tmp_path):
+    found = []
+    trained = itertools.count()
+    programs = SimpleNamespace(
+        folder=tmp_path,
+        machine={"platform": "gpu", "backends": "scan, fused"},
+        train=lambda *_, **__: {"state_digest": next(trained)},
+    )
+    gpu.bits(programs, lambda **row: found.append(row))
+    assert len(found) == len(gpu.RUNS) and not any(row["again"] or row["killed_and_resumed"] for row in found)
+    assert all(row["ok"] != row["fixed"] for row in found)
+
+
+def test_a_window_is_compiled_once_for_all_forget_biases(monkeypatch, tmp_path, capsys):
+    traced, recurrence = [], gpu_twins.backends()["scan"]
+    for name, value in {"T": 3, "B": 2, "H": 8, "CASES": [("plain", True)]}.items():
+        monkeypatch.setattr(gpu_twins, name, value)
+    monkeypatch.setattr(gpu_twins, "PRECISIONS", {"float32": gpu_twins.PRECISIONS["float32"]})
+    monkeypatch.setattr(gpu_twins, "backends", lambda: {"scan": lambda *a: traced.append(a) or recurrence(*a)})
+    with jax.enable_x64(True):
+        gpu_twins.reference(str(tmp_path / "reference.npz"))
+    gpu_twins.compare(str(tmp_path / "reference.npz"))
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["forget_bias"] for row in rows] == list(gpu_twins.FORGET_BIASES)
+    assert all(row["ok"] and row["gradient_error"] > 0 for row in rows) and len(traced) == 1
+
+
+def test_flax_is_timed_where_there_is_no_haiku():
+    for library in ("flax", "optax"):
+        pytest.importorskip(library, reason="the peers are not installed: make bench has its own environment")
+    hidden = "import sys; sys.modules['haiku'] = None; from benchmarks.peers.autodiff import flax"
+    subprocess.run([sys.executable, "-c", hidden], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("there", [True, False])
