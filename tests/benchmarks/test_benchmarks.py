@@ -11,6 +11,7 @@ import time
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 from benchmarks import equal_time, gpu, gpu_twins
@@ -107,6 +108,37 @@ def test_each_side_of_a_comparison_runs_alone(peers):
     assert [row["contestant"] for row in quick("equal_time", "--only=ours")] == ["charlstm, configs/small.flags"]
     (alone,) = quick("equal_time", "--only=lstm")
     assert alone["contestant"] == "PyTorch nn.LSTM" and alone["seconds"] > 5
+
+
+def test_ours_has_a_logical_shard_a_device_in_equal_time(monkeypatch, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(command, **_):
+        flags = [word for word in command if word.startswith("--")]
+        raise Stop(flags.index("--logical_shards=0") - flags.index("--flagfile=configs/large.flags"))
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(equal_time.subprocess, "run", stop)
+    with pytest.raises(Stop) as stopped:
+        equal_time.ours(equal_time.write_parts(b"text", b"more", tmp_path), "configs/large.flags", 60, 0, [])
+    assert stopped.value.args[0] > 0, "the later of two wins"
+
+
+def test_a_loss_that_is_scaled_for_float16_makes_the_update_that_it_makes_unscaled():
+    torch = pytest.importorskip("torch", reason="the peers are not installed: make bench has its own environment")
+    from benchmarks.peers import equal_time as scripts
+
+    def after(scaled: bool):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu", enabled=scaled)
+        for scale in (0.01, 100.0):  # clipped or not
+            scripts.update(model, optimizer, scaler, scale * model(torch.ones(1, 3)).square().sum())
+        return [p.detach().numpy() for p in model.parameters()]
+
+    for a, b in zip(after(True), after(False), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
