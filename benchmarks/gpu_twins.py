@@ -30,7 +30,9 @@ CASES = [("plain", False), ("plain", True), ("capped", True)]  # variant, with a
 FORGET_BIASES = (1, 5, 7)
 PRECISIONS = {"float32": ("float32", "highest"), "TF32": ("float32", "default"), "bfloat16": ("bfloat16", "default")}
 # Of a value, and of a gradient.  Near the cap either gradient is right, and rounding chooses: there none is asked.
-LIMITS = {"float32": (2e-6, 2e-5), "TF32": (2e-3, 1e-2), "bfloat16": (1e-2, 3e-2)}
+# In float32 a gradient's is that of a forget gate near 1, of bias 7: what is left to 1 is 9e-4, of which an ulp of the
+# gate is 7e-5, and a GPU's tanh is a quotient that is 2 ulp off (div.full.f32).
+LIMITS = {"float32": (2e-6, 2e-4), "TF32": (2e-3, 1e-2), "bfloat16": (1e-2, 3e-2)}
 
 
 def given(masked: bool, forget_bias: int) -> dict[str, Any]:

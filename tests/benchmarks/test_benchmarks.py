@@ -11,12 +11,15 @@ import time
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from benchmarks import equal_time, gpu, gpu_twins
 from benchmarks import rows as rows_lib
 from benchmarks.rows import Rows
+from charlstm.model.cells import lstm
+from charlstm.model.ops import matmul
 from tests import compiling
 from tests.conftest import ROOT
 
@@ -352,6 +355,28 @@ def test_a_window_is_compiled_once_for_all_forget_biases(monkeypatch, tmp_path, 
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["forget_bias"] for row in rows] == list(gpu_twins.FORGET_BIASES)
     assert all(row["ok"] and row["gradient_error"] > 0 for row in rows) and len(traced) == 1
+
+
+def test_float32_has_room_for_the_last_digits_of_a_gpus_tanh_and_none_for_tf32(monkeypatch, tmp_path, capsys):
+    """A GPU's tanh is a quotient, and its quotients are 2 ulp off (PTX's div.full.f32)."""
+    for name, value in {"T": 8, "B": 4, "H": 64, "CASES": [("plain", False)]}.items():
+        monkeypatch.setattr(gpu_twins, name, value)
+    monkeypatch.setattr(gpu_twins, "PRECISIONS", {"float32": gpu_twins.PRECISIONS["float32"]})
+    path = str(tmp_path / "reference.npz")
+    with jax.enable_x64(True):
+        gpu_twins.reference(path)
+
+    def ok_with(tanh, dot=jnp.dot) -> list[bool]:
+        for module, changes in ((lstm, {"tanh": tanh}), (matmul, {"dot": dot})):
+            monkeypatch.setattr(module, "jnp", SimpleNamespace(**{**vars(jnp), **changes}))
+        gpu_twins.compare(path)
+        return [json.loads(line)["ok"] for line in capsys.readouterr().out.splitlines()]
+
+    def tf32(a):
+        return jax.lax.reduce_precision(a, exponent_bits=8, mantissa_bits=10)
+
+    assert all(ok_with(lambda x: jnp.tanh(x) * np.float32(1 - 2**-23)))  # 2 ulp next to 1
+    assert not any(ok_with(jnp.tanh, lambda a, b, **k: jnp.dot(tf32(a), tf32(b), **k)))
 
 
 def test_flax_is_timed_where_there_is_no_haiku():
