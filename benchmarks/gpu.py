@@ -9,10 +9,10 @@ twice, and once killed and resumed, each with compiled programs of its own), `cr
 the CPU, and the reverse).  Then, one after the other: `large` and `update` (updates beside PyTorch and flax, by `scan`
 too, and with the flags that equal bits need), `program` (launch.train) and `sampling`.  All on one GPU.
 
-Each part has its number of seconds, and all together have MOST; what takes longer has failed.  For that flax is left
-out at the large shape, whose memory it would double, and the GRU and the RNN, starts and saves everywhere: they are in
-the benchmarks themselves.  Rows go to --file too, a line of json each, as they come.  The status is 1, and the last
-line names the rows, where a part has failed or a row is not ok.
+Each part has its number of seconds and what those before have left over, and all together have MOST; what takes longer
+has failed.  For that flax is left out at the large shape, whose memory it would double, and the GRU and the RNN, starts
+and saves everywhere: they are in the benchmarks themselves.  Rows go to --file too, a line of json each, as they come.
+The status is 1, and the last line names the rows, where a part has failed or a row is not ok.
 """
 
 import contextlib
@@ -279,7 +279,7 @@ def run(rows: Rows, quick: bool, parts: str, file: str) -> str:
             own, began = Path(folder, part), time.monotonic()
             own.mkdir()
             try:
-                programs = Programs(own, min(began + patience * SECONDS[part], end), quick, machine)
+                programs = Programs(own, deadline(part, chosen, began, end, patience), quick, machine)
                 (BESIDE | ALONE)[part](programs, partial(add, part=part))
             except (RuntimeError, OSError, ValueError, KeyError) as error:
                 add(part=part, failed=" ".join(str(error).split()))
@@ -292,6 +292,14 @@ def run(rows: Rows, quick: bool, parts: str, file: str) -> str:
             if part in chosen:
                 do(part)
     return f"not ok: {'; '.join(bad)}" if bad else ""
+
+
+def deadline(part: str, chosen: list[str], began: float, end: float, patience: int) -> float:
+    """When a part that `began` must have ended: after its own seconds, or when those of the later parts begin."""
+    alone = list(ALONE)
+    later = alone[alone.index(part) + 1 :] if part in alone else alone
+    left = patience * sum(SECONDS[other] for other in later if other in chosen)
+    return min(end, max(began + patience * SECONDS[part], end - left))
 
 
 def in_words(row: dict[str, Any]) -> str:

@@ -58,7 +58,7 @@ def haiku(shape: dict) -> Contestant:
         return hk.Linear(sizes.V)(h_TBH), carry
 
     network = hk.without_apply_rng(hk.transform(forward))
-    carry = hk.transform(lambda: stack().zero_state(sizes.B)).apply({}, None)
+    carry = hk.transform(lambda: stack().initial_state(sizes.B)).apply({}, None)
     params = network.init(jax.random.key(0), carry, jnp.zeros((sizes.T, sizes.B), int))
     return _training(sizes, params, carry, network.apply)
 

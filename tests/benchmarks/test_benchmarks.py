@@ -276,8 +276,11 @@ def test_the_status_of_the_gpus_suite_is_1_where_a_row_is_not_ok_and_the_last_li
 
 
 def test_the_parts_of_the_gpus_suite_have_eight_minutes_together(parts, monkeypatch):
-    alone = sum(gpu.SECONDS[part] for part in gpu.ALONE)
+    alone, every = sum(gpu.SECONDS[part] for part in gpu.ALONE), [*gpu.BESIDE, *gpu.ALONE]
     assert max(gpu.SECONDS[part] for part in gpu.BESIDE) + alone < gpu.MOST == 8 * 60
+    later = alone - gpu.SECONDS["large"]
+    assert gpu.deadline("large", every, 1000, 1480, 1) == 1480 - later  # what is left over, but for the later parts'
+    assert gpu.deadline("large", every, 1200, 1480, 1) == 1200 + gpu.SECONDS["large"]
     now, deadlines = [1000.0], []
 
     def takes(seconds):
@@ -289,7 +292,7 @@ def test_the_parts_of_the_gpus_suite_have_eight_minutes_together(parts, monkeypa
 
     monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: now[0]))
     parts({"tests": takes(400)}, {"update": takes(50), "sampling": takes(0)})
-    assert deadlines == [1000 + gpu.SECONDS["tests"], 1480, 1480]
+    assert deadlines == [1480 - gpu.SECONDS["update"] - gpu.SECONDS["sampling"], 1480, 1480]
 
 
 def python(statements: str) -> tuple[str, ...]:
