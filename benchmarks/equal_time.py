@@ -9,7 +9,9 @@ text.  Ours goes first, by a flagfile, with as many steps as take about so many 
 its own number; the others have the seconds that it took.  With --only=ours, lstm or transformer one goes alone, for
 so many minutes.  With --also ours is trained once more, with these flags (between commas).  All seconds count from the
 start of a program: imports, compiling and evaluations, eight each, are included.  Of a validation text of more than
-some 260 KB pieces are scored meanwhile, and the whole at the end, when the clock has stopped.
+some 260 KB pieces are scored meanwhile, and the whole at the end, when the clock has stopped; before it starts, ours is
+compiled and a few steps are timed.  Ours has a logical shard for each device that is there, whatever the flagfile says:
+more of them keep the bits on more devices, and take as many times as many small kernels.
 """
 
 import json
@@ -146,7 +148,7 @@ def ours(text: Text, flagfile: str, seconds: float, seed: int, small: list[str])
         *(sys.executable, "-m", "launch.train", f"--flagfile={flagfile}", *small, f"--seed={seed}", "--corpus="),
         *(f"--train={text.train}", f"--valid={text.valid}", f"--test={text.final}"),
         *(f"--cache_dir={text.train.parent / 'cache'}", "--log_every=50"),
-        *("--evaluate_symbols=0", "--sample_every=0", "--checkpoint_every=0"),
+        *("--evaluate_symbols=0", "--sample_every=0", "--checkpoint_every=0", "--logical_shards=0"),
     ]
     steps = Config.from_flagfile(flagfile).training.num_steps
     if seconds:

@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -29,7 +30,9 @@ CASES = [("plain", False), ("plain", True), ("capped", True)]  # variant, with a
 FORGET_BIASES = (1, 5, 7)
 PRECISIONS = {"float32": ("float32", "highest"), "TF32": ("float32", "default"), "bfloat16": ("bfloat16", "default")}
 # Of a value, and of a gradient.  Near the cap either gradient is right, and rounding chooses: there none is asked.
-LIMITS = {"float32": (2e-6, 2e-5), "TF32": (2e-3, 1e-2), "bfloat16": (1e-2, 3e-2)}
+# In float32 a gradient's is that of a forget gate near 1, of bias 7: what is left to 1 is 9e-4, of which an ulp of the
+# gate is 7e-5, and a GPU's tanh is a quotient that is 2 ulp off (div.full.f32).
+LIMITS = {"float32": (2e-6, 2e-4), "TF32": (2e-3, 1e-2), "bfloat16": (1e-2, 3e-2)}
 
 
 def given(masked: bool, forget_bias: int) -> dict[str, Any]:
@@ -46,22 +49,27 @@ def given(masked: bool, forget_bias: int) -> dict[str, Any]:
     return arrays | ({"mask": random.integers(0, 2, (B, H)) * 2.0} if masked else {})
 
 
-def values_and_gradients(arrays: dict[str, Any], window: Any, dtype: Any, z_dtype: Any) -> dict[str, np.ndarray]:
-    """h of every symbol, and the gradients by W_h, b, the state and z of a sum that all of it enters."""
+def values_and_gradients(window: Any, dtype: Any, z_dtype: Any) -> Callable[[dict[str, Any]], dict[str, np.ndarray]]:
+    """Returns a function of the arrays, which is compiled once.
 
-    def loss(w_h: jax.Array, b: jax.Array, state: CellState, z: jax.Array) -> tuple[jax.Array, jax.Array]:
-        final, h = window(w_h, b, state, z, reset, mask)
+    It gives h of every symbol, and the gradients by W_h, b, the state and z of a sum that all of it enters.
+    """
+
+    def loss(w_h: jax.Array, b: jax.Array, state: CellState, z: jax.Array, kept: Any) -> tuple[jax.Array, jax.Array]:
+        final, h = window(w_h, b, state, z, kept["reset"], kept.get("mask"))
         h = h.astype(dtype)
-        return (h * by_h).sum() + (final.h**3).sum() + (final.c * by_c).sum(), h
+        return (h * kept["by_h"]).sum() + (final.h**3).sum() + (final.c * kept["by_c"]).sum(), h
 
-    kept = {name: jnp.asarray(array, bool if name == "reset" else dtype) for name, array in arrays.items()}
-    reset, mask, by_h, by_c = kept["reset"], kept.get("mask"), kept["by_h"], kept["by_c"]
-    state = CellState(kept["h"], kept["c"])
-    (_, h), (w_h, b, state, z) = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(
-        kept["w_h"], kept["b"], state, kept["z"].astype(z_dtype)
-    )
-    named = {"value": h, "w_h": w_h, "b": b, "h": state.h, "c": state.c, "z": z}
-    return {name: np.asarray(array, np.float64) for name, array in named.items()}
+    program = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))
+
+    def run(arrays: dict[str, Any]) -> dict[str, np.ndarray]:
+        kept = {name: jnp.asarray(array, bool if name == "reset" else dtype) for name, array in arrays.items()}
+        w_h, b, h, c, z = (kept.pop(name) for name in ("w_h", "b", "h", "c", "z"))
+        (_, h), (w_h, b, state, z) = program(w_h, b, CellState(h, c), z.astype(z_dtype), kept)
+        named = {"value": h, "w_h": w_h, "b": b, "h": state.h, "c": state.c, "z": z}
+        return {name: np.asarray(array, np.float64) for name, array in named.items()}
+
+    return run
 
 
 def textbook_window(variant: str) -> Any:
@@ -80,32 +88,34 @@ def textbook_window(variant: str) -> Any:
 
 def reference(path: str) -> None:
     found: dict[str, Any] = {}
-    for (variant, masked), bias in itertools.product(CASES, FORGET_BIASES):
-        of_case = values_and_gradients(given(masked, bias), textbook_window(variant), jnp.float64, jnp.float64)
-        found |= {f"{variant} {masked} {bias} {name}": array for name, array in of_case.items()}
+    for variant, masked in CASES:
+        run = values_and_gradients(textbook_window(variant), jnp.float64, jnp.float64)
+        for bias in FORGET_BIASES:
+            found |= {f"{variant} {masked} {bias} {name}": a for name, a in run(given(masked, bias)).items()}
     np.savez(path, **found)
 
 
 def compare(path: str) -> None:
     expected = np.load(path)
-    for (backend, recurrence), precision, (variant, masked), bias in itertools.product(
-        backends().items(), PRECISIONS, CASES, FORGET_BIASES
-    ):
-        compute, products = PRECISIONS[precision]
+    for (backend, recurrence), precision, case in itertools.product(backends().items(), PRECISIONS, CASES):
+        (compute, products), (variant, masked) = PRECISIONS[precision], case
 
         def window(*args, recurrence=recurrence, compute=compute, variant=variant):
             *arrays, mask = args
             return recurrence(*arrays, jnp.dtype(compute), variant, mask)
 
-        with jax.default_matmul_precision(products) if products != "default" else contextlib.nullcontext():
-            got = values_and_gradients(given(masked, bias), window, jnp.float32, compute)
-        errors = {name: error(name, got[name], expected[f"{variant} {masked} {bias} {name}"]) for name in got}
-        value, gradient = errors.pop("value"), max(errors.values())
-        most = LIMITS[precision]
-        exempt = variant == "capped" and precision != "float32"
-        row = {"backend": backend, "precision": precision, "variant": variant, "masked": masked, "forget_bias": bias}
-        row |= {"value_error": value, "gradient_error": gradient, "worst": max(errors, key=lambda name: errors[name])}
-        print(json.dumps(row | {"ok": bool(value <= most[0] and (exempt or gradient <= most[1]))}), flush=True)
+        run = values_and_gradients(window, jnp.float32, compute)
+        for bias in FORGET_BIASES:
+            with jax.default_matmul_precision(products) if products != "default" else contextlib.nullcontext():
+                got = run(given(masked, bias))
+            errors = {name: error(name, got[name], expected[f"{variant} {masked} {bias} {name}"]) for name in got}
+            value, gradient = errors.pop("value"), max(errors.values())
+            most = LIMITS[precision]
+            exempt = variant == "capped" and precision != "float32"
+            row = {"backend": backend, "precision": precision, "variant": variant, "masked": masked}
+            row |= {"forget_bias": bias, "value_error": value, "gradient_error": gradient}
+            row |= {"worst": max(errors, key=lambda name: errors[name])}
+            print(json.dumps(row | {"ok": bool(value <= most[0] and (exempt or gradient <= most[1]))}), flush=True)
 
 
 def error(name: str, got: np.ndarray, expected: np.ndarray) -> float:

@@ -76,7 +76,8 @@ def compare(rows: Rows, shape: Shape, rounds: int, gpu: bool, quick: bool, only:
         )
     size = 256 if quick else 8192 if gpu else 2048
     for maker in RATES:
-        workers[maker] = Worker(maker, {"size": size, "dtype": shape.dtype}, [*choice.values()][-1])  # pages are kept
+        kept_pages = [*choice.values()][-1]
+        workers[maker] = Worker(maker, {"size": size, "dtype": shape.dtype}, kept_pages, wait=False)
     for worker in workers.values():
         worker.warm()
     seconds = rows_lib.alternate({name: worker.seconds for name, worker in workers.items()}, rounds)

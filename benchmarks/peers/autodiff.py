@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import optax
@@ -46,6 +45,8 @@ def flax(shape: dict) -> Contestant:
 
 def haiku(shape: dict) -> Contestant:
     """haiku's cells under `hk.dynamic_unroll`."""
+    import haiku as hk  # of this contestant alone: where there is none, the others run
+
     sizes = Shape(**shape)
     cell = {"lstm": hk.LSTM, "gru": hk.GRU, "rnn": hk.VanillaRNN}[sizes.cell]
 
@@ -57,7 +58,7 @@ def haiku(shape: dict) -> Contestant:
         return hk.Linear(sizes.V)(h_TBH), carry
 
     network = hk.without_apply_rng(hk.transform(forward))
-    carry = hk.transform(lambda: stack().zero_state(sizes.B)).apply({}, None)
+    carry = hk.transform(lambda: stack().initial_state(sizes.B)).apply({}, None)
     params = network.init(jax.random.key(0), carry, jnp.zeros((sizes.T, sizes.B), int))
     return _training(sizes, params, carry, network.apply)
 

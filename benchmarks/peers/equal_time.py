@@ -5,6 +5,7 @@
 KIND is lstm (`torch.nn.LSTM` of given sizes, rates and batches) or transformer (nanoGPT's published settings for a CPU:
 4 layers, 4 heads, 128 wide, blocks of 64, batch 12, no dropout).  Both print a line of JSON at each of some evaluations
 of VALID, at equal distances in time since `began`, and at the end one of FINAL; rates fall as a cosine over the time.
+Both compute in float32 (TF32 on a GPU), or as `torch.autocast` does in bfloat16.
 """
 
 import json
@@ -128,19 +129,19 @@ def main(kind: str, paths: list[str], settings: dict) -> None:
     train, valid, final = (np.fromfile(Path(path), np.uint8) for path in paths)
     model, loss, bits, how = (lstm if kind == "lstm" else transformer)(train, settings)
     optimizer = torch.optim.AdamW(model.parameters(), how["rate"], how["betas"], weight_decay=how["decay"])
-    half = torch.autocast(DEVICE, torch.bfloat16, enabled=settings["compute_dtype"] == "bfloat16")
+    bfloat16 = settings["compute_dtype"] == "bfloat16"
+    half = torch.autocast(DEVICE, torch.bfloat16, enabled=bfloat16)
+    # On a GPU autocast has an LSTM in float16, whatever it is asked for, where the gradient of a mean would be lost.
+    scaler = torch.amp.GradScaler(DEVICE, enabled=bfloat16 and DEVICE == "cuda")
     step, evaluated, seconds = 0, 0, settings["seconds"]
     while evaluated < PARTS:
         done = (time.time() - settings["began"]) / seconds
         step += 1
         fraction = how["last"] + (1 - how["last"]) * (1 + math.cos(math.pi * min(1.0, done))) / 2
         optimizer.param_groups[0]["lr"] = how["rate"] * fraction * min(1.0, step / how["warmup"])
-        optimizer.zero_grad()
         with half:
             value = loss()
-        value.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        update(model, optimizer, scaler, value)
         if (time.time() - settings["began"]) / seconds >= (evaluated + 1) / PARTS:
             evaluated = min(PARTS, int((time.time() - settings["began"]) / seconds * PARTS))
             score = scored(model, bits, valid)
@@ -148,6 +149,16 @@ def main(kind: str, paths: list[str], settings: dict) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     last = score if len(final) == len(valid) else scored(model, bits, final)
     print(json.dumps({"final": last, "symbols": step * how["symbols"], "parameters": parameters}))
+
+
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, value: Tensor) -> None:
+    """Makes an update of the loss `value`, whose gradient is clipped."""
+    optimizer.zero_grad()
+    scaler.scale(value).backward()
+    scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    scaler.step(optimizer)
+    scaler.update()
 
 
 def scored(model: nn.Module, bits: Callable, text: np.ndarray) -> float:

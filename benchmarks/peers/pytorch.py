@@ -1,4 +1,7 @@
-"""PyTorch's own layers (oneDNN on a CPU, cuDNN on a GPU) with its Adam."""
+"""PyTorch's own layers (oneDNN on a CPU, cuDNN on a GPU) with its Adam.
+
+On a GPU its autocast has an LSTM in float16, also where it is asked for bfloat16.
+"""
 
 from typing import Any
 

@@ -1,5 +1,6 @@
 """The quick form of every benchmark gives its rows."""
 
+import itertools
 import json
 import lzma
 import os
@@ -9,11 +10,16 @@ import sys
 import time
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks import agreement, equal_time, gpu, gpu_twins
 from benchmarks import rows as rows_lib
 from benchmarks.rows import Rows
+from charlstm.model.cells import lstm
+from charlstm.model.ops import matmul
 from tests import compiling
 from tests.conftest import ROOT
 
@@ -105,6 +111,37 @@ def test_each_side_of_a_comparison_runs_alone(peers):
     assert [row["contestant"] for row in quick("equal_time", "--only=ours")] == ["charlstm, configs/small.flags"]
     (alone,) = quick("equal_time", "--only=lstm")
     assert alone["contestant"] == "PyTorch nn.LSTM" and alone["seconds"] > 5
+
+
+def test_ours_has_a_logical_shard_a_device_in_equal_time(monkeypatch, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(command, **_):
+        flags = [word for word in command if word.startswith("--")]
+        raise Stop(flags.index("--logical_shards=0") - flags.index("--flagfile=configs/large.flags"))
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(equal_time.subprocess, "run", stop)
+    with pytest.raises(Stop) as stopped:
+        equal_time.ours(equal_time.write_parts(b"text", b"more", tmp_path), "configs/large.flags", 60, 0, [])
+    assert stopped.value.args[0] > 0, "the later of two wins"
+
+
+def test_a_loss_that_is_scaled_for_float16_makes_the_update_that_it_makes_unscaled():
+    torch = pytest.importorskip("torch", reason="the peers are not installed: make bench has its own environment")
+    from benchmarks.peers import equal_time as scripts
+
+    def after(scaled: bool):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu", enabled=scaled)
+        for scale in (0.01, 100.0):  # clipped or not
+            scripts.update(model, optimizer, scaler, scale * model(torch.ones(1, 3)).square().sum())
+        return [p.detach().numpy() for p in model.parameters()]
+
+    for a, b in zip(after(True), after(False), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -249,8 +286,11 @@ def test_the_status_of_the_gpus_suite_is_1_where_a_row_is_not_ok_and_the_last_li
 
 
 def test_the_parts_of_the_gpus_suite_have_eight_minutes_together(parts, monkeypatch):
-    alone = sum(gpu.SECONDS[part] for part in gpu.ALONE)
+    alone, every = sum(gpu.SECONDS[part] for part in gpu.ALONE), [*gpu.BESIDE, *gpu.ALONE]
     assert max(gpu.SECONDS[part] for part in gpu.BESIDE) + alone < gpu.MOST == 8 * 60
+    later = alone - gpu.SECONDS["large"]
+    assert gpu.deadline("large", every, 1000, 1480, 1) == 1480 - later  # what is left over, but for the later parts'
+    assert gpu.deadline("large", every, 1200, 1480, 1) == 1200 + gpu.SECONDS["large"]
     now, deadlines = [1000.0], []
 
     def takes(seconds):
@@ -262,14 +302,19 @@ def test_the_parts_of_the_gpus_suite_have_eight_minutes_together(parts, monkeypa
 
     monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: now[0]))
     parts({"tests": takes(400)}, {"update": takes(50), "sampling": takes(0)})
-    assert deadlines == [1000 + gpu.SECONDS["tests"], 1480, 1480]
+    assert deadlines == [1480 - gpu.SECONDS["update"] - gpu.SECONDS["sampling"], 1480, 1480]
 
 
-def test_a_program_of_the_gpus_suite_that_takes_too_long_is_ended(tmp_path):
-    command = ("timeit", "-n1", "-r1", "import time; time.sleep(60)")
+def python(statements: str) -> tuple[str, ...]:
+    """What `Programs` runs of these statements."""
+    return ("timeit", "-n1", "-r1", statements)
+
+
+def test_a_program_of_the_gpus_suite_that_takes_too_long_is_ended_and_what_it_said_kept(tmp_path):
     for run in ("run", "lines"):
-        programs = gpu.Programs(tmp_path, time.monotonic() + 1, True, {})
-        with pytest.raises(RuntimeError, match=r"took (longer than its part may|too long)"):
+        programs = gpu.Programs(tmp_path, time.monotonic() + 2, True, {})
+        with pytest.raises(RuntimeError, match=r"took (longer than its part may|too long): (.|\n)*half way"):
+            command = python("import sys, time; print('half way', file=sys.stderr, flush=True); time.sleep(60)")
             list(getattr(programs, run)(*command))
 
 
@@ -280,6 +325,87 @@ def test_a_program_of_the_gpus_suite_is_ended_where_its_reader_has_failed(tmp_pa
     lines.close()
     with pytest.raises(ChildProcessError):  # ended, and waited for
         os.waitpid(number, os.WNOHANG)
+
+
+def test_why_a_program_of_the_gpus_suite_failed_is_kept_before_a_long_traceback(tmp_path):
+    for run in ("run", "lines"):
+        programs = gpu.Programs(tmp_path, time.monotonic() + 60, True, {})
+        with pytest.raises(RuntimeError, match="no module of a peer"):
+            list(getattr(programs, run)(*python("raise ValueError('no module of a peer' + 2000 * '.')")))
+
+
+def test_a_program_of_the_gpus_suite_may_say_much_before_it_is_killed(tmp_path):
+    programs, there = gpu.Programs(tmp_path, time.monotonic() + 20, True, {}), tmp_path / "there"
+    say = f"import pathlib, sys, time; sys.stderr.write(10**6 * '.'); pathlib.Path({str(there)!r}).touch()"
+    programs.run(*python(f"{say}; time.sleep(99)"), until=there)
+    assert there.exists()
+
+
+def test_of_the_suite_a_gpu_is_given_the_files_that_have_tests_for_it_alone(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    given, said = [], []
+    programs = SimpleNamespace(quick=False, run=lambda *command, **_: given.extend(command) or "3 passed")
+    gpu.tests(programs, lambda **row: said.append(row))
+    files = [word for word in given if word.endswith(".py")]
+    assert {"tests/run/test_digest.py", "tests/model/ops/test_lstm_pallas.py"} < set(files)
+    assert all("mark.gpu" in (ROOT / file).read_text() for file in files) and "tests" not in given
+    assert said == [{"said": "3 passed"}]
+
+
+def test_runs_whose_kernels_were_timed_may_differ_and_those_of_fixed_kernels_may_not(tmp_path):
+    found = []
+    trained = itertools.count()
+    programs = SimpleNamespace(
+        folder=tmp_path,
+        machine={"platform": "gpu", "backends": "scan, fused"},
+        train=lambda *_, **__: {"state_digest": next(trained)},
+    )
+    gpu.bits(programs, lambda **row: found.append(row))
+    assert len(found) == len(gpu.RUNS) and not any(row["again"] or row["killed_and_resumed"] for row in found)
+    assert all(row["ok"] != row["fixed"] for row in found)
+
+
+def test_a_window_is_compiled_once_for_all_forget_biases(monkeypatch, tmp_path, capsys):
+    traced, recurrence = [], gpu_twins.backends()["scan"]
+    for name, value in {"T": 3, "B": 2, "H": 8, "CASES": [("plain", True)]}.items():
+        monkeypatch.setattr(gpu_twins, name, value)
+    monkeypatch.setattr(gpu_twins, "PRECISIONS", {"float32": gpu_twins.PRECISIONS["float32"]})
+    monkeypatch.setattr(gpu_twins, "backends", lambda: {"scan": lambda *a: traced.append(a) or recurrence(*a)})
+    with jax.enable_x64(True):
+        gpu_twins.reference(str(tmp_path / "reference.npz"))
+    gpu_twins.compare(str(tmp_path / "reference.npz"))
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["forget_bias"] for row in rows] == list(gpu_twins.FORGET_BIASES)
+    assert all(row["ok"] and row["gradient_error"] > 0 for row in rows) and len(traced) == 1
+
+
+def test_float32_has_room_for_the_last_digits_of_a_gpus_tanh_and_none_for_tf32(monkeypatch, tmp_path, capsys):
+    """A GPU's tanh is a quotient, and its quotients are 2 ulp off (PTX's div.full.f32)."""
+    for name, value in {"T": 8, "B": 4, "H": 64, "CASES": [("plain", False)]}.items():
+        monkeypatch.setattr(gpu_twins, name, value)
+    monkeypatch.setattr(gpu_twins, "PRECISIONS", {"float32": gpu_twins.PRECISIONS["float32"]})
+    path = str(tmp_path / "reference.npz")
+    with jax.enable_x64(True):
+        gpu_twins.reference(path)
+
+    def ok_with(tanh, dot=jnp.dot) -> list[bool]:
+        for module, changes in ((lstm, {"tanh": tanh}), (matmul, {"dot": dot})):
+            monkeypatch.setattr(module, "jnp", SimpleNamespace(**{**vars(jnp), **changes}))
+        gpu_twins.compare(path)
+        return [json.loads(line)["ok"] for line in capsys.readouterr().out.splitlines()]
+
+    def tf32(a):
+        return jax.lax.reduce_precision(a, exponent_bits=8, mantissa_bits=10)
+
+    assert all(ok_with(lambda x: jnp.tanh(x) * np.float32(1 - 2**-23)))  # 2 ulp next to 1
+    assert not any(ok_with(jnp.tanh, lambda a, b, **k: jnp.dot(tf32(a), tf32(b), **k)))
+
+
+def test_flax_is_timed_where_there_is_no_haiku():
+    for library in ("flax", "optax"):
+        pytest.importorskip(library, reason="the peers are not installed: make bench has its own environment")
+    hidden = "import sys; sys.modules['haiku'] = None; from benchmarks.peers.autodiff import flax"
+    subprocess.run([sys.executable, "-c", hidden], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -1,7 +1,7 @@
 """The window by a product and a kernel a symbol: what the loop of lstm.py gives, its values and its gradients.
 
-The kernels' blocks are run one after the other by JAX, and by Mosaic's interpreter where this JAX has one; where there
-is a GPU for them, it runs them as they are.
+The kernels' blocks are run one after the other by JAX, and on a CPU by Mosaic's interpreter where this JAX has one;
+where there is a GPU for them, it runs them as they are.
 """
 
 import itertools
@@ -94,6 +94,8 @@ def machine(request, monkeypatch):
     elif request.param == "interpreted":
         if not hasattr(mosaic_gpu, "InterpretGPUParams"):
             pytest.skip(f"JAX {jax.__version__} has no interpreter of Mosaic's kernels")
+        if jax.default_backend() != "cpu":
+            pytest.skip("the interpreter runs kernels on a CPU")
         with mosaic_gpu.force_gpu_interpret_mode(mosaic_gpu.InterpretGPUParams()):
             yield request.param
     else:
