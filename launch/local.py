@@ -75,8 +75,8 @@ class Job(ChildProcesses):
         super().__init__()
         self._chosen, self._log_dir = chosen, log_dir
         self._stopped: dict[int, float] = {}  # pid -> since when
-        coordinator, pumps = f"127.0.0.1:{_free_port()}", []
-        devices = _devices(chosen)
+        self._pumps = list[threading.Thread]()
+        coordinator, devices = f"127.0.0.1:{_free_port()}", _devices(chosen)
         for number in range(chosen.processes):
             own = [f"--coordinator={coordinator}", f"--num_processes={chosen.processes}", f"--process_id={number}"]
             process = self.start(
@@ -87,10 +87,8 @@ class Job(ChildProcesses):
                 text=True,
                 errors="replace",
             )
-            pumps.append(threading.Thread(target=self._pump, args=(number, process)))
-        self._pumps = pumps
-        for pump in pumps:  # no thread runs while a process is forked
-            pump.start()
+            self._pumps.append(threading.Thread(target=self._pump, args=(number, process)))
+            self._pumps[-1].start()
 
     def _pump(self, number: int, process: subprocess.Popen) -> None:
         """Copies the output of a process to the terminal and to its file."""

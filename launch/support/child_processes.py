@@ -1,19 +1,18 @@
 """Starts child processes that receive the signals sent to this program, and die with it."""
 
 import contextlib
-import ctypes
-import functools
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from data_pipeline import signals
-from launch.support import cli
 
 TRAIN = (sys.executable, "-m", "launch.train")
+DIE_WITH = (sys.executable, "-IS", str(Path(__file__).with_name("die_with.py")))
 
 
 class ChildProcesses:
@@ -36,8 +35,8 @@ class ChildProcesses:
 
     def start(self, command: Sequence[str], **options: Any) -> subprocess.Popen:
         """Starts a child, in a session of its own: Ctrl-C comes to this program alone, which passes it on."""
-        on_start = functools.partial(_die_with, os.getpid())
-        self.started.append(subprocess.Popen(command, start_new_session=True, preexec_fn=on_start, **options))
+        whole = [*DIE_WITH, str(os.getpid()), *command]
+        self.started.append(subprocess.Popen(whole, start_new_session=True, **options))
         return self.started[-1]
 
     def send(self, number: int) -> None:
@@ -61,12 +60,3 @@ class ChildProcesses:
 
         with signals.reacting(pass_on):
             yield
-
-
-def _die_with(parent: int) -> None:
-    """Runs in a child: unblocks signals, and has the kernel kill it when `parent`, this program, dies (Linux only)."""
-    signals.unblock()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it died before the call
-        os._exit(cli.LOST)

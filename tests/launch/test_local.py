@@ -140,14 +140,8 @@ def test_a_terminal_shows_the_live_line_of_the_first_process_as_wide_as_it_is(ar
 def instead(monkeypatch):
     """Has the jobs of this process run a program instead of launch.train."""
 
-    def start(job: local.Job, command: list[str], **options) -> subprocess.Popen:
-        # Without code of ours in the child before it runs the program: JAX may have started threads here.
-        job.started.append(subprocess.Popen(command, start_new_session=True, **options))
-        return job.started[-1]
-
     def of(program: str) -> None:
         monkeypatch.setattr(local, "TRAIN", (sys.executable, "-c", program))
-        monkeypatch.setattr(local.Job, "start", start)
 
     return of
 
