@@ -43,7 +43,7 @@ SAY := printf '%s\n'
 NO_PACKAGES := the packages could not be installed: see above.  With the network and some 2 GB of disk there, type make again.
 NO_VENV := the environment $(VENV) could not be made: see above.  With some 2 GB of free disk there, type make again.
 OTHERS := onnx onnxruntime openai flair tensorboard
-BENCHMARKS := train_step sampling end_to_end input remote readers parts scaling agreement
+BENCHMARKS := train_step sampling end_to_end input remote readers parts scaling agreement restore
 
 # Before an environment of another Python is removed.
 define REFUSE_PYTHON

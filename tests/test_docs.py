@@ -111,6 +111,7 @@ PROGRAMS += [
         "input",
         "scaling",
         "agreement",
+        "restore",
         "gpu",
         "equal_time",
         "parts",

@@ -192,7 +192,8 @@ def test_only_launch_writes_the_environment():
 
 
 def test_every_program_of_the_library_is_compiled_with_its_options():
-    integers = {"charlstm.run.digest", "charlstm.run.replicas"}  # have the same sums however they are divided
+    # Sums of integers are the same however they are divided.
+    integers = {"charlstm.run.array_files", "charlstm.run.digest", "charlstm.run.replicas"}
     within = {"charlstm.model.ops.lstm_pallas", "charlstm.model.ops.compiler"}
     for path in files():
         if not module_name(path).startswith("charlstm.") or module_name(path) in integers | within:
@@ -276,3 +277,10 @@ def test_the_training_loop_is_under_40_lines_of_code():
     tree = ast.parse((ROOT / "charlstm" / "run" / "loop.py").read_text("utf-8"))
     loop = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "train_from")
     assert (loop.end_lineno or 0) - loop.body[1].lineno < 40
+
+
+def test_nothing_of_ours_runs_in_a_fork():
+    for path in files():
+        called = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Call)]
+        given = {keyword.arg for call in called for keyword in call.keywords}
+        assert "preexec_fn" not in given and "os.fork" not in attributes(path), path

@@ -5,12 +5,15 @@ second, and most programs only read.
 
     <directory>/<item>/...      one field of the state: its leaves, by name
 
-Of an array that lies whole on every device one copy is written, the one on the mesh's first device, by the process that
-has it.  By default Orbax writes a slice of each copy: where the copies differ, that is an array which no device holds.
+An item whose arrays are split by rows over the devices has one file of each process (`row_files`): Orbax would make
+three and two directories.  Of an array that lies whole on every device one copy is written, the one on the mesh's first
+device, by the process that has it.  By default Orbax writes a slice of each copy: where the copies differ, that is an
+array which no device holds.
 """
 
 import asyncio
 import contextlib
+import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,10 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tensorstore
+from jax import lax
 
 from charlstm import distributed
+from charlstm.run import row_files
 from charlstm.run.digest import host_digest, named_leaves
 
 if TYPE_CHECKING:
@@ -45,14 +51,18 @@ def start_writing(directory: Path, trees: dict[str, Any]) -> Callable[[], None]:
     import orbax.checkpoint as ocp
     from etils import epath
 
-    writes, failures = list[Any](), list[Exception]()
+    writes, failures = list[Callable[[], object]](), list[Exception]()
 
     def start() -> None:
         with contextlib.closing(asyncio.new_event_loop()) as loop:
             for item, leaves in named_items(trees).items():
-                os.stat(directory / item)  # the first process has made it: what it does not see, it would not seal
-                saving = _handler().async_save(epath.Path(directory / item), args=ocp.args.PyTreeSave(leaves))
-                writes.extend(loop.run_until_complete(saving) or [])
+                place = directory / item
+                os.stat(place)  # the first process has made it: what it does not see, it would not seal
+                if all(map(_is_split, leaves.values())):
+                    writes.append(row_files.start_writing(place, leaves))
+                else:
+                    saving = _handler().async_save(epath.Path(place), args=ocp.args.PyTreeSave(leaves))
+                    writes.extend(write.result for write in loop.run_until_complete(saving) or [])
 
     try:
         _apart_from_event_loops(start)
@@ -62,7 +72,7 @@ def start_writing(directory: Path, trees: dict[str, Any]) -> Callable[[], None]:
     def wait() -> None:
         for write in writes:
             try:
-                write.result()
+                write()
             except distributed.FAILURES as error:
                 failures.append(error)
         if failures:
@@ -76,33 +86,91 @@ def finalize(directory: Path) -> None:
     from etils import epath
 
     for item in directory.iterdir():
-        _apart_from_event_loops(_handler().finalize, epath.Path(item))
+        if not row_files.are_in(item):
+            _apart_from_event_loops(_handler().finalize, epath.Path(item))
 
 
-def read(directory: Path, abstract: dict[str, Any], beat: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """The arrays of these items, with the shardings of `abstract`; each process reads what its own devices hold.
+def read(
+    directory: Path, abstract: dict[str, Any], beat: Callable[[], None] = lambda: None
+) -> Callable[[], dict[str, Any]]:
+    """Reads what this process reads of the arrays of these items, with the shardings of `abstract`.
+
+    That is what its own devices hold.  Of several processes each reads its share of the arrays that lie whole on every
+    device, and sends them to the others over the devices: a thousand processes that all read all of them would ask as
+    many times as much of the file system.
 
     Args:
-      beat: called after every array.
+      beat: called after every array, read or sent.
+
+    Returns:
+      What sends them and returns the arrays.  It meets the other processes in collectives: to be called when all of
+      them have read.
     """
-
-    def one(item: str, name: str, leaf: Any) -> jax.Array:
-        store, pieces = _open(directory / item, name), dict[str, np.ndarray]()
-
-        def piece(index: tuple[slice, ...] | None) -> np.ndarray:
-            key = str(index)
-            if key not in pieces:  # several devices may hold the same
-                pieces[key] = _result(item, (store if index is None else store[index]).read())
-            return pieces[key]
-
-        array = jax.make_array_from_callback(leaf.shape, leaf.sharding, piece)
+    wanted = {(item, name): leaf for item, tree in abstract.items() for name, leaf in named_leaves(tree).items()}
+    readers = _readers(wanted)
+    found = dict[tuple[str, str], Any]()
+    for (item, name), leaf in wanted.items():
+        reader = readers.get((item, name))
+        if reader is None:
+            found[item, name] = _read_by_devices(directory / item, name, leaf)
+        elif reader == distributed.process_number():
+            found[item, name] = _read(directory / item, name, leaf.dtype)
+            if (found[item, name].shape, found[item, name].dtype) != (leaf.shape, leaf.dtype):
+                raise ValueError(f"{item}.{name} is not of the shape and type that its seal names")
         beat()
-        return array
 
-    return {
-        item: jax.tree.unflatten(jax.tree.structure(tree), [one(item, *leaf) for leaf in named_leaves(tree).items()])
-        for item, tree in abstract.items()
-    }
+    def send() -> dict[str, Any]:
+        for place in readers:
+            found[place] = _send(found.get(place), wanted[place])
+            beat()
+        return {
+            item: jax.tree.unflatten(jax.tree.structure(tree), [found[item, name] for name in named_leaves(tree)])
+            for item, tree in abstract.items()
+        }
+
+    return send
+
+
+def _readers(wanted: dict[tuple[str, str], Any]) -> dict[tuple[str, str], int]:
+    """The process that reads each array which lies whole on every device, the largest dealt out first; {} for one."""
+    if not distributed.is_one_of_several():
+        return {}
+    whole = [place for place, leaf in wanted.items() if leaf.sharding.is_fully_replicated]
+    dealt = sorted(whole, key=lambda place: (-wanted[place].size * wanted[place].dtype.itemsize, place))
+    return {place: number % distributed.number_of_processes() for number, place in enumerate(dealt)}
+
+
+def _read_by_devices(item: Path, name: str, leaf: Any) -> jax.Array:
+    pieces = dict[str, np.ndarray]()
+
+    def piece(index: tuple[slice, ...] | None) -> np.ndarray:
+        key = str(index)
+        if key not in pieces:  # several devices may hold the same
+            pieces[key] = _read(item, name, leaf.dtype, index or ())
+        return pieces[key]
+
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, piece)
+
+
+def _send(array: np.ndarray | None, leaf: Any) -> jax.Array:
+    """The array that one process has read, whole on every device; the others give None.
+
+    Its bits are added, as integers, to the zeros that all devices but one give: -0.0 + 0.0 would be 0.0.
+    """
+    mesh, bits = distributed.mesh_of(leaf), np.dtype(f"u{leaf.dtype.itemsize}")
+    own = np.zeros((len(mesh.local_devices), *leaf.shape), bits)
+    if array is not None:
+        own[0] = array.view(bits)
+    return _summed_bits(leaf.sharding, leaf.dtype)(distributed.put(mesh, distributed.BY_STREAM, own))
+
+
+@functools.cache
+def _summed_bits(sharding: Any, dtype: np.dtype) -> Callable[[jax.Array], jax.Array]:
+    def summed(parts: jax.Array) -> jax.Array:
+        bits = jnp.sum(parts, axis=0, dtype=parts.dtype)
+        return bits.astype(dtype) if dtype == jnp.bool_ else lax.bitcast_convert_type(bits, dtype)
+
+    return jax.jit(summed, out_shardings=sharding)
 
 
 def check(directory: Path, arrays: dict[str, dict[str, Any]], beat: Callable[[], None] = lambda: None) -> None:
@@ -112,25 +180,31 @@ def check(directory: Path, arrays: dict[str, dict[str, Any]], beat: Callable[[],
     """
     for full_name, expected in arrays.items():
         item, _, name = full_name.partition(".")
-        array = _result(item, _open(directory / item, name).read())
+        array = _read(directory / item, name, jnp.dtype(expected["dtype"]))
         found = {"dtype": str(array.dtype), "shape": list(array.shape), "digest": host_digest(array)}
         if found != expected:
             raise ValueError(f"{full_name} is {found} and not {expected}")
         beat()
 
 
-def _open(item: Path, name: str) -> Any:
-    kvstore = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{item}/"}, "path": f"{name}/"}
-    return _result(item.name, tensorstore.open({"driver": "auto", "kvstore": kvstore}, read=True))
-
-
-def _result(item: str, future: Any) -> Any:
+def _read(item: Path, name: str, dtype: np.dtype, index: tuple[slice, ...] = ()) -> np.ndarray:
+    """An array, or the part at `index`; split by rows, it is taken to be of `dtype`."""
     try:
-        return future.result()
+        if row_files.are_in(item):
+            rows, *rest = index or (slice(None),)
+            return row_files.read(item, name, dtype, rows.start or 0, rows.stop)[:, *rest]
+        kvstore = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{item}/"}, "path": f"{name}/"}
+        store = tensorstore.open({"driver": "auto", "kvstore": kvstore}, read=True).result()
+        return store[index].read().result()
     except distributed.FAILURES:
         raise
     except Exception as error:  # of any kind: a process that went its own way would leave the others waiting
-        raise ValueError(f"{item} cannot be read ({type(error).__name__}: {error})") from error
+        raise ValueError(f"{item.name} cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _is_split(leaf: Any) -> bool:
+    """True if the devices hold its rows, not all of it."""
+    return leaf.sharding.spec == distributed.BY_STREAM
 
 
 def refuse_other_arrays(checkpoint: str, held: dict[str, Any], wanted: dict[str, Any]) -> None:

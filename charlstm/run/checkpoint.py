@@ -2,6 +2,7 @@
 
     checkpoints/<step>/checkpoint.json     the seal: identity, metric, digest of each array, sha256 of each file
                        params/...  opt_state/...  and all the rest: the arrays as Orbax writes them
+                       recurrent_state/rows/      the state of the streams, a file of each process
                 <step>.saving...           not finished; finished or deleted when a writer opens the directory again
                 <step>.corrupt-*           failed verification; kept, never read
                 <step>.abandoned-*         later than the step that the run went back to; kept, never read
@@ -286,12 +287,12 @@ class Checkpoints:
         held = {name: array for name, array in meta["arrays"].items() if name.partition(".")[0] in trees}
         array_files.refuse_other_arrays(f"checkpoint {step} in {self._files.path}", held, describe(trees))
         try:
-            restored = distributed.run_on_all(lambda: array_files.read(self._files.step(step), trees, self._files.beat))
+            send = distributed.run_on_all(lambda: array_files.read(self._files.step(step), trees, self._files.beat))
         except distributed.FAILURES:
             if distributed.is_one_of_several():
                 self._files.read_by_all(step, trees, distributed.all_gather_str)
             raise
-        wrong = ""
+        restored, wrong = send(), ""
         for name, digest in quick_digests(restored).items():
             if digest != held[name]["digest"]:
                 wrong = f"{name} has digest {digest}, {held[name]['digest']} was saved"

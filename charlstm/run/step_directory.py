@@ -15,7 +15,8 @@ from charlstm.config import SCORE_SETTINGS
 from charlstm.run.sealing import ALONE, Damaged, read_meta, verify
 from data_pipeline.atomic_files import sync
 
-FORMAT = 4
+FORMAT = 5
+READABLE = (4, FORMAT)  # 4 has the recurrent state as Orbax writes it
 _STEP = re.compile(r"0|[1-9][0-9]*")
 _LEFTOVER = re.compile(r"(0|[1-9][0-9]*)\.(saving|removed).*")
 _WHOLE, _OTHER_FORMAT, _DAMAGED, _UNREAD = range(4)  # what a process finds of a step; the worst counts for all
@@ -119,7 +120,7 @@ class StepDirectory:
         """
         place = self.step(step)
         meta = read_meta(place) if items is None else verify(place, items, share, self.beat)
-        if meta["format"] != FORMAT:
+        if meta["format"] not in READABLE:
             raise OtherFormat(
                 f"checkpoint {step} in {self.path} has format {meta['format']} and this version reads {FORMAT}: use "
                 "the version that wrote it"

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -203,6 +204,15 @@ def test_agreements_of_processes_are_counted_and_timed():
 def test_a_line_through_less_than_two_counts_of_processes_is_refused_before_they_start():
     with pytest.raises(SystemExit, match="--most=3: a line needs two counts of processes: use 4 or more"):
         agreement.run(Rows("agreement"), quick=False, most=3, agreements=1, rounds=1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the kernel does not count what a process reads")
+def test_what_processes_read_of_a_checkpoint_is_counted_and_timed():
+    rows = quick("restore")
+    assert [(row["processes"], row["arrays"]) for row in rows] == [(1, "dealt"), (2, "dealt"), (2, "whole")]
+    alone, dealt, whole = (row["megabytes_of_all"] for row in rows)
+    assert alone < dealt < whole
+    assert all(row["seconds"] > 0 for row in rows)
 
 
 def test_every_reader_is_timed_beside_its_bare_decoder():

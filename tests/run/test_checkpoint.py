@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from charlstm.run import sealing
+from charlstm.run import array_files, sealing
 from charlstm.run.checkpoint import Checkpoints
 from charlstm.types import CellParams, CellState, DivergenceState, ModelParams, PlateauState, TrainState
 
@@ -311,9 +311,20 @@ def test_another_format_is_refused_and_never_taken_for_damage(tmp_path):
     rewrite_seal(tmp_path / "2", lambda meta: meta.update(format=99))
     with Checkpoints(tmp_path, log=print) as checkpoints:
         for ask in (checkpoints.read_meta, lambda: checkpoints.restore(abstract_state())):
-            with pytest.raises(ValueError, match="format 99 and this version reads 4"):
+            with pytest.raises(ValueError, match="format 99 and this version reads 5"):
                 ask()
     assert names(tmp_path) == ["1", "2"]
+
+
+def test_a_checkpoint_whose_recurrent_state_orbax_has_written_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(array_files, "_is_split", lambda leaf: False)  # as in format 4
+    save_all(tmp_path, 1)
+    monkeypatch.undo()
+    assert (tmp_path / "1/recurrent_state/manifest.ocdbt").exists()
+    rewrite_seal(tmp_path / "1", lambda meta: meta.update(format=4))
+    with Checkpoints(tmp_path, log=print) as checkpoints:
+        for devices in (1, 8):
+            assert bits(checkpoints.restore(abstract_state(devices))[0]) == bits(host_state(1))
 
 
 def test_what_a_kill_left_unfinished_is_removed_by_the_next_writer_only(tmp_path):

@@ -79,7 +79,7 @@ import json, sys
 from pathlib import Path
 import jax, numpy as np
 from charlstm import distributed
-from charlstm.run import sealing
+from charlstm.run import array_files, sealing
 from charlstm.run.checkpoint import Checkpoints
 from charlstm.types import TrainState
 from tests.run.test_checkpoint import IDENTITY, abstract_state, host_state, shardings
@@ -87,10 +87,15 @@ from tests.run.test_checkpoint import IDENTITY, abstract_state, host_state, shar
 index, port, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 distributed.join(f"127.0.0.1:{port}", 2, index, 60)
 hashed, sha256 = [], sealing._sha256
+opened, read_array = [], array_files._read
 
 def counted(file, beat=lambda: None):
     hashed.append(str(Path(file.name).relative_to(folder)))
     return sha256(file, beat)
+
+def noted(item, name, *rest):
+    opened.append(f"{item.name}.{name}")
+    return read_array(item, name, *rest)
 
 def place(sharding, tree):
     return jax.tree.map(
@@ -99,12 +104,14 @@ def place(sharding, tree):
 
 def restored():
     hashed.clear()
+    opened.clear()
     state, meta = checkpoints.restore(abstract_state(2, 1))
     expected = jax.tree.leaves(host_state(meta["step"], 1))
     for leaf, whole in zip(jax.tree.leaves(state), expected, strict=True):
         for shard in leaf.addressable_shards:
             assert np.asarray(shard.data).tobytes() == np.asarray(whole[shard.index]).tobytes()
-    print(json.dumps({"step": meta["step"], "hashed": hashed}), flush=True)
+    found = {"step": meta["step"], "arrays": len(meta["arrays"]), "hashed": hashed, "opened": opened}
+    print(json.dumps(found), flush=True)
 
 def damage(step, process):
     # The last file of the share of that process.
@@ -116,7 +123,7 @@ with Checkpoints(folder, log=lambda line: print(line, flush=True)) as checkpoint
     for step in (1, 2, 3):
         checkpoints.save(TrainState(*map(place, shardings(2), host_state(step, 1))), IDENTITY, None)
     checkpoints.wait()
-    sealing._sha256 = counted
+    sealing._sha256, array_files._read = counted, noted
     restored()
     for step, process in ((3, 1), (2, 0)):
         distributed.run_on_first(lambda: damage(step, process))
@@ -124,7 +131,7 @@ with Checkpoints(folder, log=lambda line: print(line, flush=True)) as checkpoint
 """
 
 
-def test_two_processes_verify_half_each_and_a_damaged_file_in_the_share_of_one_decides_for_both(tmp_path):
+def test_two_processes_verify_and_read_half_each_and_a_damaged_file_in_the_share_of_one_decides_for_both(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -143,9 +150,16 @@ def test_two_processes_verify_half_each_and_a_damaged_file_in_the_share_of_one_d
     assert [found["step"] for found in of_each[0]] == [found["step"] for found in of_each[1]] == [3, 2, 1]
     of_arrays = [[name for name in found[0]["hashed"] if name.count("/") > 2] for found in of_each]
     assert min(map(len, of_arrays)) > 9 and not set(of_arrays[0]) & set(of_arrays[1])
+    opened = [set(found[0]["opened"]) for found in of_each]
+    both = opened[0] & opened[1]  # each reads its own rows
+    assert both == {name for name in opened[0] | opened[1] if name.startswith("recurrent_state.")} != set()
+    assert min(len(opened[0] - both), len(opened[1] - both)) > 9
+    assert len(opened[0] | opened[1]) == of_each[0][0]["arrays"]
     third = next((tmp_path / "checkpoints").glob("3.corrupt-*"))
-    files = [path for pattern in ("d/*", "ocdbt.process_*/manifest*") for path in third.rglob(pattern)]
+    files = [path for pattern in ("d/*", "ocdbt.process_*/manifest*", "*.npz") for path in third.rglob(pattern)]
     assert sorted(of_arrays[0] + of_arrays[1]) == sorted(f"3/{path.relative_to(third)}" for path in files)
+    assert sorted(path.name for path in third.rglob("*.npz")) == ["000000000.npz", "000000004.npz"]
+    assert {path.name for path in third.rglob("ocdbt.process_*")} == {"ocdbt.process_0"}
     for said in lines:
         damaged = [line for line in said if " is damaged: " in line]
         assert ["checkpoint 3" in damaged[0], "checkpoint 2" in damaged[1]] == [True, True]
