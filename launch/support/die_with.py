@@ -1,7 +1,7 @@
 """Becomes a command that dies with the program which has started it: `python -IS die_with.py PARENT COMMAND ...`.
 
-A program of its own, since the one that starts it has threads, those of JAX among them: what runs in its fork before the
-command may wait for ever for a lock that one of them held.
+A program of its own, since the one that starts it has threads, those of JAX among them: what runs in its fork before
+the command may wait for ever for a lock that one of them held.
 """
 
 import contextlib
