@@ -167,9 +167,14 @@ def test_the_rate_of_awd_lstm_falls_to_a_tenth_twice(name, rate, windows, epochs
             assert schedule(jnp.int32(update), plateau.start()) == pytest.approx(rate / 10**times, rel=1e-5)
 
 
-def test_the_space_around_char_rnns_recipe_has_the_recipe_in_it():
+@pytest.mark.parametrize("name", [path.name.partition(".")[0] for path in (ROOT / "configs").glob("*.space.toml")])
+def test_a_space_has_the_settings_that_its_study_begins_with_in_it(name):
+    space, config = search_space.read(str(ROOT / "configs" / f"{name}.space.toml"), recipe(name)), recipe(name)
+    assert search_space.own_values(space, config).keys() == space.drawn.keys()
+
+
+def test_the_space_around_char_rnns_recipe_leaves_its_size_as_it_is():
     config = recipe("tinyshakespeare")
     space = search_space.read(str(ROOT / "configs" / "tinyshakespeare.space.toml"), config)
-    assert search_space.own_values(space, config).keys() == space.drawn.keys()
     assert not space.fitted and not space.drawn.keys() & {"hidden_size", "num_layers", "cell", "batch_size", "window"}
     assert estimate.count_parameters(config, 65) == 240_321
