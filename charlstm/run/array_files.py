@@ -132,10 +132,15 @@ def read(
 
 
 def _readers(wanted: dict[tuple[str, str], Any]) -> dict[tuple[str, str], int]:
-    """The process that reads each array which lies whole on every device, the largest dealt out first; {} for one."""
-    if not distributed.is_one_of_several():
-        return {}
-    whole = [place for place, leaf in wanted.items() if leaf.sharding.is_fully_replicated]
+    """The process that reads each array which lies whole on devices of several, the largest dealt out first.
+
+    What lies on a process's own devices alone, as of a model that each of them loads, it reads by itself.
+    """
+
+    def is_dealt(sharding: Any) -> bool:
+        return sharding.is_fully_replicated and not sharding.is_fully_addressable
+
+    whole = [place for place, leaf in wanted.items() if is_dealt(leaf.sharding)]
     dealt = sorted(whole, key=lambda place: (-wanted[place].size * wanted[place].dtype.itemsize, place))
     return {place: number % distributed.number_of_processes() for number, place in enumerate(dealt)}
 
