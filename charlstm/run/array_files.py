@@ -5,7 +5,7 @@ second, and most programs only read.
 
     <directory>/<item>/...      one field of the state: its leaves, by name
 
-An item whose arrays are split by rows over the devices has one file of each process (`row_files`): Orbax would make
+The state of the streams, which the devices divide by rows, has one file of each process (`row_files`): Orbax would make
 three and two directories.  Of an array that lies whole on every device one copy is written, the one on the mesh's first
 device, by the process that has it.  By default Orbax writes a slice of each copy: where the copies differ, that is an
 array which no device holds.
@@ -33,6 +33,7 @@ from charlstm.run.digest import host_digest, named_leaves
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
+BY_ROWS = "recurrent_state"  # not told by its sharding: an update on one device returns it as whole
 Result = TypeVar("Result")
 
 
@@ -58,7 +59,7 @@ def start_writing(directory: Path, trees: dict[str, Any]) -> Callable[[], None]:
             for item, leaves in named_items(trees).items():
                 place = directory / item
                 os.stat(place)  # the first process has made it: what it does not see, it would not seal
-                if all(map(_is_split, leaves.values())):
+                if item == BY_ROWS:
                     writes.append(row_files.start_writing(place, leaves))
                 else:
                     saving = _handler().async_save(epath.Path(place), args=ocp.args.PyTreeSave(leaves))
@@ -121,7 +122,7 @@ def read(
 
     def send() -> dict[str, Any]:
         for place in readers:
-            found[place] = _send(found.get(place), wanted[place])
+            found[place] = jax.block_until_ready(_send(found.get(place), wanted[place]))  # one at a time in memory
             beat()
         return {
             item: jax.tree.unflatten(jax.tree.structure(tree), [found[item, name] for name in named_leaves(tree)])
@@ -205,11 +206,6 @@ def _read(item: Path, name: str, dtype: np.dtype, index: tuple[slice, ...] = ())
         raise
     except Exception as error:  # of any kind: a process that went its own way would leave the others waiting
         raise ValueError(f"{item.name} cannot be read ({type(error).__name__}: {error})") from error
-
-
-def _is_split(leaf: Any) -> bool:
-    """True if the devices hold its rows, not all of it."""
-    return leaf.sharding.spec == distributed.BY_STREAM
 
 
 def refuse_other_arrays(checkpoint: str, held: dict[str, Any], wanted: dict[str, Any]) -> None:
