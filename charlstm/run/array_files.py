@@ -96,8 +96,8 @@ def read(
 ) -> Callable[[], dict[str, Any]]:
     """Reads what this process reads of the arrays of these items, with the shardings of `abstract`.
 
-    That is what its own devices hold.  Of several processes each reads its share of the arrays that lie whole on every
-    device, and sends them to the others over the devices: a thousand processes that all read all of them would ask as
+    That is what its own devices hold.  Of several processes each reads its share of the arrays that lie whole on all
+    their devices, and sends them to the others over these: a thousand processes that all read all of them would ask as
     many times as much of the file system.
 
     Args:
