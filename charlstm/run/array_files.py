@@ -5,7 +5,7 @@ second, and most programs only read.
 
     <directory>/<item>/...      one field of the state: its leaves, by name
 
-An item whose arrays are split by rows over the devices has one file of each process (`row_files`): Orbax would make
+The state of the streams, which the devices divide by rows, has one file of each process (`row_files`): Orbax would make
 three and two directories.  Of an array that lies whole on every device one copy is written, the one on the mesh's first
 device, by the process that has it.  By default Orbax writes a slice of each copy: where the copies differ, that is an
 array which no device holds.
@@ -33,6 +33,7 @@ from charlstm.run.digest import host_digest, named_leaves
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
+BY_ROWS = "recurrent_state"  # not told by its sharding: an update on one device returns it as whole
 Result = TypeVar("Result")
 
 
@@ -58,7 +59,7 @@ def start_writing(directory: Path, trees: dict[str, Any]) -> Callable[[], None]:
             for item, leaves in named_items(trees).items():
                 place = directory / item
                 os.stat(place)  # the first process has made it: what it does not see, it would not seal
-                if all(map(_is_split, leaves.values())):
+                if item == BY_ROWS:
                     writes.append(row_files.start_writing(place, leaves))
                 else:
                     saving = _handler().async_save(epath.Path(place), args=ocp.args.PyTreeSave(leaves))
@@ -95,8 +96,8 @@ def read(
 ) -> Callable[[], dict[str, Any]]:
     """Reads what this process reads of the arrays of these items, with the shardings of `abstract`.
 
-    That is what its own devices hold.  Of several processes each reads its share of the arrays that lie whole on every
-    device, and sends them to the others over the devices: a thousand processes that all read all of them would ask as
+    That is what its own devices hold.  Of several processes each reads its share of the arrays that lie whole on all
+    their devices, and sends them to the others over these: a thousand processes that all read all of them would ask as
     many times as much of the file system.
 
     Args:
@@ -121,7 +122,7 @@ def read(
 
     def send() -> dict[str, Any]:
         for place in readers:
-            found[place] = _send(found.get(place), wanted[place])
+            found[place] = jax.block_until_ready(_send(found.get(place), wanted[place]))  # one at a time in memory
             beat()
         return {
             item: jax.tree.unflatten(jax.tree.structure(tree), [found[item, name] for name in named_leaves(tree)])
@@ -132,10 +133,15 @@ def read(
 
 
 def _readers(wanted: dict[tuple[str, str], Any]) -> dict[tuple[str, str], int]:
-    """The process that reads each array which lies whole on every device, the largest dealt out first; {} for one."""
-    if not distributed.is_one_of_several():
-        return {}
-    whole = [place for place, leaf in wanted.items() if leaf.sharding.is_fully_replicated]
+    """The process that reads each array which lies whole on devices of several, the largest dealt out first.
+
+    What lies on a process's own devices alone, as of a model that each of them loads, it reads by itself.
+    """
+
+    def is_dealt(sharding: Any) -> bool:
+        return sharding.is_fully_replicated and not sharding.is_fully_addressable
+
+    whole = [place for place, leaf in wanted.items() if is_dealt(leaf.sharding)]
     dealt = sorted(whole, key=lambda place: (-wanted[place].size * wanted[place].dtype.itemsize, place))
     return {place: number % distributed.number_of_processes() for number, place in enumerate(dealt)}
 
@@ -200,11 +206,6 @@ def _read(item: Path, name: str, dtype: np.dtype, index: tuple[slice, ...] = ())
         raise
     except Exception as error:  # of any kind: a process that went its own way would leave the others waiting
         raise ValueError(f"{item.name} cannot be read ({type(error).__name__}: {error})") from error
-
-
-def _is_split(leaf: Any) -> bool:
-    """True if the devices hold its rows, not all of it."""
-    return leaf.sharding.spec == distributed.BY_STREAM
 
 
 def refuse_other_arrays(checkpoint: str, held: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@
                 <step>.corrupt-*           failed verification; kept, never read
                 <step>.abandoned-*         later than the step that the run went back to; kept, never read
 
-Orbax copies the arrays and writes them in the background.  This module, not Orbax's manager, decides which steps exist:
+The arrays are copied, and written in the background.  This module, not Orbax's manager, decides which steps exist:
 the manager lists a step by its name alone, reports a failed save as a success, skips saves after a return to an older
 step, and silently restores a flipped bit.  A step is sealed first and then named by one rename, so a process may be
 killed at any point.

@@ -51,7 +51,7 @@ def read(directory: Path, name: str, dtype: np.dtype, start: int = 0, stop: int 
     for path, following in zip(files, [*files[1:], None], strict=True):
         first = int(path.stem)
         if (stop is None or first < stop) and (following is None or start < int(following.stem)):
-            with np.load(path) as held:
+            with open(path, "rb") as file, np.load(file) as held:  # given a path, NumPy leaves a damaged file open
                 pieces.append(held[name][max(0, start - first) : None if stop is None else stop - first])
     return np.concatenate(pieces).view(dtype)
 

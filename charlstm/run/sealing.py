@@ -110,8 +110,8 @@ def verify(
 def shared(sizes: dict[str, int], number: int, count: int) -> list[str]:
     """The files, given with their sizes, that process `number` of `count` verifies, so that all are verified by one.
 
-    What describes an item, at its top, every process reads whole anyway, and verifies.  The rest, which holds the
-    arrays, is dealt out, the largest first; what a process reads of another's share, its arrays' digests verify.
+    What describes an item, at its top, is small, and every process verifies it.  The rest, which holds the arrays, is
+    dealt out, the largest first; what a process reads of another's share, its arrays' digests verify.
     """
     descriptions = [name for name in sizes if name.count("/") < 2]
     rest = sorted((name for name in sizes if name.count("/") >= 2), key=lambda name: (-sizes[name], name))

@@ -5,6 +5,7 @@ import os
 import re
 import select
 import signal
+import subprocess
 import sys
 import termios
 
@@ -13,7 +14,7 @@ import pytest
 from charlstm.run.services import HEARTBEATS, write_heartbeat
 from charlstm.run.step_directory import StepDirectory
 from launch import local, train
-from launch.support import cli
+from launch.support import child_processes, cli
 from launch.support.flags import Help
 from tests.jobs import STEPS, alive, children, has_saved, job, last_line, wait_for
 from tests.launch.conftest import SMALL, process, refusal
@@ -80,6 +81,12 @@ def test_no_process_outlives_a_job_that_is_killed(job_flags, tmp_path):
         left = children(running.pid)
         running.kill()
         wait_for(lambda: not any(map(alive, left)))  # which fails where they live on
+
+
+def test_a_process_whose_job_is_gone_before_it_begins_does_not_begin():
+    gone = [*child_processes.DIE_WITH, "0", sys.executable, "-c", "print('begun')"]
+    ended = subprocess.run(gone, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (cli.LOST, "", "")
 
 
 @pytest.mark.parametrize(

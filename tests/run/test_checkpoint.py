@@ -1,5 +1,6 @@
 """What a checkpoint is given comes back bit for bit, on any devices; which steps there are follows from the saves."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -317,7 +318,7 @@ def test_another_format_is_refused_and_never_taken_for_damage(tmp_path):
 
 
 def test_a_checkpoint_whose_recurrent_state_orbax_has_written_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(array_files, "_is_split", lambda leaf: False)  # as in format 4
+    monkeypatch.setattr(array_files, "BY_ROWS", "")  # as in format 4
     save_all(tmp_path, 1)
     monkeypatch.undo()
     assert (tmp_path / "1/recurrent_state/manifest.ocdbt").exists()
@@ -325,6 +326,43 @@ def test_a_checkpoint_whose_recurrent_state_orbax_has_written_is_read(tmp_path, 
     with Checkpoints(tmp_path, log=print) as checkpoints:
         for devices in (1, 8):
             assert bits(checkpoints.restore(abstract_state(devices))[0]) == bits(host_state(1))
+
+
+def test_the_recurrent_state_that_one_device_has_whole_is_written_by_rows_too(tmp_path):
+    state = make_state(1, devices=1)
+    whole = jax.device_put(state.recurrent_state, state.step.sharding)  # as an update on one device returns it
+    with Checkpoints(tmp_path, log=print) as checkpoints:
+        checkpoints.save(state._replace(recurrent_state=whole), IDENTITY, None)
+        checkpoints.wait()
+        assert names(tmp_path / "1/recurrent_state") == ["rows"]
+        assert bits(checkpoints.restore(abstract_state(8))[0]) == bits(host_state(1))
+
+
+def test_of_arrays_that_are_sent_each_has_arrived_before_the_beat_that_says_so(tmp_path, monkeypatch):
+    save_all(tmp_path, 1)
+    happened, send = list[str](), array_files._send
+    whole = {
+        field: tree for field, tree in abstract_state()._asdict().items() if field not in ("step", "recurrent_state")
+    }
+
+    @dataclasses.dataclass
+    class Sent:
+        array: jax.Array
+
+        def block_until_ready(self) -> "Sent":
+            happened.append("arrived")
+            return self
+
+    monkeypatch.setattr(array_files, "_readers", lambda wanted: dict.fromkeys(wanted, 0))
+    monkeypatch.setattr(array_files, "_send", lambda array, leaf: Sent(send(array, leaf)))
+    sending = array_files.read(tmp_path / "1", whole, lambda: happened.append("beat"))
+    leaves = jax.tree.leaves(whole)
+    assert happened == ["beat"] * len(leaves)
+    happened.clear()
+    found = sending()
+    assert happened == ["arrived", "beat"] * len(leaves)
+    expected = {field: getattr(host_state(1), field) for field in whole}
+    assert bits(jax.tree.map(lambda sent: sent.array, found)) == bits(expected)
 
 
 def test_what_a_kill_left_unfinished_is_removed_by_the_next_writer_only(tmp_path):

@@ -1,5 +1,8 @@
 """Rows that so many devices have written are read in any other division, bit for bit."""
 
+import os
+import zipfile
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,3 +54,18 @@ def test_no_file_is_opened_but_those_that_hold_the_rows(tmp_path):
     assert row_files.read(tmp_path, "0.h", np.dtype("f4"), 8, 16).tobytes() == ARRAYS["0.h"][8:16].tobytes()
     with pytest.raises(EOFError):
         row_files.read(tmp_path, "0.h", np.dtype("f4"), 8, 17)
+
+
+def test_a_damaged_file_is_not_left_open(tmp_path):
+    write(tmp_path, 0, ROWS)
+    (tmp_path / "rows/000000000.npz").write_bytes(b"PK\3\4 and no more")
+    before = _lowest_free_descriptor()
+    with pytest.raises(zipfile.BadZipFile) as kept:  # with what its frames refer to
+        row_files.read(tmp_path, "0.h", np.dtype("f4"))
+    assert _lowest_free_descriptor() == before, kept
+
+
+def _lowest_free_descriptor() -> int:
+    descriptor = os.open(os.devnull, os.O_RDONLY)
+    os.close(descriptor)
+    return descriptor
