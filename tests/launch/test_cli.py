@@ -3,10 +3,8 @@
 import errno
 import os
 import re
-import signal
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 
@@ -70,11 +68,21 @@ cli.run("launch.test", main)
 """
 
 
-def python(code: str, *arguments: str, **options) -> tuple[int, str]:
+# What starts the program of its further arguments, with a signal ignored or not.
+STARTED_WITH = """
+import os, signal, sys
+signal.signal(getattr(signal, sys.argv[1]), getattr(signal, sys.argv[2]))
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+
+
+def python(code: str, *arguments: str, started_with: tuple[str, ...] = ()) -> tuple[int, str]:
     """Runs `code` in a process that begins as a program does; its exit status and what is on its stderr."""
     command = [sys.executable, "-c", "from data_pipeline import signals; signals.attach('launch.test')\n" + code]
     command += arguments
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
+    if started_with:
+        command = [sys.executable, "-c", STARTED_WITH, *started_with, *command]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stderr
 
 
@@ -110,13 +118,12 @@ def test_a_signal_leaves_nothing_of_a_directory_that_is_being_made(name, status,
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_that_was_ignored_when_the_program_was_started_stays_ignored(name):
-    ignored = partial(signal.signal, getattr(signal, name), signal.SIG_IGN)
-    assert python(SIGNALLED, name, preexec_fn=ignored) == (cli.DIVERGED, "")
+    assert python(SIGNALLED, name, started_with=(name, "SIG_IGN")) == (cli.DIVERGED, "")
 
 
 def test_a_window_that_is_closed_ends_no_program():
-    not_under_nohup = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
-    assert python(SIGNALLED, "SIGHUP", preexec_fn=not_under_nohup) == (cli.DIVERGED, "")
+    not_under_nohup = ("SIGHUP", "SIG_DFL")
+    assert python(SIGNALLED, "SIGHUP", started_with=not_under_nohup) == (cli.DIVERGED, "")
 
 
 @pytest.mark.parametrize("first", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.long)])
