@@ -49,6 +49,8 @@ class Cost(NamedTuple):
 
 def run(rows: Rows, quick: bool, most: int, rounds: int) -> None:
     shape, counts = (QUICK, (1, 2)) if quick else (SHAPES[2], tuple(count for count in COUNTS if count <= most))
+    if not counts:
+        raise SystemExit(f"--most={most}: there is no number of processes below {COUNTS[0]}")
     os.environ |= simulated(1)
     with tempfile.TemporaryDirectory() as folder:
         with ProcessPoolExecutor(1, SPAWN, end_with_parent) as pool:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import agreement, equal_time, gpu, gpu_twins
+from benchmarks import agreement, equal_time, gpu, gpu_twins, restore
 from benchmarks import rows as rows_lib
 from benchmarks.rows import Rows
 from charlstm.model.cells import lstm
@@ -214,6 +214,11 @@ def test_what_processes_read_of_a_checkpoint_is_counted_and_timed():
     alone, dealt, whole = (row["megabytes_of_all"] for row in rows)
     assert alone < dealt < whole
     assert all(row["seconds"] > 0 for row in rows)
+
+
+def test_no_process_at_all_is_refused_before_a_checkpoint_is_written():
+    with pytest.raises(SystemExit, match="--most=0: there is no number of processes below 1"):
+        restore.run(Rows("restore"), quick=False, most=0, rounds=1)
 
 
 def test_every_reader_is_timed_beside_its_bare_decoder():
