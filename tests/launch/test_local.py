@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import termios
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +17,7 @@ from charlstm.run.step_directory import StepDirectory
 from launch import local, train
 from launch.support import child_processes, cli
 from launch.support.flags import Help
-from tests.jobs import STEPS, alive, children, has_saved, job, last_line, wait_for
+from tests.jobs import ROOT, STEPS, alive, children, has_saved, job, last_line, wait_for
 from tests.launch.conftest import SMALL, process, refusal
 
 
@@ -81,6 +82,34 @@ def test_no_process_outlives_a_job_that_is_killed(job_flags, tmp_path):
         left = children(running.pid)
         running.kill()
         wait_for(lambda: not any(map(alive, left)))  # which fails where they live on
+
+
+# A program that has blocked signals, as ours do, and starts one that knows nothing of it.
+PARENT = """
+import signal, sys, time
+from launch.support.child_processes import ChildProcesses
+signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+print(ChildProcesses().start((sys.executable, "-c", "import time; time.sleep(1000)")).pid, flush=True)
+time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("to", ["the parent", "the child"])
+def test_a_child_dies_with_its_parent_and_is_reached_by_signals_that_the_parent_has_blocked(to):
+    with subprocess.Popen([sys.executable, "-c", PARENT], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        try:
+            wait_for(lambda: "die_with" not in Path(f"/proc/{child}/cmdline").read_text())
+            if to == "the parent":
+                parent.kill()
+            else:
+                os.kill(child, signal.SIGTERM)
+            wait_for(lambda: not alive(child), seconds=30)
+        finally:
+            parent.kill()
+            if alive(child):
+                os.kill(child, signal.SIGKILL)
 
 
 def test_a_process_whose_job_is_gone_before_it_begins_does_not_begin():
