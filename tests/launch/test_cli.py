@@ -76,13 +76,13 @@ os.execv(sys.argv[3], sys.argv[3:])
 """
 
 
-def python(code: str, *arguments: str, started_with: tuple[str, ...] = ()) -> tuple[int, str]:
+def python(code: str, *arguments: str, started_with: tuple[str, ...] = (), **options) -> tuple[int, str]:
     """Runs `code` in a process that begins as a program does; its exit status and what is on its stderr."""
     command = [sys.executable, "-c", "from data_pipeline import signals; signals.attach('launch.test')\n" + code]
     command += arguments
     if started_with:
         command = [sys.executable, "-c", STARTED_WITH, *started_with, *command]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
     return done.returncode, done.stderr
 
 
