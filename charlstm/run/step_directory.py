@@ -122,8 +122,8 @@ class StepDirectory:
         meta = read_meta(place) if items is None else verify(place, items, share, self.beat)
         if meta["format"] not in READABLE:
             raise OtherFormat(
-                f"checkpoint {step} in {self.path} has format {meta['format']} and this version reads {FORMAT}: use "
-                "the version that wrote it"
+                f"checkpoint {step} in {self.path} has format {meta['format']} and this version reads "
+                f"{' and '.join(map(str, READABLE))}: use the version that wrote it"
             )
         if meta["step"] != step:
             raise Damaged(f"it was saved as step {meta['step']}")
