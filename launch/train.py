@@ -1,7 +1,7 @@
 """Trains a character-level recurrent language model.  The same command, or its --run_dir alone, resumes the run.
 
 python -m launch.train --flagfile=configs/small.flags --corpus=my.txt --run_dir=runs/mine
-python -m launch.train --run_dir=runs/mine --num_steps=20000
+python -m launch.train --run_dir=runs/mine
 """
 
 if __name__ == "__main__":  # before what takes seconds to import
@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
         mesh = choose_mesh(config)
         corpus, config = start_lib.open_corpus(config, given, run_dir, mesh)
         if chosen.dry_run or run_dir is None:
-            print(start_lib.dry_run(config, corpus, mesh, chosen.dry_run_format, services.end))
+            print(start_lib.dry_run(run_dir, config, corpus, mesh, chosen.dry_run_format, services.end))
             return cli.DONE
         run = start_lib.start(run_dir, config, corpus, choose_mesh, chosen.initial_checkpoint, services.end)
         try:

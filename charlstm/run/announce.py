@@ -7,6 +7,7 @@ from charlstm.run.checkpoint import Checkpoints
 from charlstm.run.metrics import MetricAggregator, duration
 from charlstm.run.services import Outcome
 from charlstm.run.start import Run
+from charlstm.training import schedules
 from charlstm.types import PlateauState
 
 
@@ -61,7 +62,11 @@ def turn(optimizer: OptimizerConfig, step: int, before: PlateauState, now: Plate
 def already_finished(run: Run, metrics: MetricAggregator, step: int) -> str:
     """Says why a run that is at `step` has nothing to do; "" if it has."""
     if step >= run.config.training.num_steps:
-        return f"finished: the run is at step {step} of {run.config.training.num_steps}; --num_steps above that goes on"
+        rate = schedules.final_rate(run.config.optimizer, step)
+        at = "" if rate is None else f", at a learning rate of {rate:g}: for another decay begin a new run"
+        return (
+            f"finished: the run is at step {step} of {run.config.training.num_steps}; a larger --num_steps goes on{at}"
+        )
     if metrics.exhausted:
         return f"finished: {_no_gain(metrics, step)}; a larger --stop_after goes on"
     return ""

@@ -34,10 +34,21 @@ SAMPLED = 128  # symbols of a sample that are timed
 RATE = 1e13  # products and sums in a second, of which the arithmetic is told in hours: those of one fast GPU, about
 
 
-def report(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, form: str = "text", end: End = None) -> str:
+def report(
+    config: Config,
+    corpus: Corpus,
+    plan: StreamPlan,
+    mesh: Mesh,
+    done: int | None = None,
+    form: str = "text",
+    end: End = None,
+) -> str:
     """The table, or with the form "json" one line of its numbers.  Raises ValueError as the run itself would.
 
     What does not fit in memory is not timed: its seconds are null.
+
+    Args:
+      done: updates that a run to go on with has made; None for a new run.
     """
     shards = placement.shards_per_device(config, mesh.size)
     V, symbols = corpus.vocabulary.size, config.streams.batch_size * config.streams.window
@@ -54,12 +65,12 @@ def report(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, form: s
         seconds, how = (None, "") if too_much else _seconds_a_step(even, corpus, even_plan, mesh, end)
     if form == "json":
         return json.dumps({"parameters": parameters, "flops_per_step": arithmetic, "seconds_per_step": seconds})
-    remarks = schedules.remarks(config.optimizer, config.training, plan.steps_per_epoch, resumed=False)
+    remarks = schedules.remarks(config.optimizer, config.training, plan.steps_per_epoch, resumed=done is not None)
     whole = config.training.num_steps * arithmetic
     timing = [("time per step", "not timed: it does not fit"), ("does not fit", too_much)]
     if seconds is not None:
         speed = f"{seconds:.4g} s, {symbols / seconds:,.0f} symbols/s ({how})"
-        timing = [("time per step", speed), ("ETA", _eta(config.training.num_steps * seconds, config, corpus, mesh))]
+        timing = [("time per step", speed), ("ETA", _eta(done or 0, seconds, config, corpus, mesh))]
     sizes = f"{format_bytes(update.held)} state and batch, {format_bytes(update.temporary)} temporaries"
     taken = f"{format_bytes(update.on_a_device)} ({sizes})" if update.on_a_device else "not told by this backend"
     rows = [
@@ -85,8 +96,10 @@ def report(config: Config, corpus: Corpus, plan: StreamPlan, mesh: Mesh, form: s
     return "\n".join(f"{name:<22}{value}" for name, value in rows)
 
 
-def _eta(of_steps: float, config: Config, corpus: Corpus, mesh: Mesh) -> str:
-    """The whole time in words, and its parts: `of_steps`, evaluations, samples, and what a save keeps training from.
+def _eta(done: int, of_step: float, config: Config, corpus: Corpus, mesh: Mesh) -> str:
+    """The whole time in words, and its parts: steps, evaluations, samples, and what a save keeps training from.
+
+    `done` steps are made already; one takes `of_step` seconds.
 
     One of each is timed, of an evaluation a few windows, of a sample a few symbols.
     """
@@ -94,8 +107,9 @@ def _eta(of_steps: float, config: Config, corpus: Corpus, mesh: Mesh) -> str:
     last, valid = training.num_steps, corpus.splits.get("valid")
     separator = run_directory.separator(config, corpus.vocabulary)
     state = train_state.place(mesh, train_state.init(config, V))
-    parts = [("steps", of_steps)]
-    evaluations = _times_due(last, training.evaluate_every) if valid else 0
+    left = f"{last - done:,} steps left" if 0 < done < last else "steps"
+    parts = [(left, max(0, last - done) * of_step)]
+    evaluations = _times_due(done, last, training.evaluate_every) if valid else 0
     if valid:
         shards, most = placement.shards_per_device(config, mesh.size), training.evaluate_symbols
         score = evaluate_lib.make_evaluator(config, V, valid, mesh, separator, shards, most)
@@ -103,20 +117,22 @@ def _eta(of_steps: float, config: Config, corpus: Corpus, mesh: Mesh) -> str:
             each = _seconds_of_windows(lambda doing: score(averaging.to_evaluate(state), doing))
         parts.append((f"evaluations ({evaluations:,})", evaluations * each))
     if training.sampled_every is not None:
-        count, symbols = _times_due(last, training.sampled_every), min(training.sample_length, SAMPLED)
+        count, symbols = _times_due(done, last, training.sampled_every), min(training.sample_length, SAMPLED)
         short = config_lib.replace(config, sample_length=symbols)
         with announced("timing a sample"):
             each = _second_time(lambda: samples.draw(short, corpus.vocabulary, separator, averaging.to_evaluate(state)))
         parts.append((f"samples ({count:,})", count * each * training.sample_length / max(1, symbols)))
-    saves = max(evaluations, _times_due(last, training.checkpoint_every))
+    saves = max(evaluations, _times_due(done, last, training.checkpoint_every))
     parts.append((f"saves ({saves:,})", saves * _second_time(lambda: digest.state_digest(state))))
     told = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts)
     return f"{duration(sum(seconds for _, seconds in parts))}: {told}"
 
 
-def _times_due(last: int, every: int) -> int:
-    """Returns how often an event is due that comes every `every` steps and at the last one."""
-    return -(-last // every) if every else 1
+def _times_due(done: int, last: int, every: int) -> int:
+    """Returns how often an event is due after step `done` that comes every `every` steps and at the last one."""
+    if done >= last:
+        return 0
+    return -(-last // every) - done // every if every else 1
 
 
 def _second_time(act: Callable[[], object]) -> float:

@@ -119,13 +119,24 @@ def check(config: Config, corpus: Corpus, mesh: Mesh, dry: bool = False, fixed: 
     return plan
 
 
-def dry_run(config: Config, corpus: Corpus, mesh: Mesh, form: str = "text", end: End = None) -> str:
-    """Estimates such a run: a table, or one line of JSON.  Raises ValueError as the run would."""
+def dry_run(
+    run_dir: Path | None, config: Config, corpus: Corpus, mesh: Mesh, form: str = "text", end: End = None
+) -> str:
+    """Estimates such a run, or what is left of the one in `run_dir`: a table, or one line of JSON.
+
+    Raises:
+      ValueError: as the run would.
+    """
+    done = None
+    if run_dir and distributed.any_process(run_directory.has_checkpoint(run_dir)):
+        _, config, _ = _settings(run_dir, config, Identity(corpus.vocabulary, corpus.fingerprint), "", lambda _: mesh)
+        done = max(StepDirectory(run_dir / "checkpoints").steps(), default=0)
     plan, config = check(config, corpus, mesh, dry=True), config_lib.fill_automatic(config, mesh.size)
     corpus = corpus_lib.as_read(config, corpus)
     config, _ = backend.chosen(config, corpus, plan, mesh, end)
-    table = estimate.report(config, corpus, plan, mesh, form, end)
-    suggested = "" if form == "json" else presets.suggestion(config, plan.symbols, corpus.vocabulary.size, mesh)
+    table = estimate.report(config, corpus, plan, mesh, done, form, end)
+    suggest = form != "json" and done is None
+    suggested = presets.suggestion(config, plan.symbols, corpus.vocabulary.size, mesh) if suggest else ""
     return f"{table}\n{suggested}" if suggested else table
 
 

@@ -89,6 +89,16 @@ def _decay(config: OptimizerConfig, steps_per_epoch: int, decay_steps: int) -> S
     return lambda step, _: decayed(step // decay_steps)
 
 
+def final_rate(config: OptimizerConfig, step: int) -> float | None:
+    """The learning rate of all steps from `step` on where a decay has ended by then; else None.
+
+    Args:
+      config: with decay_steps, or 0 if the decay ends with `step`.
+    """
+    ended = config.schedule in ("linear", "cosine") and step >= config.decay_steps
+    return config.learning_rate * config.final_fraction if ended else None
+
+
 def remarks(config: OptimizerConfig, training: TrainingConfig, steps_per_epoch: int, resumed: bool) -> Iterator[str]:
     """Remarks on a schedule that may not be meant for a run of this length, a sentence each.
 
@@ -96,8 +106,8 @@ def remarks(config: OptimizerConfig, training: TrainingConfig, steps_per_epoch: 
       resumed: the run goes on, with the decay_steps that it began with.
     """
     num_steps = training.num_steps
-    end, final = config.decay_steps or num_steps, config.learning_rate * config.final_fraction
-    if config.schedule in ("linear", "cosine") and end < num_steps:
+    end = config.decay_steps or num_steps
+    if (final := final_rate(config, end)) is not None and end < num_steps:
         remedy = (
             f"for a decay over {num_steps} steps begin a new run, in another run_dir"
             if resumed

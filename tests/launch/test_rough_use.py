@@ -107,11 +107,27 @@ def test_a_run_that_goes_on_beyond_the_end_of_its_decay_says_so(arguments, capsy
     run = (*arguments, "--schedule=cosine", "--final_fraction=0.5", "--num_steps=2", f"--run_dir={tmp_path / 'run'}")
     assert train.main(["train", *run]) == cli.DONE
     assert "the learning rate is" not in capsys.readouterr().err
-    assert train.main(["train", *run, "--num_steps=4"]) == cli.DONE
+    assert train.main(["train", *run]) == cli.DONE
+    finished = "a larger --num_steps goes on, at a learning rate of 0.005: for another decay begin a new run"
+    assert finished in capsys.readouterr().err
     said = (
         "the learning rate is 0.005 from step 2 on, for 50% of the 4 steps, as decay_steps=2: for a decay over 4 steps "
+        "begin a new run"
     )
+    assert train.main(["train", *run, "--num_steps=4", "--dry_run"]) == cli.DONE
+    table = capsys.readouterr().out
+    assert said in table and re.search(r"^ETA +\w+: 2 steps left \w+, evaluations \(1\)", table, re.M)
+    assert train.main(["train", *run, "--num_steps=4"]) == cli.DONE
     assert said in capsys.readouterr().err
+
+
+def test_a_dry_run_of_a_run_that_is_there_refuses_what_the_run_would(arguments, capsys, tmp_path):
+    run = (*arguments, "--num_steps=2", f"--run_dir={tmp_path / 'run'}")
+    assert train.main(["train", *run]) == cli.DONE
+    assert "started with other settings (seed: " in refusal(train.main, *run, "--seed=7", "--dry_run")
+    capsys.readouterr()
+    assert train.main(["train", f"--run_dir={tmp_path / 'run'}", "--dry_run"]) == cli.DONE
+    assert re.search(r"^ETA +0s: steps 0s, evaluations \(0\) 0s, saves \(0\) 0s$", capsys.readouterr().out, re.M)
 
 
 def test_a_decay_that_ends_long_before_the_run_is_said_when_it_starts_and_by_a_dry_run(arguments, capsys, tmp_path):
