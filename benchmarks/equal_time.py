@@ -1,17 +1,18 @@
 """One text and equal minutes: ours, `torch.nn.LSTM` in a script, and a small transformer in another.
 
-    python -m benchmarks.equal_time --text=tinyshakespeare.txt --minutes=5 --plot=equal_time.svg
+    python -m benchmarks.equal_time --text=tinyshakespeare --minutes=5 --plot=equal_time.svg
     python -m benchmarks.equal_time --text=train.xz:valid.xz --flagfile=configs/large.flags --peers=lstm --minutes=10
     python -m benchmarks.equal_time --text=train.xz:valid.xz --flagfile=configs/large.flags --only=lstm --minutes=10
 
-The first 90 % of a text are for training, the last 10 % are scored, by bytes; or there is a training and a validation
-text.  Ours goes first, by a flagfile, with as many steps as take about so many minutes here or, without --minutes, with
-its own number; the others have the seconds that it took.  With --only=ours, lstm or transformer one goes alone, for
-so many minutes.  With --also ours is trained once more, with these flags (between commas).  All seconds count from the
+A text is a file, also compressed by xz, or the name of one that is downloaded (tinyshakespeare, enwik8, text8).  The
+first 90 % of it are for training, the last 10 % are scored, by bytes; or there is a training and a validation text.
+Ours goes first, by a flagfile, with as many steps as take about so many minutes here or, without --minutes, with its
+own number; the others have the seconds that it took.  With --only=ours, lstm or transformer one goes alone, for so
+many minutes.  With --also ours is trained once more, with these flags (between commas).  All seconds count from the
 start of a program: imports, compiling and evaluations, eight each, are included.  Of a validation text of more than
-some 260 KB pieces are scored meanwhile, and the whole at the end, when the clock has stopped; before it starts, ours is
-compiled and a few steps are timed.  Ours has a logical shard for each device that is there, whatever the flagfile says:
-more of them keep the bits on more devices, and take as many times as many small kernels.
+some 260 KB pieces are scored meanwhile, and the whole at the end, when the clock has stopped; before it starts, ours
+is compiled and a few steps are timed.  Ours has a logical shard for each device that is there, whatever the flagfile
+says: more of them keep the bits on more devices, and take as many times as many small kernels.
 """
 
 import json
@@ -30,6 +31,10 @@ from benchmarks import rows as rows_lib
 from benchmarks.rows import Rows
 from charlstm.config import Config
 from charlstm.report import curves, history
+from data_pipeline import progress
+from data_pipeline.atomic_files import expand_user
+from data_pipeline.build import datasets, downloads
+from data_pipeline.settings import CorpusSettings
 
 PARTS = 8  # evaluations
 OF_STEPS = 0.85  # part of the time that is for steps; the rest is for compiling and for evaluations
@@ -130,6 +135,10 @@ def read(text: str, quick: bool) -> tuple[bytes, bytes]:
 
 
 def content(path: str) -> bytes:
+    """Returns the bytes of a file, unpacked, or of the text of that name."""
+    if path in datasets.DOWNLOADS:
+        cache = expand_user(CorpusSettings().cache_dir)
+        path = str(downloads.fetch(datasets.DOWNLOADS[path], cache / "downloads", progress.bar()))
     return lzma.decompress(Path(path).read_bytes()) if path.endswith(".xz") else Path(path).read_bytes()
 
 

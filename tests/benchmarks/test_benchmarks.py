@@ -1,5 +1,6 @@
 """The quick form of every benchmark gives its rows."""
 
+import hashlib
 import itertools
 import json
 import lzma
@@ -21,6 +22,7 @@ from benchmarks import rows as rows_lib
 from benchmarks.rows import Rows
 from charlstm.model.cells import lstm
 from charlstm.model.ops import matmul
+from data_pipeline.build import datasets, downloads
 from tests import compiling
 from tests.conftest import ROOT
 
@@ -113,6 +115,20 @@ def test_each_side_of_a_comparison_runs_alone(peers):
     assert [row["contestant"] for row in quick("equal_time", "--only=ours")] == ["charlstm, configs/small.flags"]
     (alone,) = quick("equal_time", "--only=lstm")
     assert alone["contestant"] == "PyTorch nn.LSTM" and alone["seconds"] > 5
+
+
+def test_a_text_that_is_downloaded_may_be_named_in_equal_time(monkeypatch, tmp_path):
+    text = b"a text that was put there by hand"
+    there = downloads.Download(
+        "by_hand.txt", "https://none.invalid/by_hand.txt", len(text), len(text), "md5", hashlib.md5(text).hexdigest()
+    )
+    monkeypatch.setitem(datasets.DOWNLOADS, "by_hand", there)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    place = tmp_path / ".cache" / "charlstm" / "downloads" / "by_hand.txt"
+    place.parent.mkdir(parents=True)
+    place.write_bytes(text)
+    assert equal_time.content("by_hand") == text
+    assert b"".join(equal_time.read("by_hand", False)) == text
 
 
 def test_ours_has_a_logical_shard_a_device_in_equal_time(monkeypatch, tmp_path):
