@@ -61,12 +61,10 @@ def turn(optimizer: OptimizerConfig, step: int, before: PlateauState, now: Plate
 
 def already_finished(run: Run, metrics: MetricAggregator, step: int) -> str:
     """Says why a run that is at `step` has nothing to do; "" if it has."""
-    if step >= run.config.training.num_steps:
+    if step >= (last := run.config.training.num_steps):
         rate = schedules.final_rate(run.config.optimizer, step)
         at = "" if rate is None else f", at a learning rate of {rate:g}: for another decay begin a new run"
-        return (
-            f"finished: the run is at step {step} of {run.config.training.num_steps}; a larger --num_steps goes on{at}"
-        )
+        return f"finished: the run is at step {step}, and num_steps={last}; a larger --num_steps goes on{at}"
     if metrics.exhausted:
         return f"finished: {_no_gain(metrics, step)}; a larger --stop_after goes on"
     return ""

@@ -104,17 +104,9 @@ def create(
     run_dir.mkdir(parents=True, exist_ok=True)
     for name in ("identity.json", "flags.txt", INITIAL, "config.json"):
         remove_torn(run_dir / name)  # a first try was killed as it came here
-    if exists(run_dir):
-        if has_checkpoint(run_dir):
-            raise ValueError(f"{run_dir} has just got a checkpoint of other settings: name another run_dir")
-    else:
-        known = ("identity.json", "flags.txt", "log.txt", "logs", "heartbeats", INITIAL)
-        names = (path.name for path in run_dir.iterdir())
-        strange = sorted(name for name in names if name not in known and not name.startswith(LOCK))
-        if strange:
-            raise ValueError(
-                f"{run_dir} holds {strange[0]} but no config.json, so it is not a run: use an empty directory"
-            )
+    if exists(run_dir) and has_checkpoint(run_dir):
+        raise ValueError(f"{run_dir} has just got a checkpoint of other settings: name another run_dir")
+    refuse_strange(run_dir)
     if initial:
         _write(run_dir / INITIAL, json.dumps(initial._asdict(), indent=1) + "\n")
     else:
@@ -122,6 +114,15 @@ def create(
     _write(run_dir / "flags.txt", "\n".join(given) + "\n")
     _write(run_dir / "identity.json", json.dumps(identity.to_json(), indent=1) + "\n")
     write_config(run_dir, config)
+
+
+def refuse_strange(run_dir: Path) -> None:
+    """Raises ValueError where `run_dir` is a directory with files in it that are no run's."""
+    known = ("identity.json", "flags.txt", "log.txt", "logs", "heartbeats", INITIAL)
+    names = sorted(path.name for path in run_dir.iterdir()) if run_dir.is_dir() else []
+    strange = [name for name in names if name not in known and not name.startswith(LOCK)]
+    if strange and "config.json" not in names:
+        raise ValueError(f"{run_dir} holds {strange[0]} but no config.json, so it is not a run: use an empty directory")
 
 
 def write_config(run_dir: Path, config: Config) -> None:

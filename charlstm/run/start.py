@@ -92,6 +92,7 @@ def open_corpus(config: Config, given: Sequence[str], run_dir: Path | None, mesh
         placement.shards_per_device(config_lib.fill_automatic(config, mesh.size), mesh.size)
     if run_dir:
         initial_checkpoint.refuse_imported(run_dir)
+        run_directory.refuse_strange(run_dir)
         corpus_lib.refuse_inside(run_dir, config.corpus, config.streams.mixture)
         if distributed.any_process(run_directory.has_checkpoint(run_dir)):  # the run's own vocabulary is compared
             given = [flag for flag in given if not flag.startswith("--vocabulary_of=")]
@@ -155,6 +156,7 @@ def start(
       ValueError: this run cannot be had, in one sentence with the remedy.
     """
     initial_checkpoint.refuse_imported(run_dir)
+    run_directory.refuse_strange(run_dir)
     identity = Identity(corpus.vocabulary, corpus.fingerprint)
     initial = str(run_directory.named("initial_checkpoint", initial)) if initial else ""
     resumed, config, remarks = _settings(run_dir, config, identity, initial, choose_mesh)

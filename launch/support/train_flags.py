@@ -41,6 +41,7 @@ class TrainFlags:
         check_choices(self)
 
 
+TEXTS = {"corpus", "train", "mixture"}  # whose values may change in a run: as places
 SETTINGS = TrainFlags(), Config(), JobFlags(), WatchdogFlags(), MonitorFlags(), TensorboardFlags()  # at their defaults
 
 
@@ -67,17 +68,25 @@ def parse_for_run(
 
     Only what is given counts if that run has no checkpoint yet, and --initial_checkpoint or a setting that may not
     change is given.
+
+    Raises:
+      ValueError: there is no run in --run_dir, and nothing that a new one would be made of is given.
     """
     values = flags.given_in(argv, doc or "", *SETTINGS)
+    flat = config_lib.flatten(Config())
+    fixed = [name for name in values if name in flat and not flat[name][1].metadata["mutable"]]
     own, before = None, None
     if values.get("run_dir"):
+        run_dir = expand_user(values["run_dir"])
         with contextlib.suppress(ValueError):  # told of when the run is opened
-            run_dir = expand_user(values["run_dir"])
             own, before = run_directory.read(run_dir)[0], run_directory.read_initial(run_dir)
+        if own is None and not fixed and not TEXTS & values.keys() and not run_directory.exists(run_dir):
+            raise ValueError(
+                f"run_dir={run_dir} is no run to go on with: a new one wants a text, such as --corpus=my.txt, or "
+                "--corpus=python for a first look"
+            )
     if own is None:
         return parse(argv, doc=doc)
-    flat = config_lib.flatten(own)
-    fixed = [name for name in values if name in flat and not flat[name][1].metadata["mutable"]]
     if not run_directory.has_checkpoint(run_dir) and (fixed or values.get("initial_checkpoint")):
         return parse(argv, doc=doc)
     chosen, job, services, config, given = parse(argv, own, doc=doc)

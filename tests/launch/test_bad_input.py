@@ -15,6 +15,7 @@ import pytest
 
 from charlstm import distributed
 from charlstm.model.layer import CELLS
+from charlstm.run import corpus as corpus_lib
 from charlstm.run import run_directory, sealing
 from charlstm.run.checkpoint import Checkpoints
 from data_pipeline.build.prepare import prepare
@@ -194,8 +195,9 @@ def test_checkpoints_of_another_run_are_refused(copied, arguments, tmp_path):
         assert "belong to another run (decay_steps: 1 -> 40; seed: 5 -> 0)" in sentence
 
 
-def test_a_directory_of_other_files_does_not_become_a_run(arguments, tmp_path):
+def test_a_directory_of_other_files_does_not_become_a_run(arguments, tmp_path, monkeypatch):
     (tmp_path / "thesis.tex").write_text("precious")
+    monkeypatch.setattr(corpus_lib, "open_for", lambda *_: pytest.fail("the text was prepared first"))
     assert "holds thesis.tex but no config.json" in refusal(train.main, *arguments, f"--run_dir={tmp_path}")
     assert tree(tmp_path) == {"thesis.tex": b"precious"}
 

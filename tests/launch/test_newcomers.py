@@ -27,6 +27,13 @@ def test_a_run_goes_on_by_its_directory_alone_with_the_bits_of_one_that_was_not_
     assert after.model == before.model and after.corpus == before.corpus and after.training.log_every == 5
 
 
+@pytest.mark.parametrize("more", [[], ["--num_steps=50"], ["--dry_run"]])
+def test_a_mistyped_directory_is_not_taken_for_a_new_run_on_some_text(more, tmp_path):
+    said = refusal(train.main, f"--run_dir={tmp_path / 'mien'}", *more)
+    assert "mien is no run to go on with: a new one wants a text, such as --corpus=my.txt" in said
+    assert not list(tmp_path.iterdir())
+
+
 def test_it_may_go_further_and_keeps_what_was_changed(copied):
     assert train.main(["train", f"--run_dir={copied}", "--num_steps=42", "--log_every=3"]) == cli.DONE
     assert train.main(["train", f"--run_dir={copied}", "--num_steps=43"]) == cli.DONE

@@ -252,7 +252,7 @@ def test_the_same_command_after_the_end_says_finished_and_changes_nothing_but_th
     said = [line for line in again.err.splitlines() if not line.startswith("compiling")]
     assert said == [
         "continuing from the checkpoint of step 20",
-        "finished: the run is at step 20 of 20; a larger --num_steps goes on",
+        "finished: the run is at step 20, and num_steps=20; a larger --num_steps goes on",
     ]
     after = tree(trained)
     assert {name: content for name, (content, _) in after.items() if name != "log.txt"} == {
