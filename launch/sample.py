@@ -179,7 +179,7 @@ def main(argv: Sequence[str]) -> int:
     began = time.monotonic()
     with announced("compiling (once)"):
         first = list(itertools.islice(chunks, 1))
-    compiled, of_first = time.monotonic(), sum(chunk.size for chunk in first)
+    compiled, of_first = time.monotonic(), sum(chunk.ids.size for chunk in first)
     chunks = itertools.chain(first, chunks)
     if chosen.format == "json":
         fields = partial(_fields, vocabulary=vocabulary, prompt=as_read(prompt, backward), backward=backward)

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -219,6 +220,12 @@ def test_the_first_of_several_samples_is_the_only_one_of_one_and_the_others_foll
     assert first == one
     assert len({first, second, third}) == 3
     assert all(text.startswith("Once") and text.endswith("\n") for text in (second, third))
+
+
+def test_the_speed_is_told_of_what_is_made_after_compiling(run, bytes_run, capsys):
+    for length, rate in ((200, r", [\d,]+ a second once compiled"), (10, "")):
+        run(bytes_run, f"--length={length}")
+        assert re.search(rf"^{length} symbols in [\d.]+ s{rate}$", capsys.readouterr().err, re.M)
 
 
 def test_text_is_flushed_as_it_is_made(monkeypatch):
