@@ -15,7 +15,7 @@ import numpy as np
 
 from charlstm import config as config_lib
 from charlstm import distributed
-from charlstm.config import Config
+from charlstm.config import Config, arguments
 from charlstm.inference import evaluate as evaluate_lib
 from charlstm.inference.generate import generate
 from charlstm.inference.sampling import Sampling
@@ -34,12 +34,11 @@ from charlstm.run.start import start
 from charlstm.training.placement import choose_mesh
 from charlstm.types import CellState, ModelParams, RecurrentState
 from data_pipeline import mixture
-from data_pipeline.atomic_files import expand_user
 from data_pipeline.batch import Separator
 from data_pipeline.build import corpora
+from data_pipeline.build.sources import NoSuchText
 from data_pipeline.mixture import Mixture
 from data_pipeline.progress import bar, say_on_stderr
-from data_pipeline.settings import CorpusSettings, without_effect
 from data_pipeline.shards import Corpus
 from data_pipeline.vocabulary import Vocabulary
 
@@ -55,19 +54,16 @@ def load_corpus(source: str | os.PathLike[str] | bytes, **settings: Any) -> Corp
       settings: any of `CorpusSettings`, such as vocabulary="characters" or valid_fraction=0.1.
 
     Raises:
+      TypeError: the source is neither a path nor a text, or there is no such setting.
       ValueError: there is no such text, or it cannot be prepared so.
     """
-    kinds = {field.name: field.type for field in dataclasses.fields(CorpusSettings)}
-    settings = {name: config_lib.of_kind(name, value, kinds.get(name, type(value))) for name, value in settings.items()}
-    if isinstance(source, str) and "\n" in source:
-        source = source.encode("utf-8", "surrogateescape")
-    if isinstance(source, bytes):
-        cache = CorpusSettings(**settings).cache_dir
-        source = corpus_lib.written_down(source, expand_user(cache) / "texts")
-    given = CorpusSettings("" if settings.get("train") else os.fspath(source), **settings)
-    if idle := without_effect(given):
-        raise ValueError("; ".join(idle))
-    corpus = corpora.load(given, bar(), say_on_stderr)
+    given = corpus_lib.settings_of(source, settings)
+    try:
+        corpus = corpora.load(given, bar(), say_on_stderr)
+    except NoSuchText as error:
+        if given.train:
+            raise
+        raise NoSuchText(f"{error}; bytes, or a string of several lines, are taken as the text itself") from None
     return dataclasses.replace(corpus, settings=prepared.to_record(given, corpus))
 
 
@@ -99,7 +95,7 @@ def train(config: Config, corpus: Corpus, run_dir: str | os.PathLike[str], *, in
       initial_checkpoint: a run directory whose parameters a new run starts from.
 
     Raises:
-      TypeError: it is given a path, a split or a dict in place of a corpus or a config.
+      TypeError: it is given a path, a split or a dict in place of a corpus or a config, or a run_dir that is no path.
       ValueError: the settings go neither with each other, nor with the text, the machine or the run that is there.
       Diverged: a loss or a gradient was not finite.
       OSError: the last checkpoint could not be written.
@@ -113,7 +109,7 @@ def train(config: Config, corpus: Corpus, run_dir: str | os.PathLike[str], *, in
             f"corpus is a {type(corpus).__name__}: give the whole of cl.load_corpus(...), not a path or split"
         )
     distributed.use_cpu_cores()
-    folder = run_directory.named("run_dir", os.fspath(run_dir))
+    folder = run_directory.named("run_dir", run_dir)
     config = corpus_lib.taken(config, corpus)
     corpus_lib.refuse_inside(folder, config.corpus, config.streams.mixture)
     begun = start(folder, config, corpus, choose_mesh, initial_checkpoint)
@@ -130,10 +126,11 @@ def load(run_dir: str | os.PathLike[str], checkpoint: str | int = "best") -> "Mo
       checkpoint: "best" on validation (the newest where none was validated), "latest", or a step.
 
     Raises:
+      TypeError: `run_dir` is no path.
       ValueError: there is no such run or checkpoint, or it is damaged.
     """
     distributed.use_cpu_cores()
-    folder = run_directory.named("run_dir", os.fspath(run_dir))
+    folder = run_directory.named("run_dir", run_dir)
     config, identity = run_directory.read(folder)
     mesh = distributed.make(distributed.make().local_devices[:1])
     params, step = run_directory.restore_params(folder, config, identity, mesh, str(checkpoint), _log.warning)
@@ -275,7 +272,7 @@ class Model:
         if held_out is not None:
             trace.require_vocabulary(self, held_out)
         exported = Exported(self.config, self.vocabulary, folded(self.params), self.step, self.run_dir, held_out)
-        return export_lib.export(exported, output, format)
+        return export_lib.export(exported, arguments.path("output", output, "a directory to be made"), format)
 
     def _samples(
         self,
