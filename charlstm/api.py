@@ -17,10 +17,9 @@ from charlstm import config as config_lib
 from charlstm import distributed
 from charlstm.config import Config, arguments
 from charlstm.inference import evaluate as evaluate_lib
-from charlstm.inference.generate import generate
 from charlstm.inference.sampling import Sampling
 from charlstm.inference.score import Score
-from charlstm.inference.text import Sample, as_read, encode_prompt, grow, unknown_id, unseen_before
+from charlstm.inference.text import Sample, begin
 from charlstm.inspect import trace, units
 from charlstm.interop import export as export_lib
 from charlstm.interop.exported import Exported, folded
@@ -41,6 +40,9 @@ from data_pipeline.mixture import Mixture
 from data_pipeline.progress import bar, say_on_stderr
 from data_pipeline.shards import Corpus
 from data_pipeline.vocabulary import Vocabulary
+
+Clamp = Mapping[str | units.Unit, float]
+NOTHING: Clamp = MappingProxyType({})
 
 _log = logging.getLogger("charlstm")
 
@@ -220,18 +222,41 @@ class Model:
         state, logits_BTV = _logits(self.params, state, ids_BT, self.config.model)
         return (logits_BTV if np.ndim(ids) == 2 else logits_BTV[0]), state
 
-    def sample(self, prompt: str = "", length: int = 1000, *, num_samples: int = 1, **how: Any) -> str | list[str]:
+    def sample(
+        self,
+        prompt: str = "",
+        length: int = 1000,
+        *,
+        num_samples: int = 1,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: str | None = None,
+        clamp: Clamp = NOTHING,
+    ) -> str | list[str]:
         """The prompt with its continuation, which of a backward model precedes it; of several samples, a list.
 
         Arguments as of `stream`.
         """
-        samples, made = self._samples(prompt, length, num_samples, **how)
+        samples, made = self._begin(prompt, length, num_samples, Sampling(temperature, top_k, top_p), seed, stop, clamp)
         for _ in made:
             pass
         texts = [sample.take(last=True) for sample in samples]
         return texts[0] if num_samples == 1 else texts
 
-    def stream(self, prompt: str = "", length: int = 1000, **how: Any) -> Iterator[str]:
+    def stream(
+        self,
+        prompt: str = "",
+        length: int = 1000,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: str | None = None,
+        clamp: Clamp = NOTHING,
+    ) -> Iterator[str]:
         """Yields the prompt, then its continuation as it is made, the text of `sample` and `launch.sample`.
 
         Of a backward model the text comes as a whole, at the end.
@@ -246,9 +271,10 @@ class Model:
           clamp: unit -> value of its state, such as {"1:317": 1.0}: held from the end of the prompt on.
 
         Raises:
-          ValueError: a symbol of the prompt or of `stop` is not in the vocabulary, or a number is out of range.
+          TypeError: the prompt or `stop` is no string, or `clamp` no mapping.
+          ValueError: a symbol of the prompt or of `stop` is not in the vocabulary, or a number is none or out of range.
         """
-        (sample,), made = self._samples(prompt, length, 1, **how)
+        (sample,), made = self._begin(prompt, length, 1, Sampling(temperature, top_k, top_p), seed, stop, clamp)
         yield sample.take()
         for _ in made:
             yield sample.take()
@@ -274,41 +300,16 @@ class Model:
         exported = Exported(self.config, self.vocabulary, folded(self.params), self.step, self.run_dir, held_out)
         return export_lib.export(exported, arguments.path("output", output, "a directory to be made"), format)
 
-    def _samples(
-        self,
-        prompt: str,
-        length: int,
-        count: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: str | None = None,
-        clamp: Mapping[str | units.Unit, float] = MappingProxyType({}),
+    def _begin(
+        self, prompt: str, length: int, count: int, sampling: Sampling, seed: int, stop: str | None, clamp: Clamp
     ) -> tuple[list[Sample], Iterator[None]]:
-        if length < 0 or count < 1 or not 0 <= seed < 1 << 32:
-            raise ValueError(f"length={length}, num_samples={count} or seed={seed} is out of range")
-        separator, backward = self.separator, self.config.streams.reverse
-        ids = as_read(encode_prompt(prompt, self.vocabulary), backward)
-        ends = (
-            np.array(separator, np.int32) if stop is None else as_read(encode_prompt(stop, self.vocabulary), backward)
-        )
-        chunks = generate(
-            self.config.model,
-            self.params,
-            np.concatenate([unseen_before(ids, separator, self.vocabulary), ids]),
-            Sampling(temperature, top_k, top_p),
-            rows=count,
-            length=length,
-            seed=seed,
-            unknown_id=unknown_id(self.vocabulary),
-            separator=separator,
+        return begin(
+            *(self.config, self.params, self.vocabulary, self.separator, prompt, stop, sampling),
+            rows=arguments.whole("num_samples", count, 1),
+            length=arguments.whole("length", length, 0),
+            seed=arguments.whole("seed", seed, 0, 2**32 - 1),
             held=units.held(clamp, self.config.model),
         )
-        before_stop = ids if tuple(ends.tolist()) == separator else None
-        samples = [Sample(self.vocabulary, ids, ends, before_stop, backward=backward) for _ in range(count)]
-        return samples, grow(samples, chunks)
 
 
 @partial(compiler.jit, static_argnames="config")

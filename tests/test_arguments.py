@@ -1,9 +1,14 @@
 """What the library is given: mistakes are refused at once, in a sentence that names the argument and the remedy."""
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import charlstm as cl
+from charlstm.config import arguments
 from tests.inspect.conftest import drawn
+
+WHOLE = "must be a whole number from"
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +66,44 @@ def test_a_path_that_has_no_name_is_refused_before_anything_is_compiled_or_writt
         with pytest.raises(TypeError, match=f"^{name} is of type {kind}: give .*, as a str or pathlib.Path$"):
             call(model, corpus, given)
     assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+@pytest.mark.parametrize(
+    ("how", "sentence"),
+    [
+        ({"length": "10"}, f"^length='10' {WHOLE} 0 to 2147483647$"),
+        ({"length": 10.5}, f"^length=10.5 {WHOLE} 0"),
+        ({"length": -1}, f"^length=-1 {WHOLE} 0"),
+        ({"num_samples": 0}, f"^num_samples=0 {WHOLE} 1"),
+        ({"seed": -1}, f"^seed=-1 {WHOLE} 0 to 4294967295$"),
+        ({"seed": "x"}, f"^seed='x' {WHOLE}"),
+        ({"top_k": 2.5}, "^top_k=2.5 is not an int$"),
+        ({"temperature": "hot"}, "^temperature='hot' is not a float$"),
+        ({"temperature": None}, "^temperature=None is not a float$"),
+        ({"clamp": {"1:5": "x"}}, "^1.c:5 cannot be held at 'x': give a finite number$"),
+    ],
+    ids=repr,
+)
+def test_a_number_of_sampling_that_is_none_or_out_of_its_range_is_refused_by_its_name(model, how, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        model.sample("a", **how)
+
+
+def test_what_sampling_does_not_take_is_refused_by_names_that_users_know(model):
+    with pytest.raises(TypeError, match=r"Model\.sample\(\) got an unexpected keyword argument 'max_new_tokens'"):
+        model.sample("a", max_new_tokens=5)
+    with pytest.raises(TypeError, match=r"Model\.stream\(\) got an unexpected keyword argument 'num_samples'"):
+        model.stream("a", num_samples=2)
+    with pytest.raises(TypeError, match=r"^clamp='1:5' is no dict: give units with their values, such as \{'1:0"):
+        model.sample("a", clamp="1:5")
+
+
+def test_numbers_of_numpy_and_jax_are_those_of_python(model):
+    how = {"length": 5, "num_samples": 2, "seed": 3, "top_k": 4, "temperature": 0.5, "clamp": {"1:5": 1.0}}
+    same = {"length": np.int64(5), "num_samples": np.uint8(2), "seed": jnp.uint32(3), "top_k": np.int32(4)}
+    same |= {"temperature": np.float32(0.5), "clamp": {"1:5": np.float32(1)}}
+    assert model.sample("a", **how) == model.sample("a", **same)
+    assert [arguments.whole("n", given, 0) for given in (np.uint8(2), np.array(2), jnp.int32(2))] == [2, 2, 2]
+    for wrong in (True, np.True_, np.float64(2), None, [2]):
+        with pytest.raises(ValueError, match=f"^n=.* {WHOLE} 0 to 3$"):
+            arguments.whole("n", wrong, 0, 3)
