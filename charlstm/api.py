@@ -185,12 +185,12 @@ class Model:
         found: dict[str, Any] = self.trace(text, [f"{n}.{name}" for n in layers for name in ("hc" if cells else "h")])
         return tuple(CellState(found[f"{n}.h"], found.get(f"{n}.c")) for n in layers)
 
-    def trace(self, text: evaluate_lib.Split | str | bytes, names: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    def trace(self, text: evaluate_lib.Split | str | bytes, names: str | Sequence[str] = ()) -> dict[str, np.ndarray]:
         """Returns named arrays of each symbol: "logits" of the next one `[symbols, V]`, states and gates.
 
         Args:
-          names: such as "1.c", c of the first layer, `[symbols, H]`: h, c if any, and the gates of the cell's
-            equations; all by default.  `charlstm.inspect.chunks` gives those of a long text or a split, by windows.
+          names: one or several, such as "1.c", c of the first layer, `[symbols, H]`: h, c if any, and the gates of the
+            cell's equations; all by default.  `charlstm.inspect.chunks` gives those of a long text, by windows.
 
         Raises:
           ValueError: there is no array of a name.
@@ -211,12 +211,14 @@ class Model:
           Logits `[T, V]`, or `[B, T, V]`, and the state to be handed on.
 
         Raises:
-          ValueError: an id is none of the vocabulary's.
+          ValueError: an id is none of the vocabulary's, or the state none of this model's.
         """
         if not isinstance(ids, jax.core.Tracer):  # within a jax.jit they have no values yet
             self.vocabulary.require_ids(np.asarray(ids))
         ids_BT = jnp.atleast_2d(jnp.asarray(ids, jnp.int32))
-        state = trace.first_state(self.config.model, self.params, len(ids_BT)) if state is None else state
+        if state is None:
+            state = trace.first_state(self.config.model, self.params, len(ids_BT))
+        trace.require_state(self.config.model, state, len(ids_BT))
         if not ids_BT.size:
             return jnp.zeros((*np.shape(ids), self.vocabulary.size)), state
         state, logits_BTV = _logits(self.params, state, ids_BT, self.config.model)

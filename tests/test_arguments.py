@@ -107,3 +107,27 @@ def test_numbers_of_numpy_and_jax_are_those_of_python(model):
     for wrong in (True, np.True_, np.float64(2), None, [2]):
         with pytest.raises(ValueError, match=f"^n=.* {WHOLE} 0 to 3$"):
             arguments.whole("n", wrong, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("ids", "dtype"), [([1.5, 2.0], "float64"), ("abc", "<U3"), ([True], "bool"), ([None], "object")], ids=repr
+)
+def test_ids_that_are_no_whole_numbers_are_refused(model, ids, dtype):
+    with pytest.raises(ValueError, match=f"^ids are of dtype {dtype}: give whole numbers"):
+        model(ids)
+
+
+def test_a_state_that_is_not_one_of_the_model_is_refused_and_that_of_the_call_before_is_taken(model):
+    _, of_one = model([1])
+    _, of_two = model([[1], [2]])
+    assert model([1, 2], of_one)[0].shape == (2, 19) and model([[1], [2]], of_two)[0].shape == (2, 1, 19)
+    for wrong in ("x", (), of_two, of_one[:1], drawn(cell="gru")([1])[1]):
+        with pytest.raises(ValueError, match=r"^state is none that this model has after 1 text: hand on"):
+            model([1, 2], wrong)
+
+
+def test_the_name_of_one_array_is_as_good_as_a_list_of_it(model):
+    (one,) = model.trace("abc", "1.c").values()
+    np.testing.assert_array_equal(one, model.trace("abc", ["1.c"])["1.c"])
+    with pytest.raises(ValueError, match=r"^there is no array '1\.x': use logits, 1\.c"):
+        model.trace("abc", "1.x")
