@@ -15,12 +15,11 @@ import numpy as np
 
 from charlstm import config as config_lib
 from charlstm import distributed
-from charlstm.config import Config
+from charlstm.config import Config, arguments
 from charlstm.inference import evaluate as evaluate_lib
-from charlstm.inference.generate import generate
 from charlstm.inference.sampling import Sampling
 from charlstm.inference.score import Score
-from charlstm.inference.text import Sample, as_read, encode_prompt, grow, unknown_id, unseen_before
+from charlstm.inference.text import Sample, begin
 from charlstm.inspect import trace, units
 from charlstm.interop import export as export_lib
 from charlstm.interop.exported import Exported, folded
@@ -34,14 +33,16 @@ from charlstm.run.start import start
 from charlstm.training.placement import choose_mesh
 from charlstm.types import CellState, ModelParams, RecurrentState
 from data_pipeline import mixture
-from data_pipeline.atomic_files import expand_user
 from data_pipeline.batch import Separator
 from data_pipeline.build import corpora
+from data_pipeline.build.sources import NoSuchText
 from data_pipeline.mixture import Mixture
 from data_pipeline.progress import bar, say_on_stderr
-from data_pipeline.settings import CorpusSettings, without_effect
 from data_pipeline.shards import Corpus
 from data_pipeline.vocabulary import Vocabulary
+
+Clamp = Mapping[str | units.Unit, float]
+NOTHING: Clamp = MappingProxyType({})
 
 _log = logging.getLogger("charlstm")
 
@@ -55,19 +56,16 @@ def load_corpus(source: str | os.PathLike[str] | bytes, **settings: Any) -> Corp
       settings: any of `CorpusSettings`, such as vocabulary="characters" or valid_fraction=0.1.
 
     Raises:
+      TypeError: the source is neither a path nor a text, or there is no such setting.
       ValueError: there is no such text, or it cannot be prepared so.
     """
-    kinds = {field.name: field.type for field in dataclasses.fields(CorpusSettings)}
-    settings = {name: config_lib.of_kind(name, value, kinds.get(name, type(value))) for name, value in settings.items()}
-    if isinstance(source, str) and "\n" in source:
-        source = source.encode("utf-8", "surrogateescape")
-    if isinstance(source, bytes):
-        cache = CorpusSettings(**settings).cache_dir
-        source = corpus_lib.written_down(source, expand_user(cache) / "texts")
-    given = CorpusSettings("" if settings.get("train") else os.fspath(source), **settings)
-    if idle := without_effect(given):
-        raise ValueError("; ".join(idle))
-    corpus = corpora.load(given, bar(), say_on_stderr)
+    given = corpus_lib.settings_of(source, settings)
+    try:
+        corpus = corpora.load(given, bar(), say_on_stderr)
+    except NoSuchText as error:
+        if given.train:
+            raise
+        raise NoSuchText(f"{error}; bytes, or a string of several lines, are taken as the text itself") from None
     return dataclasses.replace(corpus, settings=prepared.to_record(given, corpus))
 
 
@@ -99,7 +97,7 @@ def train(config: Config, corpus: Corpus, run_dir: str | os.PathLike[str], *, in
       initial_checkpoint: a run directory whose parameters a new run starts from.
 
     Raises:
-      TypeError: it is given a path, a split or a dict in place of a corpus or a config.
+      TypeError: it is given a path, a split or a dict in place of a corpus or a config, or a run_dir that is no path.
       ValueError: the settings go neither with each other, nor with the text, the machine or the run that is there.
       Diverged: a loss or a gradient was not finite.
       OSError: the last checkpoint could not be written.
@@ -113,7 +111,7 @@ def train(config: Config, corpus: Corpus, run_dir: str | os.PathLike[str], *, in
             f"corpus is a {type(corpus).__name__}: give the whole of cl.load_corpus(...), not a path or split"
         )
     distributed.use_cpu_cores()
-    folder = run_directory.named("run_dir", os.fspath(run_dir))
+    folder = run_directory.named("run_dir", run_dir)
     config = corpus_lib.taken(config, corpus)
     corpus_lib.refuse_inside(folder, config.corpus, config.streams.mixture)
     begun = start(folder, config, corpus, choose_mesh, initial_checkpoint)
@@ -130,10 +128,11 @@ def load(run_dir: str | os.PathLike[str], checkpoint: str | int = "best") -> "Mo
       checkpoint: "best" on validation (the newest where none was validated), "latest", or a step.
 
     Raises:
+      TypeError: `run_dir` is no path.
       ValueError: there is no such run or checkpoint, or it is damaged.
     """
     distributed.use_cpu_cores()
-    folder = run_directory.named("run_dir", os.fspath(run_dir))
+    folder = run_directory.named("run_dir", run_dir)
     config, identity = run_directory.read(folder)
     mesh = distributed.make(distributed.make().local_devices[:1])
     params, step = run_directory.restore_params(folder, config, identity, mesh, str(checkpoint), _log.warning)
@@ -186,12 +185,12 @@ class Model:
         found: dict[str, Any] = self.trace(text, [f"{n}.{name}" for n in layers for name in ("hc" if cells else "h")])
         return tuple(CellState(found[f"{n}.h"], found.get(f"{n}.c")) for n in layers)
 
-    def trace(self, text: evaluate_lib.Split | str | bytes, names: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    def trace(self, text: evaluate_lib.Split | str | bytes, names: str | Sequence[str] = ()) -> dict[str, np.ndarray]:
         """Returns named arrays of each symbol: "logits" of the next one `[symbols, V]`, states and gates.
 
         Args:
-          names: such as "1.c", c of the first layer, `[symbols, H]`: h, c if any, and the gates of the cell's
-            equations; all by default.  `charlstm.inspect.chunks` gives those of a long text or a split, by windows.
+          names: one or several, such as "1.c", c of the first layer, `[symbols, H]`: h, c if any, and the gates of the
+            cell's equations; all by default.  `charlstm.inspect.chunks` gives those of a long text, by windows.
 
         Raises:
           ValueError: there is no array of a name.
@@ -212,29 +211,54 @@ class Model:
           Logits `[T, V]`, or `[B, T, V]`, and the state to be handed on.
 
         Raises:
-          ValueError: an id is none of the vocabulary's.
+          ValueError: an id is none of the vocabulary's, or the state none of this model's.
         """
         if not isinstance(ids, jax.core.Tracer):  # within a jax.jit they have no values yet
             self.vocabulary.require_ids(np.asarray(ids))
         ids_BT = jnp.atleast_2d(jnp.asarray(ids, jnp.int32))
-        state = trace.first_state(self.config.model, self.params, len(ids_BT)) if state is None else state
+        if state is None:
+            state = trace.first_state(self.config.model, self.params, len(ids_BT))
+        trace.require_state(self.config.model, state, len(ids_BT))
         if not ids_BT.size:
             return jnp.zeros((*np.shape(ids), self.vocabulary.size)), state
         state, logits_BTV = _logits(self.params, state, ids_BT, self.config.model)
         return (logits_BTV if np.ndim(ids) == 2 else logits_BTV[0]), state
 
-    def sample(self, prompt: str = "", length: int = 1000, *, num_samples: int = 1, **how: Any) -> str | list[str]:
+    def sample(
+        self,
+        prompt: str = "",
+        length: int = 1000,
+        *,
+        num_samples: int = 1,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: str | None = None,
+        clamp: Clamp = NOTHING,
+    ) -> str | list[str]:
         """The prompt with its continuation, which of a backward model precedes it; of several samples, a list.
 
         Arguments as of `stream`.
         """
-        samples, made = self._samples(prompt, length, num_samples, **how)
+        samples, made = self._begin(prompt, length, num_samples, Sampling(temperature, top_k, top_p), seed, stop, clamp)
         for _ in made:
             pass
         texts = [sample.take(last=True) for sample in samples]
         return texts[0] if num_samples == 1 else texts
 
-    def stream(self, prompt: str = "", length: int = 1000, **how: Any) -> Iterator[str]:
+    def stream(
+        self,
+        prompt: str = "",
+        length: int = 1000,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: str | None = None,
+        clamp: Clamp = NOTHING,
+    ) -> Iterator[str]:
         """Yields the prompt, then its continuation as it is made, the text of `sample` and `launch.sample`.
 
         Of a backward model the text comes as a whole, at the end.
@@ -249,9 +273,10 @@ class Model:
           clamp: unit -> value of its state, such as {"1:317": 1.0}: held from the end of the prompt on.
 
         Raises:
-          ValueError: a symbol of the prompt or of `stop` is not in the vocabulary, or a number is out of range.
+          TypeError: the prompt or `stop` is no string, or `clamp` no mapping.
+          ValueError: a symbol of the prompt or of `stop` is not in the vocabulary, or a number is none or out of range.
         """
-        (sample,), made = self._samples(prompt, length, 1, **how)
+        (sample,), made = self._begin(prompt, length, 1, Sampling(temperature, top_k, top_p), seed, stop, clamp)
         yield sample.take()
         for _ in made:
             yield sample.take()
@@ -275,43 +300,18 @@ class Model:
         if held_out is not None:
             trace.require_vocabulary(self, held_out)
         exported = Exported(self.config, self.vocabulary, folded(self.params), self.step, self.run_dir, held_out)
-        return export_lib.export(exported, output, format)
+        return export_lib.export(exported, arguments.path("output", output, "a directory to be made"), format)
 
-    def _samples(
-        self,
-        prompt: str,
-        length: int,
-        count: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: str | None = None,
-        clamp: Mapping[str | units.Unit, float] = MappingProxyType({}),
+    def _begin(
+        self, prompt: str, length: int, count: int, sampling: Sampling, seed: int, stop: str | None, clamp: Clamp
     ) -> tuple[list[Sample], Iterator[None]]:
-        if length < 0 or count < 1 or not 0 <= seed < 1 << 32:
-            raise ValueError(f"length={length}, num_samples={count} or seed={seed} is out of range")
-        separator, backward = self.separator, self.config.streams.reverse
-        ids = as_read(encode_prompt(prompt, self.vocabulary), backward)
-        ends = (
-            np.array(separator, np.int32) if stop is None else as_read(encode_prompt(stop, self.vocabulary), backward)
-        )
-        chunks = generate(
-            self.config.model,
-            self.params,
-            np.concatenate([unseen_before(ids, separator, self.vocabulary), ids]),
-            Sampling(temperature, top_k, top_p),
-            rows=count,
-            length=length,
-            seed=seed,
-            unknown_id=unknown_id(self.vocabulary),
-            separator=separator,
+        return begin(
+            *(self.config, self.params, self.vocabulary, self.separator, prompt, stop, sampling),
+            rows=arguments.whole("num_samples", count, 1),
+            length=arguments.whole("length", length, 0),
+            seed=arguments.whole("seed", seed, 0, 2**32 - 1),
             held=units.held(clamp, self.config.model),
         )
-        before_stop = ids if tuple(ends.tolist()) == separator else None
-        samples = [Sample(self.vocabulary, ids, ends, before_stop, backward=backward) for _ in range(count)]
-        return samples, grow(samples, chunks)
 
 
 @partial(compiler.jit, static_argnames="config")

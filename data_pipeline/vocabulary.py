@@ -107,7 +107,9 @@ class Vocabulary:
         return self.decode(ids).encode("utf-8")
 
     def require_ids(self, ids: np.ndarray) -> None:
-        """Raises ValueError where one of `ids`, of any shape, is none of this vocabulary."""
+        """Raises ValueError where one of `ids`, of any shape, is no whole number or none of this vocabulary."""
+        if ids.size and ids.dtype.kind not in "iu":
+            raise ValueError(f"ids are of dtype {ids.dtype}: give whole numbers, such as vocabulary.encode(text)")
         others = ids[(ids < 0) | (ids >= self.size)]
         if others.size:
             raise ValueError(f"id {others[0]} is none of {self.size} symbols: ids are from 0 to {self.size - 1}")

@@ -172,7 +172,7 @@ def test_mistakes_are_exceptions_and_write_nothing(config, corpus, tmp_path):
             make(hiden_size=3)
         with pytest.raises(ValueError, match="learning_rate='3e-3' is not a float"):
             make(learning_rate="3e-3")
-        with pytest.raises(ValueError, match=r"batch_size=32.0 is not a int"):
+        with pytest.raises(ValueError, match=r"batch_size=32.0 is not an int"):
             make(batch_size=32.0)
         assert make(learning_rate=0.5).optimizer.learning_rate == 0.5
         swept = make(learning_rate=np.logspace(-3, -2, 2)[0], hidden_size=np.int64(3), skip=np.True_)
@@ -192,7 +192,7 @@ def test_mistakes_are_exceptions_and_write_nothing(config, corpus, tmp_path):
             cl.train(*wrong, tmp_path / "run")
     for settings, sentence in (
         ({"valid_fraction": "0.1"}, "'0.1' is not a float"),
-        ({"min_count": 1.5}, "is not a int"),
+        ({"min_count": 1.5}, "is not an int"),
     ):
         with pytest.raises(ValueError, match=sentence):
             cl.load_corpus(TEXT, **settings)

@@ -1,16 +1,13 @@
 """All the frozen settings of a run as one tree, and its json."""
 
 import dataclasses
-import difflib
 import importlib.resources
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from charlstm.config import flagfile
+from charlstm.config import arguments, flagfile
 from charlstm.config.model import ModelConfig
 from charlstm.config.training import EvaluationConfig, OptimizerConfig, TrainingConfig
 from data_pipeline.settings import CorpusSettings, StreamSettings, check_numbers
@@ -57,7 +54,8 @@ class Config:
     @classmethod
     def from_flagfile(cls, path: str | os.PathLike[str]) -> "Config":
         """The settings in a flagfile: a line --name=value each.  Raises ValueError as the programs do."""
-        return cls(**flagfile.read(Path(path), {name: field.type for name, (_, field) in flatten(cls()).items()}))
+        kinds = {name: field.type for name, (_, field) in flatten(cls()).items()}
+        return cls(**flagfile.read(Path(arguments.path("path", path, "a flagfile")), kinds))
 
     @classmethod
     def recipe(cls, name: str, **changed: Any) -> "Config":
@@ -109,26 +107,12 @@ def _with_settings(sections: dict[str, Any], settings: dict[str, Any]) -> dict[s
     given: dict[str, dict[str, Any]] = {name: {} for name in sections}
     for name, value in settings.items():
         if name not in home:
-            near = difflib.get_close_matches(name, home, 1)
-            raise ValueError(f"unknown setting {name}{f'; did you mean {near[0]}?' if near else ''}")
+            raise ValueError(arguments.unknown_setting(name, home))
         section, field = home[name]
         kind = field.type
         assert isinstance(kind, type)
-        given[section][name] = of_kind(name, value, kind)
+        given[section][name] = arguments.of_kind(name, value, kind)
     return {name: dataclasses.replace(section, **given[name]) for name, section in sections.items()}
-
-
-def of_kind(name: str, value: Any, kind: type) -> Any:
-    """The value of a setting of type `kind`: a scalar of NumPy as Python's, and a path as a string.
-
-    Raises:
-      ValueError: it is of another type.
-    """
-    value = value.item() if isinstance(value, np.generic) else value
-    value = os.fspath(value) if kind is str and isinstance(value, os.PathLike) else value
-    if type(value) is not kind and not (kind is float and type(value) is int):
-        raise ValueError(f"{name}={value!r} is not a {kind.__name__}")
-    return value
 
 
 def to_flags(config: Config) -> list[str]:
@@ -182,8 +166,7 @@ def from_json(text: str, source: str) -> Config:
         for name, value in values.items():
             if name not in known:
                 raise ValueError(f"{source}: unknown setting {name!r} in section {section.name!r}")
-            if type(value) is not known[name] and not (known[name] is float and type(value) is int):
-                raise ValueError(f"{source}: {section.name}.{name}={value!r} is not a {known[name].__name__}")
+            arguments.of_kind(f"{source}: {section.name}.{name}", value, known[name])
         try:
             sections[section.name] = dataclasses.replace(current, **values)
         except ValueError as error:

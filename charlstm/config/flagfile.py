@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from charlstm.config.arguments import in_words
+
 SWITCH = {"true": True, "t": True, "1": True, "yes": True, "false": False, "f": False, "0": False, "no": False}
 
 
@@ -32,7 +34,7 @@ def read(path: Path, kinds: Mapping[str, Any]) -> dict[str, Any]:
         try:
             found[name] = SWITCH[(value or "true").lower()] if kind is bool else kind(value)
         except (KeyError, ValueError):
-            raise ValueError(f"{where}: --{name}={value} is not a {kind.__name__}") from None
+            raise ValueError(f"{where}: --{name}={value} is not {in_words(kind)}") from None
     return found
 
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from charlstm.config.arguments import of_kind
 from data_pipeline.settings import setting
 
 
@@ -32,6 +33,8 @@ class Sampling:
     )
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            of_kind(field.name, getattr(self, field.name), type(field.default))
         if not 0 <= self.temperature <= 1e6:
             raise ValueError(f"temperature={self.temperature} must be at least 0 (the most probable symbol) and finite")
         if self.top_k < 0:

@@ -4,7 +4,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from charlstm.inference.generate import Chunk
+from charlstm.config import Config
+from charlstm.inference.generate import Chunk, generate
+from charlstm.inference.sampling import Sampling
+from charlstm.model.layer import Held
+from charlstm.types import ModelParams
 from data_pipeline.batch import Separator
 from data_pipeline.vocabulary import Vocabulary
 
@@ -152,6 +156,50 @@ def encode_prompt(
         symbol = text[position]
         raise ValueError(f"{symbol!r} (U+{ord(symbol):04X}) at position {position} is not in the vocabulary: {remedy}")
     return ids
+
+
+def begin(
+    config: Config,
+    params: ModelParams,
+    vocabulary: Vocabulary,
+    separator: Separator,
+    prompt: str,
+    stop: str | None,
+    sampling: Sampling,
+    *,
+    rows: int,
+    length: int,
+    seed: int,
+    held: tuple[Held, ...] = (),
+) -> tuple[list[Sample], Iterator[None]]:
+    """Returns texts that have only their prompt yet, one a row, and an iterator whose every turn makes them grow.
+
+    Args:
+      separator: of documents, which is read before the prompt, and ends a text where `stop` is None.
+
+    Raises:
+      TypeError: the prompt or `stop` is no string.
+      ValueError: one of their symbols is unknown.
+    """
+    backward = config.streams.reverse
+    ids = as_read(encode_prompt(prompt, vocabulary), backward)
+    ends = np.array(separator, np.int32) if stop is None else as_read(encode_prompt(stop, vocabulary), backward)
+    chunks = generate(
+        config.model,
+        params,
+        np.concatenate([unseen_before(ids, separator, vocabulary), ids]),
+        sampling,
+        rows=rows,
+        length=length,
+        seed=seed,
+        unknown_id=unknown_id(vocabulary),
+        separator=separator,
+        held=held,
+    )
+    # A document ends with its separator, wherever that begins; another stop string begins in the continuation.
+    before_stop = ids if tuple(ends.tolist()) == separator else None
+    samples = [Sample(vocabulary, ids, ends, before_stop, backward=backward) for _ in range(rows)]
+    return samples, grow(samples, chunks)
 
 
 def grow(samples: list[Sample], chunks: Iterable[Chunk]) -> Iterator[None]:

@@ -4,12 +4,13 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from charlstm.config.model import ModelConfig
 from charlstm.inference.evaluate import Split
-from charlstm.inspect.units import arrays_of
+from charlstm.inspect.units import arrays_of, main_array
 from charlstm.model import language_model
 from charlstm.model.ops import compiler
 from charlstm.training.loss import NATS_PER_BIT, cross_entropy
@@ -93,12 +94,37 @@ def first_state(config: ModelConfig, params: ModelParams, rows: int) -> Recurren
     return language_model.reset_state(params, language_model.zero_state(config, rows, params.b_out.dtype))
 
 
+def require_state(config: ModelConfig, state: Any, rows: int) -> None:
+    """Raises ValueError where a state is not one that such a model has of `rows` texts side by side."""
+    arrays = 2 if main_array(config) == "c" else 1  # of a layer: h, and c if any
+    if [np.shape(leaf) for leaf in jax.tree.leaves(state)] != [(rows, H) for H in config.widths for _ in range(arrays)]:
+        raise ValueError(
+            f"state is none that this model has after {rows} text{'s' * (rows != 1)}: hand on that of the call before, "
+            "or None where a text begins"
+        )
+
+
 def names_of(config: ModelConfig) -> tuple[str, ...]:
     """Names of all arrays: "logits", and of each layer its states and gates, such as "1.c"."""
     return ("logits", *(f"{n + 1}.{array}" for n in range(len(config.widths)) for array in arrays_of(config)))
 
 
-def chunks(model: "Model", text: Split | str | bytes, names: Sequence[str] = ()) -> Iterator[dict[str, np.ndarray]]:
+def named(config: ModelConfig, names: str | Sequence[str]) -> tuple[str, ...]:
+    """The names of arrays that are asked for, one or several; all where none is.
+
+    Raises:
+      ValueError: there is no array of a name.
+    """
+    known = names_of(config)
+    wanted = (names,) if isinstance(names, str) else tuple(names)
+    if unknown := [name for name in wanted if name not in known]:
+        raise ValueError(f"there is no array {unknown[0]!r}: use {', '.join(known)}")
+    return wanted or known
+
+
+def chunks(
+    model: "Model", text: Split | str | bytes, names: str | Sequence[str] = ()
+) -> Iterator[dict[str, np.ndarray]]:
     """Yields the named arrays of each window of a text, `[symbols, .]`, after each symbol; by default all.
 
     Args:
@@ -108,20 +134,17 @@ def chunks(model: "Model", text: Split | str | bytes, names: Sequence[str] = ())
       ValueError: there is no array of a name, or the split has another vocabulary than the model.
     """
     config, split = model.config.model, as_read(model, text)
-    known = names_of(config)
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"there is no array {unknown[0]!r}: use {', '.join(known)}")
-    state, wanted, left = first_state(config, model.params, 1), tuple(names or known), len(split)
+    state, wanted, left = first_state(config, model.params, 1), named(config, names), len(split)
     for read, _, reset in windows(split, model.separator, 0):
         state, found = _trace(model.params, state, read, reset, config, wanted)
         yield {name: np.asarray(found[name])[:left, 0] for name in wanted}
         left -= WINDOW
 
 
-def whole(model: "Model", split: Split, names: Sequence[str] = ()) -> dict[str, np.ndarray]:
+def whole(model: "Model", split: Split, names: str | Sequence[str] = ()) -> dict[str, np.ndarray]:
     """The chunks of a text, joined, in the order of the text."""
     config = model.config.model
-    found: dict[str, list[np.ndarray]] = {name: [] for name in names or names_of(config)}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in named(config, names)}
     for chunk in chunks(model, split, names):
         for name, array in chunk.items():
             found[name].append(array)

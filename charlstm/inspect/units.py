@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from charlstm.config.arguments import scalar
 from charlstm.config.model import ModelConfig
 from charlstm.model.layer import Held
 
@@ -68,16 +69,19 @@ def held(clamp: Mapping[str | Unit, float], config: ModelConfig) -> tuple[Held, 
     """Returns what `language_model.trace` holds, of each layer; () for none.
 
     Raises:
+      TypeError: it is no mapping.
       ValueError: there is no such unit, it is no state (c or h) or given twice, or a value is not finite.
     """
+    if not isinstance(clamp, Mapping):
+        raise TypeError(f"clamp={clamp!r} is no dict: give units with their values, such as {{'1:0': 1.0}}")
     layers: list[list[tuple[str, int, float]]] = [[] for _ in config.widths]
     seen = set[Unit]()
     for name, value in clamp.items():
-        unit = parse(name, config)
+        unit, value = parse(name, config), scalar(value)
         if unit.array not in ("c", "h"):
             raise ValueError(f"{unit} cannot be held: only states can, {main_array(config)} or h")
-        if not math.isfinite(value):
-            raise ValueError(f"{unit} cannot be held at {value}: give a finite number")
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{unit} cannot be held at {value!r}: give a finite number")
         if unit in seen:
             raise ValueError(f"{unit} cannot be held at two values: give it once")
         seen.add(unit)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.tree_util import keystr, tree_flatten_with_path
 
+from charlstm.config.arguments import of_kind
 from charlstm.config.model import ModelConfig
 from charlstm.interop import torch_weights
 from charlstm.interop.model_folder import FORMAT, PYTORCH, VERSION, module_of
@@ -61,8 +62,7 @@ def _settings(tree: dict[str, Any]) -> ModelConfig:
     kinds = {field.name: type(field.default) for field in dataclasses.fields(ModelConfig)}
     settings = {name: tree[name] for name in kinds if name in tree}
     for name, value in settings.items():
-        if type(value) is not kinds[name] and not (kinds[name] is float and type(value) is int):
-            raise ValueError(f"{name}={value!r} is not a {kinds[name].__name__}")
+        of_kind(name, value, kinds[name])
     return ModelConfig(**settings)
 
 

@@ -2,16 +2,17 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from charlstm import config as config_lib
 from charlstm import distributed
-from charlstm.config import Config
+from charlstm.config import Config, arguments
 from charlstm.run import prepared, run_directory
 from data_pipeline import direction, mixture
-from data_pipeline.atomic_files import atomic_write
+from data_pipeline.atomic_files import atomic_write, expand_user
 from data_pipeline.batch import Separator, ends_separator, looks_back
 from data_pipeline.build import corpora
 from data_pipeline.build.inputs import would_contain
@@ -20,7 +21,7 @@ from data_pipeline.manifest import is_prepared
 from data_pipeline.mixture import Mixture
 from data_pipeline.progress import announced, bar, say_on_stderr
 from data_pipeline.segments import Change, Member, SegmentPlan, automatic_segment
-from data_pipeline.settings import CorpusSettings
+from data_pipeline.settings import CorpusSettings, without_effect
 from data_pipeline.shards import Corpus
 from data_pipeline.stores import is_remote
 from data_pipeline.streams import StreamPlan, Symbols
@@ -256,8 +257,38 @@ def _occurs(split: Symbols, separator: Separator) -> bool:
     return False
 
 
+def settings_of(source: Any, settings: Mapping[str, Any]) -> CorpusSettings:
+    """The settings of the corpus that `api.load_corpus` is given; what is a text itself is written down in the cache.
+
+    Raises:
+      TypeError: the source is neither a path nor a text, or there is no such setting.
+      ValueError: the text is empty, or settings go not with each other.
+    """
+    kinds = {field.name: type(field.default) for field in dataclasses.fields(CorpusSettings) if field.name != "corpus"}
+    if unknown := [name for name in settings if name not in kinds]:
+        raise TypeError(arguments.unknown_setting(unknown[0], kinds))
+    values = {name: arguments.of_kind(name, value, kinds[name]) for name, value in settings.items()}
+    given = CorpusSettings("", **values)
+    if isinstance(source, str) and "\n" in source:
+        source = source.encode("utf-8", "surrogateescape")
+    if not given.train:
+        if isinstance(source, bytes):
+            source = written_down(source, expand_user(given.cache_dir) / "texts")
+        place = arguments.path("source", source, "a text, its file or directory, or the name of a corpus")
+        given = dataclasses.replace(given, corpus=place)
+    if idle := without_effect(given):
+        raise ValueError("; ".join(idle))
+    return given
+
+
 def written_down(text: bytes, folder: Path) -> Path:
-    """The file that holds `text`, made if absent: a corpus is prepared from files."""
+    """The file that holds `text`, made if absent: a corpus is prepared from files.
+
+    Raises:
+      ValueError: there is nothing in it to learn.
+    """
+    if not text or text.isspace():
+        raise ValueError("the text given is empty, or white space alone: give one that has something to learn")
     path = folder / f"{hashlib.sha256(text).hexdigest()[:32]}.txt"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from charlstm import config as config_lib
 from charlstm import distributed
-from charlstm.config import Config
+from charlstm.config import Config, arguments
 from charlstm.run.checkpoint import Checkpoints, Wanted
 from charlstm.run.run_lock import LOCK
 from charlstm.run.sealing import SEAL
@@ -72,13 +72,14 @@ def checkpoint_identity(config: Config, identity: Identity) -> dict[str, Any]:
     }
 
 
-def named(flag: str, value: str) -> Path:
-    """The absolute path of the run directory that a flag names.
+def named(flag: str, value: str | os.PathLike[str]) -> Path:
+    """The absolute path of the run directory that a flag or an argument names.
 
     Raises:
-      ValueError: it is not UTF-8, and neither Orbax nor JSON could write it down.
+      TypeError: it is no path.
+      ValueError: it is empty, or not UTF-8, and neither Orbax nor JSON could write it down.
     """
-    path = expand_user(value).absolute()
+    path = expand_user(arguments.path(flag, value, "the directory of a run")).absolute()
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from charlstm import config as config_lib
 from charlstm.config import Config
+from charlstm.config.arguments import in_words
 from charlstm.run import estimate
 from data_pipeline.atomic_files import expand_user
 
@@ -82,7 +83,7 @@ def _of_kind(kind: type, value: Any, where: str) -> Any:
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise ValueError(f"{where}: {value!r} is not a {kind.__name__}")
+        raise ValueError(f"{where}: {value!r} is not {in_words(kind)}")
     return value
 
 

@@ -12,7 +12,7 @@ from data_pipeline.build.datasets import NAMES, named_text
 from data_pipeline.build.documents import kind_of_name
 from data_pipeline.build.inspection import look_at, refuse_binary, remarks
 from data_pipeline.build.remote_inputs import find_remote, matches
-from data_pipeline.build.sources import Text, TextFile, find_text, glob_base
+from data_pipeline.build.sources import NoSuchText, Text, TextFile, find_text, glob_base
 from data_pipeline.progress import Progress
 from data_pipeline.settings import CorpusSettings
 from data_pipeline.stores import is_remote
@@ -119,8 +119,8 @@ def _named_or_found(settings: CorpusSettings, cache: Path, progress: Progress | 
     near = difflib.get_close_matches(settings.corpus, NAMES, 1)
     try:
         return {"": find(settings.corpus)}
-    except ValueError as error:
-        raise ValueError(f"{error}" + (f" (or did you mean the corpus named {near[0]}?)" if near else "")) from None
+    except NoSuchText as error:
+        raise NoSuchText(f"{error}" + (f" (or did you mean the corpus named {near[0]}?)" if near else "")) from None
 
 
 def _refuse_shared(texts: dict[str, Text]) -> None:

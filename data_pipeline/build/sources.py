@@ -127,6 +127,10 @@ class Text:
                 raise ValueError(f"{file.path} was changed while it was prepared: start again when it is complete")
 
 
+class NoSuchText(ValueError):
+    """There is no file of that name."""
+
+
 def find_text(spec: str) -> Text:
     """Finds the text of a file, a directory or a glob.
 
@@ -135,7 +139,8 @@ def find_text(spec: str) -> Text:
     names is taken once: a folder under the first name met, a file under the first name in that order.
 
     Raises:
-      ValueError: there is no such file, it is empty, or something cannot be read.
+      NoSuchText: there is no such file.
+      ValueError: it is empty, or something cannot be read.
     """
     path = expand_user(spec)
     repeated: dict[Path, Path] = {}
@@ -152,7 +157,7 @@ def find_text(spec: str) -> Text:
         paths = [(one, os.path.realpath(one)) for one in found if one.parent not in left_out and _is_file(one)]
         base = glob_base(path)
     else:
-        raise ValueError(f"{spec} does not exist: name a text file, a directory or a quoted glob")
+        raise NoSuchText(f"{spec} does not exist: name a text file, a directory or a quoted glob")
     if is_prepared(path):
         raise ValueError(f"{spec} is a prepared corpus, not text: name it with --corpus")
     if has_shards(path):

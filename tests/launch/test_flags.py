@@ -249,8 +249,8 @@ def test_config_json_is_read_as_it_was_written():
         (lambda tree: tree | {"model": 3}, "section 'model' is missing"),
         (lambda tree: tree | {"extra": {}}, "unknown section 'extra'"),
         (lambda tree: tree | {"model": {"hiden_size": 3}}, "unknown setting 'hiden_size' in section 'model'"),
-        (lambda tree: tree | {"model": {"hidden_size": "3"}}, "model.hidden_size='3' is not a int"),
-        (lambda tree: tree | {"model": {"hidden_size": True}}, "model.hidden_size=True is not a int"),
+        (lambda tree: tree | {"model": {"hidden_size": "3"}}, "model.hidden_size='3' is not an int"),
+        (lambda tree: tree | {"model": {"hidden_size": True}}, "model.hidden_size=True is not an int"),
         (lambda tree: tree | {"model": {"skip": 1}}, "model.skip=1 is not a bool"),
         (
             lambda tree: tree | {"model": {"cell": "lstn"}},

@@ -147,7 +147,7 @@ def test_a_number_that_is_rounded_stays_within_its_bounds(tmp_path):
         ("[learning_rate]\nlow = 2\nhigh = 1", "low=2.0 to high=1.0: low must be less"),
         ("[learning_rate]\nlow = 0\nhigh = 1\nlog = true", "low must be less, and above 0"),
         ("[cell]\nlow = 1\nhigh = 2", "not of the form low and high"),
-        ("[batch_size]\nchoices = [8, 'many']", "batch_size: 'many' is not a int"),
+        ("[batch_size]\nchoices = [8, 'many']", "batch_size: 'many' is not an int"),
         ("[batch_size]\nparameters = 8", "no setting to search"),
         ("learning_rate = ", "is not a TOML file"),
         ("", "has no setting to search"),
