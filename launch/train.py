@@ -25,7 +25,8 @@ def main(argv: Sequence[str]) -> int:
     if not chosen.run_dir and not chosen.dry_run:
         raise ValueError("--run_dir is required: name a directory for the run, such as --run_dir=runs/mine")
     run_dir = expand_user(chosen.run_dir) if chosen.run_dir else None
-    run_directory.named("run_dir", chosen.run_dir)
+    if run_dir:
+        run_directory.named("run_dir", run_dir)
     settings = run_directory.settings_of(run_dir, config) if run_dir else config
     memory.require_possible(settings, dry=chosen.dry_run)
     jax_setup.keep_freed_memory(estimate.estimate_temp_bytes(settings, distributed.usable_cores()))

@@ -33,6 +33,7 @@ from data_pipeline.batch import Separator
 from data_pipeline.vocabulary import Vocabulary, escaped_bytes
 
 INITIAL = "initial_checkpoint.json"
+WRITTEN_FIRST = ("identity.json", "flags.txt", INITIAL, "config.json")
 
 
 class OtherRun(ValueError):
@@ -103,7 +104,7 @@ def create(
       ValueError: there are files in it already that are no run's, or the run has got a checkpoint.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("identity.json", "flags.txt", INITIAL, "config.json"):
+    for name in WRITTEN_FIRST:
         remove_torn(run_dir / name)  # a first try was killed as it came here
     if exists(run_dir) and has_checkpoint(run_dir):
         raise ValueError(f"{run_dir} has just got a checkpoint of other settings: name another run_dir")
@@ -119,9 +120,10 @@ def create(
 
 def refuse_strange(run_dir: Path) -> None:
     """Raises ValueError where `run_dir` is a directory with files in it that are no run's."""
-    known = ("identity.json", "flags.txt", "log.txt", "logs", "heartbeats", INITIAL)
+    known = (*WRITTEN_FIRST, "log.txt", "logs", "heartbeats")
+    begun = (LOCK, *(f"{name}." for name in WRITTEN_FIRST))  # what a first try that was killed has left of them
     names = sorted(path.name for path in run_dir.iterdir()) if run_dir.is_dir() else []
-    strange = [name for name in names if name not in known and not name.startswith(LOCK)]
+    strange = [name for name in names if name not in known and not name.startswith(begun)]
     if strange and "config.json" not in names:
         raise ValueError(f"{run_dir} holds {strange[0]} but no config.json, so it is not a run: use an empty directory")
 

@@ -203,7 +203,7 @@ def test_what_is_said_of_a_restart_is_written_over_the_live_line(instead, tmp_pa
     instead("import os; os.kill(os.getpid(), 9)")
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     own = ("--processes=1", "--devices_per_process=1", "--restarts=1")
-    assert local.main(["local", *own, "--", f"--run_dir={tmp_path}"]) == cli.LOST
+    assert local.main(["local", *own, "--", "--corpus=python", f"--run_dir={tmp_path}"]) == cli.LOST
     lines = terminal.getvalue().split("\n")
     for line, words in zip(lines, ("starting again from step 0 ", "not started again, no ", ""), strict=True):
         assert line.startswith(words and f"\r\033[K{words}"), lines
@@ -241,7 +241,8 @@ def test_each_process_gets_one_of_the_gpus_that_are_given(given, processes, foun
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
     chosen = local.LocalFlags(processes=processes)
     if isinstance(found, str):
-        sentence = refusal(local.main, f"--processes={processes}", "--", f"--run_dir={tmp_path / 'run'}")
+        run = ("--corpus=python", f"--run_dir={tmp_path / 'run'}")
+        sentence = refusal(local.main, f"--processes={processes}", "--", *run)
         assert found in sentence
     else:
         assert local._devices(chosen) == [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in found]
@@ -274,7 +275,7 @@ cli.run("launch.local", local.main)
 
 @pytest.mark.parametrize("gone", ["2>/dev/full", "2> >(head -3 >/dev/null)"])
 def test_a_terminal_that_goes_away_or_fails_changes_neither_the_job_nor_its_logs_nor_the_status(gone, tmp_path):
-    flags = ("--processes=2", "--restarts=1", "--", f"--run_dir={tmp_path}")
+    flags = ("--processes=2", "--restarts=1", "--", "--corpus=python", f"--run_dir={tmp_path}")
     done = process("bash", "-c", f'"$0" -c "$@" {gone}', sys.executable, OF_THE_TALKATIVE, TALKATIVE, *flags)
     assert (done.returncode, done.stdout, done.stderr) == (cli.DIVERGED, "", "")
     for number in range(2):

@@ -123,7 +123,7 @@ def test_an_update_that_does_not_fit_is_refused_before_the_run_is_made(arguments
 def test_a_run_that_has_all_its_steps_is_loaded_and_nothing_is_compiled_for_it(arguments, copied, monkeypatch):
     monkeypatch.setattr(memory, "compiled_update", None)
     assert train.main(["train", *arguments, f"--run_dir={copied}"]) == cli.DONE
-    assert "finished: the run is at step 40 of 40" in (copied / "log.txt").read_text()
+    assert "finished: the run is at step 40, and num_steps=40" in (copied / "log.txt").read_text()
 
 
 def test_memory_is_asked_of_the_longest_window(arguments, tmp_path, monkeypatch):
