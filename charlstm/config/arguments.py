@@ -1,4 +1,4 @@
-"""What is given to the library, checked to be of its kind: a refusal names the argument, its value and the remedy."""
+"""Checks that what is given to the library is of its kind: a refusal names the argument, its value and the remedy."""
 
 import difflib
 import os
